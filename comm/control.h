@@ -1,0 +1,25 @@
+/* control.h - the channel between the processes of a world that carries no tensors: host all-gather, liveness and aborts.
+ *
+ * A TCP connection between every two ranks and one service thread a rank. The kernel closes a connection when a process
+ * dies, so a death is seen at once, also where NCCL reports nothing; heart-beats tell who has stopped (SIGSTOP) and who
+ * waits for whom, so that a time-out names the rank that is behind. */
+#ifndef USP_CONTROL_H
+#define USP_CONTROL_H
+#include "comm.h"
+
+typedef struct usp_control usp_control;
+
+/* Collective over the bootstrap. timeout_ms as in usp_comm. */
+usp_status usp_control_create(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms, usp_control **);
+usp_status usp_control_allgather(usp_control *, const void *mine, void *all, size_t bytes_per_rank);
+/* What this rank does now: how many exchanges it has entered, and the rank it waits for (-1: none). Lock-free. */
+void usp_control_progress(usp_control *, uint64_t exchanges, int waiting_for);
+/* OK, or the sticky failure with its sentence: PEER_LOST (rank), or COMM for a rank that aborted. Never waits. */
+usp_status usp_control_poll(usp_control *);
+/* The rank to blame for a wait on `peer` (-1: unknown) that timed out: one that stopped beating, else the end of the chain
+ * of who waits for whom, else the one with the fewest exchanges. Records and spreads the failure; returns its status. */
+usp_status usp_control_overdue(usp_control *, int peer);
+void usp_control_abort(usp_control *); /* tells all ranks; any thread; idempotent */
+void usp_control_destroy(usp_control *); /* NULL is fine */
+
+#endif

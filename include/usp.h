@@ -1,0 +1,385 @@
+/* usp.h - unified sequence parallelism for C: one attention layer whose tokens are spread over many ranks.
+ *
+ * A world is all the ranks a trainer brings. A mesh is a ulysses x ring grid over consecutive ranks of a world, with
+ * data-parallel copies beside it. A sequence says which rank owns which token. A layer is one attention operator planned
+ * for a mesh, a sequence and a shape, and run many times. The caller owns tensors, workspace and saved.
+ *
+ * "Collective" means: every rank of the world makes the call, in the same order; all ranks return the same status.
+ * Everything not marked collective is local. A call that fails changes nothing and leaves nothing allocated; one sentence
+ * of why is in usp_last_error(). No call exits, prints, or waits for ever: see usp_world_config.timeout_ms.
+ *
+ * Structs begin with struct_size, which the caller sets to sizeof the struct; all other bytes zero means "the default".
+ * Fields are only ever appended, so a program built against an older header keeps working; a newer program's unknown
+ * fields must be zero. No struct has padding.
+ *
+ * Objects are used by one thread at a time, and destroyed in the reverse order of creation; destroying NULL is fine.
+ * This header needs no CUDA, NCCL or MPI header and is clean in C99, C11 and C++17. */
+#ifndef USP_H
+#define USP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define USP_VERSION_MAJOR 0
+#define USP_VERSION_MINOR 1
+#define USP_VERSION_PATCH 0
+
+#if defined(__GNUC__)
+#define USP_API __attribute__((visibility("default")))
+#else
+#define USP_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- status ---------------------------------------------------------------------------------------------------------- */
+
+/* One list for code, number and sentence. */
+#define USP_STATUS_MAP(X)                                                                                              \
+    X(OK, 0, "success")                                                                                                \
+    X(INVALID, 1, "invalid argument or configuration")                                                                 \
+    X(UNSUPPORTED, 2, "valid request that this build, device or layout cannot serve")                                  \
+    X(NO_MEMORY, 3, "host or device allocation failed")                                                                \
+    X(WORKSPACE, 4, "workspace or saved is missing, too small or misaligned")                                          \
+    X(DEVICE, 5, "a device call failed")                                                                               \
+    X(COMM, 6, "communication failed or was aborted")                                                                  \
+    X(MISMATCH, 7, "ranks passed different configurations")                                                            \
+    X(PEER_FAILED, 8, "another rank failed this collective call")                                                      \
+    X(PEER_LOST, 9, "another rank died or left")                                                                       \
+    X(TIMEOUT, 10, "another rank did not arrive in time")                                                              \
+    X(INTERNAL, 11, "broken invariant; please report")
+
+typedef enum usp_status {
+#define USP_STATUS_ENUM(name, value, text) USP_##name = value,
+    USP_STATUS_MAP(USP_STATUS_ENUM)
+#undef USP_STATUS_ENUM
+    USP_STATUS_COUNT
+} usp_status;
+
+/* The sentence of a status; never NULL. */
+USP_API const char *usp_status_string(usp_status status);
+
+/* One sentence about this thread's last failure, naming the field, rank or step; "" if none. Valid until the next call
+ * of this thread that fails. */
+USP_API const char *usp_last_error(void);
+
+/* major * 10000 + minor * 100 + patch of the library that runs (the macros above are those of the header). */
+USP_API int usp_version(void);
+
+/* ---- kinds ----------------------------------------------------------------------------------------------------------- */
+
+typedef enum usp_dtype { USP_F32 = 0, USP_F16 = 1, USP_BF16 = 2 } usp_dtype;
+typedef enum usp_device_kind { USP_DEVICE_AUTO = 0, USP_DEVICE_CPU = 1, USP_DEVICE_CUDA = 2 } usp_device_kind;
+typedef enum usp_attention { USP_SOFTMAX = 1, USP_LINEAR = 2 } usp_attention;
+typedef enum usp_mask { USP_MASK_FULL = 0, USP_MASK_CAUSAL = 1 } usp_mask;
+typedef enum usp_pass { USP_PASS_FORWARD = 0, USP_PASS_BACKWARD = 1 } usp_pass;
+
+/* The very type of cudaStream_t. NULL on the CPU, where every call returns when its work is done. */
+typedef struct CUstream_st *usp_stream;
+struct ncclComm;
+
+/* Bytes of one element; 0 for a value that is no dtype. */
+USP_API size_t usp_dtype_size(usp_dtype dtype);
+
+/* Devices of a kind that this process can use now: 1 for the CPU, the number of GPUs for CUDA (0 without driver or
+ * without CUDA in the build). */
+USP_API int usp_device_count(usp_device_kind kind);
+
+/* Makes GPU `index` the calling thread's current device, as cudaSetDevice does; nothing on the CPU. */
+USP_API usp_status usp_device_select(usp_device_kind kind, int index);
+
+/* ---- world: all the ranks a trainer brings ---------------------------------------------------------------------------- */
+
+typedef struct usp_world usp_world;
+
+typedef struct usp_world_config {
+    size_t struct_size;
+    usp_device_kind device; /* auto: CUDA where a GPU is usable, else the CPU. CUDA takes the thread's current device */
+    int timeout_ms;         /* longest wait for another rank; 0: 600000, -1: no limit */
+    int watchdog;           /* 1: a thread of the library polls; 0: the caller does, by usp_world_poll or synchronize */
+    int node;               /* identity of this host, for choosing transports; 0: found out. Set it to emulate hosts */
+    void (*log)(void *user, int level, const char *text); /* NULL: silent. level: 1 warning, 2 info, 3 trace */
+    void *log_user;
+    void *(*host_alloc)(void *user, size_t bytes); /* both or neither; NULL: malloc and free. 16-byte aligned */
+    void (*host_free)(void *user, void *memory);
+    void *host_user;
+} usp_world_config;
+
+typedef struct usp_world_info {
+    size_t struct_size;
+    int rank, size;
+    usp_device_kind device; /* what auto became */
+    int timeout_ms;         /* what 0 became */
+    char transport[16];     /* "threads", "socket", "nccl" or "mpi" */
+} usp_world_info;
+
+/* Where the thread-ranks of one process meet: one per world, made by any thread, destroyed after its worlds. */
+typedef struct usp_rendezvous usp_rendezvous;
+USP_API usp_status usp_rendezvous_create(int size, usp_rendezvous **rendezvous);
+USP_API void usp_rendezvous_destroy(usp_rendezvous *rendezvous);
+
+/* The bytes of an ncclUniqueId, made by one rank and brought to the others by the caller. UNSUPPORTED without NCCL. */
+typedef struct usp_unique_id {
+    char bytes[128];
+} usp_unique_id;
+USP_API usp_status usp_unique_id_create(usp_unique_id *id);
+
+/* Gathers bytes_per_rank from every rank, in rank order, into `all`; 0 on success. Host memory. */
+typedef int (*usp_allgather_fn)(void *user, const void *mine, void *all, size_t bytes_per_rank);
+
+/* Six ways to make a world; all collective among the ranks of the new world. `config` NULL means all defaults.
+ * Errors: INVALID, UNSUPPORTED (no such backend here), NO_MEMORY, MISMATCH (device or timeout differ between ranks),
+ * PEER_FAILED, TIMEOUT, COMM. Multi-process worlds open TCP connections between all ranks for liveness. */
+
+/* Ranks are threads of this process, each making the call with its own rank. CPU, or CUDA with any number of ranks a GPU. */
+USP_API usp_status usp_world_create_threads(const usp_world_config *config, usp_rendezvous *rendezvous, int rank,
+                                            usp_world **world);
+/* NCCL from a unique id: one process or one thread a GPU. */
+USP_API usp_status usp_world_create_nccl_id(const usp_world_config *config, const usp_unique_id *id, int size, int rank,
+                                            usp_world **world);
+/* NCCL from the caller's communicator, which is only borrowed during this call and stays the caller's. */
+USP_API usp_status usp_world_create_nccl(const usp_world_config *config, struct ncclComm *comm, usp_world **world);
+/* MPI_Comm_c2f(comm) of a communicator of an initialised MPI; borrowed. Host memory. */
+USP_API usp_status usp_world_create_mpi(const usp_world_config *config, int fortran_comm, usp_world **world);
+/* Any bootstrap: the callback gathers bytes over all ranks. NCCL on CUDA, TCP sockets on the CPU. The callback is used
+ * only during this call. */
+USP_API usp_status usp_world_create_callback(const usp_world_config *config, usp_allgather_fn allgather, void *user,
+                                             int size, int rank, usp_world **world);
+/* Reads the launcher's environment: torchrun and usp_launch (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT),
+ * SLURM (SLURM_PROCID, ...) or Open MPI (OMPI_COMM_WORLD_RANK, ...); none of them: a world of one. On CUDA selects GPU
+ * LOCAL_RANK. SLURM and Open MPI need MASTER_ADDR unless all ranks are on this host. */
+USP_API usp_status usp_world_create_env(const usp_world_config *config, usp_world **world);
+
+USP_API usp_status usp_world_get_info(const usp_world *world, usp_world_info *info);
+
+/* The failure that has hit the world, if any: OK, PEER_LOST, TIMEOUT, COMM or DEVICE. Never waits. Once failed, a world
+ * stays failed: every later call returns the same status; destroy it and create another. */
+USP_API usp_status usp_world_poll(usp_world *world);
+/* Waits until all work on `stream` is done, at most timeout_ms, polling the world meanwhile. */
+USP_API usp_status usp_world_synchronize(usp_world *world, usp_stream stream);
+/* Gives the world up: this rank and, at their next wait, all others leave with an error that names this rank.
+ * From any thread, any number of times. */
+USP_API void usp_world_abort(usp_world *world);
+/* Frees everything. Waits for nobody. Ranks still waiting for this one get PEER_LOST. */
+USP_API void usp_world_destroy(usp_world *world);
+
+/* Memory of the world's device, for programs without CUDA headers; 256-byte aligned. */
+USP_API usp_status usp_world_alloc(usp_world *world, size_t bytes, void **memory);
+USP_API void usp_world_free(usp_world *world, void *memory);
+/* Between any two of host and device memory, in stream order; host memory may be read until the stream is synchronized. */
+USP_API usp_status usp_world_copy(usp_world *world, void *to, const void *from, size_t bytes, usp_stream stream);
+/* Collective. Device memory that the transport has registered with every rank: a workspace or saved in it makes
+ * exchanges faster (about 2 x between GPUs of one node). Every rank gives the same size. free is collective too. */
+USP_API usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory);
+USP_API usp_status usp_world_free_shared(usp_world *world, void *memory);
+
+/* ---- mesh: ulysses x ring, with data-parallel copies beside it ----------------------------------------------------------- */
+
+typedef struct usp_mesh usp_mesh;
+typedef enum usp_axis { USP_AXIS_ULYSSES = 0, USP_AXIS_RING = 1, USP_AXIS_SEQUENCE = 2, USP_AXIS_DATA = 3 } usp_axis;
+
+/* Collective. World rank = (data * ring + r) * ulysses + u; the sequence axis has N = ulysses * ring ranks, p = r *
+ * ulysses + u; there are size / N data copies. Any number of meshes may be alive on one world.
+ * Errors: INVALID (a degree < 1, or N does not divide the world), MISMATCH, PEER_FAILED, NO_MEMORY, and the world's. */
+USP_API usp_status usp_mesh_create(usp_world *world, int ulysses, int ring, usp_mesh **mesh);
+USP_API usp_status usp_mesh_axis(const usp_mesh *mesh, usp_axis axis, int *rank, int *size);
+/* Collective. An ncclComm_t over this rank's row of the axis, for the caller's own collectives; made at the first call
+ * for an axis, owned by the mesh. UNSUPPORTED on transports other than NCCL. */
+USP_API usp_status usp_mesh_axis_comm(usp_mesh *mesh, usp_axis axis, struct ncclComm **comm);
+USP_API void usp_mesh_destroy(usp_mesh *mesh);
+
+/* ---- sequence: which rank owns which token; the same for every (ulysses, ring) of one N --------------------------------- */
+
+typedef struct usp_sequence usp_sequence;
+
+typedef enum usp_layout {
+    USP_LAYOUT_ZIGZAG = 0,              /* rank p owns chunks p and 2N-1-p of 2N; chunk c is [c S / 2N, (c+1) S / 2N) */
+    USP_LAYOUT_CONTIGUOUS = 1,          /* rank p owns [p S / N, (p+1) S / N) */
+    USP_LAYOUT_STRIPE = 2,              /* rank p owns p, p + N, p + 2N, ... */
+    USP_LAYOUT_ZIGZAG_PER_DOCUMENT = 3, /* zigzag inside each document */
+    USP_LAYOUT_CUSTOM = 4               /* each rank brings its segments */
+} usp_layout;
+
+/* Tokens start, start + stride, ..., `length` of them. A rank's local order is its segments one after the other. */
+typedef struct usp_segment {
+    int64_t start, length, stride;
+} usp_segment;
+
+typedef struct usp_sequence_config {
+    size_t struct_size;
+    usp_layout layout;
+    int max_documents;           /* room for usp_sequence_replan; 0: as many as given now */
+    int64_t tokens;              /* S: global query length, 0 .. 2^31 - 1; the maximum where documents are re-planned */
+    int64_t key_tokens;          /* global key length where keys are another tensor (cross-attention); 0: as queries */
+    int64_t documents;           /* number of documents; 0: one */
+    const int64_t *document_ends; /* documents ascending ends, the last one = tokens; NULL: one document */
+    int64_t segments;            /* custom layout: this rank's number of segments */
+    const usp_segment *segment;  /* custom layout: all ranks' segments must cover every token exactly once */
+} usp_sequence_config;
+
+/* Collective. Usable with every mesh of the same N on the same world. Copies what the config points to.
+ * Errors: INVALID, MISMATCH, PEER_FAILED, NO_MEMORY, UNSUPPORTED (custom layout or documents with key_tokens), the world's. */
+USP_API usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *config, usp_sequence **sequence);
+/* Local, the same on every rank. Gives the sequence other documents (per-document layout), at most max_documents and at
+ * most `tokens` in all; the last end is the new length. Layers on the sequence follow; nothing is allocated. Device work
+ * of earlier calls must be complete or on `stream`. */
+USP_API usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const int64_t *document_ends,
+                                       usp_stream stream);
+/* The segments of sequence rank `rank`: writes at most `capacity`, always the whole number to *count. */
+USP_API usp_status usp_sequence_segments(const usp_sequence *sequence, int rank, int64_t capacity, usp_segment *segments,
+                                         int64_t *count);
+/* Tokens that sequence rank `rank` owns (of keys: for cross-attention); -1 if there is no such rank. */
+USP_API int64_t usp_sequence_local_tokens(const usp_sequence *sequence, int rank);
+USP_API int64_t usp_sequence_local_key_tokens(const usp_sequence *sequence, int rank);
+/* Global index of local token `local` of `rank`, or -1; owner and local index of a global token. */
+USP_API int64_t usp_sequence_to_global(const usp_sequence *sequence, int rank, int64_t local);
+USP_API usp_status usp_sequence_to_local(const usp_sequence *sequence, int64_t global, int *rank, int64_t *local);
+/* The position of each own token, for RoPE: its global index, or its index in its document (per-document layout).
+ * [local_tokens], host memory. */
+USP_API usp_status usp_sequence_positions(const usp_sequence *sequence, int32_t *positions);
+/* Next-token labels of own tokens from the whole token row [tokens] (host): label = tokens[global + 1], shifted before
+ * sharding; `ignore` after the last token of the row or document. */
+USP_API usp_status usp_sequence_labels(const usp_sequence *sequence, const int32_t *tokens, int32_t ignore,
+                                       int32_t *labels);
+/* Own part of a whole tensor [batch, tokens, token_bytes] into [batch, local_tokens, token_bytes]; host memory. */
+USP_API usp_status usp_sequence_scatter(const usp_sequence *sequence, int64_t batch, size_t token_bytes,
+                                        const void *whole, void *local);
+/* Collective. The inverse: every rank gets the whole tensor; host memory. */
+USP_API usp_status usp_sequence_gather(const usp_sequence *sequence, int64_t batch, size_t token_bytes,
+                                       const void *local, void *whole);
+USP_API void usp_sequence_destroy(usp_sequence *sequence);
+
+/* ---- layer: one attention operator, planned once, run often --------------------------------------------------------------- */
+
+typedef struct usp_layer usp_layer;
+
+/* How linear attention carries its state over the ring axis. */
+typedef enum usp_state_exchange {
+    USP_STATE_AUTO = 0,  /* gather up to 8 chunks or ranks, else chain */
+    USP_STATE_CHAIN = 1, /* point to point, chunk after chunk (LASP, arXiv 2404.02882) */
+    USP_STATE_GATHER = 2 /* every chunk's state to every rank at once (LASP-2, arXiv 2502.07563) */
+} usp_state_exchange;
+
+/* Softmax: heads >= kv_heads, a multiple; k and v have kv_heads.
+ * Linear: q has heads, k kv_heads, v value_heads; the layer has H = max of the three, each of the three divides H, and
+ * output head h reads head h * x / H of a tensor with x heads. In what follows H is that, for softmax H = heads. */
+typedef struct usp_layer_config {
+    size_t struct_size;
+    usp_attention attention;
+    usp_mask mask;
+    usp_dtype dtype;
+    int batch;
+    int heads;
+    int kv_heads;    /* 0: heads */
+    int value_heads; /* linear only; 0: kv_heads */
+    int head_dim;    /* of q and k */
+    int value_dim;   /* of v and out; 0: head_dim */
+    float scale;     /* 0: 1 / sqrt(head_dim) for softmax, 1 for linear */
+    int return_lse;  /* softmax: 1: forward writes the log-sum-exp of own tokens */
+    int deterministic; /* 1: never choose a kernel whose result depends on timing */
+    usp_state_exchange state_exchange; /* linear */
+    int recompute_state; /* linear: 1: saved keeps no states, backward exchanges them again (LASP "naive"; 0: "cache") */
+    int initial_state;   /* linear, causal: 1: forward reads initial_state, backward writes dinitial_state */
+    int final_state;     /* linear: 1: forward writes final_state, backward reads dfinal_state */
+    const float *decay;  /* linear, causal: [H] natural logarithms of lambda, <= 0, host memory, copied; NULL: lambda = 1 */
+} usp_layer_config;
+
+/* [batch, token, head, dim] by strides in elements; dim is dense. So [B,S,H,D], [B,H,S,D], [S,B,H,D] and the three parts
+ * of a packed [B,S,3,H,D] all go in as they are. */
+typedef struct usp_tensor {
+    void *data;
+    int64_t stride_batch, stride_token, stride_head;
+} usp_tensor;
+
+/* All tensors hold this rank's own tokens, in local order. States are fp32 [batch, H, head_dim, value_dim], the same on
+ * every rank of the mesh, and always the state after a token. */
+typedef struct usp_forward {
+    size_t struct_size;
+    usp_tensor q;               /* [batch, local_tokens, heads, head_dim] */
+    usp_tensor k;               /* [batch, local_key_tokens, kv_heads, head_dim] */
+    usp_tensor v;               /* [batch, local_key_tokens, kv or value_heads, value_dim] */
+    usp_tensor out;             /* [batch, local_tokens, H, value_dim] */
+    float *lse;                 /* [batch, heads, local_tokens] natural logarithm; iff return_lse */
+    const float *initial_state; /* iff config.initial_state */
+    float *final_state;         /* iff config.final_state */
+    void *saved;                /* kept for backward; NULL: no backward will follow */
+} usp_forward;
+
+/* q, k, v, out are the tensors of forward, unchanged. Gradients are overwritten, not added to, and must not overlap
+ * anything. */
+typedef struct usp_backward {
+    size_t struct_size;
+    usp_tensor q, k, v, out, dout, dq, dk, dv;
+    const float *dfinal_state; /* iff config.final_state */
+    float *dinitial_state;     /* iff config.initial_state */
+    const void *saved;         /* what forward wrote */
+} usp_backward;
+
+typedef struct usp_sizes {
+    size_t struct_size;
+    size_t forward_workspace, backward_workspace, exchange_workspace, saved; /* bytes */
+    size_t alignment;                                                        /* of workspace and saved */
+} usp_sizes;
+
+/* What this rank does in one pass. Bytes are exact: what the transport is given. */
+typedef struct usp_cost {
+    size_t struct_size;
+    double flops;      /* softmax: 4 or 10 x allowed pairs x head_dim-like terms; linear: by blocks, see docs */
+    double flops_max;  /* of the busiest rank of the mesh: flops_max / mean is the imbalance */
+    double flops_mean; /* over the ranks of the mesh */
+    int64_t ulysses_send, ulysses_recv, ring_send, ring_recv;
+} usp_cost;
+
+/* The heads and tokens that the inner (ring) stage of this rank works on, after the head exchange. */
+typedef struct usp_shard {
+    size_t struct_size;
+    int64_t tokens, key_tokens;
+    int first_head, heads;             /* of q */
+    int first_key_head, key_heads;     /* of k */
+    int first_value_head, value_heads; /* of v */
+    int first_out_head, out_heads;     /* of out */
+} usp_shard;
+
+/* Collective. Errors: INVALID (names the field), UNSUPPORTED (says why), MISMATCH (names the field and a rank),
+ * PEER_FAILED, NO_MEMORY, DEVICE, and the world's. `config` is copied. */
+USP_API usp_status usp_layer_create(const usp_mesh *mesh, usp_sequence *sequence, const usp_layer_config *config,
+                                    usp_layer **layer);
+USP_API usp_status usp_layer_get_sizes(const usp_layer *layer, usp_sizes *sizes);
+USP_API usp_status usp_layer_get_cost(const usp_layer *layer, usp_pass pass, usp_cost *cost);
+USP_API usp_status usp_layer_get_shard(const usp_layer *layer, usp_shard *shard);
+/* A text for people, cut to `capacity` and ended by 0; returns the whole length, like snprintf. */
+USP_API size_t usp_layer_describe(const usp_layer *layer, char *text, size_t capacity);
+
+/* Collective among the ranks of one data copy, in the same order for all layers of a world. Enqueue on `stream` and
+ * return (on the CPU: return when done). Allocate nothing, never wait for the device, may be captured in a CUDA graph.
+ * workspace: `bytes` long, contents free; one workspace serves any number of layers that run one after the other on one
+ * stream. Errors: INVALID, WORKSPACE: programming errors, found before anything moved, after which the caller should
+ * usp_world_abort since other ranks may wait; else the world's. */
+USP_API usp_status usp_layer_forward(usp_layer *layer, const usp_forward *args, void *workspace, size_t bytes,
+                                     usp_stream stream);
+USP_API usp_status usp_layer_backward(usp_layer *layer, const usp_backward *args, void *workspace, size_t bytes,
+                                      usp_stream stream);
+
+/* The inner stage alone: tensors are the shards of usp_layer_get_shard, lse is [batch, out_heads, tokens], states have
+ * out_heads heads. Same workspace and saved sizes. */
+USP_API usp_status usp_layer_inner_forward(usp_layer *layer, const usp_forward *args, void *workspace, size_t bytes,
+                                           usp_stream stream);
+USP_API usp_status usp_layer_inner_backward(usp_layer *layer, const usp_backward *args, void *workspace, size_t bytes,
+                                            usp_stream stream);
+
+/* The head exchange alone, for one operand: own tokens of all heads -> all tokens of the ring rank for own heads, and its
+ * transpose, which for a head that several ranks hold (kv_heads smaller than ulysses) is the sum of theirs, in fp32 in
+ * rank order. workspace: exchange_workspace bytes. */
+typedef enum usp_operand { USP_QUERY = 0, USP_KEY = 1, USP_VALUE = 2, USP_OUT = 3 } usp_operand;
+USP_API usp_status usp_layer_tokens_to_heads(usp_layer *layer, usp_operand operand, const usp_tensor *tokens,
+                                             const usp_tensor *heads, void *workspace, size_t bytes, usp_stream stream);
+USP_API usp_status usp_layer_heads_to_tokens(usp_layer *layer, usp_operand operand, const usp_tensor *heads,
+                                             const usp_tensor *tokens, void *workspace, size_t bytes, usp_stream stream);
+USP_API void usp_layer_destroy(usp_layer *layer);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,191 @@
+/* device.h - the device table: memory, streams and kernels. Every device fills every entry itself; nothing is NULL.
+ * lib/cpu/ is the specification; cuda/ must agree with it.
+ *
+ * All kernels run on `stream` and return after launching (CPU: when done). Tensors are [token, batch, head, dim] by
+ * strides in elements with dense dim (usp_tensor); any stride and alignment is legal. Running sums are fp32. Counts may
+ * be zero. Kernels check nothing: lib/ has, at create. */
+#ifndef USP_DEVICE_H
+#define USP_DEVICE_H
+#include "host.h"
+
+typedef struct usp_device usp_device;
+typedef struct usp_event usp_event; /* a point in a stream; may be recorded again and again */
+
+/* Head h of the layer reads head (h + offset) / group of a tensor whose heads are shared; group 1, offset 0: its own. */
+typedef struct usp_head_map {
+    int group, offset;
+} usp_head_map;
+
+/* ---- tiles: work planned with integers (lib/schedule.c), in device memory ------------------------------------------- */
+
+enum { USP_WORK_ROWS = 128 }; /* rows of one work item at most: kernels cut it further, never join two */
+
+/* Consecutive rows of one side of the score matrix, all of one segment: row i (begin <= i < begin + count) has global
+ * position origin + i * stride. Its tiles are tile[first_tile .. first_tile + tiles). */
+typedef struct usp_work {
+    int32_t begin, count, origin, stride, first_tile, tiles;
+} usp_work;
+
+/* Columns [begin, end) of one segment of the other side: column j has position origin + j * stride. A pair is allowed iff
+ * low <= key position - query position <= high (whichever side the rows are). Every column with an allowed pair is in
+ * [begin, end); in [full_begin, full_end) every pair with every row of the work is allowed (the range may be empty). */
+typedef struct usp_tile {
+    int32_t begin, end, full_begin, full_end, origin, stride, low, high;
+} usp_tile;
+
+/* Every row of the side is in exactly one work item, also rows that have no tile. */
+typedef struct usp_tiles {
+    const usp_work *work;
+    const usp_tile *tile;
+    int works;
+} usp_tiles;
+
+/* ---- kernel arguments ------------------------------------------------------------------------------------------------ */
+
+/* to = from, or to += from (fp32 `to` only), converting between dtypes (round to nearest even). Not overlapping. */
+typedef struct usp_copy {
+    int64_t tokens;
+    int batch, heads, dim;
+    usp_dtype from_dtype, to_dtype;
+    usp_tensor from, to;
+    int accumulate;
+} usp_copy;
+
+/* Softmax attention of a block of queries and a block of keys. Head h of q, out, dout, lse, delta is local head h; k, v,
+ * dk, dv go through `kv`. lse is [batch, heads, queries], natural logarithm, of scale * q.k. */
+typedef struct usp_softmax {
+    usp_dtype dtype;
+    int batch, heads, key_heads, dim, value_dim;
+    usp_head_map kv;
+    float scale;
+    int64_t queries, keys; /* rows of the two blocks */
+    usp_tensor q, k, v;    /* dtype */
+    usp_tiles tiles;       /* rows are queries, except in softmax_backward_key, where rows are keys */
+    int first, last;       /* first: the running sums are not read but begin here; last: results are written as dtype to
+                              `out` (dq, dk, dv) instead of to the running sums */
+    /* forward: folds the keys into (acc, lse). acc is normalised, fp32 [queries, batch, heads, value_dim] dense. A row
+     * without any allowed key so far: acc 0, lse -inf. lse is always written. */
+    float *acc, *lse;
+    usp_tensor out; /* written if last */
+    /* backward: P = exp(scale q.k - lse), dS = P (dout.v - delta), dq += scale dS k, dk += scale dS^T q, dv += P^T dout.
+     * Rows with lse = -inf contribute nothing. Fixed order, no atomics. */
+    usp_tensor dout;         /* dtype */
+    const float *delta;      /* [batch, heads, queries]: rowsum(dout * out) */
+    usp_tensor dq_sum;       /* fp32 running sums, any strides */
+    usp_tensor dk_sum, dv_sum;
+    usp_tensor dq, dk, dv;   /* dtype, if last */
+} usp_softmax;
+
+/* delta[b, h, t] = sum over value_dim of dout * out, fp32. Uses dtype, batch, heads, value_dim, queries, dout, out. */
+
+/* Linear attention over chunks: runs of consecutive positions, in ascending order, a block at a time. Block i covers rows
+ * begin .. begin + count of one chunk, block[].chunk says which. All block arrays are in device memory.
+ * With `reverse`, time runs backward: "before" means after. Head h reads head maps of q, k and v; states are per layer
+ * head. `log_decay` is [heads] on the device, NULL: lambda = 1. */
+typedef struct usp_block {
+    int32_t begin, count, chunk;
+    int32_t distance; /* rows of the chunk before this block, in position order; `chunk_rows` below includes the block */
+    int32_t chunk_rows, padding;
+} usp_block;
+
+typedef struct usp_linear {
+    usp_dtype dtype;
+    int batch, heads, dim, value_dim; /* dim: of q and k; value_dim: of v and out */
+    usp_head_map q_map, k_map, v_map;
+    float scale; /* of every product with q */
+    const float *log_decay;
+    int causal, reverse;
+    int shift; /* see each entry */
+    int transposed; /* states are stored [value_dim, dim] instead of [dim, value_dim] */
+    const usp_block *block;
+    int blocks;
+    int64_t tokens;
+    usp_tensor q, k, v; /* dtype */
+    float *states;      /* fp32, [blocks or chunks][batch][heads][dim][value_dim] (last two swapped if transposed) */
+    int first, last;    /* first: acc is not read; last: write dtype to out, else fp32 to acc */
+    float *acc;         /* fp32 [tokens, batch, heads, value_dim] dense */
+    usp_tensor out;     /* [.., heads, ..]: per layer head, no map */
+} usp_linear;
+
+/* Exclusive scan over n states of `elements` floats per head: x = initial or 0; for i ascending (descending if reverse):
+ * t = states[i]; states[i] = x; x = exp(log_decay[head] * length[i]) * x + t; and at the end final = x.
+ * A scan runs over each group of consecutive states with equal `group`, each from `initial[group]`, to `final[group]`.
+ * One state is [batch][heads][elements]. initial and final may be NULL; final may not alias initial. */
+typedef struct usp_scan_step {
+    int32_t length, group;
+} usp_scan_step;
+
+typedef struct usp_scan {
+    int batch, heads;
+    int64_t elements;
+    const float *log_decay;
+    int reverse;
+    const usp_scan_step *step; /* [states], device memory; groups ascending from 0 */
+    int states, groups;
+    float *data;
+    const float *initial;
+    float *final;
+} usp_scan;
+
+/* What a layer will ask of the kernels, for the one selector. */
+typedef struct usp_kernel_shape {
+    usp_attention attention;
+    usp_dtype dtype;
+    int dim, value_dim;
+} usp_kernel_shape;
+
+typedef struct usp_device_ops {
+    const char *name;
+    usp_device_kind kind;
+
+    /* memory: 256-byte aligned; NO_MEMORY. copy and zero run in stream order; copy between any two memories. */
+    usp_status (*alloc)(usp_device *, size_t bytes, void **);
+    void (*free)(usp_device *, void *);
+    usp_status (*copy)(usp_device *, void *to, const void *from, size_t bytes, usp_stream);
+    usp_status (*zero)(usp_device *, void *, size_t bytes, usp_stream);
+
+    /* streams and events. query: *busy = 0 once all work on the stream is done; DEVICE if it failed. */
+    usp_status (*stream_create)(usp_device *, usp_stream *);
+    void (*stream_destroy)(usp_device *, usp_stream);
+    usp_status (*query)(usp_device *, usp_stream, int *busy);
+    usp_status (*event_create)(usp_device *, usp_event **);
+    void (*event_destroy)(usp_device *, usp_event *);
+    usp_status (*event_record)(usp_device *, usp_event *, usp_stream);
+    usp_status (*event_wait)(usp_device *, usp_event *, usp_stream); /* the stream waits, not the host */
+    usp_status (*event_query)(usp_device *, usp_event *, int *busy);
+    usp_status (*capturing)(usp_device *, usp_stream, int *yes);     /* is a graph being captured on the stream? */
+
+    /* kernels */
+    usp_status (*supports)(usp_device *, const usp_kernel_shape *); /* UNSUPPORTED with the reason, or OK */
+    usp_status (*copy_rows)(usp_device *, const usp_copy *, usp_stream);
+    usp_status (*softmax_forward)(usp_device *, const usp_softmax *, usp_stream);
+    usp_status (*softmax_delta)(usp_device *, const usp_softmax *, float *delta, usp_stream);
+    usp_status (*softmax_backward_query)(usp_device *, const usp_softmax *, usp_stream); /* dq */
+    usp_status (*softmax_backward_key)(usp_device *, const usp_softmax *, usp_stream);   /* dk, dv */
+    /* states[block] = sum over the block's rows j of lambda^(n_j + shift) k_j v_j^T, n_j = rows of the block after j
+     * (before j if reverse). q is not used. */
+    usp_status (*linear_totals)(usp_device *, const usp_linear *, usp_stream);
+    usp_status (*linear_scan)(usp_device *, const usp_scan *, usp_stream);
+    /* out_i = scale * ( sum over rows j of the block with j <= i (>= i if reverse) of lambda^|i-j| (q_i.k_j) v_j
+     *                   + lambda^(n_i + shift) q_i^T states[block] ), n_i = rows of the block before i (after if reverse).
+     * Ignores acc unless !first. causal only. */
+    usp_status (*linear_output)(usp_device *, const usp_linear *, usp_stream);
+    /* out_i = (first ? 0 : acc_i) + scale * lambda^(n_i + shift) q_i^T states[chunk], n_i = rows of the chunk before i
+     * (after if reverse); lambda^... = 1 if not causal. k and v are not used. */
+    usp_status (*linear_apply)(usp_device *, const usp_linear *, usp_stream);
+
+    void (*destroy)(usp_device *);
+} usp_device_ops;
+
+struct usp_device {
+    const usp_device_ops *ops;
+    const usp_host *host; /* outlives the device */
+};
+
+/* Constructors; only lib/world.c calls them. */
+usp_status usp_device_create_cpu(const usp_host *host, usp_device **device);
+usp_status usp_device_create_cuda(const usp_host *host, usp_device **device); /* the thread's current GPU */
+int usp_device_count_cuda(void);
+usp_status usp_device_select_cuda(int index);
+
+#endif
