@@ -1,0 +1,585 @@
+/* threads.c - the comm whose ranks are threads of one process: each receiver copies straight from the sender's memory.
+ * It opens no connection and starts no thread, and knows of devices only what their table offers.
+ *
+ * One mutex guards the rendezvous; copies are made without it. There is a seat for each rank and a box for each ordered
+ * pair of ranks, so exchanges of different pairs never meet. A sender stays in its exchange until its last message has
+ * been copied, and its stream waits for the receivers' streams; the host never waits for a stream. */
+#define _POSIX_C_SOURCE 200809L
+#include "comm.h"
+#include "error.h"
+#include <errno.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+enum { USP_NO_MESSAGE = -1, USP_NO_RANK = -1 };
+
+typedef enum usp_activity { USP_ABSENT, USP_COMPUTING, USP_EXCHANGING, USP_GATHERING, USP_LEFT } usp_activity;
+
+/* One ordered pair of ranks. */
+typedef struct usp_box {
+    int next;             /* index of the sender's next message to this receiver */
+    int want;             /* index of the receiver's next message from this sender */
+    int copying;          /* the receiver reads the sender's memory just now */
+    int unsettled;        /* the sender's stream does not yet wait for `consumed` */
+    usp_event *consumed;  /* the receiver's stream has read the message; the receiver's */
+} usp_box;
+
+/* One rank. What it waits for follows from its activity and its boxes. */
+typedef struct usp_seat {
+    pthread_cond_t wake;
+    usp_activity activity;
+    uint64_t exchanges; /* entered so far, gathers included */
+    usp_event *posted;  /* what the rank sends is ready */
+    const usp_send *sends;
+    int send_count;
+    const void *mine; /* gathering */
+    void *all;
+    size_t bytes;
+} usp_seat;
+
+struct usp_rendezvous {
+    pthread_mutex_t mutex;
+    usp_host host;
+    int size;
+    usp_status failure; /* sticky, the same for all ranks */
+    char sentence[256];
+    usp_seat *seats; /* [size] */
+    usp_box *boxes;  /* [sender][receiver] */
+};
+
+typedef struct usp_thread_comm {
+    usp_comm base;
+    usp_rendezvous *meeting;
+} usp_thread_comm;
+
+/* ---- the rendezvous ---------------------------------------------------------------------------------------------- */
+
+static usp_box *usp_box_of(usp_rendezvous *meeting, int sender, int receiver)
+{
+    return &meeting->boxes[(size_t)sender * (size_t)meeting->size + (size_t)receiver];
+}
+
+static void usp_seats_init(usp_rendezvous *meeting)
+{
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    for (int i = 0; i < meeting->size; i++) pthread_cond_init(&meeting->seats[i].wake, &attributes);
+    pthread_condattr_destroy(&attributes);
+    for (int i = 0; i < meeting->size * meeting->size; i++)
+        meeting->boxes[i].next = meeting->boxes[i].want = USP_NO_MESSAGE;
+}
+
+usp_status usp_rendezvous_create(int size, usp_rendezvous **rendezvous)
+{
+    USP_REQUIRE(rendezvous != NULL, "rendezvous is NULL");
+    *rendezvous = NULL;
+    USP_REQUIRE(size >= 1 && size <= 4096, "size is %d, not 1 to 4096", size);
+    usp_world_config defaults = {.struct_size = sizeof defaults};
+    usp_host host = usp_host_from_config(&defaults);
+    size_t ranks = (size_t)size, head = sizeof(usp_rendezvous) + ranks * sizeof(usp_seat);
+    void *memory;
+    USP_TRY(usp_host_alloc(&host, head + ranks * ranks * sizeof(usp_box), "rendezvous", &memory));
+    usp_rendezvous *meeting = memory;
+    meeting->host = host;
+    meeting->size = size;
+    meeting->seats = (usp_seat *)(meeting + 1);
+    meeting->boxes = (usp_box *)(meeting->seats + ranks);
+    pthread_mutex_init(&meeting->mutex, NULL);
+    usp_seats_init(meeting);
+    *rendezvous = meeting;
+    return USP_OK;
+}
+
+void usp_rendezvous_destroy(usp_rendezvous *meeting)
+{
+    if (!meeting) return;
+    for (int i = 0; i < meeting->size; i++) pthread_cond_destroy(&meeting->seats[i].wake);
+    pthread_mutex_destroy(&meeting->mutex);
+    usp_host host = meeting->host;
+    usp_host_free(&host, meeting);
+}
+
+/* ---- failure and blame; all under the mutex ---------------------------------------------------------------------- */
+
+static void usp_wake_all(usp_rendezvous *meeting)
+{
+    for (int i = 0; i < meeting->size; i++) pthread_cond_signal(&meeting->seats[i].wake);
+}
+
+/* The failure of the world as this thread's error. */
+static usp_status usp_failure(const usp_rendezvous *meeting)
+{
+    return meeting->failure == USP_OK ? USP_OK : usp_fail(meeting->failure, "%s", meeting->sentence);
+}
+
+/* Fails the world for all ranks, unless it has failed already; the first failure is the one that all report. */
+__attribute__((format(printf, 3, 4))) static usp_status usp_fail_all(usp_rendezvous *meeting, usp_status status,
+                                                                     const char *format, ...)
+{
+    if (meeting->failure == USP_OK) {
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(meeting->sentence, sizeof meeting->sentence, format, arguments);
+        va_end(arguments);
+        meeting->failure = status;
+        usp_wake_all(meeting);
+    }
+    return usp_failure(meeting);
+}
+
+/* A receiver whose message is there is not waiting: it is the one who has to act. */
+static int usp_waits_on(usp_rendezvous *meeting, int rank, int peer)
+{
+    if (rank == peer) return 0;
+    usp_activity activity = meeting->seats[rank].activity;
+    if (activity == USP_GATHERING) return meeting->seats[peer].activity != USP_GATHERING;
+    if (activity != USP_EXCHANGING) return 0;
+    const usp_box *out = usp_box_of(meeting, rank, peer), *in = usp_box_of(meeting, peer, rank);
+    return out->next != USP_NO_MESSAGE || (in->want != USP_NO_MESSAGE && in->next == USP_NO_MESSAGE);
+}
+
+static int usp_waits_for(usp_rendezvous *meeting, int rank)
+{
+    for (int peer = 0; peer < meeting->size; peer++)
+        if (usp_waits_on(meeting, rank, peer)) return peer;
+    return USP_NO_RANK;
+}
+
+static int usp_fewest_exchanges(const usp_rendezvous *meeting)
+{
+    int fewest = 0;
+    for (int i = 1; i < meeting->size; i++)
+        if (meeting->seats[i].exchanges < meeting->seats[fewest].exchanges) fewest = i;
+    return fewest;
+}
+
+/* The end of the chain of who waits for whom; where the chain is a circle, the rank that has done least. */
+static int usp_rank_behind(usp_rendezvous *meeting, int rank)
+{
+    for (int hops = 0; hops <= meeting->size; hops++) {
+        int next = usp_waits_for(meeting, rank);
+        if (next == USP_NO_RANK) return rank;
+        rank = next;
+    }
+    return usp_fewest_exchanges(meeting);
+}
+
+/* ---- waiting; all under the mutex -------------------------------------------------------------------------------- */
+
+static struct timespec usp_deadline_in(int milliseconds)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    time.tv_sec += milliseconds / 1000;
+    time.tv_nsec += (long)(milliseconds % 1000) * 1000000L;
+    if (time.tv_nsec >= 1000000000L) {
+        time.tv_sec++;
+        time.tv_nsec -= 1000000000L;
+    }
+    return time;
+}
+
+static usp_status usp_check_left(usp_rendezvous *meeting, int rank)
+{
+    for (int peer = 0; peer < meeting->size; peer++)
+        if (meeting->seats[peer].activity == USP_LEFT && usp_waits_on(meeting, rank, peer))
+            return usp_fail_all(meeting, USP_PEER_LOST, "rank %d left while rank %d waited for it", peer, rank);
+    return USP_OK;
+}
+
+/* Sleeps until something may have changed. */
+static usp_status usp_wait(usp_thread_comm *self, const struct timespec *deadline)
+{
+    usp_rendezvous *meeting = self->meeting;
+    int rank = self->base.rank;
+    USP_TRY(usp_check_left(meeting, rank));
+    pthread_cond_t *wake = &meeting->seats[rank].wake;
+    if (self->base.timeout_ms < 0) {
+        pthread_cond_wait(wake, &meeting->mutex);
+        return USP_OK;
+    }
+    if (pthread_cond_timedwait(wake, &meeting->mutex, deadline) != ETIMEDOUT) return USP_OK;
+    if (usp_waits_for(meeting, rank) == USP_NO_RANK) return USP_OK;
+    return usp_fail_all(meeting, USP_TIMEOUT, "rank %d did not arrive within %d ms; rank %d waited",
+                        usp_rank_behind(meeting, rank), self->base.timeout_ms, rank);
+}
+
+/* ---- exchange ---------------------------------------------------------------------------------------------------- */
+
+/* One call of exchange. */
+typedef struct usp_errand {
+    const usp_send *sends;
+    const usp_recv *recvs;
+    int send_count, recv_count;
+    usp_stream stream;
+} usp_errand;
+
+static int usp_next_send(const usp_send *sends, int count, int from, int peer)
+{
+    for (int i = from; i < count; i++)
+        if (sends[i].peer == peer && sends[i].bytes > 0) return i;
+    return USP_NO_MESSAGE;
+}
+
+static int usp_next_recv(const usp_recv *recvs, int count, int from, int peer)
+{
+    for (int i = from; i < count; i++)
+        if (recvs[i].peer == peer && recvs[i].bytes > 0) return i;
+    return USP_NO_MESSAGE;
+}
+
+static usp_status usp_check_peer(const usp_comm *comm, int peer)
+{
+    USP_REQUIRE(peer >= 0 && peer < comm->size, "peer is %d in a world of %d", peer, comm->size);
+    USP_REQUIRE(peer != comm->rank, "rank %d exchanges with itself", peer);
+    return USP_OK;
+}
+
+static usp_status usp_check_errand(const usp_comm *comm, const usp_errand *errand)
+{
+    for (int i = 0; i < errand->send_count; i++) USP_TRY(usp_check_peer(comm, errand->sends[i].peer));
+    for (int i = 0; i < errand->recv_count; i++) USP_TRY(usp_check_peer(comm, errand->recvs[i].peer));
+    int capturing = 0;
+    USP_TRY(comm->device->ops->capturing(comm->device, errand->stream, &capturing));
+    if (capturing) return usp_fail(USP_UNSUPPORTED, "an exchange between threads cannot be captured in a graph");
+    return USP_OK;
+}
+
+static void usp_post(usp_thread_comm *self, const usp_errand *errand)
+{
+    usp_rendezvous *meeting = self->meeting;
+    int rank = self->base.rank;
+    usp_seat *seat = &meeting->seats[rank];
+    seat->activity = USP_EXCHANGING;
+    seat->exchanges++;
+    seat->sends = errand->sends;
+    seat->send_count = errand->send_count;
+    for (int peer = 0; peer < meeting->size; peer++) {
+        usp_box *out = usp_box_of(meeting, rank, peer), *in = usp_box_of(meeting, peer, rank);
+        out->next = usp_next_send(errand->sends, errand->send_count, 0, peer);
+        in->want = usp_next_recv(errand->recvs, errand->recv_count, 0, peer);
+        if (out->next != USP_NO_MESSAGE) pthread_cond_signal(&meeting->seats[peer].wake);
+    }
+}
+
+/* Nobody may read this rank's memory or look for its messages any more. */
+static void usp_withdraw(usp_thread_comm *self)
+{
+    usp_rendezvous *meeting = self->meeting;
+    int rank = self->base.rank;
+    usp_seat *seat = &meeting->seats[rank];
+    for (int peer = 0; peer < meeting->size; peer++) {
+        usp_box *out = usp_box_of(meeting, rank, peer);
+        while (out->copying) pthread_cond_wait(&seat->wake, &meeting->mutex);
+        out->next = usp_box_of(meeting, peer, rank)->want = USP_NO_MESSAGE;
+        out->unsettled = 0;
+        if (meeting->seats[peer].activity == USP_LEFT) pthread_cond_signal(&meeting->seats[peer].wake);
+    }
+    seat->sends = NULL;
+    seat->activity = USP_COMPUTING;
+}
+
+/* Lets this rank's stream wait for the receiver's, so that later work may overwrite the message. */
+static usp_status usp_settle(usp_thread_comm *self, int peer, usp_stream stream, int *moved)
+{
+    usp_rendezvous *meeting = self->meeting;
+    usp_device *device = self->base.device;
+    usp_box *out = usp_box_of(meeting, self->base.rank, peer);
+    if (!out->unsettled) return USP_OK;
+    out->unsettled = 0;
+    *moved = 1;
+    if (meeting->seats[peer].activity == USP_LEFT) pthread_cond_signal(&meeting->seats[peer].wake);
+    if (device->ops->event_wait(device, out->consumed, stream) == USP_OK) return USP_OK;
+    return usp_fail_all(meeting, USP_DEVICE, "rank %d: %s", self->base.rank, usp_last_error());
+}
+
+/* Copies one message without the mutex; `copying` keeps the sender where it is. */
+static usp_status usp_copy_message(usp_thread_comm *self, usp_box *in, const usp_seat *sender, const usp_recv *recv,
+                                   usp_stream stream)
+{
+    usp_device *device = self->base.device;
+    const void *data = sender->sends[in->next].data;
+    in->copying = 1;
+    pthread_mutex_unlock(&self->meeting->mutex);
+    usp_status status = device->ops->event_wait(device, sender->posted, stream);
+    if (status == USP_OK) status = device->ops->copy(device, recv->data, data, recv->bytes, stream);
+    pthread_mutex_lock(&self->meeting->mutex);
+    in->copying = 0;
+    if (status == USP_OK) status = device->ops->event_record(device, in->consumed, stream);
+    if (status == USP_OK) return USP_OK;
+    return usp_fail_all(self->meeting, status, "rank %d: %s", self->base.rank, usp_last_error());
+}
+
+/* Takes the next message of `peer` if it is there. */
+static usp_status usp_receive(usp_thread_comm *self, int peer, const usp_errand *errand, int *moved)
+{
+    usp_rendezvous *meeting = self->meeting;
+    int rank = self->base.rank;
+    usp_box *in = usp_box_of(meeting, peer, rank);
+    usp_seat *sender = &meeting->seats[peer];
+    if (in->want == USP_NO_MESSAGE || in->next == USP_NO_MESSAGE) return USP_OK;
+    const usp_recv *recv = &errand->recvs[in->want];
+    size_t sent = sender->sends[in->next].bytes;
+    if (sent != recv->bytes)
+        return usp_fail_all(meeting, USP_COMM, "rank %d sends %zu bytes to rank %d, which expects %zu", peer, sent,
+                            rank, recv->bytes);
+    usp_status status = usp_copy_message(self, in, sender, recv, errand->stream);
+    pthread_cond_signal(&sender->wake);
+    if (status != USP_OK) return status;
+    in->next = usp_next_send(sender->sends, sender->send_count, in->next + 1, rank);
+    in->want = usp_next_recv(errand->recvs, errand->recv_count, in->want + 1, peer);
+    in->unsettled = 1;
+    *moved = 1;
+    return USP_OK;
+}
+
+/* Moves whatever can move until nothing is left. The time limit is for a wait, not for the whole exchange. */
+static usp_status usp_run_errand(usp_thread_comm *self, const usp_errand *errand)
+{
+    usp_rendezvous *meeting = self->meeting;
+    struct timespec deadline = usp_deadline_in(self->base.timeout_ms);
+    for (;;) {
+        int moved = 0;
+        USP_TRY(usp_failure(meeting));
+        for (int peer = 0; peer < meeting->size; peer++) {
+            USP_TRY(usp_settle(self, peer, errand->stream, &moved));
+            USP_TRY(usp_receive(self, peer, errand, &moved));
+        }
+        if (moved) {
+            deadline = usp_deadline_in(self->base.timeout_ms);
+            continue;
+        }
+        if (usp_waits_for(meeting, self->base.rank) == USP_NO_RANK) return USP_OK;
+        USP_TRY(usp_wait(self, &deadline));
+    }
+}
+
+static usp_status usp_threads_exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
+                                       int recv_count, usp_stream stream)
+{
+    usp_thread_comm *self = (usp_thread_comm *)comm;
+    usp_rendezvous *meeting = self->meeting;
+    usp_errand errand = {sends, recvs, send_count, recv_count, stream};
+    USP_TRY(usp_check_errand(comm, &errand));
+    USP_TRY(comm->device->ops->event_record(comm->device, meeting->seats[comm->rank].posted, stream));
+    pthread_mutex_lock(&meeting->mutex);
+    usp_status status = usp_failure(meeting);
+    if (status == USP_OK) {
+        usp_post(self, &errand);
+        status = usp_run_errand(self, &errand);
+        usp_withdraw(self);
+    }
+    pthread_mutex_unlock(&meeting->mutex);
+    return status;
+}
+
+/* ---- gather ------------------------------------------------------------------------------------------------------ */
+
+static int usp_all_gathering(const usp_rendezvous *meeting)
+{
+    for (int i = 0; i < meeting->size; i++)
+        if (meeting->seats[i].activity != USP_GATHERING) return 0;
+    return 1;
+}
+
+/* The last rank to come copies for all and sends them on. */
+static usp_status usp_finish_gather(usp_rendezvous *meeting)
+{
+    size_t bytes = meeting->seats[0].bytes;
+    for (int i = 1; i < meeting->size; i++)
+        if (meeting->seats[i].bytes != bytes)
+            return usp_fail_all(meeting, USP_COMM, "rank 0 gathers %zu bytes and rank %d gathers %zu", bytes, i,
+                                meeting->seats[i].bytes);
+    for (int to = 0; to < meeting->size; to++) {
+        for (int from = 0; bytes > 0 && from < meeting->size; from++)
+            memcpy((char *)meeting->seats[to].all + (size_t)from * bytes, meeting->seats[from].mine, bytes);
+        meeting->seats[to].activity = USP_COMPUTING;
+    }
+    usp_wake_all(meeting);
+    return USP_OK;
+}
+
+static usp_status usp_wait_gathered(usp_thread_comm *self)
+{
+    const usp_seat *seat = &self->meeting->seats[self->base.rank];
+    struct timespec deadline = usp_deadline_in(self->base.timeout_ms);
+    while (seat->activity == USP_GATHERING) {
+        USP_TRY(usp_failure(self->meeting));
+        USP_TRY(usp_wait(self, &deadline));
+    }
+    return USP_OK;
+}
+
+static usp_status usp_gather_locked(usp_thread_comm *self, const void *mine, void *all, size_t bytes)
+{
+    usp_seat *seat = &self->meeting->seats[self->base.rank];
+    USP_TRY(usp_failure(self->meeting));
+    seat->mine = mine;
+    seat->all = all;
+    seat->bytes = bytes;
+    seat->exchanges++;
+    seat->activity = USP_GATHERING;
+    usp_status status = usp_all_gathering(self->meeting) ? usp_finish_gather(self->meeting) : usp_wait_gathered(self);
+    seat->activity = USP_COMPUTING;
+    return status;
+}
+
+static usp_status usp_threads_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank)
+{
+    usp_thread_comm *self = (usp_thread_comm *)comm;
+    pthread_mutex_lock(&self->meeting->mutex);
+    usp_status status = usp_gather_locked(self, mine, all, bytes_per_rank);
+    pthread_mutex_unlock(&self->meeting->mutex);
+    return status;
+}
+
+/* ---- the rest of the table --------------------------------------------------------------------------------------- */
+
+static usp_status usp_threads_alloc_shared(usp_comm *comm, size_t bytes, void **memory)
+{
+    return comm->device->ops->alloc(comm->device, bytes, memory);
+}
+
+static usp_status usp_threads_free_shared(usp_comm *comm, void *memory)
+{
+    comm->device->ops->free(comm->device, memory);
+    return USP_OK;
+}
+
+static usp_status usp_threads_split(usp_comm *comm, int colour, int key, struct ncclComm **axis)
+{
+    (void)comm, (void)colour, (void)key;
+    *axis = NULL;
+    return usp_fail(USP_UNSUPPORTED, "ranks that are threads have no NCCL communicator");
+}
+
+static void usp_threads_split_destroy(usp_comm *comm, struct ncclComm *axis)
+{
+    (void)comm, (void)axis;
+}
+
+static usp_status usp_threads_poll(usp_comm *comm)
+{
+    usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
+    pthread_mutex_lock(&meeting->mutex);
+    usp_status status = usp_failure(meeting);
+    pthread_mutex_unlock(&meeting->mutex);
+    return status;
+}
+
+static usp_status usp_threads_overdue(usp_comm *comm)
+{
+    usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
+    pthread_mutex_lock(&meeting->mutex);
+    usp_status status = usp_fail_all(meeting, USP_TIMEOUT, "rank %d is behind: work of rank %d was not done in %d ms",
+                                     usp_fewest_exchanges(meeting), comm->rank, comm->timeout_ms);
+    pthread_mutex_unlock(&meeting->mutex);
+    return status;
+}
+
+static void usp_threads_abort(usp_comm *comm)
+{
+    usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
+    pthread_mutex_lock(&meeting->mutex);
+    usp_fail_all(meeting, USP_COMM, "rank %d aborted", comm->rank);
+    pthread_mutex_unlock(&meeting->mutex);
+}
+
+/* Takes the rank's events back, each as soon as the rank that may still use it has. */
+static void usp_leave(usp_thread_comm *self)
+{
+    usp_rendezvous *meeting = self->meeting;
+    usp_device *device = self->base.device;
+    usp_seat *seat = &meeting->seats[self->base.rank];
+    pthread_mutex_lock(&meeting->mutex);
+    seat->activity = USP_LEFT;
+    usp_wake_all(meeting);
+    for (int peer = 0; peer < meeting->size; peer++) {
+        usp_box *in = usp_box_of(meeting, peer, self->base.rank);
+        while (in->unsettled) pthread_cond_wait(&seat->wake, &meeting->mutex);
+        if (in->consumed) device->ops->event_destroy(device, in->consumed);
+        in->consumed = NULL;
+    }
+    if (seat->posted) device->ops->event_destroy(device, seat->posted);
+    seat->posted = NULL;
+    pthread_mutex_unlock(&meeting->mutex);
+}
+
+static void usp_threads_destroy(usp_comm *comm)
+{
+    if (!comm) return;
+    usp_leave((usp_thread_comm *)comm);
+    usp_host_free(comm->host, comm);
+}
+
+static const usp_comm_ops usp_threads_ops = {
+    .name = "threads",
+    .exchange = usp_threads_exchange,
+    .allgather = usp_threads_allgather,
+    .alloc_shared = usp_threads_alloc_shared,
+    .free_shared = usp_threads_free_shared,
+    .split = usp_threads_split,
+    .split_destroy = usp_threads_split_destroy,
+    .poll = usp_threads_poll,
+    .overdue = usp_threads_overdue,
+    .abort = usp_threads_abort,
+    .destroy = usp_threads_destroy,
+};
+
+/* ---- create ------------------------------------------------------------------------------------------------------ */
+
+static usp_status usp_take_seat(usp_rendezvous *meeting, int rank)
+{
+    pthread_mutex_lock(&meeting->mutex);
+    usp_seat *seat = &meeting->seats[rank];
+    int taken = seat->activity != USP_ABSENT;
+    if (!taken) seat->activity = USP_COMPUTING;
+    pthread_mutex_unlock(&meeting->mutex);
+    USP_REQUIRE(!taken, "rank %d of the rendezvous is taken", rank);
+    return USP_OK;
+}
+
+static usp_status usp_make_events(usp_thread_comm *self)
+{
+    usp_rendezvous *meeting = self->meeting;
+    usp_device *device = self->base.device;
+    USP_TRY(device->ops->event_create(device, &meeting->seats[self->base.rank].posted));
+    for (int peer = 0; peer < meeting->size; peer++)
+        if (peer != self->base.rank)
+            USP_TRY(device->ops->event_create(device, &usp_box_of(meeting, peer, self->base.rank)->consumed));
+    return USP_OK;
+}
+
+/* The others wait for this rank: tell them that it will not come. */
+static usp_status usp_refuse(usp_rendezvous *meeting, int rank, usp_status status)
+{
+    pthread_mutex_lock(&meeting->mutex);
+    usp_fail_all(meeting, USP_PEER_FAILED, "rank %d could not join: %s", rank, usp_last_error());
+    meeting->seats[rank].activity = USP_LEFT;
+    pthread_mutex_unlock(&meeting->mutex);
+    return status;
+}
+
+usp_status usp_comm_create_threads(const usp_comm_config *config, usp_rendezvous *meeting, int rank, usp_comm **comm)
+{
+    *comm = NULL;
+    USP_REQUIRE(meeting != NULL, "rendezvous is NULL");
+    USP_REQUIRE(rank >= 0 && rank < meeting->size, "rank is %d in a rendezvous of %d", rank, meeting->size);
+    USP_TRY(usp_take_seat(meeting, rank));
+    void *memory;
+    usp_status status = usp_host_alloc(config->host, sizeof(usp_thread_comm), "comm", &memory);
+    if (status != USP_OK) return usp_refuse(meeting, rank, status);
+    usp_thread_comm *self = memory;
+    self->base = (usp_comm){&usp_threads_ops, rank, meeting->size, config->timeout_ms, config->device, config->host};
+    self->meeting = meeting;
+    status = usp_make_events(self);
+    if (status != USP_OK) usp_refuse(meeting, rank, status);
+    if (status == USP_OK) status = usp_threads_allgather(&self->base, NULL, NULL, 0);
+    if (status == USP_OK) *comm = &self->base;
+    else usp_threads_destroy(&self->base);
+    return status;
+}
