@@ -58,6 +58,15 @@ static __host__ __device__ __forceinline__ T *usp_row(const usp_tensor &x, int64
     return static_cast<T *>(x.data) + token * x.stride_token + batch * x.stride_batch + head * x.stride_head;
 }
 
+/* The same where the element type is known only at run time. */
+static __host__ __device__ __forceinline__ char *usp_row_bytes(const usp_tensor &x, usp_dtype dtype, int64_t token,
+                                                               int64_t batch, int64_t head)
+{
+    int64_t element = dtype == USP_F32 ? 4 : 2;
+    return static_cast<char *>(x.data) +
+           element * (token * x.stride_token + batch * x.stride_batch + head * x.stride_head);
+}
+
 static __device__ __forceinline__ int usp_mapped_head(usp_head_map map, int head)
 {
     return (head + map.offset) / map.group;
