@@ -1,0 +1,409 @@
+/* linear_mma.cu - linear attention on tensor cores by mma.sync: 16-bit elements, dims 64 and 128, rows on 16 bytes.
+ * A warp owns 16 value columns of the state for all of its life: in fp32, in registers, never in shared memory.
+ *
+ * Rows go by in the order of time, `rows` at a time. The state is kept transposed, [value][dim]: as the accumulator of
+ * v^T k it then has the very places that the right operand of q state needs. An fp32 number goes into a product as the sum
+ * of two 16-bit ones (high + low), so that only the pairs (q.k) of one step are rounded. */
+#include "launch.h"
+#include "linear.cuh"
+#include "tiles.cuh"
+#include <type_traits>
+
+static constexpr int rows = 64;                 /* of one step */
+static constexpr int row_blocks = rows / 16;    /* a fragment is 16 rows or columns */
+static constexpr int pair_bytes = rows * rows * 2;
+
+/* What the warps of a thread block share while it works on one block of one head. */
+struct work {
+    usp_place place;
+    usp_time time;
+    float log2_decay;
+};
+
+/* ---- rows -------------------------------------------------------------------------------------------------------------- */
+
+/* Starts fetching the `rows` rows from `first` on in time; rows after the block become zero. */
+template <typename T, int DIM, int THREADS>
+static __device__ __forceinline__ void fetch(usp_shared_rows<DIM> to, const usp_tensor &x, const work &work, int first,
+                                             int head)
+{
+    int64_t token = work.time.first + static_cast<int64_t>(first) * work.time.step;
+    usp_fetch<rows, THREADS, DIM>(to, usp_row<const T>(x, token, work.place.batch, head),
+                                  work.time.step * x.stride_token, work.time.count - first, DIM);
+}
+
+/* ---- the state --------------------------------------------------------------------------------------------------------- */
+
+/* This lane's elements of the state of its warp: 16 values by DIM. */
+template <int DIM> using state_sums = usp_sums<1, DIM / 8>;
+
+/* Calls body(element, index in the stored state). */
+template <int DIM, typename Body>
+static __device__ __forceinline__ void for_state(state_sums<DIM> &state, const usp_linear &linear, Body body)
+{
+    int value = threadIdx.x / 32 * 16;
+#pragma unroll
+    for (int n = 0; n < DIM / 8; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            body(state[0][n][i], usp_state_index(linear, usp_lane_column(n) + i % 2, value + usp_lane_row(0, i / 2)));
+    }
+}
+
+/* state += sum over the rows of k (weight v)^T, row t of the step with weight decay^(last - t). */
+template <typename T, int DIM, int VALUE>
+static __device__ __forceinline__ void add_rows(state_sums<DIM> &state, usp_shared_rows<DIM> k, usp_shared_rows<VALUE> v,
+                                                float log2_decay, int last)
+{
+    uint32_t k_lane = usp_lane_address(k), v_lane = usp_lane_address(v);
+#pragma unroll
+    for (int r = 0; r < row_blocks; r++) {
+        usp_fragment loaded = usp_load_block_transposed(usp_block_at<VALUE>(v_lane, r, threadIdx.x / 32)), high, low;
+#pragma unroll
+        for (int i = 0; i < 4; i++) { /* quarters: values by i % 2, rows by i / 2 */
+            int row = r * 16 + i / 2 * 8 + usp_lane_column(0);
+            float2 x = usp_unpack<T>(loaded.part[i % 2 * 2 + i / 2]);
+            x.x *= usp_decay(log2_decay, max(last - row, 0));
+            x.y *= usp_decay(log2_decay, max(last - row - 1, 0));
+            high.part[i] = usp_pack<T>(x.x, x.y);
+            float2 rounded = usp_unpack<T>(high.part[i]);
+            low.part[i] = usp_pack<T>(x.x - rounded.x, x.y - rounded.y);
+        }
+#pragma unroll
+        for (int n = 0; n < DIM / 16; n++) {
+            usp_fragment right = usp_load_block_transposed(usp_block_at<DIM>(k_lane, r, n));
+            usp_mma<T>(state[0][2 * n], high, right.part[0], right.part[1]);
+            usp_mma<T>(state[0][2 * n + 1], high, right.part[2], right.part[3]);
+            if (log2_decay == 0) continue; /* weights of 1 leave nothing in `low` */
+            usp_mma<T>(state[0][2 * n], low, right.part[0], right.part[1]);
+            usp_mma<T>(state[0][2 * n + 1], low, right.part[2], right.part[3]);
+        }
+    }
+}
+
+/* A power of two that brings the warp's state well inside T's range; bf16 has fp32's. */
+template <typename T, int DIM> static __device__ __forceinline__ float state_unit(const state_sums<DIM> &state)
+{
+    if (std::is_same<T, __nv_bfloat16>::value) return 1;
+    float largest = 0;
+#pragma unroll
+    for (int n = 0; n < DIM / 8; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) largest = fmaxf(largest, fabsf(state[0][n][i]));
+    }
+    for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
+    int exponent = (__float_as_int(largest) >> 23) - 127;
+    return __int_as_float((min(max(exponent - 10, -100), 100) + 127) << 23);
+}
+
+/* ---- output ------------------------------------------------------------------------------------------------------------ */
+
+/* A warp's 16 columns of the output of one step. */
+using out_sums = usp_sums<row_blocks, 2>;
+
+/* out = q (state / unit). */
+template <typename T, int DIM>
+static __device__ __forceinline__ void multiply_state(out_sums &out, usp_shared_rows<DIM> q, const state_sums<DIM> &state,
+                                                      float per_unit)
+{
+    uint32_t q_lane = usp_lane_address(q);
+#pragma unroll
+    for (int m = 0; m < row_blocks; m++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) out[m][i / 4][i % 4] = 0;
+    }
+#pragma unroll
+    for (int d = 0; d < DIM / 16; d++) {
+        uint32_t high[2][2], low[2][2]; /* [8 values][8 dims] */
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float *pair = &state[0][2 * d + i % 2][i / 2 * 2];
+            float x = pair[0] * per_unit, y = pair[1] * per_unit;
+            high[i / 2][i % 2] = usp_pack<T>(x, y);
+            float2 rounded = usp_unpack<T>(high[i / 2][i % 2]);
+            low[i / 2][i % 2] = usp_pack<T>(x - rounded.x, y - rounded.y);
+        }
+#pragma unroll
+        for (int m = 0; m < row_blocks; m++) {
+            usp_fragment left = usp_load_block(usp_block_at<DIM>(q_lane, m, d));
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                usp_mma<T>(out[m][n], left, high[n][0], high[n][1]);
+                usp_mma<T>(out[m][n], left, low[n][0], low[n][1]);
+            }
+        }
+    }
+}
+
+/* out *= factor decay^(before + row). */
+static __device__ __forceinline__ void weigh_rows(out_sums &out, float factor, float log2_decay, int before)
+{
+#pragma unroll
+    for (int i = 0; i < row_blocks * 2; i++) {
+        float weight = factor * usp_decay(log2_decay, before + usp_lane_row(i / 2, i % 2));
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            out[i / 2][n][i % 2 * 2] *= weight;
+            out[i / 2][n][i % 2 * 2 + 1] *= weight;
+        }
+    }
+}
+
+/* The decayed products q.k of 16 rows and 32 keys of the step, zero where the key is after the row, into shared memory. */
+template <typename T, int DIM>
+static __device__ __forceinline__ void make_pairs(unsigned char *pairs, usp_shared_rows<DIM> q, usp_shared_rows<DIM> k,
+                                                  int row_block, int half, float scale, float log2_decay)
+{
+    usp_sums<1, 4> product = {};
+    usp_multiply_rows<T, DIM, 1, 4>(product, q.rows_from(row_block * 16), k.rows_from(half * 32));
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        int key = half * 32 + usp_lane_column(n);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = row_block * 16 + usp_lane_row(0, i), distance = row - key;
+            float x = distance < 0 ? 0 : product[0][n][2 * i] * scale * usp_decay(log2_decay, distance);
+            float y = distance < 1 ? 0 : product[0][n][2 * i + 1] * scale * usp_decay(log2_decay, distance - 1);
+            int place = row * rows * 2 + (((key / 8) ^ (row & 7)) << 4) + key % 8 * 2;
+            *reinterpret_cast<uint32_t *>(pairs + place) = usp_pack<T>(x, y);
+        }
+    }
+}
+
+/* out += pairs v; blocks above the diagonal hold nothing. */
+template <typename T, int VALUE>
+static __device__ __forceinline__ void add_pairs(out_sums &out, usp_shared_rows<rows> pairs, usp_shared_rows<VALUE> v)
+{
+    uint32_t pair_lane = usp_lane_address(pairs), v_lane = usp_lane_address(v);
+#pragma unroll
+    for (int key = 0; key < row_blocks; key++) {
+        usp_fragment right = usp_load_block_transposed(usp_block_at<VALUE>(v_lane, key, threadIdx.x / 32));
+#pragma unroll
+        for (int m = key; m < row_blocks; m++) {
+            usp_fragment left = usp_load_block(usp_block_at<rows>(pair_lane, m, key));
+            usp_mma<T>(out[m][0], left, right.part[0], right.part[1]);
+            usp_mma<T>(out[m][1], left, right.part[2], right.part[3]);
+        }
+    }
+}
+
+/* Writes 16 columns of a row as T: lanes swap halves with their neighbour, so that four lanes fill 32 bytes at once. */
+template <typename T>
+static __device__ __forceinline__ void put_values(T *to, const float *left, const float *right, bool live)
+{
+    int lane = threadIdx.x & 3, odd = lane & 1;
+    uint32_t first = usp_pack<T>(left[0], left[1]), second = usp_pack<T>(right[0], right[1]);
+    uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
+    uint2 four = odd ? make_uint2(other, second) : make_uint2(first, other);
+    if (live) *reinterpret_cast<uint2 *>(to + odd * 8 + lane / 2 * 4) = four;
+}
+
+/* Adds what was there, and writes the rows of the step from `first` on in time. */
+template <typename T>
+static __device__ __forceinline__ void put_rows(out_sums &out, const usp_linear &linear, const work &work, int first)
+{
+    int value = threadIdx.x / 32 * 16;
+#pragma unroll
+    for (int i = 0; i < row_blocks * 2; i++) {
+        int t = first + usp_lane_row(i / 2, i % 2);
+        bool live = t < work.time.count;
+        int64_t token = work.time.first + static_cast<int64_t>(t) * work.time.step;
+        float *left = &out[i / 2][0][i % 2 * 2], *right = &out[i / 2][1][i % 2 * 2];
+        float *acc = usp_sums_row(linear, token, work.place) + value + usp_lane_column(0);
+        if (!linear.first && live) {
+            float2 x = *reinterpret_cast<const float2 *>(acc), y = *reinterpret_cast<const float2 *>(acc + 8);
+            left[0] += x.x, left[1] += x.y, right[0] += y.x, right[1] += y.y;
+        }
+        if (linear.last) {
+            put_values(usp_row<T>(linear.out, token, work.place.batch, work.place.head) + value, left, right, live);
+        } else if (live) {
+            usp_put_pair(acc, left);
+            usp_put_pair(acc + 8, right);
+        }
+    }
+}
+
+/* ---- kernels ----------------------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ work find_work(const usp_linear &linear)
+{
+    usp_place place = usp_find_place(linear);
+    return {place, usp_block_time(linear, linear.block[place.block]), usp_log2_decay(linear.log_decay, place.head)};
+}
+
+/* A warp for every 16 values; two thread blocks fit a multiprocessor of sm_90. */
+static constexpr int threads_per_value = 2;
+
+template <typename T, int DIM, int VALUE>
+static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
+    totals(const __grid_constant__ usp_linear linear)
+{
+    extern __shared__ __align__(1024) unsigned char shared[];
+    constexpr int stage = rows * (DIM + VALUE) * 2, threads = threads_per_value * VALUE;
+    uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    work work = find_work(linear);
+    int k_head = usp_mapped_head(linear.k_map, work.place.head), v_head = usp_mapped_head(linear.v_map, work.place.head);
+    state_sums<DIM> state = {};
+    for (int first = -rows; first < work.time.count; first += rows) { /* the first turn only fetches */
+        int next = first + rows;
+        usp_fetched();
+        __syncthreads();
+        if (next < work.time.count) {
+            uint32_t to = base + next / rows % 2 * stage;
+            fetch<T, DIM, threads>({to}, linear.k, work, next, k_head);
+            fetch<T, VALUE, threads>({to + rows * DIM * 2}, linear.v, work, next, v_head);
+        }
+        if (first < 0) continue;
+        uint32_t from = base + first / rows % 2 * stage;
+        add_rows<T, DIM, VALUE>(state, {from}, {from + rows * DIM * 2}, work.log2_decay,
+                                work.time.count - 1 - first + linear.shift);
+    }
+    float *to = usp_state(linear, work.place.block, work.place);
+    for_state<DIM>(state, linear, [=](float &x, int index) { to[index] = x; });
+}
+
+template <typename T, int DIM, int VALUE>
+static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
+    output(const __grid_constant__ usp_linear linear)
+{
+    extern __shared__ __align__(1024) unsigned char shared[];
+    constexpr int q_bytes = rows * DIM * 2, stage = rows * (2 * DIM + VALUE) * 2, threads = threads_per_value * VALUE;
+    uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + pair_bytes;
+    int warp = threadIdx.x / 32;
+    work work = find_work(linear);
+    int q_head = usp_mapped_head(linear.q_map, work.place.head), k_head = usp_mapped_head(linear.k_map, work.place.head);
+    int v_head = usp_mapped_head(linear.v_map, work.place.head);
+    state_sums<DIM> state;
+    for (int first = -rows; first < work.time.count; first += rows) {
+        int next = first + rows;
+        usp_fetched();
+        __syncthreads();
+        if (next < work.time.count) {
+            uint32_t to = base + next / rows % 2 * stage;
+            fetch<T, DIM, threads>({to}, linear.q, work, next, q_head);
+            fetch<T, DIM, threads>({to + q_bytes}, linear.k, work, next, k_head);
+            fetch<T, VALUE, threads>({to + 2 * q_bytes}, linear.v, work, next, v_head);
+        }
+        if (first < 0) {
+            const float *from = usp_state(linear, work.place.block, work.place);
+            float decay = usp_decay(work.log2_decay, linear.shift);
+            for_state<DIM>(state, linear, [=](float &x, int index) { x = decay * from[index]; });
+            continue;
+        }
+        uint32_t from = base + first / rows % 2 * stage;
+        usp_shared_rows<DIM> q = {from}, k = {from + q_bytes};
+        usp_shared_rows<VALUE> v = {from + 2 * q_bytes};
+        for (int half = warp / row_blocks; half <= warp % row_blocks / 2; half += threads / 32 / row_blocks)
+            make_pairs<T>(shared, q, k, warp % row_blocks, half, linear.scale, work.log2_decay);
+        out_sums out;
+        float unit = state_unit<T, DIM>(state);
+        multiply_state<T, DIM>(out, q, state, 1 / unit);
+        weigh_rows(out, linear.scale * unit, work.log2_decay, 0);
+        __syncthreads();
+        add_pairs<T, VALUE>(out, {base - pair_bytes}, v);
+        put_rows<T>(out, linear, work, first);
+        if (next >= work.time.count) break;
+        float decay = usp_decay(work.log2_decay, rows);
+        for_state<DIM>(state, linear, [=](float &x, int) { x *= decay; });
+        add_rows<T, DIM, VALUE>(state, k, v, work.log2_decay, rows);
+    }
+}
+
+template <typename T, int DIM, int VALUE>
+static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
+    apply(const __grid_constant__ usp_linear linear)
+{
+    extern __shared__ __align__(1024) unsigned char shared[];
+    constexpr int stage = rows * DIM * 2, threads = threads_per_value * VALUE;
+    uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    work work = find_work(linear);
+    const usp_block &block = linear.block[work.place.block];
+    int q_head = usp_mapped_head(linear.q_map, work.place.head);
+    int before = linear.shift + usp_chunk_rows_before(linear, block);
+    float log2_decay = linear.causal ? work.log2_decay : 0;
+    state_sums<DIM> state;
+    float unit = 1;
+    for (int first = -rows; first < work.time.count; first += rows) {
+        int next = first + rows;
+        usp_fetched();
+        __syncthreads();
+        if (next < work.time.count) {
+            fetch<T, DIM, threads>({base + next / rows % 2 * stage}, linear.q, work, next, q_head);
+        }
+        if (first < 0) {
+            const float *from = usp_state(linear, block.chunk, work.place);
+            for_state<DIM>(state, linear, [=](float &x, int index) { x = from[index]; });
+            unit = state_unit<T, DIM>(state);
+            continue;
+        }
+        out_sums out;
+        multiply_state<T, DIM>(out, {base + first / rows % 2 * stage}, state, 1 / unit);
+        weigh_rows(out, linear.scale * unit, log2_decay, before + first);
+        put_rows<T>(out, linear, work, first);
+    }
+}
+
+/* ---- launchers ---------------------------------------------------------------------------------------------------------- */
+
+typedef void (*linear_kernel)(usp_linear);
+
+template <typename T, int DIM, int VALUE> static linear_kernel choose_call(usp_linear_call call)
+{
+    if (call == USP_CALL_TOTALS) return totals<T, DIM, VALUE>;
+    if (call == USP_CALL_OUTPUT) return output<T, DIM, VALUE>;
+    return apply<T, DIM, VALUE>;
+}
+
+template <typename T> static linear_kernel choose_dims(const usp_linear *linear, usp_linear_call call)
+{
+    if (linear->dim == 64) return linear->value_dim == 64 ? choose_call<T, 64, 64>(call) : choose_call<T, 64, 128>(call);
+    return linear->value_dim == 64 ? choose_call<T, 128, 64>(call) : choose_call<T, 128, 128>(call);
+}
+
+static size_t shared_bytes(usp_linear_call call, int dim, int value_dim)
+{
+    size_t columns[] = {static_cast<size_t>(dim + value_dim), static_cast<size_t>(2 * dim + value_dim),
+                        static_cast<size_t>(dim)};
+    return 2 * rows * columns[call] * 2 + (call == USP_CALL_OUTPUT ? pair_bytes : 0);
+}
+
+static usp_status launch(const char *what, const usp_linear *linear, usp_linear_call call, usp_stream stream)
+{
+    linear_kernel kernel = linear->dtype == USP_F16 ? choose_dims<__half>(linear, call)
+                                                    : choose_dims<__nv_bfloat16>(linear, call);
+    return usp_cuda_launch(what, kernel, usp_place_grid(linear, 1), dim3(threads_per_value * linear->value_dim),
+                           shared_bytes(call, linear->dim, linear->value_dim), stream, *linear);
+}
+
+static usp_status launch_totals(const usp_linear *linear, usp_stream stream)
+{
+    return launch("linear_totals", linear, USP_CALL_TOTALS, stream);
+}
+
+static usp_status launch_output(const usp_linear *linear, usp_stream stream)
+{
+    return launch("linear_output", linear, USP_CALL_OUTPUT, stream);
+}
+
+static usp_status launch_apply(const usp_linear *linear, usp_stream stream)
+{
+    return launch("linear_apply", linear, USP_CALL_APPLY, stream);
+}
+
+/* ---- the family --------------------------------------------------------------------------------------------------------- */
+
+static size_t most_shared(int dim, int value_dim) { return shared_bytes(USP_CALL_OUTPUT, dim, value_dim); }
+
+static bool whole_dim(int dim) { return dim == 64 || dim == 128; }
+
+static int fits(const usp_linear *linear, usp_linear_call call)
+{
+    bool reads_q = call != USP_CALL_TOTALS, reads_kv = call != USP_CALL_APPLY, writes = reads_q && linear->last;
+    return linear->dtype != USP_F32 && whole_dim(linear->dim) && whole_dim(linear->value_dim) &&
+           (!reads_q || usp_rows_aligned(linear->q, 2)) && (!writes || usp_rows_aligned(linear->out, 2)) &&
+           (!reads_kv || (usp_rows_aligned(linear->k, 2) && usp_rows_aligned(linear->v, 2))) &&
+           (reinterpret_cast<uintptr_t>(linear->acc) & 7) == 0;
+}
+
+extern "C" const usp_linear_family usp_linear_mma = {
+    "mma", most_shared, fits, {launch_totals, launch_output, launch_apply}};

@@ -1,0 +1,70 @@
+/* linear_scan.cu - the exclusive scan over states that turns every block's own sum into the state before the block.
+ * A thread walks all states of a group for a few elements of one head; nothing is exchanged between threads. */
+#include "launch.h"
+#include "linear.cuh"
+
+static constexpr unsigned threads_per_block = 128;
+static constexpr int ahead = 8; /* states read before the first of them is needed */
+
+/* The first step whose group is not before `group`. */
+static __device__ __forceinline__ int group_begin(const usp_scan &scan, int group)
+{
+    int low = 0, high = scan.states;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (scan.step[middle].group < group) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+static __device__ __forceinline__ void step(float &x, float decay, float total) { x = decay * x + total; }
+
+static __device__ __forceinline__ void step(float4 &x, float decay, const float4 &total)
+{
+    step(x.x, decay, total.x);
+    step(x.y, decay, total.y);
+    step(x.z, decay, total.z);
+    step(x.w, decay, total.w);
+}
+
+/* V: float, or float4 where the elements of a state are a multiple of four. Grid: (elements of a state, group). */
+template <typename V> static __global__ void __launch_bounds__(threads_per_block) scan_states(usp_scan scan)
+{
+    int64_t vectors = scan.elements / static_cast<int64_t>(sizeof(V) / sizeof(float)); /* of one head */
+    int64_t state = vectors * scan.heads * scan.batch, at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at >= state) return;
+    float log2_decay = usp_log2_decay(scan.log_decay, static_cast<int>(at / vectors % scan.heads));
+    int group = blockIdx.y, begin = group_begin(scan, group), count = group_begin(scan, group + 1) - begin;
+    int first = scan.reverse ? begin + count - 1 : begin, direction = scan.reverse ? -1 : 1;
+    V *data = reinterpret_cast<V *>(scan.data) + at, x = {}, total[ahead];
+    if (scan.initial) x = reinterpret_cast<const V *>(scan.initial)[group * state + at];
+    for (int i = 0; i < count; i += ahead) {
+#pragma unroll
+        for (int j = 0; j < ahead; j++) {
+            if (i + j < count) total[j] = data[(first + (i + j) * direction) * state];
+        }
+#pragma unroll
+        for (int j = 0; j < ahead; j++) {
+            if (i + j >= count) break;
+            int index = first + (i + j) * direction;
+            data[index * state] = x;
+            step(x, usp_decay(log2_decay, scan.step[index].length), total[j]);
+        }
+    }
+    if (scan.final) reinterpret_cast<V *>(scan.final)[group * state + at] = x;
+}
+
+/* ---- launcher ----------------------------------------------------------------------------------------------------------- */
+
+static bool aligned(const void *memory) { return (reinterpret_cast<uintptr_t>(memory) & 15) == 0; }
+
+usp_status usp_cuda_linear_scan(const usp_scan *scan, usp_stream stream)
+{
+    bool four = scan->elements % 4 == 0 && aligned(scan->data) && aligned(scan->initial) && aligned(scan->final);
+    int64_t units = scan->elements * scan->heads * scan->batch / (four ? 4 : 1);
+    if (units == 0 || scan->groups == 0) return USP_OK;
+    dim3 grid(static_cast<unsigned>((units + threads_per_block - 1) / threads_per_block), scan->groups);
+    return usp_cuda_launch("linear_scan", four ? scan_states<float4> : scan_states<float>, grid, dim3(threads_per_block),
+                           0, stream, *scan);
+}
