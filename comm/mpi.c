@@ -1,0 +1,400 @@
+/* mpi.c - ranks of an MPI program that exchange host memory over a duplicate of the caller's communicator.
+ * MPI alone moves the tensors; liveness, time-outs and host gathers are the control channel's. */
+#define _POSIX_C_SOURCE 200809L
+#include <mpi.h>
+#include <sched.h>
+#include <stdio.h>
+#include <time.h>
+
+#include "control.h"
+#include "error.h"
+#include "verdict.h"
+
+enum {
+    CHUNK_BYTES = 1 << 30, /* MPI counts in int */
+    TAGS = 32768,          /* what MPI promises at least */
+    CANCEL_MS = 100        /* longest wait for cancelled receives */
+};
+
+/* What a request carries. Sends and receives of a pair count alike, and the tag is the count: a message that is left
+ * over, because the other side had not planned it, is never taken for a later one. */
+typedef struct usp_transfer {
+    int peer, bytes, is_recv, done;
+} usp_transfer;
+
+typedef struct usp_mpi {
+    usp_comm base;
+    MPI_Comm comm;
+    usp_control *control;
+    usp_verdict verdict;
+    uint64_t exchanges;
+    unsigned *sent, *received; /* [size]: messages so far, one array for both */
+
+    /* of the exchange that runs; [capacity], which grows until the largest exchange has been seen */
+    int capacity, count;
+    void *lists;
+    MPI_Request *requests;
+    MPI_Status *statuses;
+    usp_transfer *transfers;
+    int *finished;
+} usp_mpi;
+
+static usp_mpi *mpi_of(usp_comm *comm)
+{
+    return (usp_mpi *)comm;
+}
+
+/* ---- waiting ----------------------------------------------------------------------------------------------------- */
+
+static int64_t now_ms(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+static void pause_for(int round)
+{
+    const struct timespec nap = {.tv_nsec = 50000};
+    if (round < 500) sched_yield();
+    else nanosleep(&nap, NULL);
+}
+
+/* ---- failures ---------------------------------------------------------------------------------------------------- */
+
+static usp_status fail_mpi(int rank, const char *what, int code)
+{
+    char text[MPI_MAX_ERROR_STRING] = "";
+    int length = 0, class = MPI_SUCCESS;
+    MPI_Error_string(code, text, &length);
+    MPI_Error_class(code, &class);
+    return usp_fail(class == MPI_ERR_TRUNCATE ? USP_MISMATCH : USP_COMM, "rank %d: %s failed: %.160s", rank, what,
+                    text);
+}
+
+/* The comm has failed: the first failure stays, and the other ranks hear of it unless it came from them. */
+static usp_status give_up(usp_mpi *self, usp_status status)
+{
+    usp_verdict_set(&self->verdict, status);
+    if (self->control != NULL && usp_control_poll(self->control) == USP_OK) usp_control_abort(self->control);
+    return usp_verdict_get(&self->verdict);
+}
+
+static usp_status mpi_poll(usp_comm *comm)
+{
+    usp_mpi *self = mpi_of(comm);
+    USP_TRY(usp_verdict_get(&self->verdict));
+    usp_status status = usp_control_poll(self->control);
+    return status == USP_OK ? USP_OK : give_up(self, status);
+}
+
+/* ---- exchange ---------------------------------------------------------------------------------------------------- */
+
+static int chunks_of(size_t bytes)
+{
+    return (int)((bytes + CHUNK_BYTES - 1) / CHUNK_BYTES);
+}
+
+/* Room for `count` requests. */
+static usp_status reserve(usp_mpi *self, int count)
+{
+    const size_t each = sizeof(MPI_Request) + sizeof(MPI_Status) + sizeof(usp_transfer) + sizeof(int);
+    void *lists = NULL;
+    if (count <= self->capacity) return USP_OK;
+    USP_TRY(usp_host_alloc(self->base.host, each * (size_t)count, "MPI requests", &lists));
+    usp_host_free(self->base.host, self->lists);
+    self->lists = lists;
+    self->requests = lists;
+    self->statuses = (MPI_Status *)(self->requests + count);
+    self->transfers = (usp_transfer *)(self->statuses + count);
+    self->finished = (int *)(self->transfers + count);
+    self->capacity = count;
+    return USP_OK;
+}
+
+static int post_one(usp_mpi *self, const usp_transfer *transfer, void *data)
+{
+    unsigned *messages = transfer->is_recv ? self->received : self->sent;
+    int tag = (int)(messages[transfer->peer]++ % TAGS);
+    MPI_Request *request = &self->requests[self->count];
+    self->transfers[self->count] = *transfer;
+    int code = transfer->is_recv
+                   ? MPI_Irecv(data, transfer->bytes, MPI_BYTE, transfer->peer, tag, self->comm, request)
+                   : MPI_Isend(data, transfer->bytes, MPI_BYTE, transfer->peer, tag, self->comm, request);
+    if (code == MPI_SUCCESS) self->count++;
+    return code;
+}
+
+static usp_status post(usp_mpi *self, int peer, const void *data, size_t bytes, int is_recv)
+{
+    for (size_t at = 0; at < bytes; at += CHUNK_BYTES) {
+        size_t left = bytes - at;
+        usp_transfer transfer = {peer, left < CHUNK_BYTES ? (int)left : CHUNK_BYTES, is_recv, 0};
+        int code = post_one(self, &transfer, (char *)data + at);
+        if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, is_recv ? "MPI_Irecv" : "MPI_Isend", code);
+    }
+    return USP_OK;
+}
+
+static usp_status post_all(usp_mpi *self, const usp_send *sends, int send_count, const usp_recv *recvs, int recv_count)
+{
+    int count = 0;
+    for (int i = 0; i < send_count; i++) count += chunks_of(sends[i].bytes);
+    for (int i = 0; i < recv_count; i++) count += chunks_of(recvs[i].bytes);
+    USP_TRY(reserve(self, count));
+    self->count = 0;
+    for (int i = 0; i < recv_count; i++) USP_TRY(post(self, recvs[i].peer, recvs[i].data, recvs[i].bytes, 1));
+    for (int i = 0; i < send_count; i++) USP_TRY(post(self, sends[i].peer, sends[i].data, sends[i].bytes, 0));
+    return USP_OK;
+}
+
+/* A message that ended must have carried what was planned. */
+static usp_status check_one(usp_mpi *self, const usp_transfer *transfer, MPI_Status *status, int code)
+{
+    char what[64];
+    int bytes = 0;
+    snprintf(what, sizeof what, "a message %s rank %d", transfer->is_recv ? "from" : "to", transfer->peer);
+    if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, what, code);
+    if (!transfer->is_recv) return USP_OK;
+    MPI_Get_count(status, MPI_BYTE, &bytes);
+    if (bytes == transfer->bytes) return USP_OK;
+    return usp_fail(USP_MISMATCH, "rank %d expected %d bytes from rank %d, which sent %d", self->base.rank,
+                    transfer->bytes, transfer->peer, bytes);
+}
+
+/* Collects what has ended. *left: how many have not. */
+static usp_status collect(usp_mpi *self, int *left)
+{
+    int ended = 0;
+    int code = MPI_Testsome(self->count, self->requests, &ended, self->finished, self->statuses);
+    if (code != MPI_SUCCESS && code != MPI_ERR_IN_STATUS) return fail_mpi(self->base.rank, "MPI_Testsome", code);
+    for (int i = 0; i < ended; i++) {
+        usp_transfer *transfer = &self->transfers[self->finished[i]];
+        transfer->done = 1;
+        int own = code == MPI_ERR_IN_STATUS ? self->statuses[i].MPI_ERROR : MPI_SUCCESS;
+        USP_TRY(check_one(self, transfer, &self->statuses[i], own));
+    }
+    if (ended > 0) *left -= ended;
+    return USP_OK;
+}
+
+static int first_waited_for(const usp_mpi *self)
+{
+    for (int i = 0; i < self->count; i++)
+        if (!self->transfers[i].done) return self->transfers[i].peer;
+    return -1;
+}
+
+static usp_status complete(usp_mpi *self)
+{
+    int64_t begin = now_ms();
+    int left = self->count;
+    for (int round = 0; left > 0; round++) {
+        int before = left, peer = first_waited_for(self);
+        usp_control_progress(self->control, self->exchanges, peer);
+        USP_TRY(collect(self, &left));
+        USP_TRY(mpi_poll(&self->base));
+        if (left == 0) break;
+        if (self->base.timeout_ms >= 0 && now_ms() - begin > self->base.timeout_ms)
+            return usp_control_overdue(self->control, peer);
+        if (left < before) round = 0;
+        pause_for(round);
+    }
+    usp_control_progress(self->control, self->exchanges, -1);
+    return USP_OK;
+}
+
+/* After a failure: receives let go of the caller's memory. Sends cannot be taken back; MPI reads on until it notices. */
+static void cancel(usp_mpi *self)
+{
+    int64_t begin = now_ms();
+    for (int i = 0; i < self->count; i++)
+        if (self->transfers[i].is_recv && self->requests[i] != MPI_REQUEST_NULL) MPI_Cancel(&self->requests[i]);
+    for (int ended = 0; ended != MPI_UNDEFINED && now_ms() - begin < CANCEL_MS; sched_yield())
+        MPI_Testsome(self->count, self->requests, &ended, self->finished, self->statuses);
+}
+
+static usp_status mpi_exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
+                               int recv_count, usp_stream stream)
+{
+    usp_mpi *self = mpi_of(comm);
+    (void)stream; /* the CPU's: all work on it is done */
+    USP_TRY(mpi_poll(comm));
+    usp_control_progress(self->control, ++self->exchanges, -1);
+    usp_status status = post_all(self, sends, send_count, recvs, recv_count);
+    if (status == USP_OK) status = complete(self);
+    if (status == USP_OK) return USP_OK;
+    status = give_up(self, status);
+    cancel(self);
+    return usp_verdict_get(&self->verdict);
+}
+
+static usp_status mpi_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank)
+{
+    usp_mpi *self = mpi_of(comm);
+    USP_TRY(usp_verdict_get(&self->verdict));
+    usp_status status = usp_control_allgather(self->control, mine, all, bytes_per_rank);
+    return status == USP_OK ? USP_OK : give_up(self, status);
+}
+
+/* ---- the table --------------------------------------------------------------------------------------------------- */
+
+/* No rank reads another's memory: plain memory is as good as any. */
+static usp_status mpi_alloc_shared(usp_comm *comm, size_t bytes, void **memory)
+{
+    return comm->device->ops->alloc(comm->device, bytes, memory);
+}
+
+static usp_status mpi_free_shared(usp_comm *comm, void *memory)
+{
+    comm->device->ops->free(comm->device, memory);
+    return USP_OK;
+}
+
+static usp_status mpi_split(usp_comm *comm, int colour, int key, struct ncclComm **child)
+{
+    (void)comm, (void)colour, (void)key, (void)child;
+    return usp_fail(USP_UNSUPPORTED, "an ncclComm_t is made by the NCCL transport alone; this one is MPI");
+}
+
+static void mpi_split_destroy(usp_comm *comm, struct ncclComm *child)
+{
+    (void)comm, (void)child;
+}
+
+static usp_status mpi_overdue(usp_comm *comm)
+{
+    usp_mpi *self = mpi_of(comm);
+    USP_TRY(mpi_poll(comm));
+    return give_up(self, usp_control_overdue(self->control, -1));
+}
+
+static void mpi_abort(usp_comm *comm)
+{
+    usp_mpi *self = mpi_of(comm);
+    if (usp_verdict_get(&self->verdict) == USP_OK)
+        give_up(self, usp_fail(USP_COMM, "rank %d gave the world up", comm->rank));
+}
+
+/* A failed communicator is not freed: MPI may still hold messages of it. */
+static void mpi_destroy(usp_comm *comm)
+{
+    int finalized = 0;
+    if (comm == NULL) return;
+    usp_mpi *self = mpi_of(comm);
+    MPI_Finalized(&finalized);
+    int healthy = !finalized && self->control != NULL && mpi_poll(comm) == USP_OK;
+    if (healthy) MPI_Comm_free(&self->comm);
+    else usp_host_log(comm->host, 2, "rank %d: the MPI communicator of a failed world is left to MPI", comm->rank);
+    usp_control_destroy(self->control);
+    usp_verdict_destroy(&self->verdict);
+    usp_host_free(comm->host, self->lists);
+    usp_host_free(comm->host, self->sent);
+    usp_host_free(comm->host, self);
+}
+
+static const usp_comm_ops mpi_ops = {
+    .name = "mpi",
+    .exchange = mpi_exchange,
+    .allgather = mpi_allgather,
+    .alloc_shared = mpi_alloc_shared,
+    .free_shared = mpi_free_shared,
+    .split = mpi_split,
+    .split_destroy = mpi_split_destroy,
+    .poll = mpi_poll,
+    .overdue = mpi_overdue,
+    .abort = mpi_abort,
+    .destroy = mpi_destroy,
+};
+
+/* ---- creation ---------------------------------------------------------------------------------------------------- */
+
+/* Waits for one collective of the set-up with the time limit; the channel that could name a rank is not there yet. */
+static usp_status wait_for(usp_mpi *self, MPI_Request *request, const char *what)
+{
+    int64_t begin = now_ms();
+    int done = 0;
+    for (int round = 0; !done; round++) {
+        int code = MPI_Test(request, &done, MPI_STATUS_IGNORE);
+        if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, what, code);
+        if (!done && self->base.timeout_ms >= 0 && now_ms() - begin > self->base.timeout_ms)
+            return usp_fail(USP_TIMEOUT, "rank %d: %s did not end within %d ms", self->base.rank, what,
+                            self->base.timeout_ms);
+        if (!done) pause_for(round);
+    }
+    return USP_OK;
+}
+
+static usp_status duplicate(usp_mpi *self, MPI_Comm borrowed)
+{
+    MPI_Request request;
+    int code = MPI_Comm_idup(borrowed, &self->comm, &request);
+    if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, "MPI_Comm_idup", code);
+    USP_TRY(wait_for(self, &request, "MPI_Comm_idup"));
+    MPI_Comm_set_errhandler(self->comm, MPI_ERRORS_RETURN);
+    return USP_OK;
+}
+
+static int gather(void *user, const void *mine, void *all, size_t bytes_per_rank)
+{
+    usp_mpi *self = user;
+    MPI_Request request;
+    int bytes = (int)bytes_per_rank;
+    int code = MPI_Iallgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, self->comm, &request);
+    if (code != MPI_SUCCESS) return (int)fail_mpi(self->base.rank, "MPI_Iallgather", code);
+    return (int)wait_for(self, &request, "MPI_Iallgather");
+}
+
+static usp_status check_mpi(const usp_comm_config *config, MPI_Comm *borrowed, int fortran_comm)
+{
+    int initialized = 0, finalized = 0;
+    if (config->device->ops->kind != USP_DEVICE_CPU)
+        return usp_fail(USP_UNSUPPORTED, "the MPI transport moves host memory; the device is %s",
+                        config->device->ops->name);
+    MPI_Initialized(&initialized);
+    MPI_Finalized(&finalized);
+    USP_REQUIRE(initialized && !finalized, "MPI is not initialised, or finalised already");
+    *borrowed = MPI_Comm_f2c(fortran_comm);
+    USP_REQUIRE(*borrowed != MPI_COMM_NULL, "fortran_comm %d is no communicator", fortran_comm);
+    return USP_OK;
+}
+
+static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mpi **out)
+{
+    void *memory = NULL, *messages = NULL;
+    int rank = 0, size = 1;
+    MPI_Comm_rank(borrowed, &rank);
+    MPI_Comm_size(borrowed, &size);
+    USP_TRY(usp_host_alloc(config->host, sizeof(usp_mpi), "the MPI transport", &memory));
+    usp_status status = usp_host_alloc(config->host, 2 * sizeof(unsigned) * (size_t)size, "message counts", &messages);
+    if (status != USP_OK) {
+        usp_host_free(config->host, memory);
+        return status;
+    }
+    usp_mpi *self = memory;
+    self->base = (usp_comm){&mpi_ops, rank, size, config->timeout_ms, config->device, config->host};
+    self->comm = MPI_COMM_NULL;
+    self->sent = messages;
+    self->received = self->sent + size;
+    usp_verdict_init(&self->verdict);
+    *out = self;
+    return USP_OK;
+}
+
+usp_status usp_comm_create_mpi(const usp_comm_config *config, int fortran_comm, usp_comm **comm)
+{
+    usp_mpi *self = NULL;
+    MPI_Comm borrowed;
+    USP_TRY(check_mpi(config, &borrowed, fortran_comm));
+    USP_TRY(begin(config, borrowed, &self));
+    usp_status status = duplicate(self, borrowed);
+    const usp_bootstrap bootstrap = {gather, self, self->base.rank, self->base.size};
+    if (status == USP_OK) status = usp_control_create(config->host, &bootstrap, config->timeout_ms, &self->control);
+    if (status == USP_OK) {
+        *comm = &self->base;
+        return USP_OK;
+    }
+    status = give_up(self, status);
+    mpi_destroy(&self->base);
+    return status;
+}
