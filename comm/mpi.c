@@ -8,7 +8,6 @@
 
 #include "control.h"
 #include "error.h"
-#include "verdict.h"
 
 enum {
     CHUNK_BYTES = 1 << 30, /* MPI counts in int */
@@ -25,8 +24,7 @@ typedef struct usp_transfer {
 typedef struct usp_mpi {
     usp_comm base;
     MPI_Comm comm;
-    usp_control *control;
-    usp_verdict verdict;
+    usp_control *control; /* keeps and spreads the first failure */
     uint64_t exchanges;
     unsigned *sent, *received; /* [size]: messages so far, one array for both */
 
@@ -39,22 +37,19 @@ typedef struct usp_mpi {
     int *finished;
 } usp_mpi;
 
-static usp_mpi *mpi_of(usp_comm *comm)
-{
+static usp_mpi *mpi_of(usp_comm *comm) {
     return (usp_mpi *)comm;
 }
 
 /* ---- waiting ----------------------------------------------------------------------------------------------------- */
 
-static int64_t now_ms(void)
-{
+static int64_t now_ms(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-static void pause_for(int round)
-{
+static void pause_for(int round) {
     const struct timespec nap = {.tv_nsec = 50000};
     if (round < 500) sched_yield();
     else nanosleep(&nap, NULL);
@@ -62,8 +57,7 @@ static void pause_for(int round)
 
 /* ---- failures ---------------------------------------------------------------------------------------------------- */
 
-static usp_status fail_mpi(int rank, const char *what, int code)
-{
+static usp_status fail_mpi(int rank, const char *what, int code) {
     char text[MPI_MAX_ERROR_STRING] = "";
     int length = 0, class = MPI_SUCCESS;
     MPI_Error_string(code, text, &length);
@@ -72,32 +66,23 @@ static usp_status fail_mpi(int rank, const char *what, int code)
                     text);
 }
 
-/* The comm has failed: the first failure stays, and the other ranks hear of it unless it came from them. */
-static usp_status give_up(usp_mpi *self, usp_status status)
-{
-    usp_verdict_set(&self->verdict, status);
-    if (self->control != NULL && usp_control_poll(self->control) == USP_OK) usp_control_abort(self->control);
-    return usp_verdict_get(&self->verdict);
+/* This rank has failed by `status`, whose sentence is recorded: all ranks hear of it. Returns the first failure. */
+static usp_status give_up(usp_mpi *self, usp_status status) {
+    return usp_control_fail(self->control, status, "%s", usp_last_error());
 }
 
-static usp_status mpi_poll(usp_comm *comm)
-{
-    usp_mpi *self = mpi_of(comm);
-    USP_TRY(usp_verdict_get(&self->verdict));
-    usp_status status = usp_control_poll(self->control);
-    return status == USP_OK ? USP_OK : give_up(self, status);
+static usp_status mpi_poll(usp_comm *comm) {
+    return usp_control_poll(mpi_of(comm)->control);
 }
 
 /* ---- exchange ---------------------------------------------------------------------------------------------------- */
 
-static int chunks_of(size_t bytes)
-{
+static int chunks_of(size_t bytes) {
     return (int)((bytes + CHUNK_BYTES - 1) / CHUNK_BYTES);
 }
 
 /* Room for `count` requests. */
-static usp_status reserve(usp_mpi *self, int count)
-{
+static usp_status reserve(usp_mpi *self, int count) {
     const size_t each = sizeof(MPI_Request) + sizeof(MPI_Status) + sizeof(usp_transfer) + sizeof(int);
     void *lists = NULL;
     if (count <= self->capacity) return USP_OK;
@@ -112,8 +97,7 @@ static usp_status reserve(usp_mpi *self, int count)
     return USP_OK;
 }
 
-static int post_one(usp_mpi *self, const usp_transfer *transfer, void *data)
-{
+static int post_one(usp_mpi *self, const usp_transfer *transfer, void *data) {
     unsigned *messages = transfer->is_recv ? self->received : self->sent;
     int tag = (int)(messages[transfer->peer]++ % TAGS);
     MPI_Request *request = &self->requests[self->count];
@@ -125,8 +109,7 @@ static int post_one(usp_mpi *self, const usp_transfer *transfer, void *data)
     return code;
 }
 
-static usp_status post(usp_mpi *self, int peer, const void *data, size_t bytes, int is_recv)
-{
+static usp_status post(usp_mpi *self, int peer, const void *data, size_t bytes, int is_recv) {
     for (size_t at = 0; at < bytes; at += CHUNK_BYTES) {
         size_t left = bytes - at;
         usp_transfer transfer = {peer, left < CHUNK_BYTES ? (int)left : CHUNK_BYTES, is_recv, 0};
@@ -136,8 +119,8 @@ static usp_status post(usp_mpi *self, int peer, const void *data, size_t bytes, 
     return USP_OK;
 }
 
-static usp_status post_all(usp_mpi *self, const usp_send *sends, int send_count, const usp_recv *recvs, int recv_count)
-{
+static usp_status post_all(usp_mpi *self, const usp_send *sends, int send_count, const usp_recv *recvs,
+                           int recv_count) {
     int count = 0;
     for (int i = 0; i < send_count; i++) count += chunks_of(sends[i].bytes);
     for (int i = 0; i < recv_count; i++) count += chunks_of(recvs[i].bytes);
@@ -149,8 +132,7 @@ static usp_status post_all(usp_mpi *self, const usp_send *sends, int send_count,
 }
 
 /* A message that ended must have carried what was planned. */
-static usp_status check_one(usp_mpi *self, const usp_transfer *transfer, MPI_Status *status, int code)
-{
+static usp_status check_one(usp_mpi *self, const usp_transfer *transfer, MPI_Status *status, int code) {
     char what[64];
     int bytes = 0;
     snprintf(what, sizeof what, "a message %s rank %d", transfer->is_recv ? "from" : "to", transfer->peer);
@@ -163,8 +145,7 @@ static usp_status check_one(usp_mpi *self, const usp_transfer *transfer, MPI_Sta
 }
 
 /* Collects what has ended. *left: how many have not. */
-static usp_status collect(usp_mpi *self, int *left)
-{
+static usp_status collect(usp_mpi *self, int *left) {
     int ended = 0;
     int code = MPI_Testsome(self->count, self->requests, &ended, self->finished, self->statuses);
     if (code != MPI_SUCCESS && code != MPI_ERR_IN_STATUS) return fail_mpi(self->base.rank, "MPI_Testsome", code);
@@ -178,15 +159,13 @@ static usp_status collect(usp_mpi *self, int *left)
     return USP_OK;
 }
 
-static int first_waited_for(const usp_mpi *self)
-{
+static int first_waited_for(const usp_mpi *self) {
     for (int i = 0; i < self->count; i++)
         if (!self->transfers[i].done) return self->transfers[i].peer;
     return -1;
 }
 
-static usp_status complete(usp_mpi *self)
-{
+static usp_status complete(usp_mpi *self) {
     int64_t begin = now_ms();
     int left = self->count;
     for (int round = 0; left > 0; round++) {
@@ -204,9 +183,8 @@ static usp_status complete(usp_mpi *self)
     return USP_OK;
 }
 
-/* After a failure: receives let go of the caller's memory. Sends cannot be taken back; MPI reads on until it notices. */
-static void cancel(usp_mpi *self)
-{
+/* After a failure: receives let go of the caller's memory. Sends cannot be taken back: MPI may still read theirs. */
+static void cancel(usp_mpi *self) {
     int64_t begin = now_ms();
     for (int i = 0; i < self->count; i++)
         if (self->transfers[i].is_recv && self->requests[i] != MPI_REQUEST_NULL) MPI_Cancel(&self->requests[i]);
@@ -215,8 +193,7 @@ static void cancel(usp_mpi *self)
 }
 
 static usp_status mpi_exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
-                               int recv_count, usp_stream stream)
-{
+                               int recv_count, usp_stream stream) {
     usp_mpi *self = mpi_of(comm);
     (void)stream; /* the CPU's: all work on it is done */
     USP_TRY(mpi_poll(comm));
@@ -224,15 +201,14 @@ static usp_status mpi_exchange(usp_comm *comm, const usp_send *sends, int send_c
     usp_status status = post_all(self, sends, send_count, recvs, recv_count);
     if (status == USP_OK) status = complete(self);
     if (status == USP_OK) return USP_OK;
-    status = give_up(self, status);
+    give_up(self, status);
     cancel(self);
-    return usp_verdict_get(&self->verdict);
+    return mpi_poll(comm);
 }
 
-static usp_status mpi_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank)
-{
+static usp_status mpi_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank) {
     usp_mpi *self = mpi_of(comm);
-    USP_TRY(usp_verdict_get(&self->verdict));
+    USP_TRY(mpi_poll(comm));
     usp_status status = usp_control_allgather(self->control, mine, all, bytes_per_rank);
     return status == USP_OK ? USP_OK : give_up(self, status);
 }
@@ -240,54 +216,41 @@ static usp_status mpi_allgather(usp_comm *comm, const void *mine, void *all, siz
 /* ---- the table --------------------------------------------------------------------------------------------------- */
 
 /* No rank reads another's memory: plain memory is as good as any. */
-static usp_status mpi_alloc_shared(usp_comm *comm, size_t bytes, void **memory)
-{
+static usp_status mpi_alloc_shared(usp_comm *comm, size_t bytes, void **memory) {
     return comm->device->ops->alloc(comm->device, bytes, memory);
 }
 
-static usp_status mpi_free_shared(usp_comm *comm, void *memory)
-{
+static usp_status mpi_free_shared(usp_comm *comm, void *memory) {
     comm->device->ops->free(comm->device, memory);
     return USP_OK;
 }
 
-static usp_status mpi_split(usp_comm *comm, int colour, int key, struct ncclComm **child)
-{
+static usp_status mpi_split(usp_comm *comm, int colour, int key, struct ncclComm **child) {
     (void)comm, (void)colour, (void)key, (void)child;
     return usp_fail(USP_UNSUPPORTED, "an ncclComm_t is made by the NCCL transport alone; this one is MPI");
 }
 
-static void mpi_split_destroy(usp_comm *comm, struct ncclComm *child)
-{
+static void mpi_split_destroy(usp_comm *comm, struct ncclComm *child) {
     (void)comm, (void)child;
 }
 
-static usp_status mpi_overdue(usp_comm *comm)
-{
-    usp_mpi *self = mpi_of(comm);
-    USP_TRY(mpi_poll(comm));
-    return give_up(self, usp_control_overdue(self->control, -1));
+static usp_status mpi_overdue(usp_comm *comm) {
+    return usp_control_overdue(mpi_of(comm)->control, -1);
 }
 
-static void mpi_abort(usp_comm *comm)
-{
-    usp_mpi *self = mpi_of(comm);
-    if (usp_verdict_get(&self->verdict) == USP_OK)
-        give_up(self, usp_fail(USP_COMM, "rank %d gave the world up", comm->rank));
+static void mpi_abort(usp_comm *comm) {
+    usp_control_abort(mpi_of(comm)->control);
 }
 
 /* A failed communicator is not freed: MPI may still hold messages of it. */
-static void mpi_destroy(usp_comm *comm)
-{
+static void mpi_destroy(usp_comm *comm) {
     int finalized = 0;
     if (comm == NULL) return;
     usp_mpi *self = mpi_of(comm);
     MPI_Finalized(&finalized);
-    int healthy = !finalized && self->control != NULL && mpi_poll(comm) == USP_OK;
-    if (healthy) MPI_Comm_free(&self->comm);
+    if (!finalized && self->control != NULL && mpi_poll(comm) == USP_OK) MPI_Comm_free(&self->comm);
     else usp_host_log(comm->host, 2, "rank %d: the MPI communicator of a failed world is left to MPI", comm->rank);
     usp_control_destroy(self->control);
-    usp_verdict_destroy(&self->verdict);
     usp_host_free(comm->host, self->lists);
     usp_host_free(comm->host, self->sent);
     usp_host_free(comm->host, self);
@@ -310,8 +273,7 @@ static const usp_comm_ops mpi_ops = {
 /* ---- creation ---------------------------------------------------------------------------------------------------- */
 
 /* Waits for one collective of the set-up with the time limit; the channel that could name a rank is not there yet. */
-static usp_status wait_for(usp_mpi *self, MPI_Request *request, const char *what)
-{
+static usp_status wait_for(usp_mpi *self, MPI_Request *request, const char *what) {
     int64_t begin = now_ms();
     int done = 0;
     for (int round = 0; !done; round++) {
@@ -325,8 +287,7 @@ static usp_status wait_for(usp_mpi *self, MPI_Request *request, const char *what
     return USP_OK;
 }
 
-static usp_status duplicate(usp_mpi *self, MPI_Comm borrowed)
-{
+static usp_status duplicate(usp_mpi *self, MPI_Comm borrowed) {
     MPI_Request request;
     int code = MPI_Comm_idup(borrowed, &self->comm, &request);
     if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, "MPI_Comm_idup", code);
@@ -335,8 +296,7 @@ static usp_status duplicate(usp_mpi *self, MPI_Comm borrowed)
     return USP_OK;
 }
 
-static int gather(void *user, const void *mine, void *all, size_t bytes_per_rank)
-{
+static int gather(void *user, const void *mine, void *all, size_t bytes_per_rank) {
     usp_mpi *self = user;
     MPI_Request request;
     int bytes = (int)bytes_per_rank;
@@ -345,8 +305,7 @@ static int gather(void *user, const void *mine, void *all, size_t bytes_per_rank
     return (int)wait_for(self, &request, "MPI_Iallgather");
 }
 
-static usp_status check_mpi(const usp_comm_config *config, MPI_Comm *borrowed, int fortran_comm)
-{
+static usp_status check_mpi(const usp_comm_config *config, MPI_Comm *borrowed, int fortran_comm) {
     int initialized = 0, finalized = 0;
     if (config->device->ops->kind != USP_DEVICE_CPU)
         return usp_fail(USP_UNSUPPORTED, "the MPI transport moves host memory; the device is %s",
@@ -359,8 +318,7 @@ static usp_status check_mpi(const usp_comm_config *config, MPI_Comm *borrowed, i
     return USP_OK;
 }
 
-static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mpi **out)
-{
+static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mpi **out) {
     void *memory = NULL, *messages = NULL;
     int rank = 0, size = 1;
     MPI_Comm_rank(borrowed, &rank);
@@ -376,13 +334,11 @@ static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mp
     self->comm = MPI_COMM_NULL;
     self->sent = messages;
     self->received = self->sent + size;
-    usp_verdict_init(&self->verdict);
     *out = self;
     return USP_OK;
 }
 
-usp_status usp_comm_create_mpi(const usp_comm_config *config, int fortran_comm, usp_comm **comm)
-{
+usp_status usp_comm_create_mpi(const usp_comm_config *config, int fortran_comm, usp_comm **comm) {
     usp_mpi *self = NULL;
     MPI_Comm borrowed;
     USP_TRY(check_mpi(config, &borrowed, fortran_comm));
@@ -394,7 +350,6 @@ usp_status usp_comm_create_mpi(const usp_comm_config *config, int fortran_comm, 
         *comm = &self->base;
         return USP_OK;
     }
-    status = give_up(self, status);
     mpi_destroy(&self->base);
     return status;
 }

@@ -13,7 +13,6 @@
 
 #include "control.h"
 #include "error.h"
-#include "verdict.h"
 
 enum {
     OLDEST_NCCL = 22803, /* 2.28.3 */
@@ -53,7 +52,9 @@ typedef struct usp_shared {
 typedef struct usp_nccl {
     usp_comm base;
     int gpu;
-    usp_control *control; /* NULL while the communicator has yet to create it */
+    usp_control *control; /* keeps and spreads the first failure; NULL while the communicator has yet to create it */
+    usp_status early;     /* the first failure before there is a control channel, and its sentence */
+    char sentence[256];
     uint64_t exchanges;
 
     pthread_mutex_t lock; /* one NCCL call at a time, and the next six; never held while waiting for another rank */
@@ -63,37 +64,32 @@ typedef struct usp_nccl {
     int probing;
     int64_t probed_at;
 
-    usp_verdict verdict;
     usp_shared *shared;
     ncclComm_t child;  /* where NCCL writes the communicator of a split */
     void *scratch;     /* device memory and stream of `gather` */
     usp_stream stream;
 } usp_nccl;
 
-static usp_nccl *nccl_of(usp_comm *comm)
-{
+static usp_nccl *nccl_of(usp_comm *comm) {
     return (usp_nccl *)comm;
 }
 
 /* ---- waiting ----------------------------------------------------------------------------------------------------- */
 
-static int64_t now_ms(void)
-{
+static int64_t now_ms(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
 /* Between two looks at something: short at first, since most of NCCL's answers take microseconds. */
-static void pause_for(int round)
-{
+static void pause_for(int round) {
     struct timespec nap = {.tv_nsec = round < 2000 ? 20000 : 500000};
     if (round < 500) sched_yield();
     else nanosleep(&nap, NULL);
 }
 
-static int lock_within(usp_nccl *self, int milliseconds)
-{
+static int lock_within(usp_nccl *self, int milliseconds) {
     int64_t begin = now_ms();
     for (int round = 0; pthread_mutex_trylock(&self->lock) != 0; round++) {
         if (now_ms() - begin >= milliseconds) return 0;
@@ -104,8 +100,7 @@ static int lock_within(usp_nccl *self, int milliseconds)
 
 /* ---- failures ---------------------------------------------------------------------------------------------------- */
 
-static usp_status status_of(ncclResult_t result)
-{
+static usp_status status_of(ncclResult_t result) {
     switch (result) {
     case ncclUnhandledCudaError: return USP_DEVICE;
     case ncclInvalidArgument:
@@ -114,8 +109,7 @@ static usp_status status_of(ncclResult_t result)
     }
 }
 
-static usp_status fail_nccl(int rank, const char *what, ncclResult_t result)
-{
+static usp_status fail_nccl(int rank, const char *what, ncclResult_t result) {
     const char *detail = ncclGetLastError(NULL);
     return usp_fail(status_of(result), "rank %d: %s failed: %s; %.100s", rank, what, ncclGetErrorString(result),
                     detail != NULL ? detail : "");
@@ -123,27 +117,29 @@ static usp_status fail_nccl(int rank, const char *what, ncclResult_t result)
 
 static void start_release(usp_nccl *self, int forced);
 
-/* The comm has failed by `status`, whose sentence is recorded: the first failure stays, the other ranks hear of it
- * unless it came from them, and NCCL begins to let go of the GPU. Does not wait. */
-static usp_status give_up(usp_nccl *self, usp_status status)
-{
-    usp_verdict_set(&self->verdict, status);
-    if (self->control != NULL && usp_control_poll(self->control) == USP_OK) usp_control_abort(self->control);
-    start_release(self, 1);
-    return usp_verdict_get(&self->verdict);
+/* The failure that has hit this rank or another, said in this thread. Once there is one, NCCL is to let go of the GPU,
+ * where kernels may be waiting for ranks that are gone. Does not wait. */
+static usp_status check_ranks(usp_nccl *self) {
+    usp_status status = self->early;
+    if (self->control != NULL) status = usp_control_poll(self->control);
+    else if (status != USP_OK) usp_fail(status, "%s", self->sentence);
+    if (status != USP_OK) start_release(self, 1);
+    return status;
 }
 
-/* Have we failed, or has another rank? */
-static usp_status check_ranks(usp_nccl *self)
-{
-    USP_TRY(usp_verdict_get(&self->verdict));
-    usp_status status = self->control != NULL ? usp_control_poll(self->control) : USP_OK;
-    return status == USP_OK ? USP_OK : give_up(self, status);
+/* This rank has failed by `status`, whose sentence is recorded: all ranks hear of it. The first failure is returned. */
+static usp_status give_up(usp_nccl *self, usp_status status) {
+    if (self->control != NULL) {
+        usp_control_fail(self->control, status, "%s", usp_last_error());
+    } else if (self->early == USP_OK) {
+        self->early = status;
+        snprintf(self->sentence, sizeof self->sentence, "%s", usp_last_error());
+    }
+    return check_ranks(self);
 }
 
 /* Something has not ended in time. Before the control channel stands nobody can be named. */
-static usp_status give_up_late(usp_nccl *self, const char *what)
-{
+static usp_status give_up_late(usp_nccl *self, const char *what) {
     usp_status status = self->control != NULL ? usp_control_overdue(self->control, -1) : USP_OK;
     if (status == USP_OK)
         status = usp_fail(USP_TIMEOUT, "rank %d: %s did not end within %d ms", self->base.rank, what,
@@ -151,16 +147,14 @@ static usp_status give_up_late(usp_nccl *self, const char *what)
     return give_up(self, status);
 }
 
-static int is_late(const usp_nccl *self, int64_t since)
-{
+static int is_late(const usp_nccl *self, int64_t since) {
     return self->base.timeout_ms >= 0 && now_ms() - since > self->base.timeout_ms;
 }
 
 /* ---- nonblocking calls ------------------------------------------------------------------------------------------- */
 
 /* One look at a call that is in progress. */
-static ncclResult_t progress(usp_nccl *self)
-{
+static ncclResult_t progress(usp_nccl *self) {
     ncclResult_t result = ncclInProgress;
     pthread_mutex_lock(&self->lock);
     if (self->comm != NULL) {
@@ -171,15 +165,13 @@ static ncclResult_t progress(usp_nccl *self)
     return result;
 }
 
-static int went_wrong(ncclResult_t result)
-{
+static int went_wrong(ncclResult_t result) {
     return result != ncclSuccess && result != ncclInProgress;
 }
 
 /* Waits until the call that gave `result` has been carried out, at most the time limit, watching the other ranks. Some
  * calls answer ncclSuccess for work that only began, so the communicator is asked in any case. */
-static usp_status settle(usp_nccl *self, ncclResult_t result, const char *what)
-{
+static usp_status settle(usp_nccl *self, ncclResult_t result, const char *what) {
     int64_t begin = now_ms();
     if (!went_wrong(result)) result = progress(self);
     for (int round = 0; result == ncclInProgress; round++) {
@@ -194,8 +186,7 @@ static usp_status settle(usp_nccl *self, ncclResult_t result, const char *what)
 /* ---- letting a communicator go ----------------------------------------------------------------------------------- */
 
 /* A negative limit means: until the release is forced. */
-static ncclResult_t await_release(usp_release *release, ncclResult_t result, int milliseconds)
-{
+static ncclResult_t await_release(usp_release *release, ncclResult_t result, int milliseconds) {
     int64_t begin = now_ms();
     for (int round = 0; result == ncclInProgress; round++) {
         if (milliseconds >= 0 ? now_ms() - begin > milliseconds : atomic_load(&release->forced)) break;
@@ -207,8 +198,7 @@ static ncclResult_t await_release(usp_release *release, ncclResult_t result, int
 }
 
 /* Stops what is in flight where this NCCL can (2.28.7 on). Not while a call is in progress: abort alone is for that. */
-static void revoke(usp_release *release)
-{
+static void revoke(usp_release *release) {
     ncclResult_t (*comm_revoke)(ncclComm_t, int) = NULL;
     ncclResult_t state = ncclInProgress;
     void *symbol = dlsym(RTLD_DEFAULT, "ncclCommRevoke");
@@ -219,8 +209,7 @@ static void revoke(usp_release *release)
     atomic_store(&release->revoked, result == ncclSuccess);
 }
 
-static void *release_main(void *argument)
-{
+static void *release_main(void *argument) {
     usp_release *release = argument;
     int flushed = 0;
     if (atomic_load(&release->forced)) revoke(release);
@@ -231,8 +220,7 @@ static void *release_main(void *argument)
     return NULL;
 }
 
-static void run_release(usp_release *release, ncclComm_t comm, int forced)
-{
+static void run_release(usp_release *release, ncclComm_t comm, int forced) {
     release->comm = comm;
     atomic_store(&release->forced, forced);
     atomic_store(&release->stage, RELEASE_RUNNING);
@@ -241,8 +229,7 @@ static void run_release(usp_release *release, ncclComm_t comm, int forced)
 }
 
 /* Waits a bounded time; 0: NCCL still has the communicator. */
-static int wait_release(usp_release *release, int milliseconds)
-{
+static int wait_release(usp_release *release, int milliseconds) {
     int64_t begin = now_ms();
     for (int round = 0; atomic_load(&release->stage) == RELEASE_RUNNING; round++) {
         if (now_ms() - begin > milliseconds) return 0;
@@ -252,8 +239,7 @@ static int wait_release(usp_release *release, int milliseconds)
 }
 
 /* In peace, then by force. 0: the thread, its communicator and `release` are left behind. */
-static int finish_release(const usp_host *host, usp_release *release)
-{
+static int finish_release(const usp_host *host, usp_release *release) {
     int done = wait_release(release, RELEASE_MS);
     if (!done) {
         atomic_store(&release->forced, 1);
@@ -270,9 +256,9 @@ static int finish_release(const usp_host *host, usp_release *release)
 }
 
 /* Takes the communicator from all threads that use the comm and lets it go. Does not wait. */
-static void start_release(usp_nccl *self, int forced)
-{
+static void start_release(usp_nccl *self, int forced) {
     int none = RELEASE_NONE;
+    if (atomic_load(&self->release->stage) != RELEASE_NONE) return;
     if (!lock_within(self, LOCK_MS)) {
         atomic_compare_exchange_strong(&self->release->stage, &none, RELEASE_STUCK);
         return;
@@ -285,12 +271,9 @@ static void start_release(usp_nccl *self, int forced)
     pthread_mutex_unlock(&self->lock);
 }
 
-static void nccl_abort(usp_comm *comm)
-{
+static void nccl_abort(usp_comm *comm) {
     usp_nccl *self = nccl_of(comm);
-    if (usp_verdict_get(&self->verdict) == USP_OK)
-        give_up(self, usp_fail(USP_COMM, "rank %d gave the world up", comm->rank));
-    else start_release(self, 1);
+    give_up(self, usp_fail(USP_COMM, "rank %d gave the world up", comm->rank));
     if (!wait_release(self->release, RELEASE_MS))
         usp_host_log(comm->host, 1, "rank %d: NCCL is still aborting after %d ms", comm->rank, RELEASE_MS);
     if (atomic_load(&self->release->revoked))
@@ -305,8 +288,7 @@ typedef struct usp_lists {
     int send_count, recv_count;
 } usp_lists;
 
-static int is_empty(const usp_lists *lists)
-{
+static int is_empty(const usp_lists *lists) {
     size_t bytes = 0;
     for (int i = 0; i < lists->send_count; i++) bytes |= lists->sends[i].bytes;
     for (int i = 0; i < lists->recv_count; i++) bytes |= lists->recvs[i].bytes;
@@ -314,8 +296,7 @@ static int is_empty(const usp_lists *lists)
 }
 
 /* Every message of the lists, inside a group. The peer of the one that was refused goes to *peer. */
-static ncclResult_t issue(usp_nccl *self, const usp_lists *lists, usp_stream stream, int *peer)
-{
+static ncclResult_t issue(usp_nccl *self, const usp_lists *lists, usp_stream stream, int *peer) {
     for (int i = 0; i < lists->send_count; i++) {
         const usp_send *send = &lists->sends[i];
         if (send->bytes == 0) continue;
@@ -334,8 +315,7 @@ static ncclResult_t issue(usp_nccl *self, const usp_lists *lists, usp_stream str
 }
 
 /* One group, with the lock held. */
-static ncclResult_t launch(usp_nccl *self, const usp_lists *lists, usp_stream stream, int *peer)
-{
+static ncclResult_t launch(usp_nccl *self, const usp_lists *lists, usp_stream stream, int *peer) {
     ncclResult_t result = ncclGroupStart();
     if (result != ncclSuccess) return result;
     ncclResult_t issued = issue(self, lists, stream, peer);
@@ -345,8 +325,7 @@ static ncclResult_t launch(usp_nccl *self, const usp_lists *lists, usp_stream st
 }
 
 /* With the lock held. *late: the oldest exchange not known to be done is past the time limit. */
-static usp_status query_probe(usp_nccl *self, int *late)
-{
+static usp_status query_probe(usp_nccl *self, int *late) {
     const usp_device_ops *ops = self->base.device->ops;
     int busy = 0;
     *late = 0;
@@ -359,8 +338,7 @@ static usp_status query_probe(usp_nccl *self, int *late)
 
 /* Notes where the exchange ends in the stream, so that poll can tell when it is overdue. A graph in capture is skipped:
  * what it holds runs when it is launched, and then nobody passes here. */
-static usp_status set_probe(usp_nccl *self, usp_stream stream)
-{
+static usp_status set_probe(usp_nccl *self, usp_stream stream) {
     const usp_device_ops *ops = self->base.device->ops;
     int capturing = 0, late = 0;
     USP_TRY(ops->capturing(self->base.device, stream, &capturing));
@@ -376,16 +354,14 @@ static usp_status set_probe(usp_nccl *self, usp_stream stream)
     return status;
 }
 
-static usp_status fail_launch(usp_nccl *self, ncclResult_t result, int peer)
-{
+static usp_status fail_launch(usp_nccl *self, ncclResult_t result, int peer) {
     char what[64];
     snprintf(what, sizeof what, "exchange %llu, rank %d", (unsigned long long)self->exchanges, peer);
     return give_up(self, fail_nccl(self->base.rank, peer < 0 ? "the exchange" : what, result));
 }
 
 static usp_status nccl_exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
-                                int recv_count, usp_stream stream)
-{
+                                int recv_count, usp_stream stream) {
     usp_nccl *self = nccl_of(comm);
     const usp_lists lists = {sends, recvs, send_count, recv_count};
     int peer = -1;
@@ -402,18 +378,16 @@ static usp_status nccl_exchange(usp_comm *comm, const usp_send *sends, int send_
     return status == USP_OK ? USP_OK : give_up(self, status);
 }
 
-static usp_status nccl_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank)
-{
+static usp_status nccl_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank) {
     usp_nccl *self = nccl_of(comm);
-    USP_TRY(usp_verdict_get(&self->verdict));
+    USP_TRY(check_ranks(self));
     usp_status status = usp_control_allgather(self->control, mine, all, bytes_per_rank);
     return status == USP_OK ? USP_OK : give_up(self, status);
 }
 
 /* ---- watching ---------------------------------------------------------------------------------------------------- */
 
-static usp_status nccl_poll(usp_comm *comm)
-{
+static usp_status nccl_poll(usp_comm *comm) {
     usp_nccl *self = nccl_of(comm);
     ncclResult_t result = ncclSuccess;
     int late = 0;
@@ -430,25 +404,21 @@ static usp_status nccl_poll(usp_comm *comm)
     return late ? give_up_late(self, "an exchange on the GPU") : USP_OK;
 }
 
-static usp_status nccl_overdue(usp_comm *comm)
-{
+static usp_status nccl_overdue(usp_comm *comm) {
     usp_nccl *self = nccl_of(comm);
-    usp_status status = check_ranks(self);
-    if (status == USP_OK) give_up_late(self, "work on the stream");
+    if (check_ranks(self) == USP_OK) give_up_late(self, "work on the stream");
     nccl_abort(comm);
-    return usp_verdict_get(&self->verdict);
+    return check_ranks(self);
 }
 
 /* ---- shared memory ----------------------------------------------------------------------------------------------- */
 
-static usp_status use_gpu(const usp_nccl *self)
-{
+static usp_status use_gpu(const usp_nccl *self) {
     cudaError_t error = cudaSetDevice(self->gpu);
     return error == cudaSuccess ? USP_OK : usp_fail(USP_DEVICE, "cudaSetDevice failed: %s", cudaGetErrorString(error));
 }
 
-static usp_status alloc_piece(usp_nccl *self, size_t bytes, usp_shared **piece)
-{
+static usp_status alloc_piece(usp_nccl *self, size_t bytes, usp_shared **piece) {
     const usp_host *host = self->base.host;
     void *memory = NULL;
     USP_TRY(use_gpu(self));
@@ -463,16 +433,14 @@ static usp_status alloc_piece(usp_nccl *self, size_t bytes, usp_shared **piece)
                     ncclGetErrorString(result));
 }
 
-static void free_piece(usp_nccl *self, usp_shared *piece)
-{
+static void free_piece(usp_nccl *self, usp_shared *piece) {
     if (piece == NULL) return;
     if (use_gpu(self) == USP_OK) ncclMemFree(piece->memory);
     usp_host_free(self->base.host, piece);
 }
 
 /* The same verdict on every rank: its own failure, PEER_FAILED for another's, or OK. */
-static usp_status agree(usp_nccl *self, usp_status mine, const char *what)
-{
+static usp_status agree(usp_nccl *self, usp_status mine, const char *what) {
     char sentence[256];
     int own = (int)mine, *all = NULL;
     void *memory = NULL;
@@ -488,8 +456,7 @@ static usp_status agree(usp_nccl *self, usp_status mine, const char *what)
 }
 
 /* Where NCCL refuses to register memory, it refuses on all ranks, and plain memory does. */
-static usp_status register_piece(usp_nccl *self, size_t bytes, usp_shared *piece)
-{
+static usp_status register_piece(usp_nccl *self, size_t bytes, usp_shared *piece) {
     pthread_mutex_lock(&self->lock);
     ncclResult_t result = ncclInProgress;
     if (self->comm != NULL)
@@ -503,12 +470,11 @@ static usp_status register_piece(usp_nccl *self, size_t bytes, usp_shared *piece
 }
 
 /* A piece whose registration failed stays in the list: NCCL may still hold it, and destroy knows when it does not. */
-static usp_status nccl_alloc_shared(usp_comm *comm, size_t bytes, void **memory)
-{
+static usp_status nccl_alloc_shared(usp_comm *comm, size_t bytes, void **memory) {
     usp_nccl *self = nccl_of(comm);
     usp_shared *piece = NULL;
     size_t whole = bytes > 0 ? (bytes + NCCL_WIN_REQUIRED_ALIGNMENT - 1) / NCCL_WIN_REQUIRED_ALIGNMENT : 1;
-    USP_TRY(usp_verdict_get(&self->verdict));
+    USP_TRY(check_ranks(self));
     usp_status status = agree(self, alloc_piece(self, whole * NCCL_WIN_REQUIRED_ALIGNMENT, &piece), "shared memory");
     if (status != USP_OK) {
         free_piece(self, piece);
@@ -521,8 +487,7 @@ static usp_status nccl_alloc_shared(usp_comm *comm, size_t bytes, void **memory)
     return USP_OK;
 }
 
-static void deregister(usp_nccl *self, usp_shared *piece)
-{
+static void deregister(usp_nccl *self, usp_shared *piece) {
     pthread_mutex_lock(&self->lock);
     if (self->comm != NULL && piece->window != NULL) ncclCommWindowDeregister(self->comm, piece->window);
     pthread_mutex_unlock(&self->lock);
@@ -530,8 +495,7 @@ static void deregister(usp_nccl *self, usp_shared *piece)
 }
 
 /* No rank takes its memory away before all have come here. On a comm that has failed, destroy frees it. */
-static usp_status nccl_free_shared(usp_comm *comm, void *memory)
-{
+static usp_status nccl_free_shared(usp_comm *comm, void *memory) {
     usp_nccl *self = nccl_of(comm);
     usp_shared **link = &self->shared;
     while (*link != NULL && (*link)->memory != memory) link = &(*link)->next;
@@ -546,8 +510,7 @@ static usp_status nccl_free_shared(usp_comm *comm, void *memory)
 
 /* ---- communicators for the caller -------------------------------------------------------------------------------- */
 
-static usp_status nccl_split(usp_comm *comm, int colour, int key, struct ncclComm **child)
-{
+static usp_status nccl_split(usp_comm *comm, int colour, int key, struct ncclComm **child) {
     usp_nccl *self = nccl_of(comm);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 1;
@@ -563,22 +526,20 @@ static usp_status nccl_split(usp_comm *comm, int colour, int key, struct ncclCom
     return USP_OK;
 }
 
-static void nccl_split_destroy(usp_comm *comm, struct ncclComm *child)
-{
+static void nccl_split_destroy(usp_comm *comm, struct ncclComm *child) {
     void *memory = NULL;
     if (child == NULL) return;
     if (usp_host_alloc(comm->host, sizeof(usp_release), "a communicator's end", &memory) != USP_OK) {
         usp_host_log(comm->host, 1, "no memory to free a communicator: it is left behind");
         return;
     }
-    run_release(memory, child, usp_verdict_get(&nccl_of(comm)->verdict) != USP_OK);
+    run_release(memory, child, check_ranks(nccl_of(comm)) != USP_OK);
     finish_release(comm->host, memory);
 }
 
 /* ---- the table --------------------------------------------------------------------------------------------------- */
 
-static void free_scratch(usp_nccl *self)
-{
+static void free_scratch(usp_nccl *self) {
     const usp_device_ops *ops = self->base.device->ops;
     if (self->scratch != NULL) ops->free(self->base.device, self->scratch);
     if (self->stream != NULL) ops->stream_destroy(self->base.device, self->stream);
@@ -587,8 +548,7 @@ static void free_scratch(usp_nccl *self)
 }
 
 /* What NCCL no longer has any hand in. */
-static void free_rest(usp_nccl *self)
-{
+static void free_rest(usp_nccl *self) {
     usp_device *device = self->base.device;
     const usp_host *host = self->base.host;
     while (self->shared != NULL) {
@@ -599,12 +559,10 @@ static void free_rest(usp_nccl *self)
     free_scratch(self);
     if (self->probe != NULL) device->ops->event_destroy(device, self->probe);
     pthread_mutex_destroy(&self->lock);
-    usp_verdict_destroy(&self->verdict);
     usp_host_free(host, self);
 }
 
-static void nccl_destroy(usp_comm *comm)
-{
+static void nccl_destroy(usp_comm *comm) {
     if (comm == NULL) return;
     usp_nccl *self = nccl_of(comm);
     int healthy = self->control != NULL && check_ranks(self) == USP_OK;
@@ -632,8 +590,7 @@ static const usp_comm_ops nccl_ops = {
 /* ---- creation ---------------------------------------------------------------------------------------------------- */
 
 /* Nonblocking, since only such a communicator can be waited for with a limit and aborted. */
-static ncclConfig_t own_config(void)
-{
+static ncclConfig_t own_config(void) {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
     config.splitShare = 0;
@@ -641,8 +598,7 @@ static ncclConfig_t own_config(void)
     return config;
 }
 
-static usp_status check_backend(const usp_comm_config *config, int *gpu)
-{
+static usp_status check_backend(const usp_comm_config *config, int *gpu) {
     int version = 0;
     if (config->device->ops->kind != USP_DEVICE_CUDA)
         return usp_fail(USP_UNSUPPORTED, "NCCL joins GPUs; the device is %s", config->device->ops->name);
@@ -653,8 +609,7 @@ static usp_status check_backend(const usp_comm_config *config, int *gpu)
 }
 
 /* The part that needs no other rank. */
-static usp_status begin(const usp_comm_config *config, int size, int rank, usp_nccl **out)
-{
+static usp_status begin(const usp_comm_config *config, int size, int rank, usp_nccl **out) {
     void *memory = NULL, *release = NULL;
     int gpu = 0;
     USP_TRY(check_backend(config, &gpu));
@@ -669,14 +624,12 @@ static usp_status begin(const usp_comm_config *config, int size, int rank, usp_n
     self->gpu = gpu;
     self->release = release;
     pthread_mutex_init(&self->lock, NULL);
-    usp_verdict_init(&self->verdict);
     *out = self;
     return config->device->ops->event_create(config->device, &self->probe);
 }
 
 /* Waits for the work on `stream` with the time limit. */
-static usp_status drain(usp_nccl *self, usp_stream stream)
-{
+static usp_status drain(usp_nccl *self, usp_stream stream) {
     int64_t start = now_ms();
     int busy = 1;
     for (int round = 0; busy; round++) {
@@ -689,8 +642,7 @@ static usp_status drain(usp_nccl *self, usp_stream stream)
 }
 
 /* Every rank sends its block of `all`, in device memory, to every other. */
-static usp_status exchange_blocks(usp_nccl *self, char *all, size_t bytes, usp_stream stream)
-{
+static usp_status exchange_blocks(usp_nccl *self, char *all, size_t bytes, usp_stream stream) {
     int size = self->base.size, rank = self->base.rank, count = 0;
     void *memory = NULL;
     USP_TRY(usp_host_alloc(self->base.host, (sizeof(usp_send) + sizeof(usp_recv)) * (size_t)size, "lists", &memory));
@@ -708,8 +660,7 @@ static usp_status exchange_blocks(usp_nccl *self, char *all, size_t bytes, usp_s
 
 /* An all-gather of host memory by way of the GPUs. It connects every two ranks, which makes the first real exchange as
  * fast as the next. On failure the scratch stays until destroy: a stuck kernel may still use it. */
-static usp_status gather(usp_nccl *self, const void *mine, void *all, size_t bytes)
-{
+static usp_status gather(usp_nccl *self, const void *mine, void *all, size_t bytes) {
     usp_device *device = self->base.device;
     size_t whole = bytes * (size_t)self->base.size;
     USP_TRY(device->ops->alloc(device, whole, &self->scratch));
@@ -724,14 +675,12 @@ static usp_status gather(usp_nccl *self, const void *mine, void *all, size_t byt
     return USP_OK;
 }
 
-static int gather_callback(void *user, const void *mine, void *all, size_t bytes_per_rank)
-{
+static int gather_callback(void *user, const void *mine, void *all, size_t bytes_per_rank) {
     return gather(user, mine, all, bytes_per_rank) == USP_OK ? 0 : -1;
 }
 
 /* Two ranks on one GPU are NCCL's to refuse; the bytes that arrive are checked here. */
-static usp_status connect_all(usp_nccl *self)
-{
+static usp_status connect_all(usp_nccl *self) {
     int32_t mine = self->base.rank;
     void *memory = NULL;
     USP_TRY(usp_host_alloc(self->base.host, sizeof mine * (size_t)self->base.size, "first words", &memory));
@@ -744,8 +693,7 @@ static usp_status connect_all(usp_nccl *self)
     return status;
 }
 
-static usp_status join(usp_nccl *self, const ncclUniqueId *id)
-{
+static usp_status join(usp_nccl *self, const ncclUniqueId *id) {
     ncclConfig_t config = own_config();
     pthread_mutex_lock(&self->lock);
     ncclResult_t result = ncclCommInitRankConfig(&self->comm, self->base.size, *id, self->base.rank, &config);
@@ -755,8 +703,7 @@ static usp_status join(usp_nccl *self, const ncclUniqueId *id)
 }
 
 /* Ranks without a bootstrap make the control channel over the communicator that stands. */
-static usp_status control_over_gpus(usp_nccl *self)
-{
+static usp_status control_over_gpus(usp_nccl *self) {
     usp_bootstrap bootstrap = {gather_callback, self, self->base.rank, self->base.size};
     usp_control *control = NULL;
     USP_TRY(usp_control_create(self->base.host, &bootstrap, self->base.timeout_ms, &control));
@@ -764,16 +711,15 @@ static usp_status control_over_gpus(usp_nccl *self)
     return USP_OK;
 }
 
-static usp_status finish(usp_nccl *self, usp_status status, usp_comm **out)
-{
-    char sentence[sizeof self->verdict.sentence];
+static usp_status finish(usp_nccl *self, usp_status status, usp_comm **out) {
+    char sentence[sizeof self->sentence];
     if (status == USP_OK) status = connect_all(self);
     if (status == USP_OK) {
         *out = &self->base;
         return USP_OK;
     }
     status = give_up(self, status);
-    memcpy(sentence, self->verdict.sentence, sizeof sentence);
+    snprintf(sentence, sizeof sentence, "%s", usp_last_error());
     nccl_destroy(&self->base);
     return usp_fail(status, "%s", sentence);
 }
@@ -784,8 +730,7 @@ typedef struct usp_hello {
     ncclUniqueId id;
 } usp_hello;
 
-static usp_status judge_hellos(const usp_nccl *self, const usp_hello *all)
-{
+static usp_status judge_hellos(const usp_nccl *self, const usp_hello *all) {
     if (all[0].status != USP_OK) return usp_fail(USP_PEER_FAILED, "rank 0 could not make an id for NCCL");
     for (int rank = 1; rank < self->base.size; rank++)
         if (all[rank].version != all[0].version)
@@ -794,8 +739,7 @@ static usp_status judge_hellos(const usp_nccl *self, const usp_hello *all)
     return USP_OK;
 }
 
-static usp_status share_id(usp_nccl *self, ncclUniqueId *id)
-{
+static usp_status share_id(usp_nccl *self, ncclUniqueId *id) {
     usp_hello mine = {.status = USP_OK};
     void *memory = NULL;
     ncclGetVersion(&mine.version);
@@ -809,8 +753,7 @@ static usp_status share_id(usp_nccl *self, ncclUniqueId *id)
     return status;
 }
 
-usp_status usp_comm_create_nccl(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm)
-{
+usp_status usp_comm_create_nccl(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm) {
     usp_nccl *self = NULL;
     ncclUniqueId id;
     usp_status status = begin(config, bootstrap->size, bootstrap->rank, &self);
@@ -822,8 +765,7 @@ usp_status usp_comm_create_nccl(const usp_comm_config *config, const usp_bootstr
 }
 
 usp_status usp_comm_create_nccl_id(const usp_comm_config *config, const usp_unique_id *id, int size, int rank,
-                                   usp_comm **comm)
-{
+                                   usp_comm **comm) {
     usp_nccl *self = NULL;
     ncclUniqueId copy;
     memcpy(&copy, id->bytes, sizeof copy);
@@ -836,8 +778,7 @@ usp_status usp_comm_create_nccl_id(const usp_comm_config *config, const usp_uniq
 
 /* ---- a borrowed communicator ------------------------------------------------------------------------------------- */
 
-static void *split_main(void *argument)
-{
+static void *split_main(void *argument) {
     usp_split *split = argument;
     ncclResult_t result = ncclCommSplit(split->parent, 0, split->rank, &split->child, &split->config);
     for (int round = 0; !went_wrong(result); round++) {
@@ -852,8 +793,7 @@ static void *split_main(void *argument)
 }
 
 /* Waits for the thread with the time limit; a thread that is late keeps `split`. */
-static usp_status finish_split(usp_nccl *self, usp_split *split)
-{
+static usp_status finish_split(usp_nccl *self, usp_split *split) {
     int64_t start = now_ms();
     for (int round = 0; !atomic_load(&split->done); round++) {
         if (is_late(self, start)) {
@@ -870,8 +810,7 @@ static usp_status finish_split(usp_nccl *self, usp_split *split)
     return status;
 }
 
-static usp_status split_borrowed(usp_nccl *self, ncclComm_t borrowed)
-{
+static usp_status split_borrowed(usp_nccl *self, ncclComm_t borrowed) {
     void *memory = NULL;
     USP_TRY(usp_host_alloc(self->base.host, sizeof(usp_split), "a split communicator", &memory));
     usp_split *split = memory;
@@ -886,8 +825,7 @@ static usp_status split_borrowed(usp_nccl *self, ncclComm_t borrowed)
     return settle(self, progress(self), "ncclCommSplit");
 }
 
-static usp_status look_at_borrowed(ncclComm_t borrowed, int *size, int *rank)
-{
+static usp_status look_at_borrowed(ncclComm_t borrowed, int *size, int *rank) {
     int gpu = 0, current = 0;
     ncclResult_t result = ncclCommCount(borrowed, size);
     if (result == ncclSuccess) result = ncclCommUserRank(borrowed, rank);
@@ -899,8 +837,7 @@ static usp_status look_at_borrowed(ncclComm_t borrowed, int *size, int *rank)
     return USP_OK;
 }
 
-usp_status usp_comm_create_nccl_borrowed(const usp_comm_config *config, struct ncclComm *borrowed, usp_comm **comm)
-{
+usp_status usp_comm_create_nccl_borrowed(const usp_comm_config *config, struct ncclComm *borrowed, usp_comm **comm) {
     usp_nccl *self = NULL;
     int size = 0, rank = 0, gpu = 0;
     USP_TRY(check_backend(config, &gpu));
@@ -912,8 +849,7 @@ usp_status usp_comm_create_nccl_borrowed(const usp_comm_config *config, struct n
     return finish(self, status, comm);
 }
 
-usp_status usp_nccl_unique_id(usp_unique_id *id)
-{
+usp_status usp_nccl_unique_id(usp_unique_id *id) {
     _Static_assert(sizeof id->bytes == sizeof(ncclUniqueId), "usp_unique_id holds an ncclUniqueId");
     ncclUniqueId made;
     ncclResult_t result = ncclGetUniqueId(&made);
