@@ -1,0 +1,167 @@
+/* device.c - the CPU's device table: memory, and streams that are always done.
+ * It chooses the panel for this processor once; kernels run in the calling thread. */
+#include <string.h>
+
+#include "../error.h"
+#include "kernels.h"
+
+enum { USP_CPU_ALIGNMENT = 256 };
+
+/* The address that the host gave is kept just below the aligned one. */
+static usp_status cpu_alloc(usp_device *device, size_t bytes, void **memory)
+{
+    size_t extra = USP_CPU_ALIGNMENT + sizeof(void *);
+    void *base = NULL;
+    *memory = NULL;
+    if (bytes > SIZE_MAX - extra) return usp_fail(USP_NO_MEMORY, "cannot allocate %zu bytes of CPU memory", bytes);
+    USP_TRY(usp_host_alloc(device->host, bytes + extra, "device memory", &base));
+    uintptr_t aligned = ((uintptr_t)base + extra) / USP_CPU_ALIGNMENT * USP_CPU_ALIGNMENT;
+    *memory = (void *)aligned;
+    memcpy((char *)*memory - sizeof base, &base, sizeof base);
+    return USP_OK;
+}
+
+static void cpu_free(usp_device *device, void *memory)
+{
+    void *base = NULL;
+    if (memory) memcpy(&base, (char *)memory - sizeof base, sizeof base);
+    usp_host_free(device->host, base);
+}
+
+static usp_status cpu_copy(usp_device *device, void *to, const void *from, size_t bytes, usp_stream stream)
+{
+    (void)device, (void)stream;
+    if (bytes) memmove(to, from, bytes);
+    return USP_OK;
+}
+
+static usp_status cpu_zero(usp_device *device, void *memory, size_t bytes, usp_stream stream)
+{
+    (void)device, (void)stream;
+    if (bytes) memset(memory, 0, bytes);
+    return USP_OK;
+}
+
+static usp_status cpu_stream_create(usp_device *device, usp_stream *stream)
+{
+    (void)device;
+    *stream = NULL;
+    return USP_OK;
+}
+
+static void cpu_stream_destroy(usp_device *device, usp_stream stream)
+{
+    (void)device, (void)stream;
+}
+
+static usp_status cpu_query(usp_device *device, usp_stream stream, int *busy)
+{
+    (void)device, (void)stream;
+    *busy = 0;
+    return USP_OK;
+}
+
+static usp_status cpu_event_create(usp_device *device, usp_event **event)
+{
+    void *memory = NULL;
+    USP_TRY(usp_host_alloc(device->host, 1, "an event", &memory));
+    *event = memory;
+    return USP_OK;
+}
+
+static void cpu_event_destroy(usp_device *device, usp_event *event)
+{
+    usp_host_free(device->host, event);
+}
+
+static usp_status cpu_event_record(usp_device *device, usp_event *event, usp_stream stream)
+{
+    (void)device, (void)event, (void)stream;
+    return USP_OK;
+}
+
+static usp_status cpu_event_wait(usp_device *device, usp_event *event, usp_stream stream)
+{
+    (void)device, (void)event, (void)stream;
+    return USP_OK;
+}
+
+static usp_status cpu_event_query(usp_device *device, usp_event *event, int *busy)
+{
+    (void)device, (void)event;
+    *busy = 0;
+    return USP_OK;
+}
+
+static usp_status cpu_capturing(usp_device *device, usp_stream stream, int *yes)
+{
+    (void)device, (void)stream;
+    *yes = 0;
+    return USP_OK;
+}
+
+static usp_status cpu_supports(usp_device *device, const usp_kernel_shape *shape)
+{
+    int largest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
+    (void)device;
+    if (largest > USP_CPU_DIM)
+        return usp_fail(USP_UNSUPPORTED, "head dimension %d is larger than the CPU kernels' %d", largest, USP_CPU_DIM);
+    if (!usp_dtype_size(shape->dtype))
+        return usp_fail(USP_UNSUPPORTED, "the CPU has no kernels for dtype %d", (int)shape->dtype);
+    if (shape->attention != USP_SOFTMAX && shape->attention != USP_LINEAR)
+        return usp_fail(USP_UNSUPPORTED, "the CPU has no kernels for attention %d", (int)shape->attention);
+    return USP_OK;
+}
+
+static void cpu_destroy(usp_device *device)
+{
+    if (device) usp_host_free(device->host, device);
+}
+
+static const usp_device_ops cpu_ops = {
+    .name = "cpu",
+    .kind = USP_DEVICE_CPU,
+    .alloc = cpu_alloc,
+    .free = cpu_free,
+    .copy = cpu_copy,
+    .zero = cpu_zero,
+    .stream_create = cpu_stream_create,
+    .stream_destroy = cpu_stream_destroy,
+    .query = cpu_query,
+    .event_create = cpu_event_create,
+    .event_destroy = cpu_event_destroy,
+    .event_record = cpu_event_record,
+    .event_wait = cpu_event_wait,
+    .event_query = cpu_event_query,
+    .capturing = cpu_capturing,
+    .supports = cpu_supports,
+    .copy_rows = usp_cpu_copy_rows,
+    .softmax_forward = usp_cpu_softmax_forward,
+    .softmax_delta = usp_cpu_softmax_delta,
+    .softmax_backward_query = usp_cpu_softmax_backward_query,
+    .softmax_backward_key = usp_cpu_softmax_backward_key,
+    .linear_totals = usp_cpu_linear_totals,
+    .linear_scan = usp_cpu_linear_scan,
+    .linear_output = usp_cpu_linear_output,
+    .linear_apply = usp_cpu_linear_apply,
+    .destroy = cpu_destroy,
+};
+
+static const usp_panel *best_panel(void)
+{
+    if (usp_panel_avx512()) return usp_panel_avx512();
+    return usp_panel_avx2() ? usp_panel_avx2() : usp_panel_portable();
+}
+
+usp_status usp_device_create_cpu(const usp_host *host, usp_device **device)
+{
+    void *memory = NULL;
+    *device = NULL;
+    USP_TRY(usp_host_alloc(host, sizeof(usp_cpu_device), "the CPU device", &memory));
+    usp_cpu_device *cpu = memory;
+    cpu->base.ops = &cpu_ops;
+    cpu->base.host = host;
+    cpu->panel = best_panel();
+    *device = &cpu->base;
+    return USP_OK;
+}
