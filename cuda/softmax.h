@@ -1,0 +1,40 @@
+/* softmax.h - the softmax attention entries of the CUDA device, and the families of kernels behind them.
+ * Entries behave as lib/device.h says; only cuda/softmax.c chooses between families. */
+#ifndef USP_CUDA_SOFTMAX_H
+#define USP_CUDA_SOFTMAX_H
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#include "device.h"
+
+/* ---- entries, as device.c calls them --------------------------------------------------------------------------------- */
+
+usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape);
+usp_status usp_cuda_softmax_forward(const usp_softmax *args, usp_stream stream);
+usp_status usp_cuda_softmax_delta(const usp_softmax *args, float *delta, usp_stream stream);
+usp_status usp_cuda_softmax_backward_query(const usp_softmax *args, usp_stream stream);
+usp_status usp_cuda_softmax_backward_key(const usp_softmax *args, usp_stream stream);
+
+/* ---- families --------------------------------------------------------------------------------------------------------- */
+
+typedef enum usp_softmax_call { USP_CALL_FORWARD, USP_CALL_BACKWARD_QUERY, USP_CALL_BACKWARD_KEY } usp_softmax_call;
+
+/* Kernels that serve some arguments. `shared`: bytes of shared memory that they need of a block. */
+typedef struct usp_softmax_family {
+    const char *name;
+    size_t (*shared)(int dim, int value_dim);
+    int (*fits)(const usp_softmax *args, usp_softmax_call call);
+    usp_status (*call[3])(const usp_softmax *args, usp_stream stream); /* by usp_softmax_call */
+} usp_softmax_family;
+
+/* Tensor cores by mma.sync, sm_80 and up: 16-bit elements, dims up to 128, rows on 16-byte boundaries. */
+extern const usp_softmax_family usp_softmax_mma;
+/* Everything else, in plain fp32: any element, stride and alignment, dims up to USP_SOFTMAX_MAX_DIM. */
+extern const usp_softmax_family usp_softmax_any;
+enum { USP_SOFTMAX_MAX_DIM = 512 };
+
+#ifdef __cplusplus
+}
+#endif
+#endif

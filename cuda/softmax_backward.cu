@@ -1,0 +1,248 @@
+/* softmax_backward.cu - backward softmax attention on tensor cores (mma.sync, sm_80 and up), 16-bit elements, dims up to
+ * 128: dq by work items of queries, dk and dv by work items of keys. No atomics: each row is summed by one block, in order. */
+#include "softmax_mma.cuh"
+
+/* P = 2^(score scale2 - base). A row that allows no key has lse -inf: an infinite base makes its weights 0. */
+static __device__ __forceinline__ float usp_base_of(float lse) { return lse == -INFINITY ? INFINITY : lse * USP_LOG2E; }
+
+/* to = factor * c (+ sum), as dtype to `result` if last, else into the sum. */
+template <typename T, int M, int N>
+static __device__ __forceinline__ void usp_deliver(usp_sums<M, N> &c, const usp_softmax &args, const usp_tensor &sum,
+                                                   const usp_tensor &result, float factor, int64_t first_row, int head,
+                                                   int batch, int rows, int dim)
+{
+    float *running = args.first && args.last ? nullptr : usp_row<float>(sum, first_row, batch, head);
+    usp_scale_add(c, factor, args.first ? nullptr : running, sum.stride_token, rows, dim);
+    if (args.last)
+        usp_store(c, usp_row<T>(result, first_row, batch, head), result.stride_token, rows, dim);
+    else
+        usp_store(c, running, sum.stride_token, rows, dim);
+}
+
+/* ---- dq ---------------------------------------------------------------------------------------------------------------- */
+
+template <int DIM> struct usp_backward_query_memory {
+    static constexpr int step = usp_backward_query_shape::step * DIM * 2, rows = usp_backward_query_shape::rows * DIM * 2;
+    static constexpr int q = 0, dout = q + rows, k = dout + rows, v = k + 2 * step, bytes = v + 2 * step;
+};
+
+/* Rows are queries: S = q k^T, dP = dout v^T, dq += P (dP - delta) k. */
+template <typename T, int DIM>
+static __global__ void __launch_bounds__(usp_backward_query_shape::threads, usp_backward_query_shape::resident)
+    usp_softmax_backward_query_kernel(const __grid_constant__ usp_softmax args)
+{
+    using shape = usp_backward_query_shape;
+    using memory = usp_backward_query_memory<DIM>;
+    constexpr int M = shape::blocks, N = shape::step / 8, threads = shape::threads;
+    uint32_t base = usp_shared_base();
+    usp_shared_rows<DIM> q = {base + memory::q}, dout = {base + memory::dout}, k = {base + memory::k}, v = {base + memory::v};
+
+    usp_job job = usp_take_job(args.tiles, args.heads, 1, true);
+    usp_work work = *job.work;
+    int key_head = usp_mapped_head(args.kv, job.head);
+    int warp_row = threadIdx.x / 32 * M * 16, first_row = work.begin + warp_row, rows = work.count - warp_row;
+    const T *keys = usp_row<T>(args.k, 0, job.batch, key_head), *values = usp_row<T>(args.v, 0, job.batch, key_head);
+    auto fetch = [&](const usp_walk &at, int buffer) {
+        int64_t column = at.column;
+        usp_fetch<shape::step, threads>(k.rows_from(buffer * shape::step), keys + column * args.k.stride_token,
+                                        args.k.stride_token, at.columns(), args.dim);
+        usp_fetch<shape::step, threads>(v.rows_from(buffer * shape::step), values + column * args.v.stride_token,
+                                        args.v.stride_token, at.columns(), args.value_dim);
+    };
+
+    usp_fetch<shape::rows, threads>(q, usp_row<T>(args.q, work.begin, job.batch, job.head), args.q.stride_token, work.count,
+                                    args.dim);
+    usp_fetch<shape::rows, threads>(dout, usp_row<T>(args.dout, work.begin, job.batch, job.head), args.dout.stride_token,
+                                    work.count, args.value_dim);
+    usp_walk walk(args.tiles.tile, work, 1);
+    if (walk.running()) fetch(walk, 0);
+
+    float scale2 = args.scale * USP_LOG2E, row_base[M * 2], row_delta[M * 2];
+    int64_t line = ((int64_t)job.batch * args.heads + job.head) * args.queries + first_row;
+#pragma unroll
+    for (int i = 0; i < M * 2; i++) {
+        int row = usp_lane_row(i / 2, i % 2);
+        row_base[i] = row < rows ? usp_base_of(args.lse[line + row]) : INFINITY;
+        row_delta[i] = row < rows ? args.delta[line + row] : 0;
+    }
+
+    usp_sums<M, DIM / 8> dq = {};
+    for (int buffer = 0; walk.running(); buffer ^= 1) {
+        usp_fetched();
+        __syncthreads();
+        usp_walk at = walk;
+        walk.advance(shape::step);
+        if (walk.running()) fetch(walk, buffer ^ 1);
+        usp_sums<M, N> p = {}, ds;
+        usp_multiply_rows<T>(p, q.rows_from(warp_row), k.rows_from(buffer * shape::step));
+#pragma unroll
+        for (int i = 0; i < M * N * 4; i++) {
+            float &x = p[i / (N * 4)][i / 4 % N][i % 4];
+            x = usp_exp2(fmaf(x, scale2, -row_base[i / (N * 4) * 2 + i % 4 / 2]));
+            ds[i / (N * 4)][i / 4 % N][i % 4] = -row_delta[i / (N * 4) * 2 + i % 4 / 2];
+        }
+        if (!at.full(shape::step))
+            usp_mask_pairs<false>(p, usp_band(*job.work, *at.tile), first_row, at.column, 0);
+        usp_multiply_rows<T>(ds, dout.rows_from(warp_row), v.rows_from(buffer * shape::step));
+#pragma unroll
+        for (int i = 0; i < M * N * 4; i++) ds[i / (N * 4)][i / 4 % N][i % 4] *= p[i / (N * 4)][i / 4 % N][i % 4];
+        usp_multiply_columns<T>(dq, ds, k.rows_from(buffer * shape::step));
+    }
+    usp_fetched();
+    usp_deliver<T>(dq, args, args.dq_sum, args.dq, args.scale, first_row, job.head, job.batch, rows, args.dim);
+}
+
+/* ---- dk, dv ------------------------------------------------------------------------------------------------------------ */
+
+template <int DIM> struct usp_backward_key_memory {
+    using shape = usp_backward_key_shape<DIM>;
+    static constexpr int step = shape::step * DIM * 2, rows = shape::rows * DIM * 2, line = shape::step * 4;
+    static constexpr int k = 0, v = k + rows, q = v + rows, dout = q + 2 * step;
+    static constexpr int base = dout + 2 * step, delta = base + 2 * line, bytes = delta + 2 * line;
+};
+
+/* Rows are keys: S^T = k q^T, dv += P^T dout, dP^T = v dout^T, dk += P^T (dP^T - delta) q, over all the query heads that
+ * read the key head. */
+template <typename T, int DIM>
+static __global__ void __launch_bounds__(usp_backward_key_shape<DIM>::threads, usp_backward_key_shape<DIM>::resident)
+    usp_softmax_backward_key_kernel(const __grid_constant__ usp_softmax args)
+{
+    using shape = usp_backward_key_shape<DIM>;
+    using memory = usp_backward_key_memory<DIM>;
+    constexpr int M = shape::blocks, N = shape::step / 8, threads = shape::threads, step = shape::step;
+    extern __shared__ __align__(1024) unsigned char bytes[];
+    uint32_t base = usp_shared_base();
+    usp_shared_rows<DIM> q = {base + memory::q}, dout = {base + memory::dout}, k = {base + memory::k}, v = {base + memory::v};
+    float *lines = reinterpret_cast<float *>(bytes + memory::base); /* [base, delta][buffer][column] */
+
+    usp_job job = usp_take_job(args.tiles, args.key_heads, 1, false);
+    usp_work work = *job.work;
+    int warp_row = threadIdx.x / 32 * M * 16, first_row = work.begin + warp_row, rows = work.count - warp_row;
+    int first_head = max(job.head * args.kv.group - args.kv.offset, 0);
+    int last_head = min((job.head + 1) * args.kv.group - args.kv.offset, args.heads);
+
+    /* The first `step` threads bring the columns' lse, the next their delta: into a register here, to memory when the
+     * buffer is free and the value has arrived. */
+    int line_column = threadIdx.x % step;
+    auto fetch = [&](const usp_walk &at, int buffer) -> float {
+        int head = first_head + at.round;
+        int64_t line = ((int64_t)job.batch * args.heads + head) * args.queries + at.column + line_column;
+        usp_fetch<step, threads>(q.rows_from(buffer * step), usp_row<T>(args.q, at.column, job.batch, head),
+                                 args.q.stride_token, at.columns(), args.dim);
+        usp_fetch<step, threads>(dout.rows_from(buffer * step), usp_row<T>(args.dout, at.column, job.batch, head),
+                                 args.dout.stride_token, at.columns(), args.value_dim);
+        if (line_column >= at.columns() || threadIdx.x >= 2 * step) return 0;
+        return threadIdx.x < step ? usp_base_of(args.lse[line]) : args.delta[line];
+    };
+    auto keep = [&](float value, int buffer) {
+        if (threadIdx.x < 2 * step) lines[(threadIdx.x / step * 2 + buffer) * step + line_column] = value;
+    };
+
+    usp_fetch<shape::rows, threads>(k, usp_row<T>(args.k, work.begin, job.batch, job.head), args.k.stride_token, work.count,
+                                    args.dim);
+    usp_fetch<shape::rows, threads>(v, usp_row<T>(args.v, work.begin, job.batch, job.head), args.v.stride_token, work.count,
+                                    args.value_dim);
+    usp_walk walk(args.tiles.tile, work, max(last_head - first_head, 0));
+    float line_value = walk.running() ? fetch(walk, 0) : 0;
+
+    float scale2 = args.scale * USP_LOG2E;
+    usp_sums<M, DIM / 8> dk = {}, dv = {};
+    for (int buffer = 0; walk.running(); buffer ^= 1) {
+        keep(line_value, buffer);
+        usp_fetched();
+        __syncthreads();
+        usp_walk at = walk;
+        walk.advance(step);
+        if (walk.running()) line_value = fetch(walk, buffer ^ 1);
+        const float *bases = lines + buffer * step, *deltas = bases + 2 * step;
+        usp_sums<M, N> p = {}, ds;
+        usp_multiply_rows<T>(p, k.rows_from(warp_row), q.rows_from(buffer * step));
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float2 column_base = *reinterpret_cast<const float2 *>(bases + usp_lane_column(n));
+#pragma unroll
+            for (int i = 0; i < M * 4; i++) {
+                float &x = p[i / 4][n][i % 4];
+                x = usp_exp2(fmaf(x, scale2, i % 2 ? -column_base.y : -column_base.x));
+            }
+        }
+        if (!at.full(step)) usp_mask_pairs<true>(p, usp_band(*job.work, *at.tile), first_row, at.column, 0);
+        usp_multiply_columns<T>(dv, p, dout.rows_from(buffer * step));
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float2 delta = *reinterpret_cast<const float2 *>(deltas + usp_lane_column(n));
+#pragma unroll
+            for (int i = 0; i < M * 4; i++) ds[i / 4][n][i % 4] = i % 2 ? -delta.y : -delta.x;
+        }
+        usp_multiply_rows<T>(ds, v.rows_from(warp_row), dout.rows_from(buffer * step));
+#pragma unroll
+        for (int i = 0; i < M * N * 4; i++) ds[i / (N * 4)][i / 4 % N][i % 4] *= p[i / (N * 4)][i / 4 % N][i % 4];
+        usp_multiply_columns<T>(dk, ds, q.rows_from(buffer * step));
+    }
+    usp_fetched();
+    usp_deliver<T>(dk, args, args.dk_sum, args.dk, args.scale, first_row, job.head, job.batch, rows, args.dim);
+    usp_deliver<T>(dv, args, args.dv_sum, args.dv, 1, first_row, job.head, job.batch, rows, args.value_dim);
+}
+
+/* ---- launchers --------------------------------------------------------------------------------------------------------- */
+
+struct usp_backward_query_launch {
+    template <typename T, int DIM> static usp_status with(const usp_softmax &args, usp_stream stream)
+    {
+        return usp_launch_jobs("softmax backward for queries", usp_softmax_backward_query_kernel<T, DIM>, args, args.heads,
+                               1, usp_backward_query_shape::threads, usp_backward_query_memory<DIM>::bytes, stream);
+    }
+};
+
+struct usp_backward_key_launch {
+    template <typename T, int DIM> static usp_status with(const usp_softmax &args, usp_stream stream)
+    {
+        return usp_launch_jobs("softmax backward for keys", usp_softmax_backward_key_kernel<T, DIM>, args, args.key_heads,
+                               1, usp_backward_key_shape<DIM>::threads, usp_backward_key_memory<DIM>::bytes, stream);
+    }
+};
+
+static usp_status usp_launch_backward_query(const usp_softmax *args, usp_stream stream)
+{
+    return usp_with_instance<usp_backward_query_launch>(*args, stream);
+}
+
+static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream stream)
+{
+    return usp_with_instance<usp_backward_key_launch>(*args, stream);
+}
+
+/* ---- family ------------------------------------------------------------------------------------------------------------ */
+
+/* The most that one of the kernels takes. */
+static size_t usp_shared(int dim, int value_dim)
+{
+    bool narrow = dim <= 64 && value_dim <= 64;
+    return narrow ? usp_backward_key_memory<64>::bytes : usp_backward_key_memory<128>::bytes;
+}
+
+/* Pairs of fp32 are written at once. */
+static bool usp_pairs_aligned(const usp_tensor &x)
+{
+    return ((x.stride_token | x.stride_batch | x.stride_head) % 2 == 0) && reinterpret_cast<uintptr_t>(x.data) % 8 == 0;
+}
+
+static bool usp_result_fits(const usp_softmax &args, const usp_tensor &sum, const usp_tensor &result)
+{
+    return (!args.last || usp_rows_aligned(result, 2)) && ((args.first && args.last) || usp_pairs_aligned(sum));
+}
+
+static int usp_fits(const usp_softmax *args, usp_softmax_call call)
+{
+    const usp_softmax &a = *args;
+    if (a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || a.dim > 128 || a.value_dim > 128 || !(a.scale > 0)) return 0;
+    if (!usp_rows_aligned(a.q, 2) || !usp_rows_aligned(a.k, 2) || !usp_rows_aligned(a.v, 2)) return 0;
+    if (call == USP_CALL_FORWARD)
+        return (!a.last || usp_rows_aligned(a.out, 2)) && reinterpret_cast<uintptr_t>(a.acc) % 8 == 0;
+    if (!usp_rows_aligned(a.dout, 2)) return 0;
+    if (call == USP_CALL_BACKWARD_QUERY) return usp_result_fits(a, a.dq_sum, a.dq);
+    return usp_result_fits(a, a.dk_sum, a.dk) && usp_result_fits(a, a.dv_sum, a.dv);
+}
+
+const usp_softmax_family usp_softmax_mma = {
+    "mma", usp_shared, usp_fits, {usp_softmax_mma_forward, usp_launch_backward_query, usp_launch_backward_key}};
