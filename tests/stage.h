@@ -1,0 +1,66 @@
+/* stage.h - one rank's part of a case: mesh, sequence, layer, tensors; set up, run and gathered into whole tensors.
+ * Knows the public API only. */
+#ifndef USP_TESTS_STAGE_H
+#define USP_TESTS_STAGE_H
+#include "cases.h"
+#include "ranks.h"
+
+typedef enum usp_part { USP_Q, USP_K, USP_V, USP_O, USP_DOUT, USP_DQ, USP_DK, USP_DV, USP_PARTS } usp_part;
+
+typedef struct usp_stage {
+    usp_rank *rank;
+    usp_case c; /* completed */
+    int p;      /* sequence rank */
+    usp_mesh *mesh;
+    usp_sequence *sequence, *keys; /* keys: says which tokens the local keys are; the sequence itself without key_tokens */
+    usp_layer *layer;
+    int64_t tokens, key_tokens; /* local */
+    usp_sizes sizes;
+    usp_view view[USP_PARTS];
+    usp_buffer memory[USP_PARTS];
+    int holder[USP_PARTS]; /* whose memory the view is in */
+    usp_buffer lse, initial_state, final_state, dfinal_state, dinitial_state, workspace, saved;
+    uint64_t input_hash;
+} usp_stage;
+
+/* All ranks' results together, as the dtype holds them; the states as this rank has them. Any may be NULL: not wanted. */
+typedef struct usp_whole {
+    int64_t out_count, lse_count, dq_count, dk_count, dv_count, state_count;
+    float *out, *lse, *dq, *dk, *dv, *final_state, *dinitial_state; /* lse as [batch, token, head] */
+    usp_status refusal; /* what create said where it refused */
+} usp_whole;
+
+/* Collective. Creates mesh, sequence and layer; on failure all of them are gone again and the status is the same on all
+ * ranks. */
+usp_status usp_stage_open(usp_rank *rank, const usp_case *c, usp_stage *stage);
+/* Tensors, poisoned, with the case's inputs. 0, or 1 after saying why. */
+int usp_stage_fill(usp_stage *stage);
+/* Makes v = first * (tensor 2 of the seed) + second * (tensor 9). */
+int usp_stage_mix_values(usp_stage *stage, double first, double second);
+/* Other states than the case's; NULL: as they are. */
+int usp_stage_set_states(usp_stage *stage, const float *initial, const float *dfinal);
+/* Makes q, k and v the other's out, which has the same shape. */
+int usp_stage_feed(usp_stage *stage, usp_stage *from);
+int usp_stage_forward(usp_stage *stage, int keep); /* keep: with saved */
+int usp_stage_backward(usp_stage *stage);
+/* The same results through tokens_to_heads, the inner calls and heads_to_tokens; for cases without lse and states. */
+int usp_stage_forward_parts(usp_stage *stage);
+int usp_stage_backward_parts(usp_stage *stage);
+/* q, k, v and dout to heads and back, into dq, dk, dv and out. */
+int usp_stage_round_trip(usp_stage *stage);
+/* Downloads, checks that nothing but the results was written, and gathers. Collective. */
+int usp_stage_gather(usp_stage *stage, int backward, usp_whole *whole);
+void usp_stage_close(usp_stage *stage);
+
+usp_forward usp_stage_forward_arguments(const usp_stage *stage, int keep);
+usp_backward usp_stage_backward_arguments(const usp_stage *stage);
+
+void usp_whole_free(usp_whole *whole);
+
+/* All of the above in one: 0 and the result, 1 after saying why, -1 if the create call refused. */
+int usp_stage_run(usp_rank *rank, const usp_case *c, usp_whole *whole);
+
+/* Collective over the mesh of the stage: every rank's `bytes` bytes, in order of p. */
+int usp_stage_share(usp_stage *stage, const void *mine, size_t bytes, void *all);
+
+#endif
