@@ -19,6 +19,13 @@ usp_status usp_control_poll(usp_control *);
 /* The rank to blame for a wait on `peer` (-1: unknown) that timed out: one that stopped beating, else the end of the chain
  * of who waits for whom, else the one with the fewest exchanges. Records and spreads the failure; returns its status. */
 usp_status usp_control_overdue(usp_control *, int peer);
+/* The wait on `peer` cannot end: its own connection to this rank has. PEER_LOST at once if the peer is known to have
+ * gone, else as soon as it is; OK means: wait on. */
+usp_status usp_control_gone(usp_control *, int peer);
+/* Records a failure that this rank has found, spreads it to all ranks, and returns the one that came first. */
+usp_status usp_control_fail(usp_control *, usp_status, const char *format, ...) __attribute__((format(printf, 3, 4)));
+/* A descriptor that becomes readable, and stays so, once the control has failed: to be polled beside others. */
+int usp_control_descriptor(const usp_control *);
 void usp_control_abort(usp_control *); /* tells all ranks; any thread; idempotent */
 void usp_control_destroy(usp_control *); /* NULL is fine */
 

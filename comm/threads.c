@@ -5,8 +5,8 @@
  * pair of ranks, so exchanges of different pairs never meet. A sender stays in its exchange until its last message has
  * been copied, and its stream waits for the receivers' streams; the host never waits for a stream. */
 #define _POSIX_C_SOURCE 200809L
-#include "comm.h"
 #include "error.h"
+#include "list.h"
 #include <errno.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -14,7 +14,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { USP_NO_MESSAGE = -1, USP_NO_RANK = -1 };
+enum { USP_NO_RANK = -1 };
 
 typedef enum usp_activity { USP_ABSENT, USP_COMPUTING, USP_EXCHANGING, USP_GATHERING, USP_LEFT } usp_activity;
 
@@ -57,13 +57,11 @@ typedef struct usp_thread_comm {
 
 /* ---- the rendezvous ---------------------------------------------------------------------------------------------- */
 
-static usp_box *usp_box_of(usp_rendezvous *meeting, int sender, int receiver)
-{
+static usp_box *usp_box_of(usp_rendezvous *meeting, int sender, int receiver) {
     return &meeting->boxes[(size_t)sender * (size_t)meeting->size + (size_t)receiver];
 }
 
-static void usp_seats_init(usp_rendezvous *meeting)
-{
+static void usp_seats_init(usp_rendezvous *meeting) {
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
@@ -73,8 +71,7 @@ static void usp_seats_init(usp_rendezvous *meeting)
         meeting->boxes[i].next = meeting->boxes[i].want = USP_NO_MESSAGE;
 }
 
-usp_status usp_rendezvous_create(int size, usp_rendezvous **rendezvous)
-{
+usp_status usp_rendezvous_create(int size, usp_rendezvous **rendezvous) {
     USP_REQUIRE(rendezvous != NULL, "rendezvous is NULL");
     *rendezvous = NULL;
     USP_REQUIRE(size >= 1 && size <= 4096, "size is %d, not 1 to 4096", size);
@@ -94,8 +91,7 @@ usp_status usp_rendezvous_create(int size, usp_rendezvous **rendezvous)
     return USP_OK;
 }
 
-void usp_rendezvous_destroy(usp_rendezvous *meeting)
-{
+void usp_rendezvous_destroy(usp_rendezvous *meeting) {
     if (!meeting) return;
     for (int i = 0; i < meeting->size; i++) pthread_cond_destroy(&meeting->seats[i].wake);
     pthread_mutex_destroy(&meeting->mutex);
@@ -105,21 +101,18 @@ void usp_rendezvous_destroy(usp_rendezvous *meeting)
 
 /* ---- failure and blame; all under the mutex ---------------------------------------------------------------------- */
 
-static void usp_wake_all(usp_rendezvous *meeting)
-{
+static void usp_wake_all(usp_rendezvous *meeting) {
     for (int i = 0; i < meeting->size; i++) pthread_cond_signal(&meeting->seats[i].wake);
 }
 
 /* The failure of the world as this thread's error. */
-static usp_status usp_failure(const usp_rendezvous *meeting)
-{
+static usp_status usp_failure(const usp_rendezvous *meeting) {
     return meeting->failure == USP_OK ? USP_OK : usp_fail(meeting->failure, "%s", meeting->sentence);
 }
 
 /* Fails the world for all ranks, unless it has failed already; the first failure is the one that all report. */
 __attribute__((format(printf, 3, 4))) static usp_status usp_fail_all(usp_rendezvous *meeting, usp_status status,
-                                                                     const char *format, ...)
-{
+                                                                     const char *format, ...) {
     if (meeting->failure == USP_OK) {
         va_list arguments;
         va_start(arguments, format);
@@ -132,8 +125,7 @@ __attribute__((format(printf, 3, 4))) static usp_status usp_fail_all(usp_rendezv
 }
 
 /* A receiver whose message is there is not waiting: it is the one who has to act. */
-static int usp_waits_on(usp_rendezvous *meeting, int rank, int peer)
-{
+static int usp_waits_on(usp_rendezvous *meeting, int rank, int peer) {
     if (rank == peer) return 0;
     usp_activity activity = meeting->seats[rank].activity;
     if (activity == USP_GATHERING) return meeting->seats[peer].activity != USP_GATHERING;
@@ -142,15 +134,13 @@ static int usp_waits_on(usp_rendezvous *meeting, int rank, int peer)
     return out->next != USP_NO_MESSAGE || (in->want != USP_NO_MESSAGE && in->next == USP_NO_MESSAGE);
 }
 
-static int usp_waits_for(usp_rendezvous *meeting, int rank)
-{
+static int usp_waits_for(usp_rendezvous *meeting, int rank) {
     for (int peer = 0; peer < meeting->size; peer++)
         if (usp_waits_on(meeting, rank, peer)) return peer;
     return USP_NO_RANK;
 }
 
-static int usp_fewest_exchanges(const usp_rendezvous *meeting)
-{
+static int usp_fewest_exchanges(const usp_rendezvous *meeting) {
     int fewest = 0;
     for (int i = 1; i < meeting->size; i++)
         if (meeting->seats[i].exchanges < meeting->seats[fewest].exchanges) fewest = i;
@@ -158,8 +148,7 @@ static int usp_fewest_exchanges(const usp_rendezvous *meeting)
 }
 
 /* The end of the chain of who waits for whom; where the chain is a circle, the rank that has done least. */
-static int usp_rank_behind(usp_rendezvous *meeting, int rank)
-{
+static int usp_rank_behind(usp_rendezvous *meeting, int rank) {
     for (int hops = 0; hops <= meeting->size; hops++) {
         int next = usp_waits_for(meeting, rank);
         if (next == USP_NO_RANK) return rank;
@@ -170,8 +159,7 @@ static int usp_rank_behind(usp_rendezvous *meeting, int rank)
 
 /* ---- waiting; all under the mutex -------------------------------------------------------------------------------- */
 
-static struct timespec usp_deadline_in(int milliseconds)
-{
+static struct timespec usp_deadline_in(int milliseconds) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     time.tv_sec += milliseconds / 1000;
@@ -183,8 +171,7 @@ static struct timespec usp_deadline_in(int milliseconds)
     return time;
 }
 
-static usp_status usp_check_left(usp_rendezvous *meeting, int rank)
-{
+static usp_status usp_check_left(usp_rendezvous *meeting, int rank) {
     for (int peer = 0; peer < meeting->size; peer++)
         if (meeting->seats[peer].activity == USP_LEFT && usp_waits_on(meeting, rank, peer))
             return usp_fail_all(meeting, USP_PEER_LOST, "rank %d left while rank %d waited for it", peer, rank);
@@ -192,8 +179,7 @@ static usp_status usp_check_left(usp_rendezvous *meeting, int rank)
 }
 
 /* Sleeps until something may have changed. */
-static usp_status usp_wait(usp_thread_comm *self, const struct timespec *deadline)
-{
+static usp_status usp_wait(usp_thread_comm *self, const struct timespec *deadline) {
     usp_rendezvous *meeting = self->meeting;
     int rank = self->base.rank;
     USP_TRY(usp_check_left(meeting, rank));
@@ -218,39 +204,15 @@ typedef struct usp_errand {
     usp_stream stream;
 } usp_errand;
 
-static int usp_next_send(const usp_send *sends, int count, int from, int peer)
-{
-    for (int i = from; i < count; i++)
-        if (sends[i].peer == peer && sends[i].bytes > 0) return i;
-    return USP_NO_MESSAGE;
-}
-
-static int usp_next_recv(const usp_recv *recvs, int count, int from, int peer)
-{
-    for (int i = from; i < count; i++)
-        if (recvs[i].peer == peer && recvs[i].bytes > 0) return i;
-    return USP_NO_MESSAGE;
-}
-
-static usp_status usp_check_peer(const usp_comm *comm, int peer)
-{
-    USP_REQUIRE(peer >= 0 && peer < comm->size, "peer is %d in a world of %d", peer, comm->size);
-    USP_REQUIRE(peer != comm->rank, "rank %d exchanges with itself", peer);
-    return USP_OK;
-}
-
-static usp_status usp_check_errand(const usp_comm *comm, const usp_errand *errand)
-{
-    for (int i = 0; i < errand->send_count; i++) USP_TRY(usp_check_peer(comm, errand->sends[i].peer));
-    for (int i = 0; i < errand->recv_count; i++) USP_TRY(usp_check_peer(comm, errand->recvs[i].peer));
+static usp_status usp_check_errand(const usp_comm *comm, const usp_errand *errand) {
+    USP_TRY(usp_list_check(comm, errand->sends, errand->send_count, errand->recvs, errand->recv_count));
     int capturing = 0;
     USP_TRY(comm->device->ops->capturing(comm->device, errand->stream, &capturing));
     if (capturing) return usp_fail(USP_UNSUPPORTED, "an exchange between threads cannot be captured in a graph");
     return USP_OK;
 }
 
-static void usp_post(usp_thread_comm *self, const usp_errand *errand)
-{
+static void usp_post(usp_thread_comm *self, const usp_errand *errand) {
     usp_rendezvous *meeting = self->meeting;
     int rank = self->base.rank;
     usp_seat *seat = &meeting->seats[rank];
@@ -260,15 +222,14 @@ static void usp_post(usp_thread_comm *self, const usp_errand *errand)
     seat->send_count = errand->send_count;
     for (int peer = 0; peer < meeting->size; peer++) {
         usp_box *out = usp_box_of(meeting, rank, peer), *in = usp_box_of(meeting, peer, rank);
-        out->next = usp_next_send(errand->sends, errand->send_count, 0, peer);
-        in->want = usp_next_recv(errand->recvs, errand->recv_count, 0, peer);
+        out->next = usp_list_next_send(errand->sends, errand->send_count, 0, peer);
+        in->want = usp_list_next_recv(errand->recvs, errand->recv_count, 0, peer);
         if (out->next != USP_NO_MESSAGE) pthread_cond_signal(&meeting->seats[peer].wake);
     }
 }
 
 /* Nobody may read this rank's memory or look for its messages any more. */
-static void usp_withdraw(usp_thread_comm *self)
-{
+static void usp_withdraw(usp_thread_comm *self) {
     usp_rendezvous *meeting = self->meeting;
     int rank = self->base.rank;
     usp_seat *seat = &meeting->seats[rank];
@@ -284,8 +245,7 @@ static void usp_withdraw(usp_thread_comm *self)
 }
 
 /* Lets this rank's stream wait for the receiver's, so that later work may overwrite the message. */
-static usp_status usp_settle(usp_thread_comm *self, int peer, usp_stream stream, int *moved)
-{
+static usp_status usp_settle(usp_thread_comm *self, int peer, usp_stream stream, int *moved) {
     usp_rendezvous *meeting = self->meeting;
     usp_device *device = self->base.device;
     usp_box *out = usp_box_of(meeting, self->base.rank, peer);
@@ -299,8 +259,7 @@ static usp_status usp_settle(usp_thread_comm *self, int peer, usp_stream stream,
 
 /* Copies one message without the mutex; `copying` keeps the sender where it is. */
 static usp_status usp_copy_message(usp_thread_comm *self, usp_box *in, const usp_seat *sender, const usp_recv *recv,
-                                   usp_stream stream)
-{
+                                   usp_stream stream) {
     usp_device *device = self->base.device;
     const void *data = sender->sends[in->next].data;
     in->copying = 1;
@@ -315,8 +274,7 @@ static usp_status usp_copy_message(usp_thread_comm *self, usp_box *in, const usp
 }
 
 /* Takes the next message of `peer` if it is there. */
-static usp_status usp_receive(usp_thread_comm *self, int peer, const usp_errand *errand, int *moved)
-{
+static usp_status usp_receive(usp_thread_comm *self, int peer, const usp_errand *errand, int *moved) {
     usp_rendezvous *meeting = self->meeting;
     int rank = self->base.rank;
     usp_box *in = usp_box_of(meeting, peer, rank);
@@ -330,16 +288,15 @@ static usp_status usp_receive(usp_thread_comm *self, int peer, const usp_errand 
     usp_status status = usp_copy_message(self, in, sender, recv, errand->stream);
     pthread_cond_signal(&sender->wake);
     if (status != USP_OK) return status;
-    in->next = usp_next_send(sender->sends, sender->send_count, in->next + 1, rank);
-    in->want = usp_next_recv(errand->recvs, errand->recv_count, in->want + 1, peer);
+    in->next = usp_list_next_send(sender->sends, sender->send_count, in->next + 1, rank);
+    in->want = usp_list_next_recv(errand->recvs, errand->recv_count, in->want + 1, peer);
     in->unsettled = 1;
     *moved = 1;
     return USP_OK;
 }
 
 /* Moves whatever can move until nothing is left. The time limit is for a wait, not for the whole exchange. */
-static usp_status usp_run_errand(usp_thread_comm *self, const usp_errand *errand)
-{
+static usp_status usp_run_errand(usp_thread_comm *self, const usp_errand *errand) {
     usp_rendezvous *meeting = self->meeting;
     struct timespec deadline = usp_deadline_in(self->base.timeout_ms);
     for (;;) {
@@ -359,8 +316,7 @@ static usp_status usp_run_errand(usp_thread_comm *self, const usp_errand *errand
 }
 
 static usp_status usp_threads_exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
-                                       int recv_count, usp_stream stream)
-{
+                                       int recv_count, usp_stream stream) {
     usp_thread_comm *self = (usp_thread_comm *)comm;
     usp_rendezvous *meeting = self->meeting;
     usp_errand errand = {sends, recvs, send_count, recv_count, stream};
@@ -379,16 +335,14 @@ static usp_status usp_threads_exchange(usp_comm *comm, const usp_send *sends, in
 
 /* ---- gather ------------------------------------------------------------------------------------------------------ */
 
-static int usp_all_gathering(const usp_rendezvous *meeting)
-{
+static int usp_all_gathering(const usp_rendezvous *meeting) {
     for (int i = 0; i < meeting->size; i++)
         if (meeting->seats[i].activity != USP_GATHERING) return 0;
     return 1;
 }
 
 /* The last rank to come copies for all and sends them on. */
-static usp_status usp_finish_gather(usp_rendezvous *meeting)
-{
+static usp_status usp_finish_gather(usp_rendezvous *meeting) {
     size_t bytes = meeting->seats[0].bytes;
     for (int i = 1; i < meeting->size; i++)
         if (meeting->seats[i].bytes != bytes)
@@ -403,8 +357,7 @@ static usp_status usp_finish_gather(usp_rendezvous *meeting)
     return USP_OK;
 }
 
-static usp_status usp_wait_gathered(usp_thread_comm *self)
-{
+static usp_status usp_wait_gathered(usp_thread_comm *self) {
     const usp_seat *seat = &self->meeting->seats[self->base.rank];
     struct timespec deadline = usp_deadline_in(self->base.timeout_ms);
     while (seat->activity == USP_GATHERING) {
@@ -414,8 +367,7 @@ static usp_status usp_wait_gathered(usp_thread_comm *self)
     return USP_OK;
 }
 
-static usp_status usp_gather_locked(usp_thread_comm *self, const void *mine, void *all, size_t bytes)
-{
+static usp_status usp_gather_locked(usp_thread_comm *self, const void *mine, void *all, size_t bytes) {
     usp_seat *seat = &self->meeting->seats[self->base.rank];
     USP_TRY(usp_failure(self->meeting));
     seat->mine = mine;
@@ -428,8 +380,7 @@ static usp_status usp_gather_locked(usp_thread_comm *self, const void *mine, voi
     return status;
 }
 
-static usp_status usp_threads_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank)
-{
+static usp_status usp_threads_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank) {
     usp_thread_comm *self = (usp_thread_comm *)comm;
     pthread_mutex_lock(&self->meeting->mutex);
     usp_status status = usp_gather_locked(self, mine, all, bytes_per_rank);
@@ -439,31 +390,26 @@ static usp_status usp_threads_allgather(usp_comm *comm, const void *mine, void *
 
 /* ---- the rest of the table --------------------------------------------------------------------------------------- */
 
-static usp_status usp_threads_alloc_shared(usp_comm *comm, size_t bytes, void **memory)
-{
+static usp_status usp_threads_alloc_shared(usp_comm *comm, size_t bytes, void **memory) {
     return comm->device->ops->alloc(comm->device, bytes, memory);
 }
 
-static usp_status usp_threads_free_shared(usp_comm *comm, void *memory)
-{
+static usp_status usp_threads_free_shared(usp_comm *comm, void *memory) {
     comm->device->ops->free(comm->device, memory);
     return USP_OK;
 }
 
-static usp_status usp_threads_split(usp_comm *comm, int colour, int key, struct ncclComm **axis)
-{
+static usp_status usp_threads_split(usp_comm *comm, int colour, int key, struct ncclComm **axis) {
     (void)comm, (void)colour, (void)key;
     *axis = NULL;
     return usp_fail(USP_UNSUPPORTED, "ranks that are threads have no NCCL communicator");
 }
 
-static void usp_threads_split_destroy(usp_comm *comm, struct ncclComm *axis)
-{
+static void usp_threads_split_destroy(usp_comm *comm, struct ncclComm *axis) {
     (void)comm, (void)axis;
 }
 
-static usp_status usp_threads_poll(usp_comm *comm)
-{
+static usp_status usp_threads_poll(usp_comm *comm) {
     usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
     pthread_mutex_lock(&meeting->mutex);
     usp_status status = usp_failure(meeting);
@@ -471,8 +417,7 @@ static usp_status usp_threads_poll(usp_comm *comm)
     return status;
 }
 
-static usp_status usp_threads_overdue(usp_comm *comm)
-{
+static usp_status usp_threads_overdue(usp_comm *comm) {
     usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
     pthread_mutex_lock(&meeting->mutex);
     usp_status status = usp_fail_all(meeting, USP_TIMEOUT, "rank %d is behind: work of rank %d was not done in %d ms",
@@ -481,8 +426,7 @@ static usp_status usp_threads_overdue(usp_comm *comm)
     return status;
 }
 
-static void usp_threads_abort(usp_comm *comm)
-{
+static void usp_threads_abort(usp_comm *comm) {
     usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
     pthread_mutex_lock(&meeting->mutex);
     usp_fail_all(meeting, USP_COMM, "rank %d aborted", comm->rank);
@@ -490,8 +434,7 @@ static void usp_threads_abort(usp_comm *comm)
 }
 
 /* Takes the rank's events back, each as soon as the rank that may still use it has. */
-static void usp_leave(usp_thread_comm *self)
-{
+static void usp_leave(usp_thread_comm *self) {
     usp_rendezvous *meeting = self->meeting;
     usp_device *device = self->base.device;
     usp_seat *seat = &meeting->seats[self->base.rank];
@@ -509,8 +452,7 @@ static void usp_leave(usp_thread_comm *self)
     pthread_mutex_unlock(&meeting->mutex);
 }
 
-static void usp_threads_destroy(usp_comm *comm)
-{
+static void usp_threads_destroy(usp_comm *comm) {
     if (!comm) return;
     usp_leave((usp_thread_comm *)comm);
     usp_host_free(comm->host, comm);
@@ -532,8 +474,7 @@ static const usp_comm_ops usp_threads_ops = {
 
 /* ---- create ------------------------------------------------------------------------------------------------------ */
 
-static usp_status usp_take_seat(usp_rendezvous *meeting, int rank)
-{
+static usp_status usp_take_seat(usp_rendezvous *meeting, int rank) {
     pthread_mutex_lock(&meeting->mutex);
     usp_seat *seat = &meeting->seats[rank];
     int taken = seat->activity != USP_ABSENT;
@@ -543,8 +484,7 @@ static usp_status usp_take_seat(usp_rendezvous *meeting, int rank)
     return USP_OK;
 }
 
-static usp_status usp_make_events(usp_thread_comm *self)
-{
+static usp_status usp_make_events(usp_thread_comm *self) {
     usp_rendezvous *meeting = self->meeting;
     usp_device *device = self->base.device;
     USP_TRY(device->ops->event_create(device, &meeting->seats[self->base.rank].posted));
@@ -555,8 +495,7 @@ static usp_status usp_make_events(usp_thread_comm *self)
 }
 
 /* The others wait for this rank: tell them that it will not come. */
-static usp_status usp_refuse(usp_rendezvous *meeting, int rank, usp_status status)
-{
+static usp_status usp_refuse(usp_rendezvous *meeting, int rank, usp_status status) {
     pthread_mutex_lock(&meeting->mutex);
     usp_fail_all(meeting, USP_PEER_FAILED, "rank %d could not join: %s", rank, usp_last_error());
     meeting->seats[rank].activity = USP_LEFT;
@@ -564,8 +503,7 @@ static usp_status usp_refuse(usp_rendezvous *meeting, int rank, usp_status statu
     return status;
 }
 
-usp_status usp_comm_create_threads(const usp_comm_config *config, usp_rendezvous *meeting, int rank, usp_comm **comm)
-{
+usp_status usp_comm_create_threads(const usp_comm_config *config, usp_rendezvous *meeting, int rank, usp_comm **comm) {
     *comm = NULL;
     USP_REQUIRE(meeting != NULL, "rendezvous is NULL");
     USP_REQUIRE(rank >= 0 && rank < meeting->size, "rank is %d in a rendezvous of %d", rank, meeting->size);

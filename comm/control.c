@@ -1,0 +1,654 @@
+/* control.c - the channel between the processes of a world: host all-gather, heart-beats, deaths and aborts. It carries
+ * no tensors and knows no transport; who exchanges what is told to it.
+ *
+ * One service thread does all reading and writing, under the one mutex and never blocking there. Frames to a peer
+ * follow each other on its line. In a gather each rank says that it has entered; data flows to a rank only after it
+ * has, so its memory is known and the sizes are compared first. The first failure is kept, and sent to all. */
+#define _GNU_SOURCE
+#include "control.h"
+#include "error.h"
+#include "tcp.h"
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum { USP_SENTENCE = 256, USP_NOBODY = -1, USP_READS = 64 };
+enum { USP_BEAT_MIN = 20, USP_BEAT_MAX = 1000, USP_SILENT_BEATS = 8 };
+
+typedef enum usp_frame_kind {
+    USP_FRAME_BEAT = 1,   /* rank: whom the sender waits for; number: exchanges entered */
+    USP_FRAME_ENTER = 2,  /* number: round of the gather; bytes: per rank */
+    USP_FRAME_DATA = 3,   /* number, bytes as above; then the data */
+    USP_FRAME_FAIL = 4,   /* rank: the status; bytes of sentence follow */
+    USP_FRAME_GOODBYE = 5 /* number: exchanges entered */
+} usp_frame_kind;
+
+typedef struct usp_frame {
+    uint32_t kind;
+    int32_t rank;
+    uint64_t number, bytes;
+} usp_frame;
+
+/* The connection to one peer and what is known of it. */
+typedef struct usp_line {
+    int connection; /* -1: ended, or this rank itself */
+    int left;       /* the peer said goodbye */
+    int wanted;     /* this rank cannot go on without the peer */
+    int64_t heard;  /* when */
+    uint64_t exchanges;
+    int waits_for;
+
+    usp_frame in; /* being read: header, then payload */
+    size_t in_header, in_payload;
+    char in_text[USP_SENTENCE];
+
+    struct {
+        usp_frame frame;
+        char text[USP_SENTENCE];
+    } out; /* being written, out_size = 0: none; the data of a gather follow from the caller's memory */
+    size_t out_size, out_done;
+
+    int beat_due, fail_due, goodbye_due;
+    uint64_t entered; /* the peer's last round */
+    size_t entered_bytes;
+    int enter_due, data_due; /* towards the peer */
+    int data_missing;        /* from the peer */
+} usp_line;
+
+/* The gather that the caller is in. */
+typedef struct usp_gather {
+    int open;
+    uint64_t round;
+    const char *mine;
+    char *all;
+    size_t bytes;
+    int64_t deadline;
+} usp_gather;
+
+struct usp_control {
+    const usp_host *host;
+    int rank, size, timeout_ms;
+    int period, silence;          /* ms; silence: a rank that says nothing for so long has stopped, -1: never */
+    int wake, failed_descriptor;  /* eventfds: something to do for the thread; the control has failed */
+    int stop, running;
+    pthread_t thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;       /* the gather is done, or failure */
+    atomic_int failure;           /* usp_status; written under the mutex */
+    char sentence[USP_SENTENCE];
+    atomic_uint_fast64_t exchanges;
+    atomic_int waits_for;
+    int64_t last_beat;
+    usp_gather gather;
+    usp_line *lines;              /* [size] */
+    struct pollfd *polls;         /* [size + 1] */
+};
+
+/* ---- failure; all under the mutex -------------------------------------------------------------------------------- */
+
+static void usp_ring(int descriptor) {
+    uint64_t one = 1;
+    ssize_t written = write(descriptor, &one, sizeof one);
+    (void)written; /* full means: rung already */
+}
+
+static usp_status usp_failure(usp_control *control) {
+    usp_status status = (usp_status)atomic_load(&control->failure);
+    return status == USP_OK ? USP_OK : usp_fail(status, "%s", control->sentence);
+}
+
+static void usp_record(usp_control *control, usp_status status, const char *sentence) {
+    if (atomic_load(&control->failure) != USP_OK) return;
+    snprintf(control->sentence, sizeof control->sentence, "%s", sentence);
+    atomic_store(&control->failure, (int)status);
+    for (int i = 0; i < control->size; i++) control->lines[i].fail_due = 1;
+    pthread_cond_broadcast(&control->changed);
+    usp_ring(control->failed_descriptor);
+    usp_ring(control->wake);
+}
+
+__attribute__((format(printf, 3, 4))) static usp_status usp_declare(usp_control *control, usp_status status,
+                                                                    const char *format, ...) {
+    char sentence[USP_SENTENCE];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(sentence, sizeof sentence, format, arguments);
+    va_end(arguments);
+    usp_record(control, status, sentence);
+    return usp_failure(control);
+}
+
+static void usp_lose(usp_control *control, int peer) {
+    const char *how = control->lines[peer].left ? "left" : "died";
+    usp_declare(control, USP_PEER_LOST, "rank %d %s, as rank %d noticed", peer, how, control->rank);
+}
+
+static void usp_end_line(usp_control *control, int peer) {
+    usp_line *line = &control->lines[peer];
+    if (line->connection >= 0) close(line->connection);
+    line->connection = -1;
+    if (!line->left || line->wanted) usp_lose(control, peer);
+}
+
+/* ---- gather; all under the mutex --------------------------------------------------------------------------------- */
+
+static int usp_gather_missing(const usp_control *control) {
+    for (int i = 0; i < control->size; i++)
+        if (control->lines[i].data_missing || control->lines[i].data_due) return i;
+    return USP_NOBODY;
+}
+
+static void usp_gather_moved(usp_control *control) {
+    control->gather.deadline = usp_tcp_deadline(control->timeout_ms);
+    if (usp_gather_missing(control) == USP_NOBODY) pthread_cond_broadcast(&control->changed);
+}
+
+/* Once both are in the same round their sizes must agree. */
+static void usp_compare_entered(usp_control *control, int peer) {
+    const usp_line *line = &control->lines[peer];
+    const usp_gather *gather = &control->gather;
+    if (!gather->open || line->entered != gather->round || line->entered_bytes == gather->bytes) return;
+    usp_declare(control, USP_COMM, "rank %d gathers %zu bytes and rank %d gathers %zu", control->rank, gather->bytes,
+                peer, line->entered_bytes);
+}
+
+static void usp_gather_open(usp_control *control, const void *mine, void *all, size_t bytes) {
+    usp_gather *gather = &control->gather;
+    uint64_t round = gather->round + 1;
+    *gather = (usp_gather){1, round, mine, all, bytes, usp_tcp_deadline(control->timeout_ms)};
+    for (int i = 0; i < control->size; i++) {
+        usp_line *line = &control->lines[i];
+        if (i != control->rank) line->enter_due = line->data_due = line->data_missing = 1;
+        if (i == control->rank && bytes > 0) memcpy(gather->all + (size_t)i * bytes, mine, bytes);
+        usp_compare_entered(control, i);
+        if (line->left) usp_lose(control, i);
+    }
+    usp_ring(control->wake);
+}
+
+static void usp_gather_close(usp_control *control) {
+    control->gather.open = 0;
+    for (int i = 0; i < control->size; i++)
+        control->lines[i].enter_due = control->lines[i].data_due = control->lines[i].data_missing = 0;
+}
+
+/* ---- blame; all under the mutex ---------------------------------------------------------------------------------- */
+
+static int usp_waits_for(const usp_control *control, int rank) {
+    if (rank != control->rank) return control->lines[rank].waits_for;
+    int missing = control->gather.open ? usp_gather_missing(control) : USP_NOBODY;
+    return missing != USP_NOBODY ? missing : atomic_load(&control->waits_for);
+}
+
+static uint64_t usp_exchanges(const usp_control *control, int rank) {
+    return rank == control->rank ? atomic_load(&control->exchanges) : control->lines[rank].exchanges;
+}
+
+/* A rank that has missed `limit` ms of beats, the one silent for longest; or nobody. */
+static int usp_silent(const usp_control *control, int limit) {
+    int64_t oldest = usp_tcp_now() - limit;
+    int silent = USP_NOBODY;
+    for (int i = 0; i < control->size; i++) {
+        const usp_line *line = &control->lines[i];
+        if (line->connection < 0 || line->left || line->heard > oldest) continue;
+        oldest = line->heard;
+        silent = i;
+    }
+    return silent;
+}
+
+static int usp_fewest_exchanges(const usp_control *control) {
+    int fewest = 0;
+    for (int i = 1; i < control->size; i++)
+        if (usp_exchanges(control, i) < usp_exchanges(control, fewest)) fewest = i;
+    return fewest;
+}
+
+/* The end of the chain of who waits for whom; the rank that has done least where nothing better is known. */
+static int usp_behind(const usp_control *control, int peer) {
+    int rank = peer < 0 ? usp_fewest_exchanges(control) : peer;
+    for (int hops = 0; hops < control->size; hops++) {
+        int next = usp_waits_for(control, rank);
+        if (next < 0 || next >= control->size || next == rank) return rank;
+        rank = next;
+    }
+    return usp_fewest_exchanges(control);
+}
+
+static usp_status usp_blame(usp_control *control, int peer) {
+    USP_TRY(usp_failure(control));
+    int silent = usp_silent(control, 3 * control->period);
+    if (silent != USP_NOBODY)
+        return usp_declare(control, USP_TIMEOUT, "rank %d has stopped: rank %d hears nothing of it", silent,
+                           control->rank);
+    int behind = usp_behind(control, peer);
+    if (control->lines[behind].left)
+        return usp_declare(control, USP_PEER_LOST, "rank %d left while rank %d waited for it", behind, control->rank);
+    return usp_declare(control, USP_TIMEOUT, "rank %d did not arrive within %d ms; rank %d waited", behind,
+                       control->timeout_ms, control->rank);
+}
+
+/* ---- reading; the service thread --------------------------------------------------------------------------------- */
+
+static void usp_take_beat(usp_line *line) {
+    line->waits_for = line->in.rank;
+    line->exchanges = line->in.number;
+}
+
+static void usp_take_frame(usp_control *control, int peer) {
+    usp_line *line = &control->lines[peer];
+    const usp_frame *frame = &line->in;
+    if (frame->kind == USP_FRAME_BEAT) usp_take_beat(line);
+    if (frame->kind == USP_FRAME_FAIL) usp_record(control, (usp_status)frame->rank, line->in_text);
+    if (frame->kind == USP_FRAME_ENTER) {
+        line->entered = frame->number;
+        line->entered_bytes = frame->bytes;
+        usp_compare_entered(control, peer);
+        usp_gather_moved(control);
+    }
+    if (frame->kind == USP_FRAME_DATA) {
+        line->data_missing = 0;
+        usp_gather_moved(control);
+    }
+    if (frame->kind == USP_FRAME_GOODBYE) {
+        line->left = 1;
+        line->exchanges = frame->number;
+        line->waits_for = USP_NOBODY;
+        if (line->wanted || line->data_missing || line->data_due) usp_lose(control, peer);
+    }
+    line->in_header = line->in_payload = 0;
+}
+
+/* 0 for a frame that no rank sends. */
+static int usp_frame_sane(const usp_control *control, const usp_frame *frame) {
+    const usp_gather *gather = &control->gather;
+    if (frame->kind < USP_FRAME_BEAT || frame->kind > USP_FRAME_GOODBYE) return 0;
+    if (frame->kind == USP_FRAME_BEAT) return frame->rank >= USP_NOBODY && frame->rank < control->size;
+    if (frame->kind == USP_FRAME_FAIL)
+        return frame->bytes < USP_SENTENCE && frame->rank > USP_OK && frame->rank < USP_STATUS_COUNT;
+    if (frame->kind != USP_FRAME_DATA) return 1;
+    if (!gather->open) return atomic_load(&control->failure) != USP_OK;
+    return frame->number == gather->round && frame->bytes == gather->bytes;
+}
+
+/* Where the next bytes of a line go, and how many; 0 bytes: the frame is complete. A gather that has been given up has
+ * no memory any more: its data go nowhere, through `drain`. */
+static char *usp_read_target(usp_control *control, int peer, char *drain, size_t drain_size, size_t *bytes) {
+    usp_line *line = &control->lines[peer];
+    if (line->in_header < sizeof line->in) {
+        *bytes = sizeof line->in - line->in_header;
+        return (char *)&line->in + line->in_header;
+    }
+    int has_payload = line->in.kind == USP_FRAME_DATA || line->in.kind == USP_FRAME_FAIL;
+    *bytes = has_payload ? line->in.bytes - line->in_payload : 0;
+    if (line->in.kind == USP_FRAME_FAIL) return line->in_text + line->in_payload;
+    if (control->gather.open) return control->gather.all + (size_t)peer * control->gather.bytes + line->in_payload;
+    if (*bytes > drain_size) *bytes = drain_size;
+    return drain;
+}
+
+/* Takes what `got` bytes complete; 0 if the peer talks nonsense. */
+static int usp_advance(usp_control *control, int peer, size_t got) {
+    usp_line *line = &control->lines[peer];
+    char drain[1];
+    size_t left;
+    if (line->in_header < sizeof line->in) {
+        line->in_header += got;
+        if (line->in_header < sizeof line->in) return 1;
+        memset(line->in_text, 0, sizeof line->in_text);
+        if (!usp_frame_sane(control, &line->in)) return 0;
+    } else {
+        line->in_payload += got;
+        usp_gather_moved(control);
+    }
+    usp_read_target(control, peer, drain, sizeof drain, &left);
+    if (left == 0) usp_take_frame(control, peer);
+    return 1;
+}
+
+static void usp_read_line(usp_control *control, int peer) {
+    usp_line *line = &control->lines[peer];
+    char drain[4096];
+    for (int reads = 0; reads < USP_READS && line->connection >= 0; reads++) {
+        size_t bytes;
+        char *target = usp_read_target(control, peer, drain, sizeof drain, &bytes);
+        ssize_t got = recv(line->connection, target, bytes, 0);
+        if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
+        if (got <= 0 || !usp_advance(control, peer, (size_t)got)) usp_end_line(control, peer);
+        line->heard = usp_tcp_now();
+    }
+}
+
+/* ---- writing; the service thread --------------------------------------------------------------------------------- */
+
+static void usp_begin_frame(usp_line *line, usp_frame_kind kind, int rank, uint64_t number, uint64_t bytes) {
+    line->out.frame = (usp_frame){kind, rank, number, bytes};
+    line->out_size = sizeof line->out.frame;
+    line->out_done = 0;
+}
+
+static void usp_begin_fail(usp_control *control, usp_line *line) {
+    size_t length = strlen(control->sentence);
+    usp_begin_frame(line, USP_FRAME_FAIL, atomic_load(&control->failure), 0, length);
+    memcpy(line->out.text, control->sentence, length);
+    line->out_size += length;
+    line->fail_due = 0;
+}
+
+/* Chooses the next frame for a peer, the most urgent first; 0: none. */
+static int usp_begin_next(usp_control *control, int peer) {
+    usp_line *line = &control->lines[peer];
+    const usp_gather *gather = &control->gather;
+    uint64_t exchanges = atomic_load(&control->exchanges);
+    if (line->fail_due) {
+        usp_begin_fail(control, line);
+    } else if (line->enter_due) {
+        usp_begin_frame(line, USP_FRAME_ENTER, 0, gather->round, gather->bytes);
+        line->enter_due = 0;
+    } else if (line->data_due && line->entered == gather->round) {
+        usp_begin_frame(line, USP_FRAME_DATA, 0, gather->round, gather->bytes);
+        line->out_size += gather->bytes;
+    } else if (line->beat_due) {
+        usp_begin_frame(line, USP_FRAME_BEAT, usp_waits_for(control, control->rank), exchanges, 0);
+        line->beat_due = 0;
+    } else if (line->goodbye_due) {
+        usp_begin_frame(line, USP_FRAME_GOODBYE, 0, exchanges, 0);
+        line->goodbye_due = 0;
+    } else {
+        return 0;
+    }
+    return 1;
+}
+
+static void usp_end_frame(usp_control *control, usp_line *line) {
+    line->out_size = line->out_done = 0;
+    if (line->out.frame.kind != USP_FRAME_DATA) return;
+    line->data_due = 0;
+    usp_gather_moved(control);
+}
+
+/* The part of the frame that is next; NULL if it was to come from a gather that has been given up. */
+static const char *usp_write_source(const usp_control *control, const usp_line *line, size_t *bytes) {
+    size_t head = sizeof line->out.frame;
+    int data = line->out.frame.kind == USP_FRAME_DATA;
+    if (!data || line->out_done < head) {
+        *bytes = (data ? head : line->out_size) - line->out_done;
+        return (const char *)&line->out + line->out_done;
+    }
+    *bytes = line->out_size - line->out_done;
+    return control->gather.open ? control->gather.mine + (line->out_done - head) : NULL;
+}
+
+/* Writes what the connection takes. A frame that cannot be finished ends the line: nothing can follow it. */
+static void usp_write_line(usp_control *control, int peer) {
+    usp_line *line = &control->lines[peer];
+    while (line->connection >= 0 && (line->out_size > 0 || usp_begin_next(control, peer))) {
+        size_t bytes;
+        const char *source = usp_write_source(control, line, &bytes);
+        ssize_t sent = source ? send(line->connection, source, bytes, MSG_NOSIGNAL) : 0;
+        if (sent < 0 && (errno == EAGAIN || errno == EINTR)) return;
+        if (sent < 0 && (errno == EPIPE || errno == ECONNRESET)) return; /* the reader will find out why */
+        if (sent <= 0) {
+            usp_end_line(control, peer);
+            return;
+        }
+        line->out_done += (size_t)sent;
+        if (line->out.frame.kind == USP_FRAME_DATA) usp_gather_moved(control);
+        if (line->out_done == line->out_size) usp_end_frame(control, line);
+    }
+}
+
+/* ---- the service thread ------------------------------------------------------------------------------------------ */
+
+/* A gap in this rank's own beats means that it was stopped itself: its view of the others is old. */
+static void usp_beat(usp_control *control) {
+    int64_t now = usp_tcp_now();
+    int fresh = now - control->last_beat > 4 * (int64_t)control->period;
+    control->last_beat = now;
+    for (int i = 0; i < control->size; i++) {
+        control->lines[i].beat_due = 1;
+        if (fresh) control->lines[i].heard = now;
+    }
+    int silent = control->silence < 0 ? USP_NOBODY : usp_silent(control, control->silence);
+    if (silent != USP_NOBODY)
+        usp_declare(control, USP_TIMEOUT, "rank %d has stopped: rank %d hears nothing of it", silent, control->rank);
+}
+
+static void usp_poll_lines(usp_control *control) {
+    for (int i = 0; i < control->size; i++) {
+        const usp_line *line = &control->lines[i];
+        short events = line->out_size > 0 ? POLLIN | POLLOUT : POLLIN;
+        control->polls[i] = (struct pollfd){.fd = line->connection, .events = events};
+    }
+    control->polls[control->size] = (struct pollfd){.fd = control->wake, .events = POLLIN};
+    int left = usp_tcp_left(control->last_beat + control->period);
+    pthread_mutex_unlock(&control->mutex);
+    int ready = poll(control->polls, (nfds_t)control->size + 1, left);
+    pthread_mutex_lock(&control->mutex);
+    if (ready <= 0) return;
+    uint64_t rung;
+    if (control->polls[control->size].revents && read(control->wake, &rung, sizeof rung) < 0) return;
+    for (int i = 0; i < control->size; i++)
+        if (control->polls[i].revents) usp_read_line(control, i);
+}
+
+/* Says what is left to say where that can be said at once, then closes the lines. */
+static void usp_say_goodbye(usp_control *control) {
+    for (int i = 0; i < control->size; i++) {
+        usp_line *line = &control->lines[i];
+        if (line->connection < 0) continue;
+        line->goodbye_due = 1;
+        line->beat_due = 0;
+        line->left = 1; /* an end is no news any more */
+        usp_write_line(control, i);
+        if (line->connection < 0) continue;
+        shutdown(line->connection, SHUT_WR);
+        usp_read_line(control, i); /* unread bytes would make the close a reset */
+    }
+}
+
+static void *usp_serve(void *argument) {
+    usp_control *control = argument;
+    pthread_mutex_lock(&control->mutex);
+    while (!control->stop) {
+        if (usp_tcp_left(control->last_beat + control->period) == 0) usp_beat(control);
+        for (int i = 0; i < control->size; i++) usp_write_line(control, i);
+        usp_poll_lines(control);
+    }
+    usp_say_goodbye(control);
+    pthread_mutex_unlock(&control->mutex);
+    return NULL;
+}
+
+/* ---- what callers do --------------------------------------------------------------------------------------------- */
+
+static void usp_wait_until(usp_control *control, int64_t deadline) {
+    if (deadline < 0) {
+        pthread_cond_wait(&control->changed, &control->mutex);
+        return;
+    }
+    struct timespec time = {.tv_sec = (time_t)(deadline / 1000), .tv_nsec = (long)(deadline % 1000) * 1000000L};
+    pthread_cond_timedwait(&control->changed, &control->mutex, &time);
+}
+
+static usp_status usp_gather_wait(usp_control *control) {
+    int missing;
+    while ((missing = usp_gather_missing(control)) != USP_NOBODY) {
+        USP_TRY(usp_failure(control));
+        if (usp_tcp_left(control->gather.deadline) == 0) return usp_blame(control, missing);
+        usp_wait_until(control, control->gather.deadline);
+    }
+    return USP_OK;
+}
+
+usp_status usp_control_allgather(usp_control *control, const void *mine, void *all, size_t bytes_per_rank) {
+    pthread_mutex_lock(&control->mutex);
+    usp_status status = usp_failure(control);
+    if (status == USP_OK) {
+        usp_gather_open(control, mine, all, bytes_per_rank);
+        status = usp_gather_wait(control);
+        usp_gather_close(control);
+    }
+    pthread_mutex_unlock(&control->mutex);
+    return status;
+}
+
+void usp_control_progress(usp_control *control, uint64_t exchanges, int waiting_for) {
+    atomic_store(&control->exchanges, exchanges);
+    atomic_store(&control->waits_for, waiting_for);
+}
+
+usp_status usp_control_poll(usp_control *control) {
+    if (atomic_load(&control->failure) == USP_OK) return USP_OK;
+    pthread_mutex_lock(&control->mutex);
+    usp_status status = usp_failure(control);
+    pthread_mutex_unlock(&control->mutex);
+    return status;
+}
+
+usp_status usp_control_overdue(usp_control *control, int peer) {
+    pthread_mutex_lock(&control->mutex);
+    usp_status status = usp_blame(control, peer);
+    pthread_mutex_unlock(&control->mutex);
+    return status;
+}
+
+usp_status usp_control_gone(usp_control *control, int peer) {
+    pthread_mutex_lock(&control->mutex);
+    control->lines[peer].wanted = 1;
+    if (control->lines[peer].left || control->lines[peer].connection < 0) usp_lose(control, peer);
+    usp_status status = usp_failure(control);
+    pthread_mutex_unlock(&control->mutex);
+    return status;
+}
+
+usp_status usp_control_fail(usp_control *control, usp_status status, const char *format, ...) {
+    char sentence[USP_SENTENCE];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(sentence, sizeof sentence, format, arguments);
+    va_end(arguments);
+    pthread_mutex_lock(&control->mutex);
+    usp_record(control, status, sentence);
+    status = usp_failure(control);
+    pthread_mutex_unlock(&control->mutex);
+    return status;
+}
+
+int usp_control_descriptor(const usp_control *control) {
+    return control->failed_descriptor;
+}
+
+void usp_control_abort(usp_control *control) {
+    usp_control_fail(control, USP_COMM, "rank %d aborted", control->rank);
+}
+
+/* ---- create and destroy ------------------------------------------------------------------------------------------ */
+
+static void usp_set_times(usp_control *control) {
+    int period = control->timeout_ms < 0 ? USP_BEAT_MAX : control->timeout_ms / 8;
+    control->period = period < USP_BEAT_MIN ? USP_BEAT_MIN : period > USP_BEAT_MAX ? USP_BEAT_MAX : period;
+    int least = USP_SILENT_BEATS * control->period;
+    control->silence = control->timeout_ms < 0 ? -1 : control->timeout_ms > least ? control->timeout_ms : least;
+    control->last_beat = usp_tcp_now();
+}
+
+static usp_status usp_control_alloc(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms,
+                                    usp_control **result) {
+    size_t size = (size_t)bootstrap->size;
+    size_t bytes = sizeof(usp_control) + size * sizeof(usp_line) + (size + 1) * sizeof(struct pollfd);
+    void *memory;
+    USP_TRY(usp_host_alloc(host, bytes, "control channel", &memory));
+    usp_control *control = memory;
+    control->host = host;
+    control->rank = bootstrap->rank;
+    control->size = bootstrap->size;
+    control->timeout_ms = timeout_ms;
+    control->lines = (usp_line *)(control + 1);
+    control->polls = (struct pollfd *)(control->lines + size);
+    control->wake = control->failed_descriptor = -1;
+    atomic_store(&control->waits_for, USP_NOBODY);
+    usp_set_times(control);
+    *result = control;
+    return USP_OK;
+}
+
+static void usp_make_locks(usp_control *control) {
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(&control->changed, &attributes);
+    pthread_condattr_destroy(&attributes);
+    pthread_mutex_init(&control->mutex, NULL);
+}
+
+static usp_status usp_connect_lines(usp_control *control, const usp_bootstrap *bootstrap) {
+    void *memory;
+    USP_TRY(usp_host_alloc(control->host, (size_t)control->size * sizeof(int), "connections", &memory));
+    int *connections = memory;
+    usp_status status = usp_tcp_mesh(control->host, bootstrap, control->timeout_ms, connections);
+    for (int i = 0; i < control->size; i++) {
+        control->lines[i].connection = status == USP_OK ? connections[i] : -1;
+        control->lines[i].waits_for = USP_NOBODY;
+        control->lines[i].heard = usp_tcp_now();
+    }
+    usp_host_free(control->host, memory);
+    return status;
+}
+
+/* The thread takes none of the program's signals. */
+static usp_status usp_start_thread(usp_control *control) {
+    control->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    control->failed_descriptor = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (control->wake < 0 || control->failed_descriptor < 0)
+        return usp_fail(USP_COMM, "no descriptor for the control channel: %s", strerror(errno));
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int reason = pthread_create(&control->thread, NULL, usp_serve, control);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    control->running = reason == 0;
+    return reason == 0 ? USP_OK : usp_fail(USP_COMM, "no thread for the control channel: %s", strerror(reason));
+}
+
+usp_status usp_control_create(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms,
+                              usp_control **result) {
+    usp_control *control;
+    *result = NULL;
+    USP_TRY(usp_control_alloc(host, bootstrap, timeout_ms, &control));
+    usp_make_locks(control);
+    for (int i = 0; i < control->size; i++) control->lines[i].connection = -1;
+    usp_status status = usp_connect_lines(control, bootstrap);
+    if (status == USP_OK) status = usp_start_thread(control);
+    if (status == USP_OK) *result = control;
+    else usp_control_destroy(control);
+    return status;
+}
+
+static void usp_stop_thread(usp_control *control) {
+    pthread_mutex_lock(&control->mutex);
+    control->stop = 1;
+    usp_ring(control->wake);
+    pthread_mutex_unlock(&control->mutex);
+    pthread_join(control->thread, NULL);
+}
+
+void usp_control_destroy(usp_control *control) {
+    if (!control) return;
+    if (control->running) usp_stop_thread(control);
+    for (int i = 0; i < control->size; i++)
+        if (control->lines[i].connection >= 0) close(control->lines[i].connection);
+    if (control->wake >= 0) close(control->wake);
+    if (control->failed_descriptor >= 0) close(control->failed_descriptor);
+    pthread_cond_destroy(&control->changed);
+    pthread_mutex_destroy(&control->mutex);
+    usp_host_free(control->host, control);
+}

@@ -1,0 +1,427 @@
+/* tcp.c - TCP among the ranks of a world: connections that only ranks of one world can open, and transfers that end by
+ * a deadline. It knows nothing of what is sent, and starts no thread. */
+#define _GNU_SOURCE
+#include "tcp.h"
+#include "error.h"
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <ifaddrs.h>
+#include <net/if.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { USP_BACKLOG = 1024, USP_CALLERS = 16, USP_CARD_IPS = 8 };
+
+static const char usp_magic[8] = {'u', 's', 'p', ' ', 't', 'c', 'p', '1'};
+
+/* What each end of a connection says first. */
+typedef struct usp_hello {
+    char magic[8];
+    usp_token token;
+    int32_t from, to;
+} usp_hello;
+
+/* ---- time -------------------------------------------------------------------------------------------------------- */
+
+int64_t usp_tcp_now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000 + time.tv_nsec / 1000000;
+}
+
+int64_t usp_tcp_deadline(int timeout_ms) {
+    return timeout_ms < 0 ? -1 : usp_tcp_now() + timeout_ms;
+}
+
+int usp_tcp_left(int64_t deadline) {
+    if (deadline < 0) return -1;
+    int64_t left = deadline - usp_tcp_now();
+    return left < 0 ? 0 : (int)left;
+}
+
+/* 1 once one of `events` or an error is there, 0 at the deadline. */
+static int usp_ready(int descriptor, short events, int64_t deadline) {
+    struct pollfd one = {.fd = descriptor, .events = events};
+    int ready;
+    do ready = poll(&one, 1, usp_tcp_left(deadline));
+    while (ready < 0 && errno == EINTR);
+    return ready > 0;
+}
+
+/* ---- addresses --------------------------------------------------------------------------------------------------- */
+
+static int usp_is_mapped(const usp_ip *ip) {
+    return IN6_IS_ADDR_V4MAPPED((const struct in6_addr *)(const void *)ip->bytes);
+}
+
+static socklen_t usp_socket_address(const usp_ip *ip, int port, struct sockaddr_storage *address) {
+    memset(address, 0, sizeof *address);
+    if (usp_is_mapped(ip)) {
+        struct sockaddr_in *v4 = (struct sockaddr_in *)address;
+        v4->sin_family = AF_INET;
+        v4->sin_port = htons((uint16_t)port);
+        memcpy(&v4->sin_addr, ip->bytes + 12, 4);
+        return sizeof *v4;
+    }
+    struct sockaddr_in6 *v6 = (struct sockaddr_in6 *)address;
+    v6->sin6_family = AF_INET6;
+    v6->sin6_port = htons((uint16_t)port);
+    memcpy(&v6->sin6_addr, ip->bytes, 16);
+    return sizeof *v6;
+}
+
+static usp_ip usp_ip_of(const struct sockaddr *address) {
+    usp_ip ip = {{[10] = 0xff, [11] = 0xff}};
+    if (address->sa_family == AF_INET)
+        memcpy(ip.bytes + 12, &((const struct sockaddr_in *)(const void *)address)->sin_addr, 4);
+    else
+        memcpy(ip.bytes, &((const struct sockaddr_in6 *)(const void *)address)->sin6_addr, 16);
+    return ip;
+}
+
+static int usp_is_reachable(const struct ifaddrs *interface) {
+    if (!interface->ifa_addr || !(interface->ifa_flags & IFF_UP) || (interface->ifa_flags & IFF_LOOPBACK)) return 0;
+    if (interface->ifa_addr->sa_family == AF_INET) return 1;
+    if (interface->ifa_addr->sa_family != AF_INET6) return 0;
+    usp_ip ip = usp_ip_of(interface->ifa_addr);
+    return !IN6_IS_ADDR_LINKLOCAL((const struct in6_addr *)(const void *)ip.bytes);
+}
+
+/* This host's addresses as others may reach it, IPv4 first. */
+static int usp_own_ips(usp_ip *ips, int capacity) {
+    struct ifaddrs *interfaces;
+    int count = 0;
+    if (getifaddrs(&interfaces) != 0) return 0;
+    for (int v6 = 0; v6 < 2; v6++)
+        for (struct ifaddrs *i = interfaces; i && count < capacity; i = i->ifa_next)
+            if (usp_is_reachable(i) && (i->ifa_addr->sa_family == AF_INET6) == v6)
+                ips[count++] = usp_ip_of(i->ifa_addr);
+    freeifaddrs(interfaces);
+    return count;
+}
+
+/* ---- transfers --------------------------------------------------------------------------------------------------- */
+
+static usp_status usp_transfer_failed(ssize_t moved, short events, int connection, int64_t deadline) {
+    if (moved < 0 && errno == EINTR) return USP_OK;
+    if (moved == 0 || (errno != EAGAIN && errno != EWOULDBLOCK))
+        return usp_fail(USP_COMM, "the connection ended: %s", moved == 0 ? "closed" : strerror(errno));
+    return usp_ready(connection, events, deadline) ? USP_OK : usp_fail(USP_TIMEOUT, "the connection is silent");
+}
+
+usp_status usp_tcp_send(int connection, const void *data, size_t bytes, int64_t deadline) {
+    for (size_t done = 0; done < bytes;) {
+        ssize_t sent = send(connection, (const char *)data + done, bytes - done, MSG_NOSIGNAL);
+        if (sent > 0) done += (size_t)sent;
+        else USP_TRY(usp_transfer_failed(sent, POLLOUT, connection, deadline));
+    }
+    return USP_OK;
+}
+
+usp_status usp_tcp_recv(int connection, void *data, size_t bytes, int64_t deadline) {
+    for (size_t done = 0; done < bytes;) {
+        ssize_t got = recv(connection, (char *)data + done, bytes - done, 0);
+        if (got > 0) done += (size_t)got;
+        else USP_TRY(usp_transfer_failed(got, POLLIN, connection, deadline));
+    }
+    return USP_OK;
+}
+
+/* ---- listen, connect, accept ------------------------------------------------------------------------------------- */
+
+static int usp_open(int family) {
+    int descriptor = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), one = 1;
+    if (descriptor >= 0) setsockopt(descriptor, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    return descriptor;
+}
+
+/* A listening socket at the address, or -1 with errno. */
+static int usp_listen_at(const usp_ip *ip, int port) {
+    struct sockaddr_storage address;
+    socklen_t length = usp_socket_address(ip, port, &address);
+    int listener = usp_open(address.ss_family), one = 1, zero = 0;
+    if (listener < 0) return -1;
+    setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    if (address.ss_family == AF_INET6) setsockopt(listener, IPPROTO_IPV6, IPV6_V6ONLY, &zero, sizeof zero);
+    if (bind(listener, (struct sockaddr *)&address, length) == 0 && listen(listener, USP_BACKLOG) == 0) return listener;
+    int reason = errno;
+    close(listener);
+    errno = reason;
+    return -1;
+}
+
+static int usp_bound_port(int listener) {
+    struct sockaddr_storage address = {0};
+    socklen_t length = sizeof address;
+    getsockname(listener, (struct sockaddr *)&address, &length);
+    if (address.ss_family == AF_INET) return ntohs(((struct sockaddr_in *)&address)->sin_port);
+    return ntohs(((struct sockaddr_in6 *)&address)->sin6_port);
+}
+
+usp_status usp_tcp_listen(const usp_ip *ip, int port, int *listener, int *bound) {
+    const usp_ip any6 = {{0}}, any4 = {{[10] = 0xff, [11] = 0xff}};
+    *listener = usp_listen_at(ip ? ip : &any6, port);
+    if (*listener < 0 && !ip && errno != EADDRINUSE) *listener = usp_listen_at(&any4, port); /* no IPv6 here */
+    if (*listener < 0) return usp_fail(USP_COMM, "cannot listen on port %d: %s", port, strerror(errno));
+    *bound = usp_bound_port(*listener);
+    return USP_OK;
+}
+
+/* Takes the same time for every wrong token. */
+static int usp_hello_right(const usp_hello *hello, const usp_token *token, int to) {
+    unsigned difference = 0;
+    for (size_t i = 0; i < sizeof token->bytes; i++) difference |= (unsigned)(hello->token.bytes[i] ^ token->bytes[i]);
+    return difference == 0 && memcmp(hello->magic, usp_magic, sizeof usp_magic) == 0 && hello->to == to;
+}
+
+static usp_hello usp_hello_make(const usp_token *token, int from, int to) {
+    usp_hello hello = {.token = *token, .from = from, .to = to};
+    memcpy(hello.magic, usp_magic, sizeof usp_magic);
+    return hello;
+}
+
+static usp_status usp_introduce(int connection, const usp_token *token, int rank, int peer, int64_t deadline) {
+    usp_hello hello = usp_hello_make(token, rank, peer), answer;
+    USP_TRY(usp_tcp_send(connection, &hello, sizeof hello, deadline));
+    USP_TRY(usp_tcp_recv(connection, &answer, sizeof answer, deadline));
+    if (usp_hello_right(&answer, token, rank) && answer.from == peer) return USP_OK;
+    return usp_fail(USP_COMM, "another program answers in place of rank %d", peer);
+}
+
+usp_status usp_tcp_connect(const usp_ip *ip, int port, const usp_token *token, int rank, int peer, int64_t deadline,
+                           int *connection) {
+    struct sockaddr_storage address;
+    socklen_t length = usp_socket_address(ip, port, &address);
+    int descriptor = usp_open(address.ss_family), reason = errno;
+    if (descriptor < 0) return usp_fail(USP_COMM, "no socket: %s", strerror(reason));
+    reason = connect(descriptor, (struct sockaddr *)&address, length) == 0 ? 0 : errno;
+    if (reason == EINPROGRESS) {
+        socklen_t size = sizeof reason;
+        reason = ETIMEDOUT;
+        if (usp_ready(descriptor, POLLOUT, deadline)) getsockopt(descriptor, SOL_SOCKET, SO_ERROR, &reason, &size);
+    }
+    usp_status status = reason == 0 ? usp_introduce(descriptor, token, rank, peer, deadline)
+                                    : usp_fail(USP_COMM, "cannot connect to rank %d: %s", peer, strerror(reason));
+    if (status == USP_OK) *connection = descriptor;
+    else close(descriptor);
+    return status;
+}
+
+/* Somebody who has connected and not yet said who it is. */
+typedef struct usp_caller {
+    int descriptor; /* -1: free */
+    size_t heard;
+    usp_hello hello;
+} usp_caller;
+
+typedef struct usp_reception {
+    const usp_token *token;
+    int rank, first, size;
+    int *connections;
+    usp_caller callers[USP_CALLERS];
+    int next; /* the caller that makes room for a new one */
+} usp_reception;
+
+static void usp_dismiss(usp_caller *caller) {
+    if (caller->descriptor >= 0) close(caller->descriptor);
+    caller->descriptor = -1;
+}
+
+/* Where a rank calls twice, it has given its first connection up. */
+static void usp_seat_caller(usp_reception *reception, usp_caller *caller) {
+    int from = caller->hello.from;
+    int welcome = usp_hello_right(&caller->hello, reception->token, reception->rank) && from >= reception->first &&
+                  from < reception->size;
+    usp_hello answer = usp_hello_make(reception->token, reception->rank, from);
+    if (!welcome || send(caller->descriptor, &answer, sizeof answer, MSG_NOSIGNAL) != (ssize_t)sizeof answer) {
+        usp_dismiss(caller);
+        return;
+    }
+    if (reception->connections[from] >= 0) close(reception->connections[from]);
+    reception->connections[from] = caller->descriptor;
+    caller->descriptor = -1;
+}
+
+static void usp_listen_to_caller(usp_reception *reception, usp_caller *caller) {
+    char *room = (char *)&caller->hello + caller->heard;
+    ssize_t got = recv(caller->descriptor, room, sizeof caller->hello - caller->heard, 0);
+    if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    if (got <= 0) {
+        usp_dismiss(caller);
+        return;
+    }
+    caller->heard += (size_t)got;
+    if (caller->heard == sizeof caller->hello) usp_seat_caller(reception, caller);
+}
+
+static void usp_take_call(usp_reception *reception, int listener) {
+    int descriptor = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK), one = 1;
+    if (descriptor < 0) return;
+    setsockopt(descriptor, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    usp_caller *caller = &reception->callers[reception->next];
+    reception->next = (reception->next + 1) % USP_CALLERS;
+    usp_dismiss(caller);
+    *caller = (usp_caller){.descriptor = descriptor};
+}
+
+static int usp_count_missing(const usp_reception *reception) {
+    int missing = 0;
+    for (int i = reception->first; i < reception->size; i++) missing += reception->connections[i] < 0;
+    return missing;
+}
+
+static usp_status usp_name_missing(const usp_reception *reception) {
+    char ranks[160];
+    size_t length = 0;
+    for (int i = reception->first; i < reception->size && length + 16 < sizeof ranks; i++)
+        if (reception->connections[i] < 0)
+            length += (size_t)snprintf(ranks + length, sizeof ranks - length, "%s%d", length ? ", " : "", i);
+    return usp_fail(USP_TIMEOUT, "%d rank(s) did not connect in time: %s", usp_count_missing(reception), ranks);
+}
+
+/* One round of whatever has come. */
+static void usp_receive_calls(usp_reception *reception, int listener, int64_t deadline) {
+    struct pollfd polls[USP_CALLERS + 1];
+    for (int i = 0; i < USP_CALLERS; i++)
+        polls[i] = (struct pollfd){.fd = reception->callers[i].descriptor, .events = POLLIN};
+    polls[USP_CALLERS] = (struct pollfd){.fd = listener, .events = POLLIN};
+    if (poll(polls, USP_CALLERS + 1, usp_tcp_left(deadline)) <= 0) return;
+    for (int i = 0; i < USP_CALLERS; i++)
+        if (polls[i].revents) usp_listen_to_caller(reception, &reception->callers[i]);
+    if (polls[USP_CALLERS].revents) usp_take_call(reception, listener);
+}
+
+usp_status usp_tcp_accept(int listener, const usp_token *token, int rank, int first, int size, int64_t deadline,
+                          int *connections) {
+    usp_reception reception = {token, rank, first, size, connections, {{0}}, 0};
+    for (int i = 0; i < USP_CALLERS; i++) reception.callers[i].descriptor = -1;
+    while (usp_count_missing(&reception) > 0 && usp_tcp_left(deadline) != 0)
+        usp_receive_calls(&reception, listener, deadline);
+    for (int i = 0; i < USP_CALLERS; i++) usp_dismiss(&reception.callers[i]);
+    return usp_count_missing(&reception) > 0 ? usp_name_missing(&reception) : USP_OK;
+}
+
+void usp_tcp_close(int *connections, int count) {
+    for (int i = 0; i < count; i++) {
+        if (connections[i] >= 0) close(connections[i]);
+        connections[i] = -1;
+    }
+}
+
+/* ---- mesh -------------------------------------------------------------------------------------------------------- */
+
+/* What every rank tells the others. */
+typedef struct usp_card {
+    uint64_t network; /* ranks with equal numbers reach each other over loopback */
+    usp_token token;  /* rank 0's is the world's */
+    int32_t status, port, ip_count, padding;
+    usp_ip ips[USP_CARD_IPS];
+} usp_card;
+
+typedef struct usp_mesh_making {
+    const usp_bootstrap *bootstrap;
+    usp_card mine;
+    usp_card *cards; /* [size] */
+    int listener;
+    int64_t deadline;
+    int *connections;
+} usp_mesh_making;
+
+/* Names the boot of this machine and the network namespace of this process. */
+static uint64_t usp_network_identity(void) {
+    char boot[64] = "";
+    struct stat space = {0};
+    int file = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    if (file >= 0 && read(file, boot, sizeof boot - 1) < 0) boot[0] = 0;
+    if (file >= 0) close(file);
+    if (stat("/proc/self/ns/net", &space) != 0) space.st_ino = 0;
+    uint64_t identity = 14695981039346656037u ^ (uint64_t)space.st_ino;
+    for (const char *c = boot; *c; c++) identity = (identity ^ (unsigned char)*c) * 1099511628211u;
+    return identity;
+}
+
+/* Shares the cards; another rank's failure becomes everybody's. */
+static usp_status usp_share_cards(usp_mesh_making *making, usp_status mine) {
+    const usp_bootstrap *bootstrap = making->bootstrap;
+    making->mine.status = mine;
+    if (bootstrap->allgather(bootstrap->user, &making->mine, making->cards, sizeof making->mine) != 0)
+        return usp_fail(USP_COMM, "the bootstrap's all-gather failed on rank %d", bootstrap->rank);
+    if (mine != USP_OK) return mine;
+    for (int i = 0; i < bootstrap->size; i++)
+        if (making->cards[i].status != USP_OK)
+            return usp_fail(USP_PEER_FAILED, "rank %d could not connect to the others", i);
+    return USP_OK;
+}
+
+static usp_status usp_identify(usp_mesh_making *making) {
+    making->mine.network = usp_network_identity();
+    if (getrandom(making->mine.token.bytes, sizeof making->mine.token.bytes, 0) == sizeof making->mine.token.bytes)
+        return USP_OK;
+    return usp_fail(USP_COMM, "no random numbers: %s", strerror(errno));
+}
+
+/* Loopback where all are on one host. */
+static usp_status usp_open_door(usp_mesh_making *making) {
+    const usp_ip loopback = {{[10] = 0xff, [11] = 0xff, [12] = 127, [15] = 1}};
+    usp_card *mine = &making->mine;
+    int local = 1, port;
+    for (int i = 0; i < making->bootstrap->size; i++) local &= making->cards[i].network == mine->network;
+    USP_TRY(usp_tcp_listen(local ? &loopback : NULL, 0, &making->listener, &port));
+    mine->port = port;
+    mine->ips[0] = loopback;
+    mine->ip_count = local ? 1 : usp_own_ips(mine->ips, USP_CARD_IPS);
+    if (mine->ip_count == 0) return usp_fail(USP_COMM, "rank %d has no network address", making->bootstrap->rank);
+    return USP_OK;
+}
+
+/* An address may lead elsewhere (a bridge, a private network), so each gets a part of the time. */
+static usp_status usp_connect_card(usp_mesh_making *making, const usp_token *token, int peer) {
+    const usp_card *card = &making->cards[peer];
+    usp_status status = usp_fail(USP_COMM, "rank %d has no address", peer);
+    for (int i = 0; i < card->ip_count && i < USP_CARD_IPS; i++) {
+        int left = usp_tcp_left(making->deadline), last = i + 1 == card->ip_count;
+        int64_t deadline = left < 0 && last ? -1 : usp_tcp_deadline(last ? left : left < 0 ? 5000 : left / 4);
+        status = usp_tcp_connect(&card->ips[i], card->port, token, making->bootstrap->rank, peer, deadline,
+                                 &making->connections[peer]);
+        if (status == USP_OK) return USP_OK;
+    }
+    return status;
+}
+
+/* Each rank calls the ranks before it, then hears those after it; rank 0 only hears, so the calls end. */
+static usp_status usp_connect_all(usp_mesh_making *making, const usp_token *token) {
+    const usp_bootstrap *bootstrap = making->bootstrap;
+    for (int peer = 0; peer < bootstrap->rank; peer++) USP_TRY(usp_connect_card(making, token, peer));
+    return usp_tcp_accept(making->listener, token, bootstrap->rank, bootstrap->rank + 1, bootstrap->size,
+                          making->deadline, making->connections);
+}
+
+static usp_status usp_make_mesh(usp_mesh_making *making) {
+    USP_TRY(usp_share_cards(making, usp_identify(making)));
+    usp_token token = making->cards[0].token;
+    USP_TRY(usp_share_cards(making, usp_open_door(making)));
+    return usp_share_cards(making, usp_connect_all(making, &token));
+}
+
+usp_status usp_tcp_mesh(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms, int *connections) {
+    usp_mesh_making making = {.bootstrap = bootstrap, .listener = -1, .connections = connections};
+    void *cards;
+    for (int i = 0; i < bootstrap->size; i++) connections[i] = -1;
+    USP_TRY(usp_host_alloc(host, (size_t)bootstrap->size * sizeof(usp_card), "addresses", &cards));
+    making.cards = cards;
+    making.deadline = usp_tcp_deadline(timeout_ms);
+    usp_status status = usp_make_mesh(&making);
+    if (making.listener >= 0) close(making.listener);
+    if (status != USP_OK) usp_tcp_close(connections, bootstrap->size);
+    usp_host_free(host, cards);
+    return status;
+}

@@ -1,0 +1,40 @@
+/* tcp.h - TCP among the ranks of a world: connections that only ranks of one world can open, and transfers that end by
+ * a deadline. No call raises a signal; every descriptor is non-blocking and closed on exec. */
+#ifndef USP_TCP_H
+#define USP_TCP_H
+#include "comm.h"
+
+/* IPv6, or IPv4 in its mapped form. */
+typedef struct usp_ip {
+    unsigned char bytes[16];
+} usp_ip;
+
+/* Keeps strangers out: what both ends of a connection must know. No protection against a reader of the network. */
+typedef struct usp_token {
+    unsigned char bytes[16];
+} usp_token;
+
+/* Milliseconds of the monotonic clock; a deadline of -1 never comes. */
+int64_t usp_tcp_now(void);
+int64_t usp_tcp_deadline(int timeout_ms);
+int usp_tcp_left(int64_t deadline); /* as poll() wants it */
+
+/* `ip` NULL: all addresses. Port 0: any; *bound is the port. */
+usp_status usp_tcp_listen(const usp_ip *ip, int port, int *listener, int *bound);
+/* Connects as `rank` to `peer` and makes sure that it is. */
+usp_status usp_tcp_connect(const usp_ip *ip, int port, const usp_token *token, int rank, int peer, int64_t deadline,
+                           int *connection);
+/* Takes the connections of all ranks first .. size - 1 into connections[rank]; others are refused. TIMEOUT names the
+ * ranks that did not come; those that came are kept. */
+usp_status usp_tcp_accept(int listener, const usp_token *token, int rank, int first, int size, int64_t deadline,
+                          int *connections);
+/* All of it. TIMEOUT, or COMM if the other end closed. */
+usp_status usp_tcp_send(int connection, const void *data, size_t bytes, int64_t deadline);
+usp_status usp_tcp_recv(int connection, void *data, size_t bytes, int64_t deadline);
+
+/* Collective over the bootstrap: one connection between every two ranks, connections[own rank] = -1; over loopback
+ * where all ranks are on one host. The same verdict everywhere. */
+usp_status usp_tcp_mesh(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms, int *connections);
+void usp_tcp_close(int *connections, int count); /* those that are not -1 */
+
+#endif

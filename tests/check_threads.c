@@ -1,0 +1,295 @@
+/* check_threads.c - the comm whose ranks are threads: conformance, and every way in which a rank can let the others
+ * down. A plain program, so that it runs under ThreadSanitizer; it needs no GPU. */
+#define _POSIX_C_SOURCE 200809L
+#include "conformance.h"
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { USP_MOST = 8, USP_STORMS = 40 };
+
+typedef struct usp_crew usp_crew;
+typedef int (*usp_scene)(const usp_crew *crew, usp_comm *comm);
+
+/* The ranks of one rendezvous, each a thread playing the same scene. */
+struct usp_crew {
+    usp_rendezvous *rendezvous;
+    usp_scene scene;
+    int size, timeout_ms;
+    int odd; /* the rank that behaves differently */
+    unsigned seed;
+};
+
+typedef struct usp_actor {
+    const usp_crew *crew;
+    int rank, wrong;
+    pthread_t thread;
+} usp_actor;
+
+static void usp_rest(int milliseconds) {
+    struct timespec time = {milliseconds / 1000, (long)(milliseconds % 1000) * 1000000L};
+    nanosleep(&time, NULL);
+}
+
+static double usp_seconds(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+static void usp_words(char text[32], int rank) {
+    snprintf(text, 32, "rank %d ", rank);
+}
+
+/* ---- the crew ---------------------------------------------------------------------------------------------------- */
+
+static void *usp_act(void *argument) {
+    usp_actor *actor = argument;
+    const usp_crew *crew = actor->crew;
+    usp_world_config defaults = {.struct_size = sizeof defaults};
+    usp_host host = usp_host_from_config(&defaults);
+    usp_device *device;
+    usp_comm *comm;
+    if (usp_check(NULL, usp_device_create_cpu(&host, &device) == USP_OK, "no device")) exit(1);
+    usp_comm_config config = {.device = device, .host = &host, .timeout_ms = crew->timeout_ms};
+    usp_status status = usp_comm_create_threads(&config, crew->rendezvous, actor->rank, &comm);
+    actor->wrong = usp_check(NULL, status == USP_OK, "rank %d could not join: %s", actor->rank, usp_last_error());
+    if (status == USP_OK) {
+        actor->wrong = crew->scene(crew, comm);
+        comm->ops->destroy(comm);
+    }
+    device->ops->destroy(device);
+    return NULL;
+}
+
+/* Plays `scene` on a new rendezvous; `count` of its ranks come. */
+static int usp_play_some(usp_crew crew, int count) {
+    usp_actor actors[USP_MOST];
+    int wrong = 0;
+    if (usp_check(NULL, usp_rendezvous_create(crew.size, &crew.rendezvous) == USP_OK, "no rendezvous")) return 1;
+    for (int i = 0; i < count; i++) {
+        actors[i] = (usp_actor){.crew = &crew, .rank = i};
+        if (pthread_create(&actors[i].thread, NULL, usp_act, &actors[i]) != 0) exit(1);
+    }
+    for (int i = 0; i < count; i++) {
+        pthread_join(actors[i].thread, NULL);
+        wrong += actors[i].wrong;
+    }
+    usp_rendezvous_destroy(crew.rendezvous);
+    return wrong;
+}
+
+static int usp_play(usp_scene scene, int size, int timeout_ms, int odd) {
+    return usp_play_some((usp_crew){NULL, scene, size, timeout_ms, odd, 1}, size);
+}
+
+/* ---- scenes ------------------------------------------------------------------------------------------------------ */
+
+static int usp_scene_conformance(const usp_crew *crew, usp_comm *comm) {
+    return usp_check_comm(comm, crew->seed + (unsigned)comm->size);
+}
+
+static int usp_scene_mismatch(const usp_crew *crew, usp_comm *comm) {
+    (void)crew;
+    return usp_check_comm_mismatch(comm);
+}
+
+/* One step of a ring, or one exchange of everybody with everybody. */
+static usp_status usp_ring_step(usp_comm *comm) {
+    char in[16], out[16] = {0};
+    usp_send send = {(comm->rank + 1) % comm->size, out, sizeof out};
+    usp_recv recv = {(comm->rank + comm->size - 1) % comm->size, in, sizeof in};
+    return comm->ops->exchange(comm, &send, 1, &recv, 1, NULL);
+}
+
+static usp_status usp_all_step(usp_comm *comm) {
+    char in[USP_MOST][16], out[16] = {0};
+    usp_send sends[USP_MOST];
+    usp_recv recvs[USP_MOST];
+    int count = 0;
+    for (int peer = 0; peer < comm->size; peer++) {
+        if (peer == comm->rank) continue;
+        sends[count] = (usp_send){peer, out, sizeof out};
+        recvs[count++] = (usp_recv){peer, in[peer], sizeof in[peer]};
+    }
+    return comm->ops->exchange(comm, sends, count, recvs, count, NULL);
+}
+
+/* Exchanges until something fails, which it must. */
+static usp_status usp_run_ring(usp_comm *comm) {
+    usp_status status;
+    do status = usp_ring_step(comm);
+    while (status == USP_OK);
+    return status;
+}
+
+/* The odd rank stops coming after some steps; all, itself included, learn that it was it. */
+static int usp_scene_late(const usp_crew *crew, usp_comm *comm) {
+    char odd[32];
+    usp_words(odd, crew->odd);
+    double start = usp_seconds();
+    usp_status status = USP_OK;
+    for (int i = 0; i < 5 && status == USP_OK; i++) status = usp_ring_step(comm);
+    if (comm->rank == crew->odd) usp_rest(3 * crew->timeout_ms);
+    status = usp_run_ring(comm);
+    double limit = 1e-3 * (comm->rank == crew->odd ? 5 : 2) * crew->timeout_ms + 1.0;
+    int wrong = usp_check_failure(comm, status, USP_TIMEOUT, odd);
+    wrong += usp_check(comm, usp_seconds() - start < limit, "took too long");
+    return wrong + usp_check_failure(comm, comm->ops->poll(comm), USP_TIMEOUT, odd);
+}
+
+static int usp_scene_late_gather(const usp_crew *crew, usp_comm *comm) {
+    char odd[32], all[USP_MOST];
+    usp_words(odd, crew->odd);
+    if (comm->rank == crew->odd) usp_rest(3 * crew->timeout_ms);
+    return usp_check_failure(comm, comm->ops->allgather(comm, odd, all, 1), USP_TIMEOUT, odd);
+}
+
+static int usp_scene_left(const usp_crew *crew, usp_comm *comm) {
+    char odd[32];
+    usp_words(odd, crew->odd);
+    if (comm->rank == crew->odd) return 0;
+    double start = usp_seconds();
+    int wrong = usp_check_failure(comm, usp_all_step(comm), USP_PEER_LOST, odd);
+    return wrong + usp_check(comm, usp_seconds() - start < 5, "a rank that left was waited for");
+}
+
+static int usp_scene_left_gather(const usp_crew *crew, usp_comm *comm) {
+    char odd[32], all[USP_MOST];
+    usp_words(odd, crew->odd);
+    if (comm->rank == crew->odd) return 0;
+    return usp_check_failure(comm, comm->ops->allgather(comm, odd, all, 1), USP_PEER_LOST, odd);
+}
+
+/* A rank that is not needed may leave while the others go on. */
+static int usp_scene_left_early(const usp_crew *crew, usp_comm *comm) {
+    char byte = 0;
+    int wrong = usp_check(comm, usp_ring_step(comm) == USP_OK, "first step: %s", usp_last_error());
+    for (int i = 0; i < 100 && comm->rank != crew->odd && comm->rank < 2; i++) {
+        usp_send send = {1 - comm->rank, &byte, 1};
+        usp_recv recv = {1 - comm->rank, &byte, 1};
+        usp_status status = comm->rank == 0 ? comm->ops->exchange(comm, &send, 1, NULL, 0, NULL)
+                                            : comm->ops->exchange(comm, NULL, 0, &recv, 1, NULL);
+        wrong += usp_check(comm, status == USP_OK, "step %d: %s", i, usp_last_error());
+    }
+    return wrong;
+}
+
+static void *usp_abort_soon(void *argument) {
+    usp_comm *comm = argument;
+    usp_rest(1);
+    for (int i = 0; i < 3; i++) comm->ops->abort(comm);
+    return NULL;
+}
+
+/* Another thread of the odd rank aborts in the middle of whatever all ranks do. */
+static int usp_scene_abort(const usp_crew *crew, usp_comm *comm) {
+    char odd[32];
+    pthread_t thread;
+    usp_words(odd, crew->odd);
+    if (comm->rank == crew->odd && pthread_create(&thread, NULL, usp_abort_soon, comm) != 0) exit(1);
+    usp_status status;
+    do status = crew->seed % 2 ? usp_ring_step(comm) : usp_all_step(comm);
+    while (status == USP_OK);
+    int wrong = usp_check_failure(comm, status, USP_COMM, odd);
+    if (comm->rank == crew->odd) pthread_join(thread, NULL);
+    return wrong + usp_check_failure(comm, comm->ops->poll(comm), USP_COMM, odd);
+}
+
+static int usp_scene_overdue(const usp_crew *crew, usp_comm *comm) {
+    usp_status status = comm->rank == crew->odd ? comm->ops->overdue(comm) : usp_run_ring(comm);
+    return usp_check_failure(comm, status, USP_TIMEOUT, "behind");
+}
+
+/* Gathers of different sizes. */
+static int usp_scene_gather_sizes(const usp_crew *crew, usp_comm *comm) {
+    char all[2 * USP_MOST], mine[2] = {0};
+    usp_status status = comm->ops->allgather(comm, mine, all, comm->rank == crew->odd ? 2 : 1);
+    return usp_check_failure(comm, status, USP_COMM, "bytes");
+}
+
+static int usp_scene_split(const usp_crew *crew, usp_comm *comm) {
+    struct ncclComm *axis;
+    (void)crew;
+    return usp_check_failure(comm, comm->ops->split(comm, 0, 0, &axis), USP_UNSUPPORTED, "NCCL");
+}
+
+/* ---- joining ----------------------------------------------------------------------------------------------------- */
+
+/* Ranks come, but not the last one. */
+static void *usp_join_in_vain(void *argument) {
+    usp_actor *actor = argument;
+    usp_world_config defaults = {.struct_size = sizeof defaults};
+    usp_host host = usp_host_from_config(&defaults);
+    usp_device *device;
+    usp_comm *comm;
+    if (usp_device_create_cpu(&host, &device) != USP_OK) exit(1);
+    usp_comm_config config = {.device = device, .host = &host, .timeout_ms = actor->crew->timeout_ms};
+    usp_status status = usp_comm_create_threads(&config, actor->crew->rendezvous, actor->rank, &comm);
+    actor->wrong = usp_check_failure(NULL, status, USP_TIMEOUT, "rank 3 ") + usp_check(NULL, !comm, "a comm remains");
+    status = usp_comm_create_threads(&config, actor->crew->rendezvous, actor->rank, &comm);
+    actor->wrong += usp_check_failure(NULL, status, USP_INVALID, "taken");
+    device->ops->destroy(device);
+    return NULL;
+}
+
+static int usp_check_absent(void) {
+    usp_crew crew = {.size = 4, .timeout_ms = 100};
+    usp_actor actors[3];
+    int wrong = 0;
+    if (usp_rendezvous_create(crew.size, &crew.rendezvous) != USP_OK) return 1;
+    for (int i = 0; i < 3; i++) {
+        actors[i] = (usp_actor){.crew = &crew, .rank = i};
+        if (pthread_create(&actors[i].thread, NULL, usp_join_in_vain, &actors[i]) != 0) exit(1);
+    }
+    for (int i = 0; i < 3; i++) {
+        pthread_join(actors[i].thread, NULL);
+        wrong += actors[i].wrong;
+    }
+    usp_rendezvous_destroy(crew.rendezvous);
+    return wrong;
+}
+
+static int usp_check_arguments(void) {
+    usp_rendezvous *rendezvous;
+    int wrong = usp_check_failure(NULL, usp_rendezvous_create(0, &rendezvous), USP_INVALID, "size");
+    wrong += usp_check_failure(NULL, usp_rendezvous_create(2, NULL), USP_INVALID, "rendezvous");
+    usp_rendezvous_destroy(NULL);
+    return wrong;
+}
+
+/* ---- all of it --------------------------------------------------------------------------------------------------- */
+
+static int usp_check_failures(int size, int odd) {
+    int wrong = usp_play(usp_scene_late, size, 150, odd);
+    wrong += usp_play(usp_scene_late_gather, size, 150, odd);
+    wrong += usp_play(usp_scene_left, size, 20000, odd);
+    wrong += usp_play(usp_scene_left_gather, size, 20000, odd);
+    wrong += usp_play(usp_scene_overdue, size, 20000, odd);
+    wrong += usp_play(usp_scene_gather_sizes, size, 20000, odd);
+    return wrong + usp_play(usp_scene_mismatch, size, 20000, odd);
+}
+
+static int usp_check_storms(void) {
+    int wrong = 0;
+    for (unsigned i = 0; i < USP_STORMS; i++) {
+        int size = 2 + (int)(i % 5);
+        wrong += usp_play_some((usp_crew){NULL, usp_scene_abort, size, 20000, (int)i % size, i}, size);
+    }
+    return wrong;
+}
+
+int main(void) {
+    alarm(110);
+    int wrong = usp_check_arguments() + usp_check_absent();
+    for (int size = 1; size <= USP_MOST; size++) wrong += usp_play(usp_scene_conformance, size, 20000, 0);
+    for (int size = 2; size <= 6; size += 2) wrong += usp_check_failures(size, size / 2);
+    wrong += usp_play(usp_scene_conformance, 3, -1, 0);
+    wrong += usp_play(usp_scene_left_early, 4, 20000, 3);
+    wrong += usp_play(usp_scene_split, 2, 20000, 0);
+    wrong += usp_check_storms();
+    printf("%s: %d wrong\n", wrong ? "FAIL" : "ok", wrong);
+    return wrong != 0;
+}
