@@ -9,7 +9,7 @@
 
 enum { LAYERS = 6, TOKENS = 149, HEADS = 4, DIM = 16, COUNT = TOKENS * HEADS * DIM, RANKS_MAX = 4 };
 
-/* The stack for four ranks. Zigzag over all ranks is the same for every split of 4, so no token moves between layers. */
+/* The stack for four ranks. Zigzag over all ranks is the same for every split of 4, so no token ever moves. */
 static const struct {
     usp_attention attention;
     int ulysses, ring;

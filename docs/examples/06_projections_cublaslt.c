@@ -1,6 +1,6 @@
 /* 06_projections_cublaslt.c - the projections around a layer on GPUs, forward and backward, in bf16:
- * x -> packed QKV -> layer -> output projection, by cuBLASLt, which only this program links. One thread drives each GPU;
- * usage: 06_projections_cublaslt [GPUS] (default: all). The result is compared with a plain computation on the host. */
+ * x -> packed QKV -> layer -> output projection, by cuBLASLt, which only this program links. The result is compared with
+ * a plain computation on the host. One thread drives each GPU; usage: 06_projections_cublaslt [GPUS] (default: all). */
 #include "example.h"
 
 #include <cublasLt.h>
@@ -10,14 +10,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TOKENS = 300, HEADS = 4, DIM = 64, WIDTH = HEADS * DIM, RANKS_MAX = 16 };
+enum { TOKENS = 300, HEADS = 4, DIM = 64, WIDTH = HEADS * DIM, WIDE = 3 * WIDTH, RANKS_MAX = 16 };
 
 /* Whole tensors on the host, as floats that bf16 holds exactly, and what the plain computation makes of them. */
 typedef struct problem {
     float x[TOKENS * WIDTH], dy[TOKENS * WIDTH];
-    float qkv_weight[WIDTH * 3 * WIDTH], out_weight[WIDTH * WIDTH]; /* [in, out] */
+    float qkv_weight[WIDTH * WIDE], out_weight[WIDTH * WIDTH]; /* [in, out] */
     float y[TOKENS * WIDTH], dx[TOKENS * WIDTH];
-    float dqkv_weight[WIDTH * 3 * WIDTH], dout_weight[WIDTH * WIDTH];
+    float dqkv_weight[WIDTH * WIDE], dout_weight[WIDTH * WIDTH];
 } problem;
 
 typedef struct rank_state {
@@ -32,14 +32,24 @@ typedef struct rank_state {
     cudaStream_t stream;
     cublasLtHandle_t blas;
     void *blas_workspace;
-    size_t local; /* own tokens */
-    float *y, *dx;                     /* whole results, [TOKENS, WIDTH] */
-    float *dqkv_weight, *dout_weight;  /* this rank's part of the sums over tokens */
+    size_t local;                     /* own tokens */
+    float *y, *dx;                    /* whole results, [TOKENS, WIDTH] */
+    float *dqkv_weight, *dout_weight; /* this rank's part of the sums over tokens */
 } rank_state;
+
+/* One rank's device memory. rows: own tokens. */
+typedef struct buffers {
+    void *x, *dy, *y, *dx;                                     /* [rows, WIDTH] */
+    void *qkv, *dqkv;                                          /* [rows, WIDE] */
+    void *attended, *dattended;                                /* [rows, WIDTH] */
+    void *qkv_weight, *out_weight, *dqkv_weight, *dout_weight; /* [in, out]; gradients in fp32 */
+    void *workspace, *saved;
+    size_t bytes; /* of workspace */
+} buffers;
 
 static const size_t blas_bytes = (size_t)32 << 20;
 
-/* ---- the plain computation ------------------------------------------------------------------------------------------------ */
+/* ---- the plain computation --------------------------------------------------------------------------------------- */
 
 /* c[m, n] = a b with a(i, p) = a[i * a_row + p * a_column], and b alike. */
 static void plain_product(float *c, const float *a, size_t a_row, size_t a_column, const float *b, size_t b_row,
@@ -74,7 +84,7 @@ static void solve_plainly(problem *p)
     float *qkv = must_allocate(3 * bytes), *dqkv = must_allocate(3 * bytes), *part[6];
     float *attended = must_allocate(bytes), *dattended = must_allocate(bytes);
     for (int i = 0; i < 6; i++) part[i] = must_allocate(bytes);
-    plain_product(qkv, p->x, WIDTH, 1, p->qkv_weight, 3 * WIDTH, 1, TOKENS, 3 * WIDTH, WIDTH);
+    plain_product(qkv, p->x, WIDTH, 1, p->qkv_weight, WIDE, 1, TOKENS, WIDE, WIDTH);
     for (int i = 0; i < 3; i++) unpack(qkv, i, part[i]);
     plain_forward(&shape, part[0], part[1], part[2], attended);
     plain_product(p->y, attended, WIDTH, 1, p->out_weight, WIDTH, 1, TOKENS, WIDTH, WIDTH);
@@ -82,13 +92,13 @@ static void solve_plainly(problem *p)
     plain_product(p->dout_weight, attended, 1, WIDTH, p->dy, WIDTH, 1, WIDTH, WIDTH, TOKENS);
     plain_backward(&shape, part[0], part[1], part[2], dattended, part[3], part[4], part[5]);
     for (int i = 0; i < 3; i++) pack(dqkv, i, part[3 + i]);
-    plain_product(p->dx, dqkv, 3 * WIDTH, 1, p->qkv_weight, 1, 3 * WIDTH, TOKENS, WIDTH, 3 * WIDTH);
-    plain_product(p->dqkv_weight, p->x, 1, WIDTH, dqkv, 3 * WIDTH, 1, WIDTH, 3 * WIDTH, TOKENS);
+    plain_product(p->dx, dqkv, WIDE, 1, p->qkv_weight, 1, WIDE, TOKENS, WIDTH, WIDE);
+    plain_product(p->dqkv_weight, p->x, 1, WIDTH, dqkv, WIDE, 1, WIDTH, WIDE, TOKENS);
     for (int i = 0; i < 6; i++) free(part[i]);
     free(qkv), free(dqkv), free(attended), free(dattended);
 }
 
-/* ---- GPU memory ------------------------------------------------------------------------------------------------------------ */
+/* ---- GPU memory -------------------------------------------------------------------------------------------------- */
 
 static void must_cuda(cudaError_t error)
 {
@@ -169,7 +179,7 @@ static float *download_floats(const rank_state *me, const void *device, size_t c
     return host;
 }
 
-/* ---- projections ------------------------------------------------------------------------------------------------------------ */
+/* ---- projections ------------------------------------------------------------------------------------------------- */
 
 /* A row-major matrix [rows, columns] in memory, used as it is or transposed. */
 typedef struct matrix {
@@ -242,10 +252,10 @@ static matrix transposed(const void *data, size_t rows, size_t columns)
 /* Part 0, 1, 2 of a packed [tokens, 3, heads, dim]: the layer takes it where it lies. */
 static usp_tensor packed_part(const rank_state *me, void *packed, size_t part)
 {
-    return (usp_tensor){(uint16_t *)packed + part * WIDTH, (int64_t)me->local * 3 * WIDTH, 3 * WIDTH, DIM};
+    return (usp_tensor){(uint16_t *)packed + part * WIDTH, (int64_t)me->local * WIDE, WIDE, DIM};
 }
 
-/* ---- one rank ---------------------------------------------------------------------------------------------------------------- */
+/* ---- one rank ---------------------------------------------------------------------------------------------------- */
 
 static void create(rank_state *me)
 {
@@ -277,51 +287,71 @@ static void destroy(rank_state *me)
     must_cuda(cudaStreamDestroy(me->stream));
 }
 
-static void compute(rank_state *me)
+static buffers allocate(const rank_state *me)
 {
-    const size_t rows = me->local, wide = 3 * WIDTH, half = sizeof(uint16_t);
+    const size_t half = sizeof(uint16_t), rows = me->local * WIDTH;
     usp_sizes sizes = {.struct_size = sizeof sizes};
     must(usp_layer_get_sizes(me->layer, &sizes));
-    size_t bytes = sizes.forward_workspace > sizes.backward_workspace ? sizes.forward_workspace
-                                                                      : sizes.backward_workspace;
-    void *workspace = device_memory(bytes), *saved = device_memory(sizes.saved);
-    void *x = upload_own(me, me->plain->x), *dy = upload_own(me, me->plain->dy);
-    void *qkv_weight = upload(me, me->plain->qkv_weight, WIDTH * wide);
-    void *out_weight = upload(me, me->plain->out_weight, WIDTH * WIDTH);
-    void *qkv = device_memory(rows * wide * half), *dqkv = device_memory(rows * wide * half);
-    void *attended = device_memory(rows * WIDTH * half), *dattended = device_memory(rows * WIDTH * half);
-    void *y = device_memory(rows * WIDTH * half), *dx = device_memory(rows * WIDTH * half);
-    void *dqkv_weight = device_memory(WIDTH * wide * sizeof(float));
-    void *dout_weight = device_memory(WIDTH * WIDTH * sizeof(float));
-    must_cuda(cudaMemsetAsync(dqkv_weight, 0, WIDTH * wide * sizeof(float), me->stream));
-    must_cuda(cudaMemsetAsync(dout_weight, 0, WIDTH * WIDTH * sizeof(float), me->stream));
+    buffers b = {.bytes = sizes.forward_workspace > sizes.backward_workspace ? sizes.forward_workspace
+                                                                             : sizes.backward_workspace};
+    b.workspace = device_memory(b.bytes), b.saved = device_memory(sizes.saved);
+    b.x = upload_own(me, me->plain->x), b.dy = upload_own(me, me->plain->dy);
+    b.qkv_weight = upload(me, me->plain->qkv_weight, WIDTH * WIDE);
+    b.out_weight = upload(me, me->plain->out_weight, WIDTH * WIDTH);
+    b.qkv = device_memory(3 * rows * half), b.dqkv = device_memory(3 * rows * half);
+    b.attended = device_memory(rows * half), b.dattended = device_memory(rows * half);
+    b.y = device_memory(rows * half), b.dx = device_memory(rows * half);
+    b.dqkv_weight = device_memory(WIDTH * WIDE * sizeof(float));
+    b.dout_weight = device_memory(WIDTH * WIDTH * sizeof(float));
+    must_cuda(cudaMemsetAsync(b.dqkv_weight, 0, WIDTH * WIDE * sizeof(float), me->stream));
+    must_cuda(cudaMemsetAsync(b.dout_weight, 0, WIDTH * WIDTH * sizeof(float), me->stream));
+    return b;
+}
 
-    /* forward: qkv = x Wqkv, attended = layer(qkv), y = attended Wout */
-    multiply(me, qkv, CUDA_R_16BF, as_is(x, rows, WIDTH), as_is(qkv_weight, WIDTH, wide));
-    usp_forward forward = {.struct_size = sizeof forward, .q = packed_part(me, qkv, 0), .k = packed_part(me, qkv, 1),
-                           .v = packed_part(me, qkv, 2), .out = dense(attended, (int64_t)rows, HEADS, DIM),
-                           .saved = saved};
-    must(usp_layer_forward(me->layer, &forward, workspace, bytes, me->stream));
-    multiply(me, y, CUDA_R_16BF, as_is(attended, rows, WIDTH), as_is(out_weight, WIDTH, WIDTH));
-
-    /* backward: the same in reverse; weight gradients are sums over tokens, kept in fp32 */
-    multiply(me, dattended, CUDA_R_16BF, as_is(dy, rows, WIDTH), transposed(out_weight, WIDTH, WIDTH));
-    multiply(me, dout_weight, CUDA_R_32F, transposed(attended, rows, WIDTH), as_is(dy, rows, WIDTH));
-    usp_backward backward = {.struct_size = sizeof backward, .q = forward.q, .k = forward.k, .v = forward.v,
-                             .out = forward.out, .dout = dense(dattended, (int64_t)rows, HEADS, DIM),
-                             .dq = packed_part(me, dqkv, 0), .dk = packed_part(me, dqkv, 1),
-                             .dv = packed_part(me, dqkv, 2), .saved = saved};
-    must(usp_layer_backward(me->layer, &backward, workspace, bytes, me->stream));
-    multiply(me, dx, CUDA_R_16BF, as_is(dqkv, rows, wide), transposed(qkv_weight, WIDTH, wide));
-    multiply(me, dqkv_weight, CUDA_R_32F, transposed(x, rows, WIDTH), as_is(dqkv, rows, wide));
-
-    me->y = download_whole(me, y);
-    me->dx = download_whole(me, dx);
-    me->dqkv_weight = download_floats(me, dqkv_weight, WIDTH * wide);
-    me->dout_weight = download_floats(me, dout_weight, WIDTH * WIDTH);
-    void *all[] = {workspace, saved, x, dy, qkv_weight, out_weight, qkv, dqkv, attended, dattended, y, dx, dqkv_weight,
-                   dout_weight};
+static void release(const buffers *b)
+{
+    void *const all[] = {b->workspace, b->saved, b->x, b->dy, b->qkv_weight, b->out_weight, b->qkv, b->dqkv,
+                         b->attended, b->dattended, b->y, b->dx, b->dqkv_weight, b->dout_weight};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) must_cuda(cudaFree(all[i]));
+}
+
+/* qkv = x Wqkv, attended = layer(qkv), y = attended Wout */
+static void forward(const rank_state *me, const buffers *b)
+{
+    const size_t rows = me->local;
+    multiply(me, b->qkv, CUDA_R_16BF, as_is(b->x, rows, WIDTH), as_is(b->qkv_weight, WIDTH, WIDE));
+    usp_forward args = {.struct_size = sizeof args, .q = packed_part(me, b->qkv, 0), .k = packed_part(me, b->qkv, 1),
+                        .v = packed_part(me, b->qkv, 2), .out = dense(b->attended, (int64_t)rows, HEADS, DIM),
+                        .saved = b->saved};
+    must(usp_layer_forward(me->layer, &args, b->workspace, b->bytes, me->stream));
+    multiply(me, b->y, CUDA_R_16BF, as_is(b->attended, rows, WIDTH), as_is(b->out_weight, WIDTH, WIDTH));
+}
+
+/* The same in reverse; weight gradients are sums over tokens and stay in fp32. */
+static void backward(const rank_state *me, const buffers *b)
+{
+    const size_t rows = me->local;
+    multiply(me, b->dattended, CUDA_R_16BF, as_is(b->dy, rows, WIDTH), transposed(b->out_weight, WIDTH, WIDTH));
+    multiply(me, b->dout_weight, CUDA_R_32F, transposed(b->attended, rows, WIDTH), as_is(b->dy, rows, WIDTH));
+    usp_backward args = {.struct_size = sizeof args, .q = packed_part(me, b->qkv, 0), .k = packed_part(me, b->qkv, 1),
+                         .v = packed_part(me, b->qkv, 2), .out = dense(b->attended, (int64_t)rows, HEADS, DIM),
+                         .dout = dense(b->dattended, (int64_t)rows, HEADS, DIM), .dq = packed_part(me, b->dqkv, 0),
+                         .dk = packed_part(me, b->dqkv, 1), .dv = packed_part(me, b->dqkv, 2), .saved = b->saved};
+    must(usp_layer_backward(me->layer, &args, b->workspace, b->bytes, me->stream));
+    multiply(me, b->dx, CUDA_R_16BF, as_is(b->dqkv, rows, WIDE), transposed(b->qkv_weight, WIDTH, WIDE));
+    multiply(me, b->dqkv_weight, CUDA_R_32F, transposed(b->x, rows, WIDTH), as_is(b->dqkv, rows, WIDE));
+}
+
+static void compute(rank_state *me)
+{
+    buffers b = allocate(me);
+    forward(me, &b);
+    backward(me, &b);
+    me->y = download_whole(me, b.y);
+    me->dx = download_whole(me, b.dx);
+    me->dqkv_weight = download_floats(me, b.dqkv_weight, WIDTH * WIDE);
+    me->dout_weight = download_floats(me, b.dout_weight, WIDTH * WIDTH);
+    release(&b);
 }
 
 static void *run(void *argument)
@@ -333,13 +363,13 @@ static void *run(void *argument)
     return NULL;
 }
 
-/* ---- all ranks ----------------------------------------------------------------------------------------------------------------- */
+/* ---- all ranks --------------------------------------------------------------------------------------------------- */
 
 static void prepare(problem *p)
 {
     fill(p->x, TOKENS * WIDTH, 1), fill(p->dy, TOKENS * WIDTH, 2);
-    fill(p->qkv_weight, WIDTH * 3 * WIDTH, 3), fill(p->out_weight, WIDTH * WIDTH, 4);
-    for (size_t i = 0; i < WIDTH * 3 * WIDTH; i++) p->qkv_weight[i] = from_bf16(to_bf16(p->qkv_weight[i] / 8));
+    fill(p->qkv_weight, WIDTH * WIDE, 3), fill(p->out_weight, WIDTH * WIDTH, 4);
+    for (size_t i = 0; i < WIDTH * WIDE; i++) p->qkv_weight[i] = from_bf16(to_bf16(p->qkv_weight[i] / 8));
     for (size_t i = 0; i < WIDTH * WIDTH; i++) p->out_weight[i] = from_bf16(to_bf16(p->out_weight[i] / 8));
     for (size_t i = 0; i < TOKENS * WIDTH; i++) p->x[i] = from_bf16(to_bf16(p->x[i]));
     for (size_t i = 0; i < TOKENS * WIDTH; i++) p->dy[i] = from_bf16(to_bf16(p->dy[i]));
@@ -356,17 +386,17 @@ static int judge(const problem *p, rank_state *state, int ranks)
 {
     const double allowed = 2e-2; /* bf16 rounds to 1 part in 256, at four places one after the other */
     for (int rank = 1; rank < ranks; rank++) {
-        add(state[0].dqkv_weight, state[rank].dqkv_weight, WIDTH * 3 * WIDTH);
+        add(state[0].dqkv_weight, state[rank].dqkv_weight, WIDTH * WIDE);
         add(state[0].dout_weight, state[rank].dout_weight, WIDTH * WIDTH);
     }
     int failures = report("y", difference(state[0].y, p->y, TOKENS * WIDTH), allowed);
     failures += report("dx", difference(state[0].dx, p->dx, TOKENS * WIDTH), allowed);
-    failures += report("dWqkv", difference(state[0].dqkv_weight, p->dqkv_weight, WIDTH * 3 * WIDTH), allowed);
+    failures += report("dWqkv", difference(state[0].dqkv_weight, p->dqkv_weight, WIDTH * WIDE), allowed);
     failures += report("dWout", difference(state[0].dout_weight, p->dout_weight, WIDTH * WIDTH), allowed);
     return failures;
 }
 
-static void release(rank_state *state, int ranks)
+static void free_results(rank_state *state, int ranks)
 {
     for (int rank = 0; rank < ranks; rank++) {
         free(state[rank].y), free(state[rank].dx);
@@ -404,7 +434,7 @@ int main(int count, char **argument)
     }
     for (int rank = 0; rank < ranks; rank++) pthread_join(thread[rank], NULL);
     int failures = judge(&plain, state, ranks);
-    release(state, ranks);
+    free_results(state, ranks);
     usp_rendezvous_destroy(rendezvous);
     return failures != 0;
 }

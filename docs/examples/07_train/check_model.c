@@ -1,4 +1,4 @@
-/* check_model.c - compares the model's gradients with finite differences of its loss, parameter tensor by parameter tensor.
+/* check_model.c - compares the model's gradients with finite differences of its loss, one parameter tensor at a time.
  * It runs a tiny configuration on one rank; that meshes agree is the business of check_train.sh. */
 #include "model.h"
 #include "random.h"

@@ -1,8 +1,8 @@
 #!/bin/sh
 # check_train.sh TRAIN TEXT... - trains on every mesh with the same seed and compares the loss curves.
-# It proves that meshes agree, that a run repeats bit for bit, and that a planted error would be seen; not how well it learns.
+# It proves that meshes agree, that a run repeats bit for bit and that a planted error is seen; not how well it learns.
 #
-# STEPS, BATCH, TOKENS in the environment choose a longer run: STEPS=200 BATCH=4 TOKENS=512 is the one of the quick start.
+# STEPS, BATCH, TOKENS in the environment choose a longer run: STEPS=200 BATCH=4 TOKENS=512 is that of the quick start.
 set -eu
 train=$1
 shift
@@ -25,8 +25,8 @@ verdict() {
     printf '%-5s %s\n' "$word" "$3"
 }
 
-# difference NAME: the largest relative difference to one rank in the first 50 steps, that of the last held-out loss, and
-# whether both are within 1e-4 and 5e-3
+# difference NAME: the largest relative difference to one rank in the first 50 steps, that of the last held-out loss,
+# and whether they are within 1e-4 and 5e-3
 difference() {
     paste -d, "$curves/one" "$curves/$1" | awk -F, '
         function apart(a, b) { return (a > b ? a - b : b - a) / a }

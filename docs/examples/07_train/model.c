@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- parameters ------------------------------------------------------------------------------------------------------ */
+/* ---- parameters -------------------------------------------------------------------------------------------------- */
 
 static size_t take(size_t *next, size_t count)
 {
@@ -77,7 +77,7 @@ void model_initialise(const model_config *config, uint64_t seed, float *paramete
     set_matrix(&to, layout.head, width * MODEL_VOCABULARY, 0.1 * in);
 }
 
-/* ---- create ---------------------------------------------------------------------------------------------------------- */
+/* ---- create ------------------------------------------------------------------------------------------------------ */
 
 static usp_status create_layers(model *m)
 {
@@ -199,7 +199,7 @@ void model_destroy(model *m)
     free(m->dx), free(m->dwidth), free(m->dwide), free(m->dhidden);
 }
 
-/* ---- attention: libusp works on strided views of the packed projection -------------------------------------------------- */
+/* ---- attention: libusp works on strided views of the packed projection ------------------------------------------- */
 
 /* Part 0, 1, 2 of qkv [batch, local tokens, 3, heads, dim]: q, k, v. */
 static usp_tensor packed_part(const model *m, float *qkv, int part)
@@ -247,7 +247,7 @@ static usp_status attention_backward(model *m, int index, float *dout, float *dq
     return usp_layer_backward(m->layer[index], &args, m->workspace, m->workspace_bytes, NULL);
 }
 
-/* ---- forward --------------------------------------------------------------------------------------------------------- */
+/* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 /* y[rows, out] (+)= x[rows, in] weight[in, out] */
 static void project(const model *m, float *y, const float *x, const float *weight, size_t in, size_t out, int add)
@@ -294,7 +294,7 @@ usp_status model_forward(model *m, const float *parameters, const int32_t *token
     return USP_OK;
 }
 
-/* ---- backward: the same lines in reverse ------------------------------------------------------------------------------ */
+/* ---- backward: the same lines in reverse ------------------------------------------------------------------------- */
 
 /* dx[rows, in] = dy weight^T; dweight += x^T dy */
 static void project_backward(const model *m, float *dx, float *dweight, const float *dy, const float *x,
@@ -317,7 +317,7 @@ static void mlp_backward(model *m, const float *parameters, float *gradients, in
     rmsnorm_backward(m->dx, gradients + p->norm2, m->dwidth, a->middle, parameters + p->norm2, m->rows, width);
 }
 
-/* m->dx: gradient of input + attention(input) on entry, of input on return. dwide is dout [width] and dqkv [3 width]. */
+/* m->dx: gradient of input + attention(input) on entry, of input on return. dwide: dout [width], dqkv [3 width]. */
 static usp_status mixer_backward(model *m, const float *parameters, float *gradients, int index)
 {
     model_activations *a = &m->activations[index];

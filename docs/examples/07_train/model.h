@@ -1,4 +1,4 @@
-/* model.h - a small hybrid language model: softmax and linear attention layers alternate, everything else is token-wise.
+/* model.h - a small hybrid language model: softmax and linear attention layers alternate, all else is token-wise.
  * One `model` is one rank's share: its own tokens, the parameters and gradients that it is given. */
 #ifndef TRAIN_MODEL_H
 #define TRAIN_MODEL_H
@@ -64,9 +64,9 @@ void model_destroy(model *m);
 /* Replaces the positions of own tokens, which create takes from the sequence. */
 void model_set_positions(model *m, const int32_t *positions);
 
-/* token, label: [batch, local tokens]. *loss: the sum over own tokens with label >= 0. Where scale is not 0 the logits
- * turn into their gradient of scale * loss, and model_backward may follow: gradients += those of scale * (all ranks' own
- * losses), this rank's part. Collective among the ranks of a data copy. */
+/* token, label: [batch, local tokens]. *loss: the sum over own tokens with label >= 0. Where scale is not 0, logits turn
+ * into the gradient of scale * loss and model_backward may follow: it adds, to gradients, this rank's part of the
+ * gradient of scale * (the sum of all ranks' losses). Collective among the ranks of a data copy. */
 usp_status model_forward(model *m, const float *parameters, const int32_t *token, const int32_t *label, float scale,
                          double *loss);
 usp_status model_backward(model *m, const float *parameters, const int32_t *token, float *gradients);

@@ -14,8 +14,8 @@ typedef struct text {
     text_part training, held_out;
 } text;
 
-/* Each path is a file, or a folder that is searched to any depth for files ending in .md, taken in order of their names.
- * Every eighth stretch of 2 KiB is held out. 0 on success; else errno's value, or EINVAL for less than 32 KiB of text. */
+/* Each path is a file, or a folder that is searched to any depth for files ending in .md, in order of their names.
+ * Every eighth stretch of 2 KiB is held out. 0 on success; else errno's value, or EINVAL for less than 32 KiB. */
 int text_load(const char *const *path, int paths, text *t);
 void text_free(text *t);
 

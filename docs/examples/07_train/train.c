@@ -68,7 +68,7 @@ static void *must_allocate(size_t count, size_t size)
     exit(1);
 }
 
-/* ---- data -------------------------------------------------------------------------------------------------------------- */
+/* ---- data -------------------------------------------------------------------------------------------------------- */
 
 /* Sequence `row` of this rank's batch: own tokens and their next-token labels. */
 static void shard(rank_state *me, int row)
@@ -99,7 +99,7 @@ static double counted_labels(const rank_state *me)
     return counted;
 }
 
-/* ---- sums over ranks, always in rank order ------------------------------------------------------------------------------- */
+/* ---- sums over ranks, always in rank order ----------------------------------------------------------------------- */
 
 static double total(const double *values, int ranks)
 {
@@ -146,7 +146,7 @@ static void step_parameters(rank_state *me, int step)
     pthread_barrier_wait(&t->barrier);
 }
 
-/* ---- the loop ------------------------------------------------------------------------------------------------------------ */
+/* ---- the loop ---------------------------------------------------------------------------------------------------- */
 
 static double train_step(rank_state *me, int step, uint64_t *random)
 {
@@ -204,7 +204,7 @@ static void train(rank_state *me)
     }
 }
 
-/* ---- ranks --------------------------------------------------------------------------------------------------------------- */
+/* ---- ranks ------------------------------------------------------------------------------------------------------- */
 
 /* Every sequence rank but the first believes that its tokens come one later. */
 static void plant_positions(rank_state *me)
@@ -260,7 +260,7 @@ static void run_ranks(trainer *t)
     free(thread);
 }
 
-/* ---- the process --------------------------------------------------------------------------------------------------------- */
+/* ---- the process ------------------------------------------------------------------------------------------------- */
 
 static int open_files(trainer *t)
 {

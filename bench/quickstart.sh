@@ -1,0 +1,94 @@
+#!/bin/sh
+# quickstart.sh - from a fresh Debian machine to the main job: installs what is missing, builds, trains a small language
+# model on one rank and on a 2 x 2 mesh, shows that the loss is the same, and sweeps the library; with GPUs, also there.
+#
+# usage: sh bench/quickstart.sh     (STEPS=50 in the environment trains for fewer steps)
+set -eu
+cd "$(dirname "$0")/.."
+build='build-quickstart'
+results=$build/results
+began=$(date +%s)
+
+say() {
+    printf '\n== %s (%d s)\n' "$1" "$(($(date +%s) - began))"
+}
+
+# Everything that apt-get would be asked for is looked for first; a machine that has it all needs no rights.
+install_missing() {
+    missing=
+    command -v gcc > /dev/null || missing="$missing gcc"
+    [ -e /usr/include/stdio.h ] || missing="$missing libc6-dev"
+    command -v meson > /dev/null || missing="$missing meson"
+    command -v ninja > /dev/null || missing="$missing ninja-build"
+    command -v pkg-config > /dev/null || missing="$missing pkg-config"
+    [ -n "$missing" ] || return 0
+    say "installing$missing"
+    if [ "$(id -u)" = 0 ]; then rights=; else rights=sudo; fi
+    if ! command -v apt-get > /dev/null || { [ -n "$rights" ] && ! command -v sudo > /dev/null; }; then
+        echo "quickstart: please install$missing, then run this again" >&2
+        exit 1
+    fi
+    $rights apt-get update -qq
+    # shellcheck disable=SC2086
+    $rights env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing > /dev/null
+}
+
+build_all() {
+    say 'building'
+    [ -e $build/build.ninja ] || meson setup $build --buildtype=release -Dtests=false > $build.log 2>&1 ||
+        { cat $build.log; exit 1; }
+    ninja -C $build > $build.log 2>&1 || { tail -n 40 $build.log; exit 1; }
+    rm -f $build.log
+    mkdir -p $results
+}
+
+# train NAME OPTION... : shows its progress and leaves results/NAME.csv
+train() {
+    name=$1
+    shift
+    $build/docs/examples/07_train/train "$@" --steps "${STEPS:-200}" --csv $results/"$name".csv README.md docs
+}
+
+# Both curves in one file, step,one_rank,mesh_2x2, and the held-out losses as a table.
+compare_curves() {
+    paste -d, $results/one_rank.csv $results/mesh_2x2.csv > $results/both.csv
+    awk -F, 'NR == 1 { print "step,one_rank,mesh_2x2"; next } { print $1 "," $2 "," $5 }' $results/both.csv > $results/loss.csv
+    awk -F, 'BEGIN { printf "%6s %26s %26s\n%6s %13s%13s %13s%13s\n", "", "1 rank", "2 x 2 mesh", "step", "train", "held-out", "train", "held-out" }
+        NR > 1 && $3 != "" { printf "%6d %13.5f%13.5f %13.5f%13.5f\n", $1, $2, $3, $5, $6 }' $results/both.csv
+    awk -F, 'NR > 1 { apart = ($2 > $5 ? $2 - $5 : $5 - $2) / $2; if (apart > most) most = apart }
+        END { printf "largest relative difference of the training loss: %.1e\n", most }' $results/both.csv
+    $build/bench/usp_plot $results/loss.csv -o $results/loss.svg
+    echo "plot: $results/loss.svg"
+}
+
+gpu_count() {
+    command -v nvidia-smi > /dev/null || { echo 0; return; }
+    nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true
+}
+
+# The sweep and the projections on the GPUs, where there are GPUs and the build has CUDA.
+run_gpus() {
+    gpus=$(gpu_count)
+    [ "$gpus" -gt 0 ] || return 0
+    if [ ! -x $build/docs/examples/06_projections_cublaslt ]; then
+        echo "$gpus GPUs are here, but no CUDA toolkit was found to build for them"
+        return 0
+    fi
+    say "sweep on $gpus GPU(s)"
+    $build/bench/usp_bench -g "$gpus" -b 8K -e 32K -f 2 --head-dim 128 -n 10 --csv $results/sweep_gpu.csv
+    say "projections around a layer on $gpus GPU(s)"
+    $build/docs/examples/06_projections_cublaslt
+}
+
+install_missing
+build_all
+say 'training on 1 rank'
+train one_rank
+say 'training on 4 ranks: ulysses 2 x ring 2'
+train mesh_2x2 -u 2 -r 2
+say 'the two loss curves'
+compare_curves
+say 'sweep on 4 thread-ranks'
+$build/bench/usp_bench -t 4 -b 512 -e 1K --head-dim 32 -n 5 --csv $results/sweep.csv
+run_gpus
+say 'done'
