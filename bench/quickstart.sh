@@ -52,8 +52,12 @@ train() {
 # Both curves in one file, step,one_rank,mesh_2x2, and the held-out losses as a table.
 compare_curves() {
     paste -d, $results/one_rank.csv $results/mesh_2x2.csv > $results/both.csv
-    awk -F, 'NR == 1 { print "step,one_rank,mesh_2x2"; next } { print $1 "," $2 "," $5 }' $results/both.csv > $results/loss.csv
-    awk -F, 'BEGIN { printf "%6s %26s %26s\n%6s %13s%13s %13s%13s\n", "", "1 rank", "2 x 2 mesh", "step", "train", "held-out", "train", "held-out" }
+    awk -F, 'NR == 1 { print "step,one_rank,mesh_2x2"; next }
+        { print $1 "," $2 "," $5 }' $results/both.csv > $results/loss.csv
+    awk -F, 'NR == 1 {
+            printf "%6s %26s %26s\n", "", "1 rank", "2 x 2 mesh"
+            printf "%6s %13s%13s %13s%13s\n", "step", "train", "held-out", "train", "held-out"
+        }
         NR > 1 && $3 != "" { printf "%6d %13.5f%13.5f %13.5f%13.5f\n", $1, $2, $3, $5, $6 }' $results/both.csv
     awk -F, 'NR > 1 { apart = ($2 > $5 ? $2 - $5 : $5 - $2) / $2; if (apart > most) most = apart }
         END { printf "largest relative difference of the training loss: %.1e\n", most }' $results/both.csv

@@ -1,6 +1,6 @@
 /* 06_projections_cublaslt.c - the projections around a layer on GPUs, forward and backward, in bf16:
- * x -> packed QKV -> layer -> output projection, by cuBLASLt, which only this program links. The result is compared with
- * a plain computation on the host. One thread drives each GPU; usage: 06_projections_cublaslt [GPUS] (default: all). */
+ * x -> packed QKV -> layer -> output projection, by cuBLASLt, which only this program links, and compared with a plain
+ * computation on the host. One thread drives each GPU; usage: 06_projections_cublaslt [GPUS] (default: all). */
 #include "example.h"
 
 #include <cublasLt.h>

@@ -1,4 +1,4 @@
-/* example.h - what all examples need and none is about: stopping on an error, numbers to compute with, a plain reference.
+/* example.h - what all examples need and none is about: stopping on an error, numbers to compute, a plain reference.
  * The reference is the definition of causal attention written down, one rank, no blocks. */
 #ifndef EXAMPLE_H
 #define EXAMPLE_H

@@ -64,8 +64,8 @@ void model_destroy(model *m);
 /* Replaces the positions of own tokens, which create takes from the sequence. */
 void model_set_positions(model *m, const int32_t *positions);
 
-/* token, label: [batch, local tokens]. *loss: the sum over own tokens with label >= 0. Where scale is not 0, logits turn
- * into the gradient of scale * loss and model_backward may follow: it adds, to gradients, this rank's part of the
+/* token, label: [batch, local tokens]. *loss: the sum over own tokens with label >= 0. Where scale is not 0, logits
+ * turn into the gradient of scale * loss and model_backward may follow: it adds, to gradients, this rank's part of the
  * gradient of scale * (the sum of all ranks' losses). Collective among the ranks of a data copy. */
 usp_status model_forward(model *m, const float *parameters, const int32_t *token, const int32_t *label, float scale,
                          double *loss);

@@ -5,7 +5,7 @@
 #include <math.h>
 #include <string.h>
 
-/* One binary for old and new x86 machines: the loader picks the widest clone. Sanitizers cannot start such functions. */
+/* One binary for old and new x86 machines: the loader picks the widest clone. Sanitizers cannot start such code. */
 #if defined(__x86_64__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define TRAIN_WIDE __attribute__((target_clones("avx512f", "fma", "default")))
 #else
