@@ -23,24 +23,35 @@ static inline uint32_t usp_bits_of_float(float value)
     return bits;
 }
 
+/* yes where mask is all ones, no where it is 0: no branch, which would keep the compiler from vectorising. */
+static inline uint32_t usp_bits_choose(uint32_t mask, uint32_t yes, uint32_t no)
+{
+    return (mask & yes) | (~mask & no);
+}
+
+static inline uint32_t usp_bits_mask(int condition)
+{
+    return 0u - (uint32_t)condition;
+}
+
 static inline float usp_half_to_float(uint16_t half)
 {
     const uint32_t smallest = 113u << 23; /* 2^-14: the exponent below which a half is subnormal */
     uint32_t bits = (uint32_t)(half & 0x7fff) << 13, exponent = bits & (31u << 23);
-    uint32_t normal = bits + (112u << 23) + (exponent == 31u << 23 ? 112u << 23 : 0);
+    uint32_t normal = bits + (112u << 23) + (usp_bits_mask(exponent == 31u << 23) & (112u << 23));
     uint32_t subnormal = usp_bits_of_float(usp_float_of_bits(bits + smallest) - usp_float_of_bits(smallest));
-    return usp_float_of_bits((exponent ? normal : subnormal) | (uint32_t)(half & 0x8000) << 16);
+    uint32_t size = usp_bits_choose(usp_bits_mask(exponent == 0), subnormal, normal);
+    return usp_float_of_bits(size | (uint32_t)(half & 0x8000) << 16);
 }
 
 static inline uint16_t usp_float_to_half(float value)
 {
-    uint32_t bits = usp_bits_of_float(value), size = bits & 0x7fffffff;
+    uint32_t bits = usp_bits_of_float(value), size = bits & 0x7fffffff, small = usp_bits_mask(size < 113u << 23);
     uint32_t normal = (size + (size >> 13 & 1) + 0xfff - (112u << 23)) >> 13;
-    uint32_t small = size < 113u << 23 ? size : 0;
-    uint32_t subnormal = usp_bits_of_float(usp_float_of_bits(small) + 0.5f) - usp_bits_of_float(0.5f);
-    uint32_t half = size < 113u << 23 ? subnormal : normal;
-    half = size >= 0x477ff000 ? 0x7c00 : half;                              /* 65520 and more round to infinity */
-    half = size > 0x7f800000 ? 0x7e00 | (size >> 13 & 0x3ff) : half;        /* NaN */
+    uint32_t subnormal = usp_bits_of_float(usp_float_of_bits(size & small) + 0.5f) - usp_bits_of_float(0.5f);
+    uint32_t half = usp_bits_choose(small, subnormal, normal);
+    half = usp_bits_choose(usp_bits_mask(size >= 0x477ff000), 0x7c00, half); /* 65520 and more round to infinity */
+    half = usp_bits_choose(usp_bits_mask(size > 0x7f800000), 0x7e00 | (size >> 13 & 0x3ff), half); /* NaN */
     return (uint16_t)(half | (bits >> 16 & 0x8000));
 }
 
@@ -90,7 +101,8 @@ static inline void usp_row_to_float(usp_dtype dtype, const void *from, float *to
         memcpy(to, from, sizeof *to * (size_t)n);
         return;
     }
-    for (; i + USP_HALF_LINE <= n; i += USP_HALF_LINE) usp_line_to_float(dtype, source + 2 * i, to + i, USP_HALF_LINE);
+    for (; i + USP_HALF_LINE <= n; i += USP_HALF_LINE)
+        usp_line_to_float(dtype, source + 2 * i, to + i, USP_HALF_LINE);
     if (i < n) usp_line_to_float(dtype, source + 2 * i, to + i, n - i);
 }
 
@@ -102,7 +114,8 @@ static inline void usp_row_from_float(usp_dtype dtype, const float *from, void *
         memcpy(to, from, sizeof *from * (size_t)n);
         return;
     }
-    for (; i + USP_HALF_LINE <= n; i += USP_HALF_LINE) usp_line_from_float(dtype, from + i, target + 2 * i, USP_HALF_LINE);
+    for (; i + USP_HALF_LINE <= n; i += USP_HALF_LINE)
+        usp_line_from_float(dtype, from + i, target + 2 * i, USP_HALF_LINE);
     if (i < n) usp_line_from_float(dtype, from + i, target + 2 * i, n - i);
 }
 

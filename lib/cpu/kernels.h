@@ -12,8 +12,8 @@ enum {
     USP_CPU_ARENA = 57344 /* floats of all tiles of one kernel: 224 KiB */
 };
 
-/* c[i][j] (+)= sum over l < k of a(i, l) * b[l][j], a(i, l) = a[i * a_row + l * a_step], i < m, j < n. m is a multiple of
- * USP_CPU_ROWS, n, b_row and c_row of USP_CPU_LANE. Each sum runs over l in ascending order. */
+/* c[i][j] (+)= sum over l < k of a(i, l) * b[l][j], a(i, l) = a[i * a_row + l * a_step], i < m, j < n. m is a multiple
+ * of USP_CPU_ROWS, n, b_row and c_row of USP_CPU_LANE. Each sum runs over l in ascending order. */
 typedef struct usp_product {
     int m, n, k;
     const float *a;
@@ -42,7 +42,7 @@ typedef struct usp_panel {
     /* Online softmax: m = max(max, scores); score = exp(score - m); factor = exp(max - m); sum = sum * factor + scores;
      * max = m. All zero where m is -inf. */
     void (*fold)(usp_scores, float *max, float *sum, float *factor);
-    /* score = exp(score - lse); gradient[j][i] = score * (gradient - delta). lse and delta belong to rows, or to columns. */
+    /* score = exp(score - lse); gradient = score * (gradient - delta). lse and delta are of rows, or of columns. */
     void (*weigh)(usp_scores, float *gradient, const float *lse, const float *delta, int by_column);
 } usp_panel;
 

@@ -1,7 +1,7 @@
 /* linear.c - linear attention on the CPU: state totals of blocks, their scan, and outputs from scores and states.
  *
- * As in softmax.c a strip is a few rows of one head, and scores are stored [column][row]. Powers of lambda are formed in
- * double precision from integer distances and are never larger than 1. It knows nothing of ranks, and allocates nothing. */
+ * As in softmax.c a strip is a few rows of one head, and scores are stored [column][row]. Powers of lambda are formed
+ * in double precision from integer distances and are never larger than 1. It knows no ranks and allocates nothing. */
 #include <math.h>
 #include <string.h>
 
@@ -26,7 +26,7 @@ typedef struct usp_linear_strip {
     int batch, head;
 } usp_linear_strip;
 
-/* ---- strips ---------------------------------------------------------------------------------------------------------- */
+/* ---- strips ------------------------------------------------------------------------------------------------------ */
 
 /* lambda^n; 1 for n = 0, also where lambda is 0. */
 static double power(double log_decay, int64_t n)
@@ -65,7 +65,8 @@ static void strip_rows(usp_linear_strip *s, int begin, int end)
     s->width = usp_cpu_pad(s->count);
 }
 
-static void load_line(const usp_linear_strip *s, const usp_tensor *tensor, usp_head_map map, int64_t token, float *to, int n)
+static void load_line(const usp_linear_strip *s, const usp_tensor *tensor, usp_head_map map, int64_t token, float *to,
+                      int n)
 {
     usp_dtype dtype = s->args->dtype;
     s->panel->load(dtype, usp_cpu_row(tensor, dtype, token, s->batch, usp_cpu_head(map, s->head)), to, n);
@@ -123,7 +124,7 @@ static float *state_at(const usp_linear_strip *s, int index)
     return a->states + (((int64_t)index * a->batch + s->batch) * a->heads + s->head) * a->dim * a->value_dim;
 }
 
-/* ---- totals ---------------------------------------------------------------------------------------------------------- */
+/* ---- totals ------------------------------------------------------------------------------------------------------ */
 
 /* One side of k_j v_j^T, and the tile for its rows. */
 typedef struct usp_factor {
@@ -133,7 +134,7 @@ typedef struct usp_factor {
     float *tile;
 } usp_factor;
 
-/* Lines `line` .. of the state, a block of them: += sum over the strip's rows j of left_j[line ..] (weight_j right_j)^T. */
+/* A block of the state's lines, from `line` on: += sum over the strip's rows j of left_j (weight_j right_j)^T. */
 static void add_totals(usp_linear_strip *s, const usp_factor *left, const usp_factor *right, int line)
 {
     int left_dim = usp_cpu_pad(left->dim), right_dim = usp_cpu_pad(right->dim);
@@ -179,10 +180,11 @@ usp_status usp_cpu_linear_totals(usp_device *device, const usp_linear *args, usp
     return run_blocks(device, args, totals_block);
 }
 
-/* ---- scan ------------------------------------------------------------------------------------------------------------ */
+/* ---- scan -------------------------------------------------------------------------------------------------------- */
 
 /* Elements [at, at + n) of one head's states [begin, end), all of one group. */
-static void scan_line(const usp_scan *a, int begin, int end, int64_t at, int64_t stride, double log_decay, float *x, int n)
+static void scan_line(const usp_scan *a, int begin, int end, int64_t at, int64_t stride, double log_decay, float *x,
+                      int n)
 {
     for (int i = 0; i < end - begin; i++) {
         int index = a->reverse ? end - 1 - i : begin + i;
@@ -220,7 +222,7 @@ usp_status usp_cpu_linear_scan(usp_device *device, const usp_scan *a, usp_stream
     return USP_OK;
 }
 
-/* ---- outputs --------------------------------------------------------------------------------------------------------- */
+/* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
 /* state[0 .. lines) = lines `first` .. of the state as [dim][value_dim], padded with zeros. */
 static void load_state(usp_linear_strip *s, const float *from, int first, int lines)
@@ -256,7 +258,7 @@ static void decay_scores(usp_linear_strip *s, int begin, int count)
     int64_t lowest = (int64_t)sign * (s->begin - begin) - (s->args->reverse ? s->count - 1 : count - 1);
     int64_t from = lowest > 0 ? lowest : 0;
     double base = power(s->log_decay, from);
-    for (int n = 0; n < distances; n++) { /* band[n]: row i, column j with i - j = n - (count - 1), from the strips' begins */
+    for (int n = 0; n < distances; n++) { /* band[n]: row i, column j of the tile with i - j = n - (count - 1) */
         int64_t distance = sign * ((int64_t)s->begin - begin + n - (count - 1));
         s->band[n] = distance >= from ? (float)(base * s->power[distance - from]) : 0;
     }

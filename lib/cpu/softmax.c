@@ -2,7 +2,7 @@
  *
  * A strip is a block of rows (those that own the running sums) of one head. The other side's columns stream past it, a
  * tile of scores at a time, so every product broadcasts one operand and reads lanes of the other: scores are stored
- * [column][row], the strip's own rows transposed once. It knows nothing of ranks or schedules, and allocates nothing. */
+ * [column][row], the strip's own rows transposed once. It knows no ranks or schedules and allocates nothing. */
 #include <math.h>
 #include <string.h>
 
@@ -29,7 +29,7 @@ typedef struct usp_strip {
     int batch, head, key_head;
 } usp_strip;
 
-/* ---- strips ---------------------------------------------------------------------------------------------------------- */
+/* ---- strips ------------------------------------------------------------------------------------------------------ */
 
 static void strip_init(usp_strip *s, const usp_panel *panel, const usp_softmax *args)
 {
@@ -103,7 +103,7 @@ static void multiply_totals(usp_strip *s, const float *score, int which, int cou
     s->panel->multiply(&p);
 }
 
-/* ---- tiles ----------------------------------------------------------------------------------------------------------- */
+/* ---- tiles ------------------------------------------------------------------------------------------------------- */
 
 /* What of a tile one step takes: columns, and the band as limits on column position - row position. */
 typedef struct usp_step {
@@ -181,7 +181,7 @@ static int64_t stat_at(const usp_strip *s, int head, int64_t query)
     return ((int64_t)s->batch * s->args->heads + head) * s->args->queries + query;
 }
 
-/* ---- forward --------------------------------------------------------------------------------------------------------- */
+/* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 static float *acc_row(const usp_strip *s, int i)
 {
@@ -198,7 +198,8 @@ static void forward_begin(usp_strip *s)
         float lse = a->first || i >= s->count ? -INFINITY : a->lse[stat_at(s, s->head, s->begin + i)];
         s->max[i] = lse;
         s->sum[i] = lse != -INFINITY;
-        if (lse != -INFINITY) memcpy(s->total[1] + i * s->value_dim, acc_row(s, i), sizeof(float) * (size_t)a->value_dim);
+        if (lse == -INFINITY) continue;
+        memcpy(s->total[1] + i * s->value_dim, acc_row(s, i), sizeof(float) * (size_t)a->value_dim);
     }
 }
 
@@ -258,7 +259,7 @@ usp_status usp_cpu_softmax_forward(usp_device *device, const usp_softmax *args, 
     return run_query_heads(device, args, forward_strip);
 }
 
-/* ---- delta ----------------------------------------------------------------------------------------------------------- */
+/* ---- delta ------------------------------------------------------------------------------------------------------- */
 
 static float dot(const float *a, const float *b, int n)
 {
@@ -286,7 +287,7 @@ usp_status usp_cpu_softmax_delta(usp_device *device, const usp_softmax *a, float
     return USP_OK;
 }
 
-/* ---- backward -------------------------------------------------------------------------------------------------------- */
+/* ---- backward ---------------------------------------------------------------------------------------------------- */
 
 /* lse and delta of `count` queries; rows without any key, and padding, get a weight of 0. */
 static void load_stats(usp_strip *s, int head, int begin, int count, int padded)
