@@ -8,6 +8,7 @@
 
 #include "control.h"
 #include "error.h"
+#include "list.h"
 
 enum {
     CHUNK_BYTES = 1 << 30, /* MPI counts in int */
@@ -59,11 +60,9 @@ static void pause_for(int round) {
 
 static usp_status fail_mpi(int rank, const char *what, int code) {
     char text[MPI_MAX_ERROR_STRING] = "";
-    int length = 0, class = MPI_SUCCESS;
+    int length = 0;
     MPI_Error_string(code, text, &length);
-    MPI_Error_class(code, &class);
-    return usp_fail(class == MPI_ERR_TRUNCATE ? USP_MISMATCH : USP_COMM, "rank %d: %s failed: %.160s", rank, what,
-                    text);
+    return usp_fail(USP_COMM, "rank %d: %s failed: %.160s", rank, what, text);
 }
 
 /* This rank has failed by `status`, whose sentence is recorded: all ranks hear of it. Returns the first failure. */
@@ -134,14 +133,16 @@ static usp_status post_all(usp_mpi *self, const usp_send *sends, int send_count,
 /* A message that ended must have carried what was planned. */
 static usp_status check_one(usp_mpi *self, const usp_transfer *transfer, MPI_Status *status, int code) {
     char what[64];
-    int bytes = 0;
-    snprintf(what, sizeof what, "a message %s rank %d", transfer->is_recv ? "from" : "to", transfer->peer);
-    if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, what, code);
-    if (!transfer->is_recv) return USP_OK;
-    MPI_Get_count(status, MPI_BYTE, &bytes);
+    int class = MPI_SUCCESS, bytes = transfer->bytes, rank = self->base.rank, peer = transfer->peer;
+    MPI_Error_class(code, &class);
+    if (class == MPI_ERR_TRUNCATE)
+        return usp_fail(USP_COMM, "rank %d sends more than the %d bytes that rank %d expects", peer, bytes, rank);
+    snprintf(what, sizeof what, "a message %s rank %d", transfer->is_recv ? "from" : "to", peer);
+    if (code != MPI_SUCCESS) return fail_mpi(rank, what, code);
+    if (transfer->is_recv) MPI_Get_count(status, MPI_BYTE, &bytes);
     if (bytes == transfer->bytes) return USP_OK;
-    return usp_fail(USP_MISMATCH, "rank %d expected %d bytes from rank %d, which sent %d", self->base.rank,
-                    transfer->bytes, transfer->peer, bytes);
+    return usp_fail(USP_COMM, "rank %d sends %d bytes to rank %d, which expects %d", peer, bytes, rank,
+                    transfer->bytes);
 }
 
 /* Collects what has ended. *left: how many have not. */
@@ -196,6 +197,7 @@ static usp_status mpi_exchange(usp_comm *comm, const usp_send *sends, int send_c
                                int recv_count, usp_stream stream) {
     usp_mpi *self = mpi_of(comm);
     (void)stream; /* the CPU's: all work on it is done */
+    USP_TRY(usp_list_check(comm, sends, send_count, recvs, recv_count));
     USP_TRY(mpi_poll(comm));
     usp_control_progress(self->control, ++self->exchanges, -1);
     usp_status status = post_all(self, sends, send_count, recvs, recv_count);

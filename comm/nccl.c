@@ -13,6 +13,7 @@
 
 #include "control.h"
 #include "error.h"
+#include "list.h"
 
 enum {
     OLDEST_NCCL = 22803, /* 2.28.3 */
@@ -57,16 +58,17 @@ typedef struct usp_nccl {
     char sentence[256];
     uint64_t exchanges;
 
-    pthread_mutex_t lock; /* one NCCL call at a time, and the next six; never held while waiting for another rank */
-    ncclComm_t comm;      /* NULL before it is there, and once `release` has it */
+    /* one NCCL call at a time, and this paragraph; never held while waiting for another rank */
+    pthread_mutex_t lock;
+    ncclComm_t comm; /* NULL before it is there, and once `release` has it */
     usp_release *release;
     usp_event *probe; /* behind the oldest exchange not known to be done */
     int probing;
     int64_t probed_at;
 
     usp_shared *shared;
-    ncclComm_t child;  /* where NCCL writes the communicator of a split */
-    void *scratch;     /* device memory and stream of `gather` */
+    ncclComm_t child; /* where NCCL writes the communicator of a split */
+    void *scratch;    /* device memory and stream of `gather` */
     usp_stream stream;
 } usp_nccl;
 
@@ -365,6 +367,7 @@ static usp_status nccl_exchange(usp_comm *comm, const usp_send *sends, int send_
     usp_nccl *self = nccl_of(comm);
     const usp_lists lists = {sends, recvs, send_count, recv_count};
     int peer = -1;
+    USP_TRY(usp_list_check(comm, sends, send_count, recvs, recv_count));
     USP_TRY(check_ranks(self));
     self->exchanges++;
     if (self->control != NULL) usp_control_progress(self->control, self->exchanges, -1);

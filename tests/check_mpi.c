@@ -1,0 +1,140 @@
+/* check_mpi.c - the MPI transport: conformance, and the ways in which a rank can let the others down. A plain program
+ * for mpirun with 2 ranks or more; a death is not tried, since mpirun ends all ranks then. */
+#define _POSIX_C_SOURCE 200809L
+#include <mpi.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+#include "conformance.h"
+
+enum { CALM_MS = 30000, LIMIT_MS = 500, MARGIN_MS = 1500, GUARD = 0x5a };
+
+/* One scene on a comm of its own; returns how many things went wrong. */
+typedef int (*usp_scene)(usp_comm *comm);
+
+static double now_ms(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
+}
+
+static void rest(int milliseconds) {
+    const struct timespec time = {milliseconds / 1000, milliseconds % 1000 * 1000000L};
+    nanosleep(&time, NULL);
+}
+
+/* ---- scenes ------------------------------------------------------------------------------------------------------ */
+
+static int conform(usp_comm *comm) {
+    int wrong = 0;
+    for (unsigned seed = 1; seed <= 3 && !wrong; seed++) wrong = usp_check_comm(comm, seed);
+    return wrong;
+}
+
+static int refuse_split(usp_comm *comm) {
+    struct ncclComm *child = NULL;
+    return usp_check_failure(comm, comm->ops->split(comm, 0, 0, &child), USP_UNSUPPORTED, "NCCL");
+}
+
+/* Rank 0 sends rank 1 another size than it expects. Every rank hears of it; nothing is written behind the buffer. */
+static int mismatch(usp_comm *comm, size_t sent, size_t expected, const char *words) {
+    char data[256], untouched[256];
+    usp_send send = {1, data, sent};
+    usp_recv recv = {0, data, expected};
+    usp_status status = USP_OK;
+    memset(data, GUARD, sizeof data);
+    memset(untouched, GUARD, sizeof untouched);
+    if (comm->rank == 0) memset(data, 1, sizeof data);
+    if (comm->rank == 0) status = comm->ops->exchange(comm, &send, 1, NULL, 0, NULL);
+    if (comm->rank == 1) status = comm->ops->exchange(comm, NULL, 0, &recv, 1, NULL);
+    if (status == USP_OK) status = comm->ops->allgather(comm, data, data, 0);
+    int wrong = usp_check_failure(comm, status, USP_COMM, words);
+    if (comm->rank == 1)
+        wrong += usp_check(comm, memcmp(data + expected, untouched, sizeof data - expected) == 0,
+                           "bytes behind the buffer were written");
+    return wrong + usp_check_failure(comm, comm->ops->poll(comm), USP_COMM, words);
+}
+
+static int too_long(usp_comm *comm) {
+    return mismatch(comm, 64, 32, "rank 0 sends more than the 32 bytes that rank 1 expects");
+}
+
+static int too_short(usp_comm *comm) {
+    return mismatch(comm, 32, 64, "rank 0 sends 32 bytes to rank 1, which expects 64");
+}
+
+/* Rank 0 lives but does not come. The others name it in time. */
+static int stay_away(usp_comm *comm) {
+    char byte = 0;
+    usp_recv recv = {0, &byte, 1};
+    double begin = now_ms();
+    if (comm->rank == 0) rest(LIMIT_MS + MARGIN_MS);
+    usp_status status = comm->ops->exchange(comm, NULL, 0, &recv, comm->rank != 0, NULL);
+    double took = now_ms() - begin;
+    int wrong = usp_check_failure(comm, status, USP_TIMEOUT, "rank 0");
+    if (comm->rank == 0) return wrong;
+    return wrong + usp_check(comm, took >= LIMIT_MS - 1 && took < LIMIT_MS + MARGIN_MS, "answered after %.0f ms", took);
+}
+
+/* Rank 0 gives up while the others wait for it. */
+static int give_up(usp_comm *comm) {
+    char byte = 0;
+    usp_recv recv = {0, &byte, 1};
+    if (comm->rank == 0) comm->ops->abort(comm);
+    usp_status status = comm->ops->exchange(comm, NULL, 0, &recv, comm->rank != 0, NULL);
+    return usp_check_failure(comm, status, USP_COMM, "rank 0");
+}
+
+/* Rank 0 leaves in peace while the others wait for it: at the time limit they know. */
+static int leave(usp_comm *comm) {
+    char byte = 0;
+    usp_recv recv = {0, &byte, 1};
+    if (comm->rank == 0) return 0;
+    return usp_check_failure(comm, comm->ops->exchange(comm, NULL, 0, &recv, 1, NULL), USP_PEER_LOST, "rank 0");
+}
+
+/* ---- the play ---------------------------------------------------------------------------------------------------- */
+
+static int play(const usp_comm_config *config, int timeout_ms, const char *name, usp_scene scene) {
+    usp_comm_config own = *config;
+    usp_comm *comm = NULL;
+    own.timeout_ms = timeout_ms;
+    usp_status status = usp_comm_create_mpi(&own, MPI_Comm_c2f(MPI_COMM_WORLD), &comm);
+    if (usp_check(NULL, status == USP_OK, "%s: not created: %s", name, usp_last_error())) return 1;
+    int rank = comm->rank, wrong = scene(comm), all = 0;
+    comm->ops->destroy(comm);
+    MPI_Allreduce(&wrong, &all, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD); /* the caller's communicator lives on */
+    if (rank == 0) printf("%s: %s\n", name, all == 0 ? "ok" : "failed");
+    return all;
+}
+
+static int play_all(const usp_comm_config *config) {
+    int wrong = play(config, CALM_MS, "conformance", conform);
+    wrong += play(config, CALM_MS, "split", refuse_split);
+    wrong += play(config, CALM_MS, "too long", too_long);
+    wrong += play(config, CALM_MS, "too short", too_short);
+    wrong += play(config, LIMIT_MS, "stay away", stay_away);
+    wrong += play(config, CALM_MS, "give up", give_up);
+    wrong += play(config, LIMIT_MS, "leave", leave);
+    return wrong + play(config, CALM_MS, "conformance again", conform);
+}
+
+static int refuse_early(const usp_comm_config *config) {
+    usp_comm *comm = NULL;
+    return usp_check_failure(NULL, usp_comm_create_mpi(config, 0, &comm), USP_INVALID, "MPI is not initialised");
+}
+
+int main(int count, char **arguments) {
+    usp_world_config defaults = {.struct_size = sizeof defaults};
+    usp_host host = usp_host_from_config(&defaults);
+    usp_comm_config config = {.host = &host, .timeout_ms = CALM_MS};
+    int provided = 0;
+    if (usp_check(NULL, usp_device_create_cpu(&host, &config.device) == USP_OK, "no device")) return 1;
+    int wrong = refuse_early(&config);
+    MPI_Init_thread(&count, &arguments, MPI_THREAD_FUNNELED, &provided);
+    wrong += play_all(&config);
+    MPI_Finalize();
+    config.device->ops->destroy(config.device);
+    return wrong != 0;
+}
