@@ -1,0 +1,425 @@
+/* options.c - argp's tables for usp_bench and the nested loops of the sweep.
+ * Whether a case is possible is for the library to say: refused ones become comment lines. */
+#include "options.h"
+#include <argp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    KEY_KIND = 256,
+    KEY_LAYOUT,
+    KEY_HEADS,
+    KEY_KV_HEADS,
+    KEY_HEAD_DIM,
+    KEY_VALUE_DIM,
+    KEY_BATCH,
+    KEY_CAUSAL,
+    KEY_FULL,
+    KEY_PASS,
+    KEY_DEVICE,
+    KEY_DECAY,
+    KEY_STATE_EXCHANGE,
+    KEY_SHARED_MEMORY,
+    KEY_DETERMINISTIC,
+    KEY_BASELINE,
+    KEY_CSV,
+    KEY_COMMIT,
+    KEY_QUIET,
+    KEY_BUDGET,
+    KEY_INFO
+};
+
+static const struct argp_option option_table[] = {
+    {NULL, 0, NULL, 0, "Ranks (none of -t, -g: the job of torchrun, usp_launch, mpirun or srun; else one rank):", 1},
+    {"threads", 't', "N", 0, "N thread-ranks, on the CPU or all on one GPU", 0},
+    {"gpus", 'g', "N", 0, "N GPUs, one thread-rank each, over NCCL", 0},
+    {"device", KEY_DEVICE, "auto|cpu|cuda", 0, "Where to run (auto: a GPU if one is usable)", 0},
+    {"timeout", 'T', "SECONDS", 0, "Longest wait for another rank (600)", 0},
+    {"shared-memory", KEY_SHARED_MEMORY, NULL, 0, "Workspace and saved in memory registered with all ranks", 0},
+
+    {NULL, 0, NULL, 0, "Sweep (lists are separated by commas):", 2},
+    {"minlength", 'b', "SEQ", 0, "Shortest sequence, K and M for 1024 and 1024^2 (1K)", 0},
+    {"maxlength", 'e', "SEQ", 0, "Longest sequence (4K, or -b if that is longer)", 0},
+    {"stepfactor", 'f', "FACTOR", 0, "Lengths grow by this factor (2)", 0},
+    {"stepsize", 'i', "TOKENS", 0, "Lengths grow by this many tokens instead", 0},
+    {"ulysses", 'u', "LIST", 0, "Ulysses degrees, or auto: with -r auto all factorisations of the ranks (auto)", 0},
+    {"ring", 'r', "LIST", 0, "Ring degrees, or auto; pairs whose product is the number of ranks run (auto)", 0},
+    {"kind", KEY_KIND, "LIST", 0, "softmax, linear or both (both)", 0},
+    {"layout", KEY_LAYOUT, "LIST", 0, "zigzag, contiguous, stripe or all (zigzag)", 0},
+    {"datatype", 'd', "LIST", 0, "f32, f16, bf16 or all (f32 on the CPU, bf16 on GPUs)", 0},
+    {"heads", KEY_HEADS, "LIST", 0, "Query heads (8)", 0},
+    {"kv-heads", KEY_KV_HEADS, "LIST", 0, "Key and value heads; 0: as many as query heads (0)", 0},
+    {"head-dim", KEY_HEAD_DIM, "LIST", 0, "Head dimension of queries and keys (64)", 0},
+    {"value-dim", KEY_VALUE_DIM, "LIST", 0, "Head dimension of values; 0: as queries (0)", 0},
+    {"batch", KEY_BATCH, "LIST", 0, "Batch (1)", 0},
+    {"pass", KEY_PASS, "fwd|bwd|both", 0, "Which passes to time, a row each (both)", 0},
+    {"causal", KEY_CAUSAL, NULL, 0, "Causal mask (the default)", 0},
+    {"full", KEY_FULL, NULL, 0, "No mask", 0},
+    {"decay", KEY_DECAY, "none|alibi", 0, "Linear, causal: no decay, or the heads' ALiBi slopes (alibi)", 0},
+    {"state-exchange", KEY_STATE_EXCHANGE, "auto|chain|gather", 0, "Linear: how states travel the ring (auto)", 0},
+    {"deterministic", KEY_DETERMINISTIC, NULL, 0, "Only kernels whose results do not depend on timing", 0},
+
+    {NULL, 0, NULL, 0, "Measuring:", 3},
+    {"iters", 'n', "N", 0, "Timed iterations (20)", 0},
+    {"warmup_iters", 'w', "N", 0, "Passes before them (3)", 0},
+    {"agg_iters", 'm', "N", 0, "Passes in one iteration; 0: enough for 2 ms, at most 20 (0)", 0},
+    {"budget", KEY_BUDGET, "SECONDS", 0, "End a row's iterations after this time, but not before 3; 0: never (10)", 0},
+    {"check", 'c', "0|1", 0, "Check results against a double-precision reference at sampled rows (1)", 0},
+    {"baseline", KEY_BASELINE, NULL, 0, "Also time one rank alone at the same length and print the speed-up", 0},
+
+    {NULL, 0, NULL, 0, "Output:", 4},
+    {"json", 'J', "FILE", 0, "Also write everything as JSON", 0},
+    {"csv", KEY_CSV, "FILE", 0, "Also write the rows as CSV", 0},
+    {"memory", 'M', NULL, 0, "A comment line on memory under every row", 0},
+    {"iteration-statistics", 'I', NULL, 0, "A comment line of statistics over iterations under every row", 0},
+    {"commit", KEY_COMMIT, "TEXT", 0, "Revision to note in the JSON file", 0},
+    {"quiet", KEY_QUIET, NULL, 0, "No progress bar", 0},
+    {"info", KEY_INFO, NULL, 0, "Print versions and devices, and leave", 0},
+    {"help", 'h', NULL, 0, "This text", -1},
+    {NULL, '?', NULL, OPTION_HIDDEN, NULL, -1},
+    {0}};
+
+static const char description[] =
+    "Times attention over sequence-parallel ranks and checks every result it times."
+    "\vThe time is that of the slowest rank, per pass: the median and the 99th percentile of the iterations. TFLOP/s "
+    "is "
+    "per rank, by the layer's own count. bytes(ulysses) and bytes(ring) are what the busiest rank sends in one pass, "
+    "mem(MiB) its workspace and saved. maxerr is the largest |x - reference| / (|reference| + natural size of the row) "
+    "of the sampled elements; those above 1e-4 (f32), 4 epsilon (f16 and bf16: 3.9e-3 and 3.1e-2) or not finite count "
+    "as #wrong. Exit status: 0 all right, 1 a wrong result, 2 an error, 64 a wrong command line.";
+
+/* ---- parsing
+ * ----------------------------------------------------------------------------------------------------------- */
+
+static void parse_names(struct argp_state *state, const char *option, const char *text, const usp_name *names,
+                        const char *all, usp_list *list) {
+    list->count = 0;
+    if (strcmp(text, all) == 0)
+        for (; names->name; names++) {
+            int seen = 0;
+            for (int i = 0; i < list->count; i++) seen |= list->item[i] == names->value;
+            if (!seen) list->item[list->count++] = names->value;
+        }
+    else if (!usp_parse_list(text, names, list))
+        argp_error(state, "--%s: '%s' is not a list of its names", option, text);
+}
+
+static void parse_numbers(struct argp_state *state, const char *option, const char *text, int64_t low, usp_list *list) {
+    int good = usp_parse_list(text, NULL, list);
+    for (int i = 0; i < list->count && good; i++) good = list->item[i] >= low && list->item[i] <= 1 << 20;
+    if (!good) argp_error(state, "--%s: '%s' is not a list of whole numbers from %d", option, text, (int)low);
+}
+
+static int64_t parse_number(struct argp_state *state, const char *option, const char *text, int64_t low, int64_t high) {
+    int64_t value = 0;
+    if (!usp_parse_size(text, &value) || value < low || value > high)
+        argp_error(state, "--%s: '%s' is not a whole number from %lld to %lld", option, text, (long long)low,
+                   (long long)high);
+    return value;
+}
+
+static int parse_name(struct argp_state *state, const char *option, const char *text, const usp_name *names) {
+    int value = 0;
+    if (!usp_name_find(names, text, &value)) argp_error(state, "--%s: '%s' is none of its names", option, text);
+    return value;
+}
+
+static void parse_pass(struct argp_state *state, const char *text, int passes[2]) {
+    int both = strcmp(text, "both") == 0;
+    passes[USP_PASS_FORWARD] = both || strcmp(text, "fwd") == 0;
+    passes[USP_PASS_BACKWARD] = both || strcmp(text, "bwd") == 0;
+    if (!passes[0] && !passes[1]) argp_error(state, "--pass: '%s' is none of fwd, bwd, both", text);
+}
+
+static double parse_seconds(struct argp_state *state, const char *option, const char *text) {
+    double value = 0;
+    if (!usp_parse_real(text, &value) || value < 0 || value > 1e6)
+        argp_error(state, "--%s: '%s' is not a number of seconds", option, text);
+    return value;
+}
+
+static void parse_degrees(struct argp_state *state, const char *option, const char *text, usp_list *list) {
+    list->count = 0;
+    if (strcmp(text, "auto")) parse_numbers(state, option, text, 1, list);
+}
+
+static error_t parse_ranks(int key, char *text, struct argp_state *state, usp_options *o) {
+    switch (key) {
+    case 't':
+        o->ranks.threads = (int)parse_number(state, "threads", text, 1, 4096);
+        break;
+    case 'g':
+        o->ranks.gpus = (int)parse_number(state, "gpus", text, 1, 4096);
+        break;
+    case 'T':
+        o->ranks.timeout_ms = (int)parse_number(state, "timeout", text, 1, 1000000) * 1000;
+        break;
+    case KEY_DEVICE:
+        o->ranks.device = (usp_device_kind)parse_name(state, "device", text, usp_names_device());
+        break;
+    case KEY_SHARED_MEMORY:
+        o->shared_memory = 1;
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+static error_t parse_sweep(int key, char *text, struct argp_state *state, usp_options *o) {
+    switch (key) {
+    case 'b':
+        o->begin = parse_number(state, "minlength", text, 1, INT32_MAX);
+        break;
+    case 'e':
+        o->end = parse_number(state, "maxlength", text, 1, INT32_MAX);
+        break;
+    case 'f':
+        o->factor = parse_number(state, "stepfactor", text, 2, 1 << 20);
+        break;
+    case 'i':
+        o->step = parse_number(state, "stepsize", text, 1, INT32_MAX);
+        break;
+    case 'u':
+        parse_degrees(state, "ulysses", text, &o->ulysses);
+        break;
+    case 'r':
+        parse_degrees(state, "ring", text, &o->ring);
+        break;
+    case 'd':
+        parse_names(state, "datatype", text, usp_names_dtype(), "all", &o->dtypes);
+        break;
+    case KEY_KIND:
+        parse_names(state, "kind", text, usp_names_attention(), "both", &o->kinds);
+        break;
+    case KEY_LAYOUT:
+        parse_names(state, "layout", text, usp_names_layout(), "all", &o->layouts);
+        break;
+    case KEY_HEADS:
+        parse_numbers(state, "heads", text, 1, &o->heads);
+        break;
+    case KEY_KV_HEADS:
+        parse_numbers(state, "kv-heads", text, 0, &o->kv_heads);
+        break;
+    case KEY_HEAD_DIM:
+        parse_numbers(state, "head-dim", text, 1, &o->dims);
+        break;
+    case KEY_VALUE_DIM:
+        parse_numbers(state, "value-dim", text, 0, &o->value_dims);
+        break;
+    case KEY_BATCH:
+        parse_numbers(state, "batch", text, 1, &o->batches);
+        break;
+    case KEY_PASS:
+        parse_pass(state, text, o->passes);
+        break;
+    case KEY_CAUSAL:
+        o->mask = USP_MASK_CAUSAL;
+        break;
+    case KEY_FULL:
+        o->mask = USP_MASK_FULL;
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+static int parse_decay(struct argp_state *state, const char *text) {
+    if (strcmp(text, "alibi") && strcmp(text, "none")) argp_error(state, "--decay: '%s' is none of none, alibi", text);
+    return strcmp(text, "alibi") == 0;
+}
+
+static error_t parse_measuring(int key, char *text, struct argp_state *state, usp_options *o) {
+    switch (key) {
+    case 'n':
+        o->iterations = (int)parse_number(state, "iters", text, 1, 1000000);
+        break;
+    case 'w':
+        o->warmup = (int)parse_number(state, "warmup_iters", text, 0, 1000000);
+        break;
+    case 'm':
+        o->aggregate = (int)parse_number(state, "agg_iters", text, 0, 1000000);
+        break;
+    case 'c':
+        o->check = (int)parse_number(state, "check", text, 0, 1);
+        break;
+    case KEY_BUDGET:
+        o->budget = parse_seconds(state, "budget", text);
+        break;
+    case KEY_BASELINE:
+        o->baseline = 1;
+        break;
+    case KEY_DETERMINISTIC:
+        o->deterministic = 1;
+        break;
+    case KEY_DECAY:
+        o->decay = parse_decay(state, text);
+        break;
+    case KEY_STATE_EXCHANGE:
+        o->state_exchange = (usp_state_exchange)parse_name(state, "state-exchange", text, usp_names_state_exchange());
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+static error_t parse_output(int key, char *text, struct argp_state *state, usp_options *o) {
+    switch (key) {
+    case 'J':
+        o->json = text;
+        break;
+    case 'M':
+        o->memory = 1;
+        break;
+    case 'I':
+        o->statistics = 1;
+        break;
+    case 'h':
+    case '?':
+        argp_state_help(state, stdout, ARGP_HELP_STD_HELP);
+        break;
+    case KEY_CSV:
+        o->csv = text;
+        break;
+    case KEY_COMMIT:
+        o->commit = text;
+        break;
+    case KEY_QUIET:
+        o->quiet = 1;
+        break;
+    case KEY_INFO:
+        o->info = 1;
+        break;
+    case ARGP_KEY_ARG:
+        argp_error(state, "'%s' is not an option", text);
+        break;
+    case ARGP_KEY_END:
+        if (o->ranks.threads && o->ranks.gpus) argp_error(state, "-t and -g exclude each other");
+        if (o->ranks.gpus && o->ranks.device == USP_DEVICE_CPU) argp_error(state, "-g needs --device cuda");
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+static error_t parse_option(int key, char *text, struct argp_state *state) {
+    usp_options *o = state->input;
+    error_t error = parse_ranks(key, text, state, o);
+    if (error == ARGP_ERR_UNKNOWN) error = parse_sweep(key, text, state, o);
+    if (error == ARGP_ERR_UNKNOWN) error = parse_measuring(key, text, state, o);
+    if (error == ARGP_ERR_UNKNOWN) error = parse_output(key, text, state, o);
+    return error;
+}
+
+static void print_version(FILE *stream, struct argp_state *state) {
+    int version = usp_version();
+    fprintf(stream, "%s %d.%d.%d\n", state->name, version / 10000, version / 100 % 100, version % 100);
+}
+
+void usp_options_parse(usp_options *options, int argc, char **argv) {
+    const struct argp argp = {option_table, parse_option, NULL, description, NULL, NULL, NULL};
+    const usp_list one_zero = {.count = 1};
+    *options = (usp_options){.begin = 1024,
+                             .factor = 2,
+                             .iterations = 20,
+                             .warmup = 3,
+                             .check = 1,
+                             .budget = 10,
+                             .kinds = {.count = 2, .item = {USP_SOFTMAX, USP_LINEAR}},
+                             .layouts = {.count = 1, .item = {USP_LAYOUT_ZIGZAG}},
+                             .heads = {.count = 1, .item = {8}},
+                             .kv_heads = one_zero,
+                             .dims = {.count = 1, .item = {64}},
+                             .value_dims = one_zero,
+                             .batches = {.count = 1, .item = {1}},
+                             .mask = USP_MASK_CAUSAL,
+                             .passes = {1, 1},
+                             .decay = 1};
+    argp_program_version_hook = print_version;
+    argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, options);
+    if (!options->end) options->end = options->begin > 4096 ? options->begin : 4096;
+}
+
+/* ---- sweep
+ * ------------------------------------------------------------------------------------------------------------- */
+
+typedef struct usp_case_list {
+    usp_case *items;
+    size_t count, capacity;
+    int failed;
+} usp_case_list;
+
+static void push_case(usp_case_list *list, const usp_case *item) {
+    if (list->count == list->capacity) {
+        size_t capacity = list->capacity ? 2 * list->capacity : 64;
+        usp_case *grown = realloc(list->items, capacity * sizeof *grown);
+        if (!grown) {
+            list->failed = 1;
+            return;
+        }
+        list->items = grown;
+        list->capacity = capacity;
+    }
+    list->items[list->count++] = *item;
+}
+
+static int wanted(const usp_list *list, int64_t value) {
+    for (int i = 0; i < list->count; i++)
+        if (list->item[i] == value) return 1;
+    return list->count == 0;
+}
+
+static void push_meshes(usp_case_list *list, const usp_options *o, int size, usp_case c) {
+    for (c.ulysses = size; c.ulysses > 0; c.ulysses--) {
+        c.ring = size / c.ulysses;
+        if (size % c.ulysses == 0 && wanted(&o->ulysses, c.ulysses) && wanted(&o->ring, c.ring)) push_case(list, &c);
+    }
+}
+
+static void push_lengths(usp_case_list *list, const usp_options *o, int size, usp_case c) {
+    for (c.seq = o->begin; c.seq <= o->end; c.seq = o->step ? c.seq + o->step : c.seq * o->factor)
+        push_meshes(list, o, size, c);
+}
+
+/* The number of combinations of the lists; index i names one of them, the first list turning slowest. */
+static void push_combination(usp_case_list *list, const usp_options *o, const usp_list *dtypes, int size, int64_t i) {
+    const usp_list *lists[] = {&o->batches, &o->value_dims, &o->dims, &o->kv_heads,
+                               &o->heads,   &o->layouts,    dtypes,   &o->kinds};
+    int64_t value[8];
+    for (int k = 0; k < 8; k++) {
+        value[k] = lists[k]->item[i % lists[k]->count];
+        i /= lists[k]->count;
+    }
+    usp_case c = {.batch = (int)value[0],
+                  .value_dim = (int)(value[1] ? value[1] : value[2]),
+                  .dim = (int)value[2],
+                  .kv_heads = (int)(value[3] ? value[3] : value[4]),
+                  .heads = (int)value[4],
+                  .layout = (usp_layout)value[5],
+                  .dtype = (usp_dtype)value[6],
+                  .kind = (usp_attention)value[7],
+                  .mask = o->mask};
+    push_lengths(list, o, size, c);
+}
+
+usp_case *usp_options_cases(const usp_options *o, int size, usp_device_kind device, size_t *count,
+                            usp_tool_error *error) {
+    usp_case_list list = {.items = NULL};
+    usp_list dtypes = {.count = 1, .item = {device == USP_DEVICE_CUDA ? USP_BF16 : USP_F32}};
+    if (o->dtypes.count) dtypes = o->dtypes;
+    int64_t combinations = (int64_t)o->batches.count * o->value_dims.count * o->dims.count * o->kv_heads.count *
+                           o->heads.count * o->layouts.count * dtypes.count * o->kinds.count;
+    for (int64_t i = 0; i < combinations; i++) push_combination(&list, o, &dtypes, size, i);
+    *count = list.count;
+    if (list.failed)
+        usp_tool_fail(error, USP_NO_MEMORY, "no memory for the list of cases");
+    else if (!list.count)
+        usp_tool_fail(error, USP_INVALID, "no length, or no pair of -u and -r makes %d ranks", size);
+    if (!list.failed && list.count) return list.items;
+    free(list.items);
+    return NULL;
+}

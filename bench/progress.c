@@ -1,0 +1,55 @@
+/* progress.c - draws the bar by a carriage return.
+ * It keeps no thread and no signal handler: callers say where they are. */
+#include "progress.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <time.h>
+#include <unistd.h>
+
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+static int terminal_width(void) {
+    struct winsize size = {0};
+    int known = ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
+    return known ? size.ws_col : 80;
+}
+
+usp_progress usp_progress_open(size_t total, int quiet) {
+    const char *terminal = getenv("TERM"), *no_color = getenv("NO_COLOR");
+    int dumb = !terminal || strcmp(terminal, "dumb") == 0;
+    return (usp_progress){.shown = !quiet && !dumb && isatty(STDERR_FILENO),
+                          .color = !no_color || !*no_color,
+                          .width = terminal_width(),
+                          .begin = now(),
+                          .total = (double)total};
+}
+
+static void draw_bar(const usp_progress *progress, double part, const char *label) {
+    int cells = progress->width / 4, full = (int)(part * cells + 0.5);
+    double spent = now() - progress->begin, left = part > 0 ? spent / part - spent : 0;
+    fprintf(stderr, "\r\033[K%s", progress->color ? "\033[36m" : "");
+    for (int i = 0; i < cells; i++) fputc(i < full ? '#' : '.', stderr);
+    fprintf(stderr, "%s %3.0f %%  %d:%02d left  %.*s", progress->color ? "\033[0m" : "", 100 * part, (int)left / 60,
+            (int)left % 60, progress->width - cells - 24, label);
+    fflush(stderr);
+}
+
+void usp_progress_show(usp_progress *progress, double done, const char *label) {
+    if (!progress->shown || now() - progress->drawn < 0.1) return;
+    double part = progress->total > 0 ? done / progress->total : 1;
+    draw_bar(progress, part > 1 ? 1 : part, progress->width > 60 ? label : "");
+    progress->drawn = now();
+}
+
+void usp_progress_clear(usp_progress *progress) {
+    if (!progress->shown || progress->drawn <= 0) return;
+    fputs("\r\033[K", stderr);
+    fflush(stderr);
+    progress->drawn = 0;
+}

@@ -1,0 +1,309 @@
+/* report.c - prints and writes rows.
+ * Lines that are not rows begin with '#', as those who read such tables by programs expect. */
+#include "report.h"
+#include "json.h"
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+
+/* ---- columns
+ * ------------------------------------------------------------------------------------------------------------ */
+
+static double tflops(const usp_result *r) {
+    return r->time.median > 0 ? r->flops / r->time.median * 1e-12 : 0;
+}
+
+static double memory(const usp_result *r) {
+    return r->workspace + r->saved;
+}
+
+static double speedup(const usp_result *r) {
+    return r->time.median > 0 ? r->baseline / r->time.median : 0;
+}
+
+static const char *pass_name(usp_pass pass) {
+    return pass == USP_PASS_FORWARD ? "fwd" : "bwd";
+}
+
+static void print_heading(const usp_report *report) {
+    int baseline = report->options->baseline;
+    printf("#\n# %9s %5s %5s %4s %7s %5s %8s %11s %4s %4s %4s | %11s %11s %8s %14s %12s %9s %8s %6s%s\n", "seq",
+           "batch", "heads", "kv", "dim", "type", "kind", "layout", "ulys", "ring", "pass", "time", "p99", "TFLOP/s",
+           "bytes(ulysses)", "bytes(ring)", "mem", "maxerr", "#wrong", baseline ? "  speedup" : "");
+    printf("# %9s %5s %5s %4s %7s %5s %8s %11s %4s %4s %4s | %11s %11s %8s %14s %12s %9s %8s %6s%s\n", "(tokens)", "",
+           "", "", "", "", "", "", "", "", "", "(us)", "(us)", "(/rank)", "(B)", "(B)", "(MiB)", "", "",
+           baseline ? "     (x)" : "");
+}
+
+static void print_case(const usp_result *r) {
+    const usp_case *c = &r->config;
+    char dim[24];
+    snprintf(dim, sizeof dim, c->value_dim == c->dim ? "%d" : "%d/%d", c->dim, c->value_dim);
+    printf("%9lld %5d %5d %4d %7s %5s %8s %11s %4d %4d %4s |", (long long)c->seq, c->batch, c->heads, c->kv_heads, dim,
+           usp_name_of(usp_names_dtype(), (int)c->dtype), usp_name_of(usp_names_attention(), (int)c->kind),
+           usp_name_of(usp_names_layout(), (int)c->layout), c->ulysses, c->ring, pass_name(r->pass));
+}
+
+static void print_row(const usp_report *report, const usp_result *r) {
+    fputs(r->refused[0] ? "# " : "  ", stdout);
+    print_case(r);
+    if (r->refused[0]) {
+        printf(" skipped: %s\n", r->refused);
+        return;
+    }
+    printf(" %11.2f %11.2f %8.3f %14.0f %12.0f %9.2f", r->time.median * 1e6, r->time.p99 * 1e6, tflops(r),
+           r->ulysses_bytes, r->ring_bytes, memory(r) / 0x1p20);
+    if (r->checked)
+        printf(" %8.1e %6.0f", r->max_error, r->wrong);
+    else
+        printf(" %8s %6s", "N/A", "N/A");
+    if (report->options->baseline) printf(r->baseline > 0 ? " %8.2f" : "      N/A", speedup(r));
+    putchar('\n');
+}
+
+static void print_details(const usp_report *report, const usp_result *r) {
+    struct rusage usage = {0};
+    const usp_timing *t = &r->time;
+    if (report->options->statistics)
+        printf("#   %d iterations of %d: min %.2f mean %.2f median %.2f p95 %.2f p99 %.2f max %.2f us, cv %.1f %%\n",
+               t->iterations, t->aggregate, t->min * 1e6, t->mean * 1e6, t->median * 1e6, t->p95 * 1e6, t->p99 * 1e6,
+               t->max * 1e6, 100 * t->deviation / t->mean);
+    if (!report->options->memory) return;
+    getrusage(RUSAGE_SELF, &usage);
+    printf("#   workspace %.2f saved %.2f tensors %.2f MiB a rank, process peak %.2f MiB\n", r->workspace / 0x1p20,
+           r->saved / 0x1p20, r->tensors / 0x1p20, (double)usage.ru_maxrss / 1024);
+}
+
+/* ---- CSV
+ * ---------------------------------------------------------------------------------------------------------------- */
+
+static void write_csv_heading(FILE *csv) {
+    fputs(
+        "seq,batch,heads,kv,dim,value_dim,type,kind,layout,mask,ranks,ulysses,ring,pass,time_us,p99_us,tflops_per_rank,"
+        "imbalance,bytes_ulysses,bytes_ring,mem_mib,maxerr,wrong,speedup\n",
+        csv);
+}
+
+/* What is not known stays empty. */
+static void write_csv_row(FILE *csv, const usp_result *r) {
+    const usp_case *c = &r->config;
+    fprintf(csv, "%lld,%d,%d,%d,%d,%d,%s,%s,%s,%s,%d,%d,%d,%s,", (long long)c->seq, c->batch, c->heads, c->kv_heads,
+            c->dim, c->value_dim, usp_name_of(usp_names_dtype(), (int)c->dtype),
+            usp_name_of(usp_names_attention(), (int)c->kind), usp_name_of(usp_names_layout(), (int)c->layout),
+            usp_name_of(usp_names_mask(), (int)c->mask), c->ulysses * c->ring, c->ulysses, c->ring, pass_name(r->pass));
+    fprintf(csv, "%.3f,%.3f,%.6g,%.4f,%.0f,%.0f,%.4f,", r->time.median * 1e6, r->time.p99 * 1e6, tflops(r),
+            r->flops > 0 ? r->flops_max / r->flops : 1, r->ulysses_bytes, r->ring_bytes, memory(r) / 0x1p20);
+    if (r->checked && isfinite(r->max_error)) fprintf(csv, "%.4e", r->max_error);
+    if (r->checked)
+        fprintf(csv, ",%.0f,", r->wrong);
+    else
+        fputs(",,", csv);
+    if (r->baseline > 0) fprintf(csv, "%.4f", speedup(r));
+    fputc('\n', csv);
+    fflush(csv);
+}
+
+/* ---- JSON
+ * --------------------------------------------------------------------------------------------------------------- */
+
+static void write_machine(usp_json *json, const usp_report *report) {
+    const usp_machine *m = &report->machine;
+    usp_json_open(json, "machine", '{');
+    usp_json_text(json, "host", m->host);
+    usp_json_text(json, "processor", m->processor);
+    usp_json_integer(json, "cores", m->cores);
+    usp_json_integer(json, "gpus", m->gpus);
+    usp_json_text(json, "gpu", m->gpu[0] ? m->gpu : NULL);
+    usp_json_text(json, "driver", m->driver[0] ? m->driver : NULL);
+    usp_json_text(json, "compiler", m->compiler);
+    usp_json_integer(json, "cuda_runtime", m->cuda);
+    usp_json_integer(json, "nccl", m->nccl);
+    usp_json_close(json, '}');
+}
+
+static void write_config(usp_json *json, const usp_case *c) {
+    usp_json_integer(json, "seq", c->seq);
+    usp_json_integer(json, "batch", c->batch);
+    usp_json_integer(json, "heads", c->heads);
+    usp_json_integer(json, "kv_heads", c->kv_heads);
+    usp_json_integer(json, "head_dim", c->dim);
+    usp_json_integer(json, "value_dim", c->value_dim);
+    usp_json_text(json, "type", usp_name_of(usp_names_dtype(), (int)c->dtype));
+    usp_json_text(json, "kind", usp_name_of(usp_names_attention(), (int)c->kind));
+    usp_json_text(json, "layout", usp_name_of(usp_names_layout(), (int)c->layout));
+    usp_json_text(json, "mask", usp_name_of(usp_names_mask(), (int)c->mask));
+    usp_json_integer(json, "ulysses", c->ulysses);
+    usp_json_integer(json, "ring", c->ring);
+}
+
+static void write_time(usp_json *json, const usp_timing *t) {
+    usp_json_open(json, "time_us", '{');
+    usp_json_real(json, "median", t->median * 1e6);
+    usp_json_real(json, "p95", t->p95 * 1e6);
+    usp_json_real(json, "p99", t->p99 * 1e6);
+    usp_json_real(json, "min", t->min * 1e6);
+    usp_json_real(json, "max", t->max * 1e6);
+    usp_json_real(json, "mean", t->mean * 1e6);
+    usp_json_real(json, "deviation", t->deviation * 1e6);
+    usp_json_close(json, '}');
+    usp_json_integer(json, "iterations", t->iterations);
+    usp_json_integer(json, "passes_per_iteration", t->aggregate);
+}
+
+static void write_measured(usp_json *json, const usp_result *r) {
+    write_time(json, &r->time);
+    usp_json_real(json, "tflops_per_rank", tflops(r));
+    usp_json_real(json, "flops_per_rank", r->flops);
+    usp_json_real(json, "imbalance", r->flops > 0 ? r->flops_max / r->flops : 1);
+    usp_json_real(json, "bytes_ulysses", r->ulysses_bytes);
+    usp_json_real(json, "bytes_ring", r->ring_bytes);
+    usp_json_real(json, "workspace_bytes", r->workspace);
+    usp_json_real(json, "saved_bytes", r->saved);
+    usp_json_real(json, "tensor_bytes", r->tensors);
+    if (r->checked) {
+        usp_json_real(json, "max_error", r->max_error);
+        usp_json_real(json, "samples", r->samples);
+        usp_json_real(json, "wrong", r->wrong);
+    }
+    if (r->baseline <= 0) return;
+    usp_json_real(json, "baseline_us", r->baseline * 1e6);
+    usp_json_real(json, "speedup", speedup(r));
+}
+
+static void write_result(usp_json *json, const usp_result *r) {
+    usp_json_open(json, NULL, '{');
+    write_config(json, &r->config);
+    usp_json_text(json, "pass", pass_name(r->pass));
+    usp_json_text(json, "status", r->refused[0] ? "skipped" : "ok");
+    if (r->refused[0])
+        usp_json_text(json, "reason", r->refused);
+    else
+        write_measured(json, r);
+    usp_json_close(json, '}');
+}
+
+static void write_document(FILE *stream, const usp_report *report, const char *failure) {
+    usp_json json = {.stream = stream};
+    usp_json_open(&json, NULL, '{');
+    usp_json_integer(&json, "schema", USP_JSON_SCHEMA);
+    usp_json_text(&json, "program", "usp_bench");
+    usp_json_text(&json, "library", report->machine.library);
+    usp_json_text(&json, "commit", report->options->commit);
+    usp_json_text(&json, "command", report->options->command);
+    usp_json_text(&json, "date", report->machine.date);
+    write_machine(&json, report);
+    usp_json_text(&json, "device", usp_name_of(usp_names_device(), (int)report->rank->device));
+    usp_json_text(&json, "transport", report->rank->transport);
+    usp_json_integer(&json, "ranks", report->rank->size);
+    usp_json_bool(&json, "shared_memory", report->options->shared_memory);
+    usp_json_text(&json, "state_exchange",
+                  usp_name_of(usp_names_state_exchange(), (int)report->options->state_exchange));
+    usp_json_text(&json, "error", failure);
+    usp_json_open(&json, "results", '[');
+    for (size_t i = 0; i < report->count; i++) write_result(&json, &report->results[i]);
+    usp_json_close(&json, ']');
+    usp_json_close(&json, '}');
+}
+
+static usp_status write_json(const usp_report *report, const char *failure, usp_tool_error *error) {
+    const char *path = report->options->json;
+    if (!path) return USP_OK;
+    FILE *stream = fopen(path, "w");
+    if (!stream) return usp_tool_fail(error, USP_INVALID, "cannot write %s: %s", path, strerror(errno));
+    write_document(stream, report, failure);
+    int bad = ferror(stream);
+    if (fclose(stream) || bad) return usp_tool_fail(error, USP_INVALID, "writing %s failed: %s", path, strerror(errno));
+    return USP_OK;
+}
+
+/* ---- report
+ * ------------------------------------------------------------------------------------------------------------- */
+
+void usp_report_info(const usp_machine *m) {
+    printf("# usp_bench, libusp %s (%s)\n", m->library, m->compiler);
+    printf("# host %s, %s, %d cores\n", m->host[0] ? m->host : "?", m->processor[0] ? m->processor : "?", m->cores);
+    printf("# GPUs usable: %d%s%s\n", m->gpus, m->gpu[0] ? ", " : "", m->gpu);
+    if (m->driver[0]) printf("# driver %s\n", m->driver);
+    if (m->cuda) printf("# CUDA runtime %d.%d\n", m->cuda / 1000, m->cuda % 1000 / 10);
+    if (m->nccl) printf("# NCCL %d.%d.%d\n", m->nccl / 10000, m->nccl / 100 % 100, m->nccl % 100);
+}
+
+usp_status usp_report_open(usp_report *report, const usp_options *options, usp_rank *rank) {
+    *report = (usp_report){.options = options, .rank = rank};
+    usp_machine_describe(&report->machine);
+    if (options->csv) {
+        report->csv = fopen(options->csv, "w");
+        if (!report->csv)
+            return usp_tool_fail(&rank->error, USP_INVALID, "cannot write %s: %s", options->csv, strerror(errno));
+        write_csv_heading(report->csv);
+    }
+    usp_report_info(&report->machine);
+    printf("# %s\n# %s: %s, %d rank%s over %s, mask %s, check %s\n", report->machine.date, options->command,
+           usp_name_of(usp_names_device(), (int)rank->device), rank->size, rank->size > 1 ? "s" : "", rank->transport,
+           usp_name_of(usp_names_mask(), (int)options->mask), options->check ? "on" : "off");
+    print_heading(report);
+    fflush(stdout);
+    return USP_OK;
+}
+
+static usp_status keep(usp_report *report, const usp_result *result, usp_tool_error *error) {
+    if (report->count == report->capacity) {
+        size_t capacity = report->capacity ? 2 * report->capacity : 64;
+        usp_result *grown = realloc(report->results, capacity * sizeof *grown);
+        if (!grown) return usp_tool_fail(error, USP_NO_MEMORY, "no memory for the results");
+        report->results = grown;
+        report->capacity = capacity;
+    }
+    report->results[report->count++] = *result;
+    return USP_OK;
+}
+
+usp_status usp_report_add(usp_report *report, const usp_result *result, usp_tool_error *error) {
+    USP_TRY(keep(report, result, error));
+    print_row(report, result);
+    if (!result->refused[0]) print_details(report, result);
+    fflush(stdout);
+    if (report->csv && !result->refused[0]) write_csv_row(report->csv, result);
+    return USP_OK;
+}
+
+double usp_report_wrong(const usp_report *report) {
+    double wrong = 0;
+    for (size_t i = 0; i < report->count; i++) wrong += report->results[i].wrong;
+    return wrong;
+}
+
+size_t usp_report_rows(const usp_report *report) {
+    size_t rows = 0;
+    for (size_t i = 0; i < report->count; i++) rows += !report->results[i].refused[0];
+    return rows;
+}
+
+static void print_footer(const usp_report *report) {
+    double sum = 0;
+    size_t rows = usp_report_rows(report), checked = 0;
+    for (size_t i = 0; i < report->count; i++) {
+        sum += tflops(&report->results[i]);
+        checked += (size_t)report->results[i].checked;
+    }
+    double wrong = usp_report_wrong(report);
+    if (checked) printf("# Out of bounds values : %.0f %s\n", wrong, wrong > 0 ? "FAILED" : "OK");
+    printf("# Rows                 : %zu timed, %zu checked, %zu skipped\n", rows, checked, report->count - rows);
+    printf("# Avg TFLOP/s per rank : %.4g\n#\n", rows ? sum / (double)rows : 0);
+    fflush(stdout);
+}
+
+usp_status usp_report_close(usp_report *report, const char *failure, usp_tool_error *error) {
+    FILE *csv = report->csv;
+    print_footer(report);
+    usp_status status = write_json(report, failure, error);
+    int bad = csv && ferror(csv);
+    if (csv && (fclose(csv) || bad) && status == USP_OK)
+        status = usp_tool_fail(error, USP_INVALID, "writing %s failed", report->options->csv);
+    free(report->results);
+    report->results = NULL;
+    return status;
+}

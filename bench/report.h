@@ -1,0 +1,31 @@
+/* report.h - the rows of usp_bench as a table, as CSV and as JSON.
+ * One list of columns serves the first two; only rank 0 reports. */
+#ifndef USP_REPORT_H
+#define USP_REPORT_H
+#include "machine.h"
+#include "measure.h"
+
+enum { USP_JSON_SCHEMA = 1 };
+
+typedef struct usp_report {
+    const usp_options *options;
+    const usp_rank *rank;
+    usp_machine machine;
+    void *csv; /* FILE *, or NULL */
+    usp_result *results;
+    size_t count, capacity;
+} usp_report;
+
+/* Opens the CSV file and prints the header. */
+usp_status usp_report_open(usp_report *report, const usp_options *options, usp_rank *rank);
+usp_status usp_report_add(usp_report *report, const usp_result *result, usp_tool_error *error);
+/* Prints the last lines; writes the JSON file, also of a run that failed half-way: `failure` is then its sentence. */
+usp_status usp_report_close(usp_report *report, const char *failure, usp_tool_error *error);
+/* Wrong elements of all rows; rows that ran. */
+double usp_report_wrong(const usp_report *report);
+size_t usp_report_rows(const usp_report *report);
+
+/* usp_bench --info */
+void usp_report_info(const usp_machine *machine);
+
+#endif

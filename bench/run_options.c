@@ -1,0 +1,222 @@
+/* run_options.c - argp's table for usp_run.
+ * Shapes and files are checked later, when they have been read. */
+#include "run_options.h"
+#include <argp.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    KEY_FILE = 256, /* + index of the file */
+    KEY_LAYOUT = KEY_FILE + USP_RUN_FILES,
+    KEY_KIND,
+    KEY_MASK,
+    KEY_SCALE,
+    KEY_DECAY,
+    KEY_DEVICE,
+    KEY_DTYPE,
+    KEY_STATE_EXCHANGE,
+    KEY_RECOMPUTE,
+    KEY_DETERMINISTIC
+};
+
+static const struct argp_option option_table[] = {
+    {NULL, 0, NULL, 0, "Read:", 1},
+    {"q", KEY_FILE + USP_RUN_Q, "FILE", 0, "Queries [B, S, heads, D]", 0},
+    {"k", KEY_FILE + USP_RUN_K, "FILE", 0, "Keys [B, S or another length, kv heads, D]", 0},
+    {"v", KEY_FILE + USP_RUN_V, "FILE", 0, "Values [B, as keys, kv heads, E]", 0},
+    {"dout", KEY_FILE + USP_RUN_DOUT, "FILE", 0, "Gradient of the output [B, S, out heads, E]; runs backward", 0},
+    {"initial-state", KEY_FILE + USP_RUN_INITIAL_STATE, "FILE", 0, "Linear: state before the first token [B, H, D, E]",
+     0},
+    {"dfinal-state", KEY_FILE + USP_RUN_DFINAL_STATE, "FILE", 0, "Linear: gradient of the final state [B, H, D, E]", 0},
+
+    {NULL, 0, NULL, 0, "Write:", 2},
+    {"out", KEY_FILE + USP_RUN_OUT, "FILE", 0, "Output [B, S, out heads, E]", 0},
+    {"lse", KEY_FILE + USP_RUN_LSE, "FILE", 0, "Softmax: log-sum-exp [B, heads, S], float32", 0},
+    {"dq", KEY_FILE + USP_RUN_DQ, "FILE", 0, "Gradient of the queries", 0},
+    {"dk", KEY_FILE + USP_RUN_DK, "FILE", 0, "Gradient of the keys", 0},
+    {"dv", KEY_FILE + USP_RUN_DV, "FILE", 0, "Gradient of the values", 0},
+    {"final-state", KEY_FILE + USP_RUN_FINAL_STATE, "FILE", 0, "Linear: state after the last token, float32", 0},
+    {"dinitial-state", KEY_FILE + USP_RUN_DINITIAL_STATE, "FILE", 0, "Linear: gradient of the initial state, float32",
+     0},
+
+    {NULL, 0, NULL, 0, "Ranks (none of -n, -g: the job of torchrun, usp_launch, mpirun or srun; else one rank):", 3},
+    {"ranks", 'n', "N", 0, "N thread-ranks, on the CPU or all on one GPU", 0},
+    {"gpus", 'g', "N", 0, "N GPUs, one thread-rank each, over NCCL", 0},
+    {"ulysses", 'u', "N", 0, "Ulysses degree (what --ring leaves of the ranks; 1 if that is missing too)", 0},
+    {"ring", 'r', "N", 0, "Ring degree (what --ulysses leaves of the ranks)", 0},
+    {"device", KEY_DEVICE, "auto|cpu|cuda", 0, "Where to run (auto: a GPU if one is usable)", 0},
+    {"timeout", 'T', "SECONDS", 0, "Longest wait for another rank (600)", 0},
+
+    {NULL, 0, NULL, 0, "Layer:", 4},
+    {"kind", KEY_KIND, "softmax|linear", 0, "Kind of attention (softmax)", 0},
+    {"mask", KEY_MASK, "causal|full", 0, "Mask (causal)", 0},
+    {"layout", KEY_LAYOUT, "zigzag|contiguous|stripe", 0,
+     "Which rank owns which token (zigzag); the result is the same", 0},
+    {"dtype", KEY_DTYPE, "f32|f16|bf16", 0, "Type of the elements (as the files; uint16 files need bf16)", 0},
+    {"scale", KEY_SCALE, "X", 0, "Factor of q.k (1 / sqrt(D) for softmax, 1 for linear)", 0},
+    {"decay", KEY_DECAY, "LIST|alibi", 0,
+     "Linear, causal: lambda in (0, 1] for all heads or one each, or by ALiBi slopes", 0},
+    {"state-exchange", KEY_STATE_EXCHANGE, "auto|chain|gather", 0, "Linear: how states travel the ring (auto)", 0},
+    {"recompute-state", KEY_RECOMPUTE, NULL, 0, "Linear: backward exchanges the states again instead of keeping them",
+     0},
+    {"deterministic", KEY_DETERMINISTIC, NULL, 0, "Only kernels whose results do not depend on timing", 0},
+
+    {"verbose", 'v', NULL, 0, "Describe the layer on standard error", 5},
+    {"help", 'h', NULL, 0, "This text", -1},
+    {NULL, '?', NULL, OPTION_HIDDEN, NULL, -1},
+    {0}};
+
+static const char description[] =
+    "Runs one attention layer on tensors from .npy files, over any number of ranks."
+    "\vTensors are little-endian, in C order: float32, float16, or bf16 stored as uint16 with --dtype bf16. States and "
+    "lse are float32. H, the heads of the output, is the number of query heads; for linear attention the largest of "
+    "the three tensors' head counts. Results appear whole or not at all. Exit status: 0 all right, 1 an error, of "
+    "which one sentence is on standard error, 64 a wrong command line.";
+
+const char *usp_run_file_name(int file) {
+    static const char *const names[] = {"q",   "k",  "v",  "dout", "initial-state", "dfinal-state",  "out",
+                                        "lse", "dq", "dk", "dv",   "final-state",   "dinitial-state"};
+    return names[file];
+}
+
+static int parse_name(struct argp_state *state, const char *option, const char *text, const usp_name *names) {
+    int value = 0;
+    if (!usp_name_find(names, text, &value)) argp_error(state, "--%s: '%s' is none of its names", option, text);
+    return value;
+}
+
+static int parse_count(struct argp_state *state, const char *option, const char *text, int high) {
+    int64_t value = 0;
+    if (!usp_parse_size(text, &value) || value < 1 || value > high)
+        argp_error(state, "--%s: '%s' is not a whole number from 1 to %d", option, text, high);
+    return (int)value;
+}
+
+static double parse_scale(struct argp_state *state, const char *text) {
+    double value = 0;
+    if (!usp_parse_real(text, &value) || value == 0) argp_error(state, "--scale: '%s' is not a number but 0", text);
+    return value;
+}
+
+static int parse_lambda(char *text, float *lambda) {
+    double value;
+    if (!usp_parse_real(text, &value) || value <= 0 || value > 1) return 0;
+    *lambda = (float)value;
+    return 1;
+}
+
+static void parse_decay(struct argp_state *state, char *text, usp_run_options *options) {
+    char *next = NULL;
+    options->alibi = strcmp(text, "alibi") == 0;
+    if (options->alibi) return;
+    free(options->decay);
+    options->decays = 0;
+    options->decay = malloc((strlen(text) + 1) * sizeof *options->decay);
+    if (!options->decay) argp_failure(state, 1, 0, "no memory for --decay");
+    for (char *item = strtok_r(text, ",", &next); item; item = strtok_r(NULL, ",", &next))
+        if (!parse_lambda(item, &options->decay[options->decays++]))
+            argp_error(state, "--decay: '%s' is not a number in (0, 1]", item);
+    if (!options->decays) argp_error(state, "--decay: the list is empty");
+}
+
+static void check_options(struct argp_state *state, const usp_run_options *o) {
+    for (int file = USP_RUN_Q; file <= USP_RUN_V; file++)
+        if (!o->path[file]) argp_error(state, "--%s is missing", usp_run_file_name(file));
+    if (!o->path[USP_RUN_OUT]) argp_error(state, "--out is missing");
+    if (o->ranks.threads && o->ranks.gpus) argp_error(state, "-n and -g exclude each other");
+    const int backward[] = {USP_RUN_DQ, USP_RUN_DK, USP_RUN_DV, USP_RUN_DINITIAL_STATE, USP_RUN_DFINAL_STATE};
+    for (int i = 0; i < 5 && !o->path[USP_RUN_DOUT]; i++)
+        if (o->path[backward[i]]) argp_error(state, "--%s needs --dout", usp_run_file_name(backward[i]));
+    const int linear[] = {USP_RUN_INITIAL_STATE, USP_RUN_DFINAL_STATE, USP_RUN_FINAL_STATE, USP_RUN_DINITIAL_STATE};
+    for (int i = 0; i < 4 && o->kind == USP_SOFTMAX; i++)
+        if (o->path[linear[i]]) argp_error(state, "--%s needs --kind linear", usp_run_file_name(linear[i]));
+    if (o->kind == USP_LINEAR && o->path[USP_RUN_LSE]) argp_error(state, "--lse needs --kind softmax");
+    if (o->kind == USP_SOFTMAX && (o->alibi || o->decays)) argp_error(state, "--decay needs --kind linear");
+}
+
+static error_t parse_option(int key, char *text, struct argp_state *state) {
+    usp_run_options *o = state->input;
+    if (key >= KEY_FILE && key < KEY_FILE + USP_RUN_FILES) {
+        o->path[key - KEY_FILE] = text;
+        return 0;
+    }
+    switch (key) {
+    case 'n':
+        o->ranks.threads = parse_count(state, "ranks", text, 4096);
+        break;
+    case 'g':
+        o->ranks.gpus = parse_count(state, "gpus", text, 4096);
+        break;
+    case 'u':
+        o->ulysses = parse_count(state, "ulysses", text, 1 << 20);
+        break;
+    case 'r':
+        o->ring = parse_count(state, "ring", text, 1 << 20);
+        break;
+    case 'T':
+        o->ranks.timeout_ms = 1000 * parse_count(state, "timeout", text, 1000000);
+        break;
+    case 'v':
+        o->verbose = 1;
+        break;
+    case 'h':
+    case '?':
+        argp_state_help(state, stdout, ARGP_HELP_STD_HELP);
+        break;
+    case KEY_DEVICE:
+        o->ranks.device = (usp_device_kind)parse_name(state, "device", text, usp_names_device());
+        break;
+    case KEY_KIND:
+        o->kind = (usp_attention)parse_name(state, "kind", text, usp_names_attention());
+        break;
+    case KEY_MASK:
+        o->mask = (usp_mask)parse_name(state, "mask", text, usp_names_mask());
+        break;
+    case KEY_LAYOUT:
+        o->layout = (usp_layout)parse_name(state, "layout", text, usp_names_layout());
+        break;
+    case KEY_DTYPE:
+        o->dtype = parse_name(state, "dtype", text, usp_names_dtype());
+        break;
+    case KEY_SCALE:
+        o->scale = parse_scale(state, text);
+        break;
+    case KEY_DECAY:
+        parse_decay(state, text, o);
+        break;
+    case KEY_STATE_EXCHANGE:
+        o->state_exchange = (usp_state_exchange)parse_name(state, "state-exchange", text, usp_names_state_exchange());
+        break;
+    case KEY_RECOMPUTE:
+        o->recompute_state = 1;
+        break;
+    case KEY_DETERMINISTIC:
+        o->deterministic = 1;
+        break;
+    case ARGP_KEY_ARG:
+        argp_error(state, "'%s' is not an option", text);
+        break;
+    case ARGP_KEY_END:
+        check_options(state, o);
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+static void print_version(FILE *stream, struct argp_state *state) {
+    int version = usp_version();
+    fprintf(stream, "%s %d.%d.%d\n", state->name, version / 10000, version / 100 % 100, version % 100);
+}
+
+void usp_run_options_parse(usp_run_options *options, int argc, char **argv) {
+    const struct argp argp = {option_table, parse_option, NULL, description, NULL, NULL, NULL};
+    *options = (usp_run_options){.kind = USP_SOFTMAX, .mask = USP_MASK_CAUSAL, .dtype = -1};
+    argp_program_version_hook = print_version;
+    argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, options);
+}
+
+void usp_run_options_free(usp_run_options *options) {
+    free(options->decay);
+}

@@ -1,0 +1,48 @@
+/* run_options.h - the command line of usp_run.
+ * Every option is documented here once, in the text that --help prints. */
+#ifndef USP_RUN_OPTIONS_H
+#define USP_RUN_OPTIONS_H
+#include "ranks.h"
+
+/* All tensors and states that can be a file; the first five are read, the rest written. */
+enum {
+    USP_RUN_Q,
+    USP_RUN_K,
+    USP_RUN_V,
+    USP_RUN_DOUT,
+    USP_RUN_INITIAL_STATE,
+    USP_RUN_DFINAL_STATE,
+    USP_RUN_OUT,
+    USP_RUN_LSE,
+    USP_RUN_DQ,
+    USP_RUN_DK,
+    USP_RUN_DV,
+    USP_RUN_FINAL_STATE,
+    USP_RUN_DINITIAL_STATE,
+    USP_RUN_FILES,
+    USP_RUN_INPUTS = USP_RUN_OUT
+};
+
+typedef struct usp_run_options {
+    usp_ranks_config ranks;
+    const char *path[USP_RUN_FILES];
+    int ulysses, ring; /* 0: what is left of the ranks; both 0: ring over all */
+    usp_layout layout;
+    usp_attention kind;
+    usp_mask mask;
+    int dtype; /* usp_dtype, or -1: as the files */
+    double scale;
+    usp_state_exchange state_exchange;
+    int deterministic, recompute_state, verbose;
+    int alibi;    /* decay by slopes */
+    float *decay; /* lambda a head, as given; `decays` of them, 1 for all heads */
+    int decays;
+} usp_run_options;
+
+/* Leaves the program with a message on a wrong command line, or after --help and --version. */
+void usp_run_options_parse(usp_run_options *options, int argc, char **argv);
+void usp_run_options_free(usp_run_options *options);
+/* The option's name of a file: "dq". */
+const char *usp_run_file_name(int file);
+
+#endif
