@@ -9,7 +9,7 @@ static usp_status usp_check_peer(const usp_comm *comm, int peer) {
 }
 
 usp_status usp_list_check(const usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
-                             int recv_count) {
+                          int recv_count) {
     for (int i = 0; i < send_count; i++) USP_TRY(usp_check_peer(comm, sends[i].peer));
     for (int i = 0; i < recv_count; i++) USP_TRY(usp_check_peer(comm, recvs[i].peer));
     return USP_OK;

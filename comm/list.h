@@ -7,7 +7,7 @@ enum { USP_NO_MESSAGE = -1 };
 
 /* INVALID unless every peer is another rank of the comm. */
 usp_status usp_list_check(const usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
-                             int recv_count);
+                          int recv_count);
 
 /* The first message for `peer` at or after index `from` that has bytes, or USP_NO_MESSAGE. */
 int usp_list_next_send(const usp_send *sends, int count, int from, int peer);

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <ifaddrs.h>
 #include <net/if.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -107,6 +108,18 @@ static int usp_own_ips(usp_ip *ips, int capacity) {
                 ips[count++] = usp_ip_of(i->ifa_addr);
     freeifaddrs(interfaces);
     return count;
+}
+
+usp_status usp_tcp_resolve(const char *name, usp_ip *ips, int capacity, int *count) {
+    const struct addrinfo wanted = {.ai_socktype = SOCK_STREAM};
+    struct addrinfo *found;
+    *count = 0;
+    int reason = getaddrinfo(name, NULL, &wanted, &found);
+    if (reason != 0) return usp_fail(USP_INVALID, "no address for the host '%.80s': %s", name, gai_strerror(reason));
+    for (const struct addrinfo *i = found; i && *count < capacity; i = i->ai_next)
+        if (i->ai_family == AF_INET || i->ai_family == AF_INET6) ips[(*count)++] = usp_ip_of(i->ai_addr);
+    freeaddrinfo(found);
+    return *count > 0 ? USP_OK : usp_fail(USP_INVALID, "no address for the host '%.80s'", name);
 }
 
 /* ---- transfers --------------------------------------------------------------------------------------------------- */

@@ -19,6 +19,8 @@ int64_t usp_tcp_now(void);
 int64_t usp_tcp_deadline(int timeout_ms);
 int usp_tcp_left(int64_t deadline); /* as poll() wants it */
 
+/* The addresses of a host's name or number; at least one, or INVALID. */
+usp_status usp_tcp_resolve(const char *name, usp_ip *ips, int capacity, int *count);
 /* `ip` NULL: all addresses. Port 0: any; *bound is the port. */
 usp_status usp_tcp_listen(const usp_ip *ip, int port, int *listener, int *bound);
 /* Connects as `rank` to `peer` and makes sure that it is. */

@@ -1,0 +1,442 @@
+/* check_processes.c - the comm of processes over sockets: conformance, ranks that die, stop, leave or come late, and
+ * the meeting through a launcher's environment. A plain program that forks its ranks; it needs no GPU and no launcher. */
+#define _GNU_SOURCE
+#include "conformance.h"
+#include "environment.h"
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { USP_MOST = 6, USP_SECONDS = 60, USP_CHILD_SECONDS = 20 };
+
+/* What one rank of a play knows. */
+typedef struct usp_cast {
+    int rank, size, timeout_ms;
+    int odd;    /* the rank that behaves differently */
+    int signal; /* what hits it */
+    unsigned seed;
+    int port;             /* of the environment's meeting */
+    const int *pipe;      /* to each other rank */
+    double *struck;       /* shared by all: when the odd rank was hit */
+} usp_cast;
+
+typedef int (*usp_scene)(const usp_cast *cast, usp_host *host, usp_device *device);
+
+static double usp_seconds(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+static void usp_rest(int milliseconds) {
+    struct timespec time = {milliseconds / 1000, (long)(milliseconds % 1000) * 1000000L};
+    nanosleep(&time, NULL);
+}
+
+static void usp_words(char text[32], int rank) {
+    snprintf(text, 32, "rank %d ", rank);
+}
+
+/* ---- a bootstrap over the pipes of some of the ranks ------------------------------------------------------------- */
+
+/* The ranks of a new world are cast members, in ascending order. */
+typedef struct usp_circle {
+    const usp_cast *cast;
+    int member[USP_MOST], size, rank;
+} usp_circle;
+
+static int usp_read_all(int pipe, char *data, size_t bytes) {
+    for (size_t done = 0; done < bytes;) {
+        ssize_t got = read(pipe, data + done, bytes - done);
+        if (got <= 0) return 1;
+        done += (size_t)got;
+    }
+    return 0;
+}
+
+static int usp_write_all(int pipe, const char *data, size_t bytes) {
+    for (size_t done = 0; done < bytes;) {
+        ssize_t sent = write(pipe, data + done, bytes - done);
+        if (sent <= 0) return 1;
+        done += (size_t)sent;
+    }
+    return 0;
+}
+
+static int usp_circle_gather(void *user, const void *mine, void *all, size_t bytes) {
+    const usp_circle *circle = user;
+    const int *pipe = circle->cast->pipe, *member = circle->member;
+    int failed = 0;
+    if (circle->rank > 0) {
+        failed |= usp_write_all(pipe[member[0]], mine, bytes);
+        return failed | usp_read_all(pipe[member[0]], all, bytes * (size_t)circle->size);
+    }
+    memcpy(all, mine, bytes);
+    for (int i = 1; i < circle->size; i++)
+        failed |= usp_read_all(pipe[member[i]], (char *)all + (size_t)i * bytes, bytes);
+    for (int i = 1; i < circle->size; i++)
+        failed |= usp_write_all(pipe[member[i]], all, bytes * (size_t)circle->size);
+    return failed;
+}
+
+/* All ranks but `without` (-1: all). */
+static usp_circle usp_circle_make(const usp_cast *cast, int without) {
+    usp_circle circle = {.cast = cast};
+    for (int i = 0; i < cast->size; i++) {
+        if (i == without) continue;
+        if (i == cast->rank) circle.rank = circle.size;
+        circle.member[circle.size++] = i;
+    }
+    return circle;
+}
+
+static usp_status usp_join(usp_circle *circle, const usp_host *host, usp_device *device, usp_comm **comm) {
+    usp_comm_config config = {.device = device, .host = host, .timeout_ms = circle->cast->timeout_ms};
+    usp_bootstrap bootstrap = {usp_circle_gather, circle, circle->rank, circle->size};
+    return usp_comm_create_socket(&config, &bootstrap, comm);
+}
+
+/* A world of all ranks but one, conformance, and its end. */
+static int usp_play_world(const usp_cast *cast, int without, const usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, without);
+    usp_comm *comm;
+    usp_status status = usp_join(&circle, host, device, &comm);
+    if (usp_check(NULL, status == USP_OK, "rank %d could not join: %s", cast->rank, usp_last_error())) return 1;
+    int wrong = usp_check_comm(comm, cast->seed + (unsigned)cast->size);
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
+/* ---- scenes ------------------------------------------------------------------------------------------------------ */
+
+static int usp_scene_conformance(const usp_cast *cast, usp_host *host, usp_device *device) {
+    return usp_play_world(cast, -1, host, device);
+}
+
+static usp_status usp_ring_step(usp_comm *comm, size_t bytes) {
+    static char in[1 << 18], out[1 << 18];
+    usp_send send = {(comm->rank + 1) % comm->size, out, bytes};
+    usp_recv recv = {(comm->rank + comm->size - 1) % comm->size, in, bytes};
+    return comm->ops->exchange(comm, &send, 1, &recv, 1, NULL);
+}
+
+/* Exchanges of changing sizes until something fails, which it must. */
+static usp_status usp_run_ring(usp_comm *comm) {
+    usp_status status = USP_OK;
+    for (size_t i = 0; status == USP_OK; i++) status = usp_ring_step(comm, i % 7 == 0 ? 1 << 18 : 1 + i % 1000);
+    return status;
+}
+
+static void *usp_strike_soon(void *argument) {
+    const usp_cast *cast = argument;
+    usp_rest(30 + (int)(cast->seed % 20));
+    *cast->struck = usp_seconds();
+    kill(getpid(), cast->signal);
+    return NULL;
+}
+
+/* The signal comes in the middle of exchanges. A dead rank is missed at once, a stopped one within the time limit. */
+static int usp_check_survivor(const usp_cast *cast, usp_comm *comm) {
+    char odd[32];
+    usp_words(odd, cast->odd);
+    int stopped = cast->signal == SIGSTOP;
+    int wrong = usp_check_failure(comm, usp_run_ring(comm), stopped ? USP_TIMEOUT : USP_PEER_LOST, odd);
+    double late = usp_seconds() - *cast->struck, limit = stopped ? 1e-3 * cast->timeout_ms + 1.0 : 1.0;
+    wrong += usp_check(comm, late < limit, "noticed after %.3f s", late);
+    return wrong + usp_check_failure(comm, comm->ops->poll(comm), stopped ? USP_TIMEOUT : USP_PEER_LOST, odd);
+}
+
+static int usp_scene_struck(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_comm *comm;
+    pthread_t thread;
+    usp_cast own = *cast;
+    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    if (cast->rank == cast->odd && pthread_create(&thread, NULL, usp_strike_soon, &own) != 0) return 1;
+    int wrong = usp_check_survivor(cast, comm);
+    comm->ops->destroy(comm);
+    return wrong + usp_play_world(cast, cast->odd, host, device);
+}
+
+static int usp_scene_gather_struck(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_comm *comm;
+    char odd[32], all[USP_MOST];
+    usp_words(odd, cast->odd);
+    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    if (cast->rank == cast->odd) kill(getpid(), cast->signal);
+    usp_status wanted = cast->signal == SIGSTOP ? USP_TIMEOUT : USP_PEER_LOST;
+    int wrong = usp_check_failure(comm, comm->ops->allgather(comm, odd, all, 1), wanted, odd);
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
+/* The odd rank stays alive and simply does not come. */
+static int usp_scene_late(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_comm *comm;
+    char odd[32];
+    usp_words(odd, cast->odd);
+    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    for (int i = 0; i < 10; i++) usp_ring_step(comm, 100);
+    if (cast->rank == cast->odd) usp_rest(2 * cast->timeout_ms);
+    int wrong = usp_check_failure(comm, usp_run_ring(comm), USP_TIMEOUT, odd);
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
+static int usp_scene_left(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_comm *comm;
+    char odd[32];
+    int wrong = 0;
+    usp_words(odd, cast->odd);
+    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    double start = usp_seconds();
+    if (cast->rank != cast->odd) wrong = usp_check_failure(comm, usp_run_ring(comm), USP_PEER_LOST, odd);
+    wrong += usp_check(comm, usp_seconds() - start < 2, "a rank that left was waited for");
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
+static void *usp_abort_soon(void *argument) {
+    usp_comm *comm = argument;
+    usp_rest(10);
+    for (int i = 0; i < 3; i++) comm->ops->abort(comm);
+    return NULL;
+}
+
+static int usp_scene_abort(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_comm *comm;
+    pthread_t thread;
+    char odd[32];
+    usp_words(odd, cast->odd);
+    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    if (cast->rank == cast->odd && pthread_create(&thread, NULL, usp_abort_soon, comm) != 0) return 1;
+    int wrong = usp_check_failure(comm, usp_run_ring(comm), USP_COMM, odd);
+    if (cast->rank == cast->odd) pthread_join(thread, NULL);
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
+static int usp_scene_mismatch(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_comm *comm;
+    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    int wrong = usp_check_comm_mismatch(comm);
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
+/* ---- scenes of the environment ----------------------------------------------------------------------------------- */
+
+static void usp_set_number(const char *name, int value) {
+    char text[16];
+    snprintf(text, sizeof text, "%d", value);
+    setenv(name, text, 1);
+}
+
+static void usp_set_environment(const usp_cast *cast) {
+    usp_set_number("RANK", cast->rank);
+    usp_set_number("WORLD_SIZE", cast->size);
+    usp_set_number("LOCAL_RANK", cast->rank);
+    usp_set_number("MASTER_PORT", cast->port);
+    setenv("MASTER_ADDR", "localhost", 1);
+}
+
+/* Talks nonsense to the meeting, and stays. */
+static void usp_annoy(int port) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    for (int i = 0; i < 20; i++) {
+        int stranger = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (connect(stranger, (struct sockaddr *)&address, sizeof address) != 0) usp_rest(5);
+        else if (i % 2) send(stranger, "GET / HTTP/1.0\r\n\r\n and much more of the same kind", 50, MSG_NOSIGNAL);
+    }
+}
+
+static int usp_scene_environment(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_environment *environment;
+    usp_comm *comm;
+    usp_set_environment(cast);
+    if (cast->rank == cast->size - 1) usp_annoy(cast->port);
+    usp_status status = usp_environment_open(host, cast->timeout_ms, &environment);
+    if (usp_check(NULL, status == USP_OK, "environment of rank %d: %s", cast->rank, usp_last_error())) return 1;
+    int wrong = usp_check(NULL, usp_environment_local_rank(environment) == cast->rank, "wrong local rank");
+    usp_comm_config config = {.device = device, .host = host, .timeout_ms = cast->timeout_ms};
+    usp_bootstrap bootstrap = usp_environment_bootstrap(environment);
+    status = usp_comm_create_socket(&config, &bootstrap, &comm);
+    usp_environment_close(environment);
+    if (usp_check(NULL, status == USP_OK, "socket comm: %s", usp_last_error())) return 1;
+    wrong += usp_check_comm(comm, 5);
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
+/* The odd rank and the one after it never come. */
+static int usp_scene_environment_absent(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_environment *environment;
+    char absent[32];
+    (void)device;
+    usp_set_environment(cast);
+    if (cast->rank == cast->odd || cast->rank == cast->odd + 1) return 0;
+    if (cast->rank != 0) usp_rest(50);
+    usp_status status = usp_environment_open(host, cast->rank ? 3 * cast->timeout_ms : cast->timeout_ms, &environment);
+    snprintf(absent, sizeof absent, ": %d, %d", cast->odd, cast->odd + 1);
+    return usp_check_failure(NULL, status, USP_TIMEOUT, absent);
+}
+
+/* One launcher's variables, well and badly set. Runs in a child, whose environment it may spoil. */
+static int usp_scene_variables(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_placement placement;
+    (void)cast, (void)host, (void)device;
+    int wrong = usp_check(NULL, usp_environment_read(&placement) == USP_OK && placement.size == 1, "not alone");
+    setenv("SLURM_PROCID", "2", 1), setenv("SLURM_STEP_NUM_TASKS", "3", 1), setenv("SLURM_LOCALID", "1", 1);
+    wrong += usp_check_failure(NULL, usp_environment_read(&placement), USP_INVALID, "MASTER_ADDR");
+    setenv("SLURM_STEP_NUM_NODES", "1", 1);
+    wrong += usp_check(NULL, usp_environment_read(&placement) == USP_OK && placement.rank == 2 && placement.size == 3 &&
+                                 placement.local_rank == 1 && placement.port >= 20000, "SLURM was not understood");
+    setenv("OMPI_COMM_WORLD_RANK", "1", 1), setenv("OMPI_COMM_WORLD_SIZE", "2", 1);
+    setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2", 1);
+    wrong += usp_check(NULL, usp_environment_read(&placement) == USP_OK && placement.rank == 1 && placement.size == 2,
+                       "Open MPI was not understood");
+    setenv("WORLD_SIZE", "4", 1);
+    wrong += usp_check_failure(NULL, usp_environment_read(&placement), USP_INVALID, "RANK");
+    const char *bad[] = {"", "-1", "4", "0x1", "1 ", " 1", "+1", "1e0", "99999999999999999999"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        setenv("RANK", bad[i], 1);
+        wrong += usp_check_failure(NULL, usp_environment_read(&placement), USP_INVALID, "variable RANK");
+    }
+    setenv("RANK", "3", 1), setenv("MASTER_ADDR", "localhost", 1), setenv("MASTER_PORT", "70000", 1);
+    return wrong + usp_check_failure(NULL, usp_environment_read(&placement), USP_INVALID, "MASTER_PORT");
+}
+
+/* ---- the stage --------------------------------------------------------------------------------------------------- */
+
+/* One rank's process. */
+static int usp_act(const usp_cast *cast, usp_scene scene) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    alarm(USP_CHILD_SECONDS);
+    usp_world_config defaults = {.struct_size = sizeof defaults};
+    usp_host host = usp_host_from_config(&defaults);
+    usp_device *device;
+    if (usp_check(NULL, usp_device_create_cpu(&host, &device) == USP_OK, "no device")) return 1;
+    int wrong = scene(cast, &host, device);
+    device->ops->destroy(device);
+    return wrong != 0;
+}
+
+/* Waits for the ranks that go on; one that was hit must have died of it, or is still there and is ended here. */
+static int usp_reap(const usp_cast *cast, const pid_t *children) {
+    int wrong = 0, state;
+    for (int i = 0; i < cast->size; i++) {
+        if (cast->signal && i == cast->odd) continue;
+        waitpid(children[i], &state, 0);
+        wrong += usp_check(NULL, WIFEXITED(state) && WEXITSTATUS(state) == 0, "rank %d ended with state %d", i, state);
+    }
+    if (!cast->signal) return wrong;
+    if (cast->signal == SIGSTOP) kill(children[cast->odd], SIGKILL);
+    waitpid(children[cast->odd], &state, 0);
+    int killed = WIFSIGNALED(state) && WTERMSIG(state) == SIGKILL;
+    return wrong + usp_check(NULL, killed, "the hit rank has state %d", state);
+}
+
+static void usp_open_pipes(int size, int pipes[USP_MOST][USP_MOST]) {
+    for (int i = 0; i < size; i++)
+        for (int j = 0; j < i; j++) {
+            int pair[2];
+            if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) exit(1);
+            pipes[i][j] = pair[0];
+            pipes[j][i] = pair[1];
+        }
+}
+
+static void usp_close_pipes(int size, int pipes[USP_MOST][USP_MOST], int except) {
+    for (int i = 0; i < size; i++)
+        for (int j = 0; j < size; j++)
+            if (i != j && i != except) close(pipes[i][j]);
+}
+
+static int usp_play(usp_scene scene, usp_cast cast) {
+    int pipes[USP_MOST][USP_MOST];
+    pid_t children[USP_MOST];
+    fflush(stdout);
+    usp_open_pipes(cast.size, pipes);
+    for (cast.rank = 0; cast.rank < cast.size; cast.rank++) {
+        children[cast.rank] = fork();
+        if (children[cast.rank] < 0) exit(1);
+        if (children[cast.rank] > 0) continue;
+        usp_close_pipes(cast.size, pipes, cast.rank);
+        cast.pipe = pipes[cast.rank];
+        exit(usp_act(&cast, scene));
+    }
+    usp_close_pipes(cast.size, pipes, -1);
+    return usp_reap(&cast, children);
+}
+
+/* A port that was free a moment ago. */
+static int usp_free_port(void) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t length = sizeof address;
+    int one = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (one < 0 || bind(one, (struct sockaddr *)&address, sizeof address) != 0) exit(1);
+    getsockname(one, (struct sockaddr *)&address, &length);
+    close(one);
+    return ntohs(address.sin_port) < 60000 ? ntohs(address.sin_port) : 30000;
+}
+
+static int usp_check_deaths(double *struck) {
+    int wrong = 0;
+    for (unsigned seed = 0; seed < 8; seed++) {
+        int size = 2 + (int)(seed % 4), odd = (int)(seed * 7 + 1) % size;
+        usp_cast cast = {.size = size, .timeout_ms = 10000, .odd = odd, .seed = seed, .struck = struck};
+        cast.signal = SIGKILL;
+        wrong += usp_play(usp_scene_struck, cast);
+        cast.signal = SIGSTOP;
+        cast.timeout_ms = 600;
+        if (seed % 2) wrong += usp_play(usp_scene_struck, cast);
+    }
+    return wrong;
+}
+
+static int usp_check_others(void) {
+    usp_cast cast = {.size = 4, .timeout_ms = 10000, .odd = 2, .port = usp_free_port()};
+    int wrong = usp_play(usp_scene_left, cast) + usp_play(usp_scene_abort, cast) + usp_play(usp_scene_mismatch, cast);
+    wrong += usp_play(usp_scene_environment, cast);
+    cast.timeout_ms = 500;
+    wrong += usp_play(usp_scene_late, cast) + usp_play(usp_scene_environment_absent, cast);
+    cast.size = 1;
+    cast.odd = 0;
+    wrong += usp_play(usp_scene_environment, cast) + usp_play(usp_scene_variables, cast);
+    cast.size = 3;
+    cast.signal = SIGSTOP;
+    wrong += usp_play(usp_scene_gather_struck, cast);
+    cast.signal = SIGKILL;
+    cast.timeout_ms = 10000;
+    return wrong + usp_play(usp_scene_gather_struck, cast);
+}
+
+int main(void) {
+    int wrong = 0;
+    alarm(USP_SECONDS);
+    double *struck = mmap(NULL, sizeof *struck, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (struck == MAP_FAILED) return 1;
+    for (int size = 1; size <= USP_MOST; size++)
+        wrong += usp_play(usp_scene_conformance, (usp_cast){.size = size, .timeout_ms = 20000});
+    wrong += usp_play(usp_scene_conformance, (usp_cast){.size = 2, .timeout_ms = -1, .seed = 9});
+    wrong += usp_check_deaths(struck) + usp_check_others();
+    munmap(struck, sizeof *struck);
+    printf("%s: %d wrong\n", wrong ? "FAIL" : "ok", wrong);
+    return wrong != 0;
+}
