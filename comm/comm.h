@@ -69,6 +69,8 @@ typedef struct usp_comm_config {
 
 /* Constructors; only lib/world.c calls them. All collective over the new ranks. */
 usp_status usp_comm_create_threads(const usp_comm_config *, usp_rendezvous *, int rank, usp_comm **);
+/* Rank `rank` will not come, for the reason in usp_last_error(): those who wait for it get PEER_FAILED. */
+void usp_rendezvous_leave(usp_rendezvous *, int rank);
 usp_status usp_comm_create_socket(const usp_comm_config *, const usp_bootstrap *, usp_comm **);
 usp_status usp_comm_create_mpi(const usp_comm_config *, int fortran_comm, usp_comm **);
 usp_status usp_comm_create_nccl(const usp_comm_config *, const usp_bootstrap *, usp_comm **);

@@ -503,6 +503,11 @@ static usp_status usp_refuse(usp_rendezvous *meeting, int rank, usp_status statu
     return status;
 }
 
+void usp_rendezvous_leave(usp_rendezvous *meeting, int rank) {
+    if (rank < 0 || rank >= meeting->size || usp_take_seat(meeting, rank) != USP_OK) return;
+    usp_refuse(meeting, rank, USP_PEER_FAILED);
+}
+
 usp_status usp_comm_create_threads(const usp_comm_config *config, usp_rendezvous *meeting, int rank, usp_comm **comm) {
     *comm = NULL;
     USP_REQUIRE(meeting != NULL, "rendezvous is NULL");

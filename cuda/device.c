@@ -208,6 +208,12 @@ static usp_status cuda_linear_apply(usp_device *device, const usp_linear *linear
     return usp_cuda_linear_apply(linear, stream);
 }
 
+static usp_status cuda_scale(usp_device *device, float *data, int64_t count, float factor, usp_stream stream)
+{
+    USP_TRY(enter(device));
+    return usp_cuda_scale(data, count, factor, stream);
+}
+
 /* ---- the table --------------------------------------------------------------------------------------------------------- */
 
 static void cuda_destroy(usp_device *device)
@@ -241,6 +247,7 @@ static const usp_device_ops cuda_ops = {
     .linear_scan = cuda_linear_scan,
     .linear_output = cuda_linear_output,
     .linear_apply = cuda_linear_apply,
+    .scale = cuda_scale,
     .destroy = cuda_destroy,
 };
 

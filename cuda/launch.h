@@ -16,6 +16,7 @@ usp_status usp_cuda_linear_totals(const usp_linear *linear, usp_stream stream);
 usp_status usp_cuda_linear_scan(const usp_scan *scan, usp_stream stream);
 usp_status usp_cuda_linear_output(const usp_linear *linear, usp_stream stream);
 usp_status usp_cuda_linear_apply(const usp_linear *linear, usp_stream stream);
+usp_status usp_cuda_scale(float *data, int64_t count, float factor, usp_stream stream);
 
 #ifdef __cplusplus
 }

@@ -312,9 +312,10 @@ typedef struct usp_forward {
 typedef struct usp_backward {
     size_t struct_size;
     usp_tensor q, k, v, out, dout, dq, dk, dv;
-    const float *dfinal_state; /* iff config.final_state */
-    float *dinitial_state;     /* iff config.initial_state */
-    const void *saved;         /* what forward wrote */
+    const float *dfinal_state;  /* iff config.final_state */
+    float *dinitial_state;      /* iff config.initial_state */
+    const void *saved;          /* what forward wrote */
+    const float *initial_state; /* iff config.initial_state: as in forward */
 } usp_backward;
 
 typedef struct usp_sizes {

@@ -173,6 +173,8 @@ typedef struct usp_device_ops {
     /* out_i = (first ? 0 : acc_i) + scale * lambda^(n_i + shift) q_i^T states[chunk], n_i = rows of the chunk before i
      * (after if reverse); lambda^... = 1 if not causal. k and v are not used. */
     usp_status (*linear_apply)(usp_device *, const usp_linear *, usp_stream);
+    /* data[i] *= factor, fp32 */
+    usp_status (*scale)(usp_device *, float *data, int64_t count, float factor, usp_stream);
 
     void (*destroy)(usp_device *);
 } usp_device_ops;

@@ -113,6 +113,13 @@ static usp_status cpu_supports(usp_device *device, const usp_kernel_shape *shape
     return USP_OK;
 }
 
+static usp_status cpu_scale(usp_device *device, float *data, int64_t count, float factor, usp_stream stream)
+{
+    (void)device, (void)stream;
+    for (int64_t i = 0; i < count; i++) data[i] *= factor;
+    return USP_OK;
+}
+
 static void cpu_destroy(usp_device *device)
 {
     if (device) usp_host_free(device->host, device);
@@ -144,6 +151,7 @@ static const usp_device_ops cpu_ops = {
     .linear_scan = usp_cpu_linear_scan,
     .linear_output = usp_cpu_linear_output,
     .linear_apply = usp_cpu_linear_apply,
+    .scale = cpu_scale,
     .destroy = cpu_destroy,
 };
 

@@ -1,0 +1,78 @@
+/* mesh.c - makes meshes and answers where a rank stands on each axis. Holds no communicator but those asked for. */
+#include "mesh.h"
+#include "error.h"
+
+static usp_status check_arguments(const usp_world *world, int ulysses, int ring, usp_mesh **out) {
+    int size = world->comm->size;
+    USP_REQUIRE(out, "mesh is NULL");
+    USP_REQUIRE(ulysses >= 1, "ulysses is %d: must be at least 1", ulysses);
+    USP_REQUIRE(ring >= 1, "ring is %d: must be at least 1", ring);
+    USP_REQUIRE(ulysses <= size && ring <= size && size % (ulysses * ring) == 0,
+                "ulysses %d x ring %d does not divide the world's %d ranks", ulysses, ring, size);
+    return USP_OK;
+}
+
+static void set_coordinates(usp_mesh *mesh, int rank) {
+    mesh->ranks = mesh->ulysses * mesh->ring;
+    mesh->copies = mesh->world->comm->size / mesh->ranks;
+    mesh->copy = rank / mesh->ranks;
+    mesh->p = rank % mesh->ranks;
+    mesh->u = mesh->p % mesh->ulysses;
+    mesh->r = mesh->p / mesh->ulysses;
+}
+
+usp_status usp_mesh_create(usp_world *world, int ulysses, int ring, usp_mesh **out) {
+    static const usp_field fields[] = {{"ulysses", 0, sizeof(int)}, {"ring", sizeof(int), sizeof(int)}};
+    USP_REQUIRE(world, "world is NULL");
+    void *memory = NULL;
+    usp_status status = check_arguments(world, ulysses, ring, out);
+    if (status == USP_OK) status = usp_host_alloc(&world->host, sizeof(usp_mesh), "mesh", &memory);
+    int record[2] = {ulysses, ring};
+    status = usp_world_agree(world, status, &(usp_agreement){"mesh", 0, record, sizeof record, fields, 2});
+    if (status != USP_OK) {
+        usp_host_free(&world->host, memory);
+        return status;
+    }
+    usp_mesh *mesh = memory;
+    *mesh = (usp_mesh){.world = world, .ulysses = ulysses, .ring = ring};
+    set_coordinates(mesh, world->comm->rank);
+    *out = mesh;
+    return USP_OK;
+}
+
+usp_status usp_mesh_axis(const usp_mesh *mesh, usp_axis axis, int *rank, int *size) {
+    USP_REQUIRE(mesh, "mesh is NULL");
+    USP_REQUIRE(rank && size, "rank or size is NULL");
+    USP_REQUIRE(axis >= USP_AXIS_ULYSSES && axis <= USP_AXIS_DATA, "axis is %d: no such axis", (int)axis);
+    const int ranks[] = {mesh->u, mesh->r, mesh->p, mesh->copy};
+    const int sizes[] = {mesh->ulysses, mesh->ring, mesh->ranks, mesh->copies};
+    *rank = ranks[axis];
+    *size = sizes[axis];
+    return USP_OK;
+}
+
+/* Ranks with the same colour share a row of the axis: all coordinates but the axis' own are equal. */
+static int axis_colour(const usp_mesh *mesh, usp_axis axis) {
+    const int colours[] = {mesh->copy * mesh->ring + mesh->r, mesh->copy * mesh->ulysses + mesh->u, mesh->copy, mesh->p};
+    return colours[axis];
+}
+
+usp_status usp_mesh_axis_comm(usp_mesh *mesh, usp_axis axis, struct ncclComm **comm) {
+    int rank, size;
+    USP_REQUIRE(comm, "comm is NULL");
+    USP_TRY(usp_mesh_axis(mesh, axis, &rank, &size));
+    if (!mesh->axis_comm[axis]) {
+        usp_comm *all = mesh->world->comm;
+        USP_TRY(all->ops->split(all, axis_colour(mesh, axis), rank, &mesh->axis_comm[axis]));
+    }
+    *comm = mesh->axis_comm[axis];
+    return USP_OK;
+}
+
+void usp_mesh_destroy(usp_mesh *mesh) {
+    if (!mesh) return;
+    usp_comm *comm = mesh->world->comm;
+    for (int axis = 0; axis < 4; axis++)
+        if (mesh->axis_comm[axis]) comm->ops->split_destroy(comm, mesh->axis_comm[axis]);
+    usp_host_free(&mesh->world->host, mesh);
+}

@@ -1,0 +1,31 @@
+/* messages.c - puts lists of sends and receives together and runs them as one exchange on the world's transfer stream. */
+#include "error.h"
+#include "layer.h"
+
+usp_messages *usp_messages_begin(usp_layer *layer) {
+    layer->messages.sends = layer->messages.recvs = 0;
+    return &layer->messages;
+}
+
+void usp_messages_send(usp_messages *messages, int peer, const void *data, int64_t bytes) {
+    if (bytes == 0) return;
+    messages->bytes_sent += bytes;
+    if (messages->send) messages->send[messages->sends++] = (usp_send){peer, data, (size_t)bytes};
+}
+
+void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t bytes) {
+    if (bytes == 0) return;
+    messages->bytes_received += bytes;
+    if (messages->recv) messages->recv[messages->recvs++] = (usp_recv){peer, data, (size_t)bytes};
+}
+
+usp_status usp_messages_run(usp_layer *layer, usp_stream stream) {
+    usp_world *world = layer->world;
+    usp_messages *messages = &layer->messages;
+    USP_TRY(usp_world_fork(world, stream, world->transfer));
+    return usp_world_exchange(world, messages->send, messages->sends, messages->recv, messages->recvs);
+}
+
+usp_status usp_messages_join(usp_layer *layer, usp_stream stream) {
+    return usp_world_fork(layer->world, layer->world->transfer, stream);
+}

@@ -1,0 +1,494 @@
+/* schedule.c - plans, with integers alone, what each ring step computes: blocks, tiles, chunks. Runs nothing. */
+#include "schedule.h"
+#include "arena.h"
+#include "error.h"
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- blocks: what a ring rank holds after the exchange --------------------------------------------------------------------- */
+
+/* A segment of one of the ring rank's U ranks. */
+typedef struct piece {
+    int u, segment;
+    int64_t index;  /* among all pieces by u, then local order */
+    int64_t source; /* local index of its first token */
+    usp_segment tokens;
+} piece;
+
+static int by_start(const void *a, const void *b) {
+    int64_t x = ((const piece *)a)->tokens.start, y = ((const piece *)b)->tokens.start;
+    return x < y ? -1 : x > y;
+}
+
+/* The pieces of ring rank r in row order: by position; where there is no exchange, in local order. */
+static int64_t collect_pieces(const usp_sharding *sharding, const usp_shape *shape, int r, piece *pieces) {
+    int64_t count = 0;
+    for (int u = 0; u < shape->ulysses; u++) {
+        int p = r * shape->ulysses + u;
+        int64_t source = 0;
+        for (int64_t i = sharding->first[p]; i < sharding->first[p + 1]; i++) {
+            pieces[count] = (piece){u, (int)(i - sharding->first[p]), count, source, sharding->segment[i]};
+            count++;
+            source += sharding->segment[i].length;
+        }
+    }
+    if (shape->ulysses > 1) qsort(pieces, (size_t)count, sizeof *pieces, by_start);
+    return count;
+}
+
+/* Does a linear layer's block hold the whole sequence, so that a token's row can be its position? */
+static int rows_are_positions(const usp_shape *shape) {
+    return shape->attention == USP_LINEAR && shape->mask == USP_MASK_CAUSAL && shape->ring == 1 && shape->ulysses > 1;
+}
+
+static void add_block_segment(usp_ring_side *side, usp_ring_block *block, const usp_segment *tokens) {
+    usp_segment *last = block->segments ? &side->segment[block->first_segment + block->segments - 1] : NULL;
+    if (last && last->stride == tokens->stride && last->start + last->length * last->stride == tokens->start)
+        last->length += tokens->length;
+    else
+        side->segment[block->first_segment + block->segments++] = *tokens;
+    block->rows += tokens->length;
+}
+
+static void plan_block(usp_ring_side *side, const usp_shape *shape, int64_t first_segment, int r, const piece *pieces,
+                       int64_t count) {
+    usp_ring_block *block = &side->block[r];
+    *block = (usp_ring_block){.first_segment = first_segment};
+    if (r == shape->r) side->landings = count;
+    for (int64_t i = 0; i < count; i++) {
+        const piece *at = &pieces[i];
+        int positions = rows_are_positions(shape);
+        if (r == shape->r)
+            side->landing[at->index] = (usp_landing){at->u, at->segment, at->source, at->tokens.length,
+                                                     positions ? at->tokens.start : block->rows,
+                                                     positions ? at->tokens.stride : 1};
+        add_block_segment(side, block, &at->tokens);
+    }
+    if (rows_are_positions(shape) && count > 0) {
+        block->segments = 1;
+        side->segment[first_segment] = (usp_segment){0, block->rows, 1};
+    }
+}
+
+static void plan_side(usp_ring_side *side, const usp_sharding *sharding, const usp_shape *shape, piece *scratch) {
+    int64_t segments = 0;
+    for (int r = 0; r < shape->ring; r++) {
+        plan_block(side, shape, segments, r, scratch, collect_pieces(sharding, shape, r, scratch));
+        segments += side->block[r].segments;
+    }
+}
+
+/* ---- tiles ---------------------------------------------------------------------------------------------------------------------- */
+
+/* Allowed column position - row position. */
+typedef struct band {
+    int64_t low, high;
+} band;
+
+static band query_band(usp_mask mask) {
+    return (band){INT32_MIN, mask == USP_MASK_CAUSAL ? 0 : INT32_MAX};
+}
+
+/* Index of the first of a segment's tokens at position >= x, at most its length. */
+static int64_t first_at_least(const usp_segment *segment, int64_t x) {
+    int64_t offset = x - segment->start;
+    if (offset <= 0) return 0;
+    int64_t index = (offset + segment->stride - 1) / segment->stride;
+    return index < segment->length ? index : segment->length;
+}
+
+/* The tile of rows at positions x0 .. x1 and the columns of one segment whose first row index is `row`; 0 if it is empty. */
+static int make_tile(const usp_segment *columns, int64_t row, int64_t x0, int64_t x1, band allowed, int keys_are_rows,
+                     usp_tile *tile) {
+    int64_t begin = first_at_least(columns, x0 + allowed.low), end = first_at_least(columns, x1 + allowed.high + 1);
+    int64_t full_begin = first_at_least(columns, x1 + allowed.low), full_end = first_at_least(columns, x0 + allowed.high + 1);
+    if (begin >= end) return 0;
+    if (full_begin >= full_end) full_begin = full_end = end;
+    int64_t low = keys_are_rows ? -allowed.high : allowed.low, high = keys_are_rows ? -allowed.low : allowed.high;
+    *tile = (usp_tile){.begin = (int32_t)(row + begin),
+                       .end = (int32_t)(row + end),
+                       .full_begin = (int32_t)(row + full_begin),
+                       .full_end = (int32_t)(row + full_end),
+                       .origin = (int32_t)(columns->start - row * columns->stride),
+                       .stride = (int32_t)columns->stride,
+                       .low = (int32_t)(low < INT32_MIN ? INT32_MIN : low),
+                       .high = (int32_t)(high > INT32_MAX ? INT32_MAX : high)};
+    return 1;
+}
+
+/* Where planned work is written; with NULL arrays it is only counted. */
+typedef struct work_list {
+    usp_work *work;
+    usp_tile *tile;
+    int64_t works, tiles;
+} work_list;
+
+static void add_work(work_list *list, const usp_segment *rows, int64_t row, int64_t offset, const usp_segment *columns,
+                     int64_t column_segments, band allowed, int keys_are_rows, int64_t tile_base) {
+    int64_t count = rows->length - offset < USP_WORK_ROWS ? rows->length - offset : USP_WORK_ROWS;
+    int64_t x0 = rows->start + offset * rows->stride, x1 = x0 + (count - 1) * rows->stride, column = 0;
+    int64_t first = list->tiles;
+    for (int64_t i = 0; i < column_segments; column += columns[i++].length) {
+        usp_tile tile;
+        if (!make_tile(&columns[i], column, x0, x1, allowed, keys_are_rows, &tile)) continue;
+        if (list->tile) list->tile[list->tiles] = tile;
+        list->tiles++;
+    }
+    if (list->work)
+        list->work[list->works] = (usp_work){.begin = (int32_t)(row + offset),
+                                             .count = (int32_t)count,
+                                             .origin = (int32_t)(rows->start - row * rows->stride),
+                                             .stride = (int32_t)rows->stride,
+                                             .first_tile = (int32_t)(first - tile_base),
+                                             .tiles = (int32_t)(list->tiles - first)};
+    list->works++;
+}
+
+/* Every row of a block in one work item. Under a causal mask late queries and early keys have most to do: first come the
+ * heavy ones. */
+static void add_works(work_list *list, const usp_ring_side *row_side, int row_block, const usp_ring_side *column_side,
+                      int column_block, band allowed, int keys_are_rows) {
+    const usp_ring_block *rows = &row_side->block[row_block], *columns = &column_side->block[column_block];
+    int64_t row = keys_are_rows ? 0 : rows->rows, tile_base = list->tiles;
+    for (int64_t n = 0; n < rows->segments; n++) {
+        int64_t i = keys_are_rows ? n : rows->segments - 1 - n;
+        const usp_segment *segment = &row_side->segment[rows->first_segment + i];
+        int64_t cuts = (segment->length + USP_WORK_ROWS - 1) / USP_WORK_ROWS;
+        if (!keys_are_rows) row -= segment->length;
+        for (int64_t c = 0; c < cuts; c++)
+            add_work(list, segment, row, (keys_are_rows ? c : cuts - 1 - c) * USP_WORK_ROWS,
+                     column_side->segment + columns->first_segment, columns->segments, allowed, keys_are_rows, tile_base);
+        if (keys_are_rows) row += segment->length;
+    }
+}
+
+static void plan_steps(usp_schedule *schedule, work_list *list) {
+    band forward = query_band(schedule->shape.mask), swapped = {-forward.high, -forward.low};
+    int ring = schedule->shape.ring, r = schedule->shape.r;
+    for (int t = 0; t < ring; t++) {
+        int source = (r - t + ring) % ring;
+        usp_step *step = &schedule->step[t];
+        *step = (usp_step){.query_work = list->works, .query_tile = list->tiles};
+        add_works(list, &schedule->query, r, &schedule->key, source, forward, 0);
+        step->query_works = list->works - step->query_work;
+        step->tiles = list->tiles - step->query_tile;
+        step->key_work = list->works;
+        step->key_tile = list->tiles;
+        add_works(list, &schedule->key, source, &schedule->query, r, swapped, 1);
+        step->key_works = list->works - step->key_work;
+    }
+}
+
+/* ---- chunks and blocks of linear attention --------------------------------------------------------------------------------------- */
+
+static int chunk_by_start(const void *a, const void *b) {
+    int64_t x = ((const usp_chunk *)a)->start, y = ((const usp_chunk *)b)->start;
+    return x < y ? -1 : x > y;
+}
+
+/* Longer blocks move fewer states through memory, shorter ones give small inputs enough parallel work. The rule looks at
+ * rows alone, so that results do not depend on how heads are spread. */
+static int64_t block_rows(int64_t rows) {
+    return rows <= 4096 ? 64 : rows <= 8192 ? 128 : rows <= 16384 ? 256 : 512;
+}
+
+static void collect_chunks(usp_schedule *schedule) {
+    const usp_ring_side *side = &schedule->query;
+    schedule->chunks = 0;
+    for (int r = 0; r < schedule->shape.ring; r++) {
+        const usp_segment *segment = side->segment + side->block[r].first_segment;
+        int64_t row = 0;
+        for (int64_t i = 0; i < side->block[r].segments; row += segment[i++].length)
+            schedule->chunk[schedule->chunks++] = (usp_chunk){r, 0, segment[i].start, row, segment[i].length};
+    }
+    qsort(schedule->chunk, (size_t)schedule->chunks, sizeof *schedule->chunk, chunk_by_start);
+}
+
+static void cut_chunk(usp_schedule *schedule, const usp_chunk *chunk, int64_t most) {
+    for (int64_t done = 0; done < chunk->count; done += most) {
+        int64_t count = chunk->count - done < most ? chunk->count - done : most;
+        schedule->block[schedule->blocks] = (usp_block){.begin = (int32_t)(chunk->row + done),
+                                                        .count = (int32_t)count,
+                                                        .chunk = chunk->own_index,
+                                                        .distance = (int32_t)done,
+                                                        .chunk_rows = (int32_t)chunk->count};
+        schedule->block_step[schedule->blocks++] = (usp_scan_step){(int32_t)count, chunk->own_index};
+    }
+}
+
+static void plan_chunks(usp_schedule *schedule) {
+    int64_t most = block_rows(schedule->query.limit);
+    collect_chunks(schedule);
+    schedule->own_chunks = schedule->blocks = 0;
+    for (int64_t c = 0; c < schedule->chunks; c++) {
+        usp_chunk *chunk = &schedule->chunk[c];
+        schedule->chunk_step[c] = (usp_scan_step){(int32_t)chunk->count, 0};
+        chunk->own_index = 0;
+        for (int64_t before = 0; before < c; before++) chunk->own_index += schedule->chunk[before].owner == chunk->owner;
+        if (chunk->owner != schedule->shape.r) continue;
+        schedule->own_chunks++;
+        cut_chunk(schedule, chunk, most);
+    }
+}
+
+/* ---- planning as a whole -------------------------------------------------------------------------------------------------------- */
+
+static void plan(usp_sequence *sequence, usp_schedule *schedule) {
+    plan_side(&schedule->query, &sequence->query, &schedule->shape, schedule->scratch);
+    plan_side(&schedule->key, &sequence->key, &schedule->shape, schedule->scratch);
+    if (schedule->shape.attention == USP_LINEAR) {
+        plan_chunks(schedule);
+        return;
+    }
+    work_list list = {schedule->work, schedule->tile, 0, 0};
+    plan_steps(schedule, &list);
+    schedule->works = list.works;
+    schedule->tiles = list.tiles;
+}
+
+static usp_status upload(usp_sequence *sequence, usp_schedule *schedule, usp_stream stream) {
+    usp_device *device = sequence->world->device;
+    const struct {
+        void *to;
+        const void *from;
+        size_t bytes;
+    } copies[] = {{schedule->device_work, schedule->work, (size_t)schedule->works * sizeof(usp_work)},
+                  {schedule->device_tile, schedule->tile, (size_t)schedule->tiles * sizeof(usp_tile)},
+                  {schedule->device_block, schedule->block, (size_t)schedule->blocks * sizeof(usp_block)},
+                  {schedule->device_block_step, schedule->block_step, (size_t)schedule->blocks * sizeof(usp_scan_step)},
+                  {schedule->device_chunk_step, schedule->chunk_step, (size_t)schedule->chunks * sizeof(usp_scan_step)}};
+    for (size_t i = 0; i < sizeof copies / sizeof copies[0]; i++)
+        if (copies[i].bytes)
+            USP_TRY(device->ops->copy(device, copies[i].to, copies[i].from, copies[i].bytes, stream));
+    return USP_OK;
+}
+
+/* ---- memory ------------------------------------------------------------------------------------------------------------------------ */
+
+static void *allocate(const usp_host *host, int64_t count, size_t bytes, usp_status *status) {
+    void *memory = NULL;
+    if (*status == USP_OK) *status = usp_host_alloc(host, (size_t)count * bytes, "schedule", &memory);
+    return memory;
+}
+
+static void allocate_side(const usp_host *host, const usp_sharding *sharding, const usp_shape *shape,
+                          usp_ring_side *side, usp_status *status) {
+    side->capacity = sharding->capacity;
+    side->block = allocate(host, shape->ring, sizeof *side->block, status);
+    side->segment = allocate(host, sharding->capacity, sizeof *side->segment, status);
+    side->landing = allocate(host, sharding->capacity, sizeof *side->landing, status);
+}
+
+/* Room for any documents: a document adds at most one work item a segment, and any two segments may share a tile. */
+static void bound_works(const usp_sequence *sequence, usp_schedule *schedule) {
+    int64_t segments = sequence->query.capacity, ring = schedule->shape.ring;
+    schedule->work_capacity = 2 * ring * (sequence->max_tokens / USP_WORK_ROWS + 2 * segments + 2);
+    schedule->tile_capacity = schedule->work_capacity * (segments / ring + 2);
+}
+
+static usp_status allocate_works(usp_sequence *sequence, usp_schedule *schedule) {
+    usp_status status = USP_OK;
+    const usp_host *host = &sequence->world->host;
+    schedule->step = allocate(host, schedule->shape.ring, sizeof *schedule->step, &status);
+    USP_TRY(status);
+    plan(sequence, schedule); /* counts, the arrays being NULL */
+    schedule->work_capacity = schedule->works;
+    schedule->tile_capacity = schedule->tiles;
+    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) bound_works(sequence, schedule);
+    schedule->work = allocate(host, schedule->work_capacity, sizeof *schedule->work, &status);
+    schedule->tile = allocate(host, schedule->tile_capacity, sizeof *schedule->tile, &status);
+    return status;
+}
+
+static int64_t most_segments(const usp_ring_side *side, int ring) {
+    int64_t most = 0;
+    for (int r = 0; r < ring; r++)
+        if (side->block[r].segments > most) most = side->block[r].segments;
+    return most;
+}
+
+static usp_status allocate_chunks(usp_sequence *sequence, usp_schedule *schedule) {
+    usp_status status = USP_OK;
+    const usp_host *host = &sequence->world->host;
+    int64_t rows = schedule->query.limit;
+    schedule->chunk_capacity = sequence->query.capacity;
+    schedule->own_chunk_limit = most_segments(&schedule->query, schedule->shape.ring);
+    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT)
+        schedule->own_chunk_limit = 2 * sequence->max_documents * schedule->shape.ulysses;
+    schedule->block_capacity = rows / block_rows(rows) + schedule->own_chunk_limit;
+    schedule->chunk = allocate(host, schedule->chunk_capacity, sizeof *schedule->chunk, &status);
+    schedule->chunk_step = allocate(host, schedule->chunk_capacity, sizeof *schedule->chunk_step, &status);
+    schedule->block = allocate(host, schedule->block_capacity, sizeof *schedule->block, &status);
+    schedule->block_step = allocate(host, schedule->block_capacity, sizeof *schedule->block_step, &status);
+    return status;
+}
+
+static void carve_device(usp_schedule *schedule, usp_arena *arena) {
+    schedule->device_work = usp_carve(arena, (size_t)schedule->work_capacity * sizeof(usp_work));
+    schedule->device_tile = usp_carve(arena, (size_t)schedule->tile_capacity * sizeof(usp_tile));
+    schedule->device_block = usp_carve(arena, (size_t)schedule->block_capacity * sizeof(usp_block));
+    schedule->device_block_step = usp_carve(arena, (size_t)schedule->block_capacity * sizeof(usp_scan_step));
+    schedule->device_chunk_step = usp_carve(arena, (size_t)schedule->chunk_capacity * sizeof(usp_scan_step));
+}
+
+static usp_status allocate_device(usp_sequence *sequence, usp_schedule *schedule) {
+    usp_device *device = sequence->world->device;
+    usp_arena arena = {0};
+    carve_device(schedule, &arena);
+    USP_TRY(device->ops->alloc(device, arena.used, &schedule->device_memory));
+    arena = (usp_arena){schedule->device_memory, 0};
+    carve_device(schedule, &arena);
+    return USP_OK;
+}
+
+/* The most rows of any ring rank; with documents to come, U chunk pairs of each, rounded up. */
+static void set_limit(const usp_sequence *sequence, const usp_sharding *sharding, const usp_shape *shape,
+                      usp_ring_side *side) {
+    int64_t bound = shape->ulysses * sharding->limit;
+    side->limit = 0;
+    for (int r = 0; r < shape->ring; r++)
+        if (side->block[r].rows > side->limit) side->limit = side->block[r].rows;
+    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT)
+        side->limit = bound < sequence->max_tokens ? bound : sequence->max_tokens;
+}
+
+static void free_side(const usp_host *host, usp_ring_side *side) {
+    usp_host_free(host, side->block);
+    usp_host_free(host, side->segment);
+    usp_host_free(host, side->landing);
+}
+
+static void destroy(usp_sequence *sequence, usp_schedule *schedule) {
+    const usp_host *host = &sequence->world->host;
+    usp_device *device = sequence->world->device;
+    if (schedule->device_memory) device->ops->free(device, schedule->device_memory);
+    free_side(host, &schedule->query);
+    free_side(host, &schedule->key);
+    usp_host_free(host, schedule->scratch);
+    usp_host_free(host, schedule->step);
+    usp_host_free(host, schedule->work);
+    usp_host_free(host, schedule->tile);
+    usp_host_free(host, schedule->chunk);
+    usp_host_free(host, schedule->chunk_step);
+    usp_host_free(host, schedule->block);
+    usp_host_free(host, schedule->block_step);
+    usp_host_free(host, schedule);
+}
+
+static usp_status allocate_scratch(const usp_sequence *sequence, void **scratch) {
+    int64_t most = sequence->query.capacity > sequence->key.capacity ? sequence->query.capacity : sequence->key.capacity;
+    return usp_host_alloc(&sequence->world->host, (size_t)most * sizeof(piece), "schedule", scratch);
+}
+
+static usp_status build(usp_sequence *sequence, usp_schedule *schedule) {
+    usp_status status = USP_OK;
+    const usp_host *host = &sequence->world->host;
+    allocate_side(host, &sequence->query, &schedule->shape, &schedule->query, &status);
+    allocate_side(host, &sequence->key, &schedule->shape, &schedule->key, &status);
+    USP_TRY(status);
+    USP_TRY(allocate_scratch(sequence, &schedule->scratch));
+    plan_side(&schedule->query, &sequence->query, &schedule->shape, schedule->scratch);
+    plan_side(&schedule->key, &sequence->key, &schedule->shape, schedule->scratch);
+    set_limit(sequence, &sequence->query, &schedule->shape, &schedule->query);
+    set_limit(sequence, &sequence->key, &schedule->shape, &schedule->key);
+    int linear = schedule->shape.attention == USP_LINEAR;
+    USP_TRY(linear ? allocate_chunks(sequence, schedule) : allocate_works(sequence, schedule));
+    plan(sequence, schedule);
+    USP_TRY(allocate_device(sequence, schedule));
+    return upload(sequence, schedule, NULL);
+}
+
+/* ---- the sequence's schedules --------------------------------------------------------------------------------------------------- */
+
+/* A causal linear layer passes its state from position to position, so a ring rank must own runs of positions. */
+static usp_status check_order(const usp_sequence *sequence, const usp_shape *shape) {
+    if (shape->attention != USP_LINEAR) return USP_OK;
+    if (sequence->cross) return usp_fail(USP_UNSUPPORTED, "linear attention needs queries and keys of one length");
+    if (shape->ring > 1 && sequence->layout == USP_LAYOUT_STRIPE)
+        return usp_fail(USP_UNSUPPORTED, "linear attention on the stripe layout needs ring = 1: with ring %d the state "
+                        "would have to change ranks at every token", shape->ring);
+    if (shape->mask != USP_MASK_CAUSAL || rows_are_positions(shape)) return USP_OK;
+    const usp_sharding *sharding = &sequence->query;
+    for (int64_t i = 0; i < sharding->first[sharding->ranks]; i++)
+        if (sharding->segment[i].stride != 1)
+            return usp_fail(USP_UNSUPPORTED, "causal linear attention with ring %d needs segments of stride 1; one "
+                            "has stride %lld", shape->ring, (long long)sharding->segment[i].stride);
+    return USP_OK;
+}
+
+static int same_shape(const usp_shape *a, const usp_shape *b) {
+    return a->ulysses == b->ulysses && a->ring == b->ring && a->u == b->u && a->r == b->r &&
+           a->attention == b->attention && a->mask == b->mask;
+}
+
+usp_status usp_schedule_acquire(usp_sequence *sequence, const usp_shape *shape, usp_schedule **out) {
+    for (usp_schedule *schedule = sequence->schedules; schedule; schedule = schedule->next)
+        if (same_shape(&schedule->shape, shape)) {
+            schedule->users++;
+            *out = schedule;
+            return USP_OK;
+        }
+    void *memory = NULL;
+    USP_TRY(check_order(sequence, shape));
+    USP_TRY(usp_host_alloc(&sequence->world->host, sizeof(usp_schedule), "schedule", &memory));
+    usp_schedule *schedule = memory;
+    *schedule = (usp_schedule){.users = 1, .shape = *shape};
+    usp_status status = build(sequence, schedule);
+    if (status != USP_OK) {
+        destroy(sequence, schedule);
+        return status;
+    }
+    schedule->next = sequence->schedules;
+    sequence->schedules = schedule;
+    *out = schedule;
+    return USP_OK;
+}
+
+void usp_schedule_release(usp_sequence *sequence, usp_schedule *schedule) {
+    if (!schedule || --schedule->users > 0) return;
+    usp_schedule **link = &sequence->schedules;
+    while (*link != schedule) link = &(*link)->next;
+    *link = schedule->next;
+    destroy(sequence, schedule);
+}
+
+usp_status usp_schedule_replan(usp_sequence *sequence, usp_stream stream) {
+    for (usp_schedule *schedule = sequence->schedules; schedule; schedule = schedule->next) {
+        plan(sequence, schedule);
+        USP_TRY(upload(sequence, schedule, stream));
+    }
+    return USP_OK;
+}
+
+void usp_schedule_destroy_all(usp_sequence *sequence) {
+    while (sequence->schedules) {
+        usp_schedule *schedule = sequence->schedules;
+        sequence->schedules = schedule->next;
+        destroy(sequence, schedule);
+    }
+}
+
+usp_tiles usp_schedule_query_tiles(const usp_schedule *schedule, int t) {
+    const usp_step *step = &schedule->step[t];
+    return (usp_tiles){schedule->device_work + step->query_work, schedule->device_tile + step->query_tile,
+                       (int)step->query_works};
+}
+
+usp_tiles usp_schedule_key_tiles(const usp_schedule *schedule, int t) {
+    const usp_step *step = &schedule->step[t];
+    return (usp_tiles){schedule->device_work + step->key_work, schedule->device_tile + step->key_tile,
+                       (int)step->key_works};
+}
+
+/* A query at position x attends x + 1 keys under a causal mask, all keys otherwise. */
+double usp_schedule_pairs(const usp_sequence *sequence, const usp_schedule *schedule, int r) {
+    const usp_ring_block *block = &schedule->query.block[r];
+    if (schedule->shape.mask != USP_MASK_CAUSAL) return (double)block->rows * (double)sequence->key.tokens;
+    double pairs = 0;
+    for (int64_t i = 0; i < block->segments; i++) {
+        const usp_segment *s = &schedule->query.segment[block->first_segment + i];
+        double length = (double)s->length;
+        pairs += length * ((double)s->start + 1) + (double)s->stride * length * (length - 1) / 2;
+    }
+    return pairs;
+}

@@ -1,0 +1,423 @@
+/* world.c - making, watching and ending a world; and how its ranks agree. The only file that knows the constructors of
+ * all devices and transports. */
+#define _POSIX_C_SOURCE 200809L
+#include "world.h"
+#include "abi.h"
+#include "environment.h"
+#include "error.h"
+#include <string.h>
+#include <time.h>
+
+enum { DEFAULT_TIMEOUT_MS = 600000, WATCHDOG_PERIOD_MS = 20 };
+
+/* ---- agreement --------------------------------------------------------------------------------------------------------- */
+
+/* What one rank sends; fixed size, so that ranks in different calls still understand each other. */
+typedef struct ballot {
+    int32_t status, group;
+    uint64_t size;
+    char what[16];
+    unsigned char record[USP_AGREE_BYTES];
+} ballot;
+
+uint64_t usp_hash(uint64_t seed, const void *bytes, size_t size) {
+    uint64_t hash = seed ^ UINT64_C(0xcbf29ce484222325);
+    for (size_t i = 0; i < size; i++)
+        hash = (hash ^ ((const unsigned char *)bytes)[i]) * UINT64_C(0x100000001b3);
+    return hash;
+}
+
+static usp_status name_difference(const usp_agreement *agreement, const ballot *mine, const ballot *other, int rank,
+                                  int other_rank) {
+    for (int i = 0; i < agreement->field_count; i++) {
+        const usp_field *field = &agreement->fields[i];
+        if (memcmp(mine->record + field->offset, other->record + field->offset, field->size) != 0)
+            return usp_fail(USP_MISMATCH, "%s.%s differs between rank %d and rank %d", agreement->what, field->name,
+                            rank, other_rank);
+    }
+    return usp_fail(USP_MISMATCH, "%s differs between rank %d and rank %d", agreement->what, rank, other_rank);
+}
+
+/* Two ballots that should be equal and are not: an error that every rank of the world can find, since all see all. */
+static usp_status compare_pair(const usp_agreement *agreement, const ballot *a, const ballot *b, int rank_a,
+                               int rank_b) {
+    if (strcmp(a->what, b->what) != 0)
+        return usp_fail(USP_MISMATCH, "rank %d is creating a %s while rank %d is creating a %s", rank_a, a->what,
+                        rank_b, b->what);
+    if (a->group == b->group && (a->size != b->size || memcmp(a->record, b->record, sizeof a->record) != 0))
+        return name_difference(agreement, a, b, rank_a, rank_b);
+    return USP_OK;
+}
+
+static usp_status compare_ballots(const usp_agreement *agreement, const ballot *all, int size) {
+    for (int a = 0; a < size; a++) {
+        int first = a; /* the lowest rank of a's group: comparing with it is enough */
+        for (int b = 0; b < a && first == a; b++)
+            if (all[b].group == all[a].group) first = b;
+        USP_TRY(compare_pair(agreement, &all[first], &all[a], first, a));
+        USP_TRY(compare_pair(agreement, &all[0], &all[a], 0, a));
+    }
+    return USP_OK;
+}
+
+static usp_status other_failure(const ballot *all, int size, const char *what) {
+    for (int rank = 0; rank < size; rank++)
+        if (all[rank].status != USP_OK)
+            return usp_fail(USP_PEER_FAILED, "rank %d could not create its %s: %s", rank, what,
+                            usp_status_string((usp_status)all[rank].status));
+    return USP_OK;
+}
+
+usp_status usp_world_agree(usp_world *world, usp_status mine, const usp_agreement *agreement) {
+    ballot own = {.status = (int32_t)mine, .group = agreement->group, .size = agreement->size};
+    strncpy(own.what, agreement->what, sizeof own.what - 1);
+    if (agreement->record) memcpy(own.record, agreement->record, agreement->size);
+
+    int size = world->comm->size;
+    ballot *all = world->ballots;
+    USP_TRY(world->comm->ops->allgather(world->comm, &own, all, sizeof own));
+    USP_TRY(compare_ballots(agreement, all, size));
+    return mine != USP_OK ? mine : other_failure(all, size, agreement->what);
+}
+
+/* ---- making a world ------------------------------------------------------------------------------------------------------ */
+
+static usp_status check_config(const usp_world_config *config) {
+    USP_REQUIRE(config->device >= USP_DEVICE_AUTO && config->device <= USP_DEVICE_CUDA,
+                "usp_world_config.device is %d: no such device", (int)config->device);
+    USP_REQUIRE(config->timeout_ms >= -1, "usp_world_config.timeout_ms is %d: give milliseconds, 0 for the default or "
+                "-1 for no limit", config->timeout_ms);
+    USP_REQUIRE(config->watchdog == 0 || config->watchdog == 1, "usp_world_config.watchdog is %d: 0 or 1",
+                config->watchdog);
+    USP_REQUIRE(config->node >= 0, "usp_world_config.node is %d: must not be negative", config->node);
+    USP_REQUIRE(!config->host_alloc == !config->host_free,
+                "usp_world_config.host_alloc and host_free must be given together");
+    return USP_OK;
+}
+
+static usp_status read_config(const usp_world_config *given, usp_world_config *config) {
+    static const usp_world_config defaults = {.struct_size = sizeof defaults};
+    USP_TRY(usp_abi_read(config, sizeof *config, given ? given : &defaults, "usp_world_config"));
+    return check_config(config);
+}
+
+static usp_status create_device(const usp_host *host, usp_device_kind kind, usp_device **device) {
+    if (kind == USP_DEVICE_CPU) return usp_device_create_cpu(host, device);
+    if (kind == USP_DEVICE_CUDA) return usp_device_create_cuda(host, device);
+    if (usp_device_count_cuda() > 0) return usp_device_create_cuda(host, device);
+    usp_host_log(host, 2, "no usable GPU: the world runs on the CPU");
+    return usp_device_create_cpu(host, device);
+}
+
+/* The part of a world that needs no other rank. */
+static usp_status begin_world(const usp_world_config *config, usp_world **out) {
+    usp_host host = usp_host_from_config(config);
+    void *memory = NULL;
+    USP_TRY(usp_host_alloc(&host, sizeof(usp_world), "world", &memory));
+    usp_world *world = memory;
+    world->host = host;
+    world->timeout_ms = config->timeout_ms ? config->timeout_ms : DEFAULT_TIMEOUT_MS;
+    usp_status status = create_device(&world->host, config->device, &world->device);
+    if (status == USP_OK) status = world->device->ops->stream_create(world->device, &world->transfer);
+    if (status == USP_OK) status = world->device->ops->event_create(world->device, &world->event);
+    if (status != USP_OK) {
+        usp_world_destroy(world);
+        return status;
+    }
+    *out = world;
+    return USP_OK;
+}
+
+static void *watch(void *argument) {
+    usp_world *world = argument;
+    const struct timespec period = {.tv_nsec = WATCHDOG_PERIOD_MS * 1000000L};
+    while (!atomic_load(&world->stop)) {
+        if (world->comm->ops->poll(world->comm) != USP_OK) {
+            usp_host_log(&world->host, 1, "watchdog: %s", usp_last_error());
+            world->comm->ops->abort(world->comm);
+            return NULL;
+        }
+        nanosleep(&period, NULL);
+    }
+    return NULL;
+}
+
+static usp_status start_watchdog(usp_world *world) {
+    if (pthread_create(&world->watchdog, NULL, watch, world) != 0)
+        return usp_fail(USP_NO_MEMORY, "the watchdog thread could not be started");
+    world->watching = 1;
+    return USP_OK;
+}
+
+/* The part that all ranks do together, once the comm stands. */
+static usp_status finish_world(const usp_world_config *config, usp_status status, usp_world *world, usp_world **out) {
+    static const usp_field fields[] = {{"device", 0, sizeof(int)}, {"timeout_ms", sizeof(int), sizeof(int)}};
+    void *ballots = NULL;
+    if (status == USP_OK)
+        status = usp_host_alloc(&world->host, (size_t)world->comm->size * sizeof(ballot), "ballots", &ballots);
+    if (status == USP_OK) {
+        world->ballots = ballots;
+        int record[2] = {(int)world->device->ops->kind, world->timeout_ms};
+        usp_status mine = config->watchdog ? start_watchdog(world) : USP_OK;
+        status = usp_world_agree(world, mine, &(usp_agreement){"world", 0, record, sizeof record, fields, 2});
+    }
+    if (status != USP_OK) {
+        usp_world_destroy(world);
+        return status;
+    }
+    usp_host_log(&world->host, 2, "world: rank %d of %d, %s over %s", world->comm->rank, world->comm->size,
+                 world->device->ops->name, world->comm->ops->name);
+    *out = world;
+    return USP_OK;
+}
+
+static usp_comm_config comm_config(const usp_world_config *config, usp_world *world) {
+    return (usp_comm_config){world->device, &world->host, world->timeout_ms, config->node};
+}
+
+static usp_status check_rank(int rank, int size) {
+    USP_REQUIRE(size >= 1, "size is %d: a world has at least one rank", size);
+    USP_REQUIRE(rank >= 0 && rank < size, "rank is %d: must be in 0 .. %d", rank, size - 1);
+    return USP_OK;
+}
+
+usp_status usp_world_create_threads(const usp_world_config *given, usp_rendezvous *rendezvous, int rank,
+                                    usp_world **out) {
+    usp_world_config config;
+    usp_world *world = NULL;
+    USP_REQUIRE(out, "world is NULL");
+    USP_REQUIRE(rendezvous, "rendezvous is NULL");
+    usp_status status = read_config(given, &config);
+    if (status == USP_OK) status = begin_world(&config, &world);
+    if (status != USP_OK) {
+        usp_rendezvous_leave(rendezvous, rank);
+        return status;
+    }
+    usp_comm_config settings = comm_config(&config, world);
+    status = usp_comm_create_threads(&settings, rendezvous, rank, &world->comm);
+    return finish_world(&config, status, world, out);
+}
+
+usp_status usp_world_create_nccl_id(const usp_world_config *given, const usp_unique_id *id, int size, int rank,
+                                    usp_world **out) {
+    usp_world_config config;
+    usp_world *world = NULL;
+    USP_REQUIRE(out, "world is NULL");
+    USP_REQUIRE(id, "id is NULL");
+    USP_TRY(check_rank(rank, size));
+    USP_TRY(read_config(given, &config));
+    USP_TRY(begin_world(&config, &world));
+    usp_comm_config settings = comm_config(&config, world);
+    usp_status status = usp_comm_create_nccl_id(&settings, id, size, rank, &world->comm);
+    return finish_world(&config, status, world, out);
+}
+
+usp_status usp_world_create_nccl(const usp_world_config *given, struct ncclComm *comm, usp_world **out) {
+    usp_world_config config;
+    usp_world *world = NULL;
+    USP_REQUIRE(out, "world is NULL");
+    USP_REQUIRE(comm, "comm is NULL");
+    USP_TRY(read_config(given, &config));
+    USP_TRY(begin_world(&config, &world));
+    usp_comm_config settings = comm_config(&config, world);
+    usp_status status = usp_comm_create_nccl_borrowed(&settings, comm, &world->comm);
+    return finish_world(&config, status, world, out);
+}
+
+usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm, usp_world **out) {
+    usp_world_config config;
+    usp_world *world = NULL;
+    USP_REQUIRE(out, "world is NULL");
+    USP_TRY(read_config(given, &config));
+    if (config.device == USP_DEVICE_AUTO) config.device = USP_DEVICE_CPU; /* MPI moves host memory */
+    USP_TRY(begin_world(&config, &world));
+    usp_comm_config settings = comm_config(&config, world);
+    usp_status status = usp_comm_create_mpi(&settings, fortran_comm, &world->comm);
+    return finish_world(&config, status, world, out);
+}
+
+/* Ranks tell each other how their own preparation went, before a transport is built on ranks that are not coming. */
+static usp_status agree_to_begin(const usp_bootstrap *bootstrap, usp_status mine) {
+    enum { FEW = 64 };
+    int local[FEW], status = (int)mine;
+    if (bootstrap->size > FEW) return mine;
+    if (bootstrap->allgather(bootstrap->user, &status, local, sizeof status) != 0)
+        return mine != USP_OK ? mine : usp_fail(USP_COMM, "the all-gather callback failed");
+    if (mine != USP_OK) return mine;
+    for (int rank = 0; rank < bootstrap->size; rank++)
+        if (local[rank] != USP_OK)
+            return usp_fail(USP_PEER_FAILED, "rank %d could not begin its world: %s", rank,
+                            usp_status_string((usp_status)local[rank]));
+    return USP_OK;
+}
+
+static usp_status create_over(const usp_bootstrap *bootstrap, const usp_world_config *given, usp_world **out) {
+    usp_world_config config;
+    usp_world *world = NULL;
+    usp_status status = read_config(given, &config);
+    if (status == USP_OK) status = begin_world(&config, &world);
+    status = agree_to_begin(bootstrap, status);
+    if (status != USP_OK) {
+        usp_world_destroy(world);
+        return status;
+    }
+    usp_comm_config settings = comm_config(&config, world);
+    if (world->device->ops->kind == USP_DEVICE_CUDA)
+        status = usp_comm_create_nccl(&settings, bootstrap, &world->comm);
+    else
+        status = usp_comm_create_socket(&settings, bootstrap, &world->comm);
+    return finish_world(&config, status, world, out);
+}
+
+usp_status usp_world_create_callback(const usp_world_config *config, usp_allgather_fn allgather, void *user, int size,
+                                     int rank, usp_world **out) {
+    USP_REQUIRE(out, "world is NULL");
+    USP_REQUIRE(allgather, "allgather is NULL");
+    USP_TRY(check_rank(rank, size));
+    return create_over(&(usp_bootstrap){allgather, user, rank, size}, config, out);
+}
+
+usp_status usp_world_create_env(const usp_world_config *given, usp_world **out) {
+    usp_world_config config;
+    usp_environment *environment = NULL;
+    USP_REQUIRE(out, "world is NULL");
+    USP_TRY(read_config(given, &config));
+    usp_host host = usp_host_from_config(&config);
+    int timeout_ms = config.timeout_ms ? config.timeout_ms : DEFAULT_TIMEOUT_MS;
+    USP_TRY(usp_environment_open(&host, timeout_ms, &environment));
+    usp_bootstrap bootstrap = usp_environment_bootstrap(environment);
+    usp_status status = USP_OK;
+    int gpus = config.device == USP_DEVICE_CPU ? 0 : usp_device_count_cuda();
+    if (gpus > 0) status = usp_device_select_cuda(usp_environment_local_rank(environment) % gpus);
+    if (status == USP_OK) status = create_over(&bootstrap, &config, out);
+    usp_environment_close(environment);
+    return status;
+}
+
+/* ---- a world's life ---------------------------------------------------------------------------------------------------- */
+
+usp_status usp_world_get_info(const usp_world *world, usp_world_info *info) {
+    USP_REQUIRE(world, "world is NULL");
+    usp_world_info known = {.rank = world->comm->rank,
+                            .size = world->comm->size,
+                            .device = world->device->ops->kind,
+                            .timeout_ms = world->timeout_ms};
+    strncpy(known.transport, world->comm->ops->name, sizeof known.transport - 1);
+    return usp_abi_write(&known, sizeof known, info, "usp_world_info");
+}
+
+usp_status usp_world_fork(usp_world *world, usp_stream from, usp_stream to) {
+    if (from == to) return USP_OK;
+    USP_TRY(world->device->ops->event_record(world->device, world->event, from));
+    return world->device->ops->event_wait(world->device, world->event, to);
+}
+
+usp_status usp_world_exchange(usp_world *world, const usp_send *sends, int send_count, const usp_recv *recvs,
+                              int recv_count) {
+    return world->comm->ops->exchange(world->comm, sends, send_count, recvs, recv_count, world->transfer);
+}
+
+usp_status usp_world_poll(usp_world *world) {
+    USP_REQUIRE(world, "world is NULL");
+    return world->comm->ops->poll(world->comm);
+}
+
+static int64_t now_ms(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+usp_status usp_world_synchronize(usp_world *world, usp_stream stream) {
+    USP_REQUIRE(world, "world is NULL");
+    int64_t begin = now_ms();
+    struct timespec pause = {.tv_nsec = 20000};
+    for (;;) {
+        int busy = 0;
+        USP_TRY(world->comm->ops->poll(world->comm));
+        USP_TRY(world->device->ops->query(world->device, stream, &busy));
+        if (!busy) return USP_OK;
+        if (world->timeout_ms >= 0 && now_ms() - begin > world->timeout_ms)
+            return world->comm->ops->overdue(world->comm);
+        nanosleep(&pause, NULL);
+        if (pause.tv_nsec < 500000) pause.tv_nsec *= 2;
+    }
+}
+
+void usp_world_abort(usp_world *world) {
+    if (world) world->comm->ops->abort(world->comm);
+}
+
+void usp_world_destroy(usp_world *world) {
+    if (!world) return;
+    if (world->watching) {
+        atomic_store(&world->stop, 1);
+        pthread_join(world->watchdog, NULL);
+    }
+    if (world->comm) world->comm->ops->destroy(world->comm);
+    if (world->device) {
+        world->device->ops->event_destroy(world->device, world->event);
+        world->device->ops->stream_destroy(world->device, world->transfer);
+        world->device->ops->destroy(world->device);
+    }
+    usp_host host = world->host;
+    usp_host_free(&host, world->ballots);
+    usp_host_free(&host, world);
+}
+
+/* ---- memory and devices ---------------------------------------------------------------------------------------------------- */
+
+usp_status usp_world_alloc(usp_world *world, size_t bytes, void **memory) {
+    USP_REQUIRE(world, "world is NULL");
+    USP_REQUIRE(memory, "memory is NULL");
+    return world->device->ops->alloc(world->device, bytes, memory);
+}
+
+void usp_world_free(usp_world *world, void *memory) {
+    if (world && memory) world->device->ops->free(world->device, memory);
+}
+
+usp_status usp_world_copy(usp_world *world, void *to, const void *from, size_t bytes, usp_stream stream) {
+    USP_REQUIRE(world, "world is NULL");
+    USP_REQUIRE(bytes == 0 || (to && from), "to or from is NULL");
+    return world->device->ops->copy(world->device, to, from, bytes, stream);
+}
+
+usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory) {
+    static const usp_field fields[] = {{"bytes", 0, sizeof(uint64_t)}};
+    USP_REQUIRE(world, "world is NULL");
+    USP_REQUIRE(memory, "memory is NULL");
+    uint64_t record = bytes;
+    USP_TRY(usp_world_agree(world, USP_OK, &(usp_agreement){"shared memory", 0, &record, sizeof record, fields, 1}));
+    void *piece = NULL;
+    usp_status status = world->comm->ops->alloc_shared(world->comm, bytes, &piece);
+    usp_status verdict = usp_world_agree(world, status, &(usp_agreement){.what = "shared memory"});
+    if (verdict != USP_OK) {
+        if (status == USP_OK) world->comm->ops->free_shared(world->comm, piece);
+        return verdict;
+    }
+    *memory = piece;
+    return USP_OK;
+}
+
+usp_status usp_world_free_shared(usp_world *world, void *memory) {
+    USP_REQUIRE(world, "world is NULL");
+    return memory ? world->comm->ops->free_shared(world->comm, memory) : USP_OK;
+}
+
+int usp_device_count(usp_device_kind kind) {
+    if (kind == USP_DEVICE_CPU) return 1;
+    return kind == USP_DEVICE_CUDA ? usp_device_count_cuda() : 0;
+}
+
+usp_status usp_device_select(usp_device_kind kind, int index) {
+    USP_REQUIRE(kind == USP_DEVICE_CPU || kind == USP_DEVICE_CUDA, "kind is %d: CPU or CUDA", (int)kind);
+    USP_REQUIRE(index >= 0 && index < usp_device_count(kind), "index is %d: there are %d such devices", index,
+                usp_device_count(kind));
+    return kind == USP_DEVICE_CPU ? USP_OK : usp_device_select_cuda(index);
+}
+
+usp_status usp_unique_id_create(usp_unique_id *id) {
+    USP_REQUIRE(id, "id is NULL");
+    return usp_nccl_unique_id(id);
+}

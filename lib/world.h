@@ -1,0 +1,53 @@
+/* world.h - the world inside the library: one comm, one device, one transfer stream, and collective agreement. */
+#ifndef USP_WORLD_H
+#define USP_WORLD_H
+#include "comm.h"
+#include <pthread.h>
+#include <stdatomic.h>
+
+struct usp_world {
+    usp_host host;
+    usp_device *device;
+    usp_comm *comm;
+    usp_stream transfer; /* every transfer of every mesh and layer, in the order of the calls: one ordered queue */
+    usp_event *event;    /* the moving end of fork */
+    void *ballots;       /* [size], for usp_world_agree */
+    int timeout_ms;      /* -1: no limit */
+    int watching;        /* the watchdog runs */
+    atomic_int stop;     /* asks the watchdog to end */
+    pthread_t watchdog;
+};
+
+/* `to` waits for all that `from` has now. Nothing if they are the same stream. */
+usp_status usp_world_fork(usp_world *world, usp_stream from, usp_stream to);
+
+/* The comm's exchange on the transfer stream. The caller forks to it before and from it where the data is needed. */
+usp_status usp_world_exchange(usp_world *world, const usp_send *sends, int send_count, const usp_recv *recvs,
+                              int recv_count);
+
+/* One named field of the record that ranks compare. */
+typedef struct usp_field {
+    const char *name;
+    size_t offset, size;
+} usp_field;
+
+enum { USP_AGREE_BYTES = 192 };
+
+/* What a rank brings to a collective create. Ranks of different `group` (data copies) may bring different records. */
+typedef struct usp_agreement {
+    const char *what; /* "mesh", "layer", ... */
+    int group;
+    const void *record; /* at most USP_AGREE_BYTES; NULL: none */
+    size_t size;
+    const usp_field *fields;
+    int field_count;
+} usp_agreement;
+
+/* Collective over the world. The same verdict everywhere: MISMATCH (naming the field and a rank) if records differ in a
+ * group; else this rank's own `mine` where it failed (its sentence is kept), PEER_FAILED where another rank did, OK. */
+usp_status usp_world_agree(usp_world *world, usp_status mine, const usp_agreement *agreement);
+
+/* FNV-1a, for arrays that are compared but too long to send. */
+uint64_t usp_hash(uint64_t seed, const void *bytes, size_t size);
+
+#endif
