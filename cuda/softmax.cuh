@@ -9,33 +9,44 @@ constexpr float USP_LOG2E = 1.4426950408889634f;
 
 /* ---- jobs -------------------------------------------------------------------------------------------------------------- */
 
-/* One part (of `parts`) of one work item, for one head of one batch entry. */
+/* Rows [begin, begin + count) of one work item, for one head of one batch entry. */
 struct usp_job {
     const usp_work *work;
-    int part, head, batch;
+    int begin, count, head, batch;
 };
 
-/* Neighbouring blocks take neighbouring works of one head, so that they find its columns in the cache. Under a causal mask
- * the last queries and the first keys have most work: `backward` gives the last works out first. */
-static __device__ __forceinline__ usp_job usp_take_job(const usp_tiles &tiles, int heads, int parts, bool backward)
+/* Heads (of all batch entries) that are worked on side by side. Inside a bundle all heads of one work item come before the
+ * next one, heaviest first, so that no heavy job starts late; blocks running together still share columns in the cache. */
+constexpr unsigned USP_BUNDLE = 16;
+
+/* This block's job, one of those that usp_launch_jobs starts. Under a causal mask the last queries and the first keys have
+ * most work: `backward` gives out the last rows first. count is not positive if the work item has no such part. */
+static __device__ __forceinline__ usp_job usp_take_job(const usp_softmax &args, int heads, int rows, bool backward)
 {
-    unsigned item = blockIdx.x % (tiles.works * parts), rest = blockIdx.x / (tiles.works * parts);
-    int work = item / parts;
-    return {tiles.work + (backward ? tiles.works - 1 - work : work), (int)(item % parts), (int)(rest % heads),
-            (int)(rest / heads)};
+    unsigned parts = USP_WORK_ROWS / rows, items = args.tiles.works * parts, bundle = blockIdx.x / (items * USP_BUNDLE);
+    unsigned inside = blockIdx.x % (items * USP_BUNDLE), width = min(USP_BUNDLE, args.batch * heads - bundle * USP_BUNDLE);
+    unsigned item = inside / width, line = bundle * USP_BUNDLE + inside % width;
+    if (backward) item = items - 1 - item;
+    const usp_work *work = args.tiles.work + item / parts;
+    int skipped = item % parts * rows;
+    return {work, work->begin + skipped, min(work->count - skipped, rows), (int)(line % heads), (int)(line / heads)};
+}
+
+/* How many blocks the jobs of a call take: one for every `rows` rows of a work item at most, head and batch entry. */
+static inline int64_t usp_jobs(const usp_softmax &args, int heads, int rows)
+{
+    return (int64_t)args.tiles.works * (USP_WORK_ROWS / rows) * heads * args.batch;
 }
 
 /* Starts one block per job; none if there is no job. */
 template <typename Kernel>
-static usp_status usp_launch_jobs(const char *what, Kernel kernel, const usp_softmax &args, int heads, int parts, int threads,
+static usp_status usp_launch_jobs(const char *what, Kernel kernel, const usp_softmax &args, int heads, int rows, int threads,
                                   size_t shared, usp_stream stream)
 {
-    int64_t jobs = (int64_t)args.tiles.works * parts * heads;
-    if (jobs > 0 && args.batch > INT32_MAX / jobs)
-        return usp_fail(USP_UNSUPPORTED, "%s: %lld blocks for each of %d batch entries are more than a GPU launches", what,
-                        (long long)jobs, args.batch);
-    jobs *= args.batch;
+    int64_t jobs = usp_jobs(args, heads, rows);
     if (jobs == 0) return USP_OK;
+    if (jobs > INT32_MAX / USP_BUNDLE)
+        return usp_fail(USP_UNSUPPORTED, "%s: %lld blocks are more than one launch takes", what, (long long)jobs);
     return usp_cuda_launch(what, kernel, dim3((unsigned)jobs), dim3(threads), shared, stream, args);
 }
 
@@ -44,18 +55,19 @@ static usp_status usp_launch_jobs(const char *what, Kernel kernel, const usp_sof
 /* Walks the tiles of a work item, `step` columns at a time, `rounds` times over (once for every head that shares the
  * rows). It holds only what every step needs; the rest of a tile is read again where a mask needs it. */
 struct usp_walk {
-    const usp_tile *tile;
+    const usp_tile *list;
     int column; /* first column of the step */
     int end, full_begin, full_end;
     int index, tiles, round, rounds;
 
-    __device__ __forceinline__ usp_walk(const usp_tile *list, const usp_work &work, int rounds_)
-        : tile(list + work.first_tile - 1), index(-1), tiles(work.tiles), round(0), rounds(tiles > 0 ? rounds_ : 0)
+    __device__ __forceinline__ usp_walk(const usp_tiles &all, const usp_work &work, int rounds_)
+        : list(all.tile + work.first_tile), index(-1), tiles(work.tiles), round(0), rounds(tiles > 0 ? rounds_ : 0)
     {
         if (rounds > 0) next_tile();
     }
 
     __device__ __forceinline__ bool running() const { return round < rounds; }
+    __device__ __forceinline__ const usp_tile &tile() const { return list[index]; }
     __device__ __forceinline__ int columns() const { return end - column; }
     /* Every pair of the step is allowed, whichever the row. */
     __device__ __forceinline__ bool full(int step) const { return column >= full_begin && column + step <= full_end; }
@@ -69,17 +81,15 @@ struct usp_walk {
     __device__ __forceinline__ void next_tile()
     {
         do {
-            tile++;
             if (++index == tiles) {
-                tile -= tiles;
                 index = 0;
                 if (++round == rounds) return;
             }
-            column = tile->begin;
-            end = tile->end;
+            column = tile().begin;
+            end = tile().end;
         } while (column >= end);
-        full_begin = tile->full_begin;
-        full_end = tile->full_end;
+        full_begin = tile().full_begin;
+        full_end = tile().full_end;
     }
 };
 

@@ -21,40 +21,39 @@ static __device__ __forceinline__ void usp_deliver(usp_sums<M, N> &c, const usp_
 
 /* ---- dq ---------------------------------------------------------------------------------------------------------------- */
 
-template <int DIM> struct usp_backward_query_memory {
-    static constexpr int step = usp_backward_query_shape::step * DIM * 2, rows = usp_backward_query_shape::rows * DIM * 2;
+template <int DIM, typename Shape> struct usp_backward_query_memory {
+    static constexpr int step = Shape::step * DIM * 2, rows = Shape::rows * DIM * 2;
     static constexpr int q = 0, dout = q + rows, k = dout + rows, v = k + 2 * step, bytes = v + 2 * step;
 };
 
 /* Rows are queries: S = q k^T, dP = dout v^T, dq += P (dP - delta) k. */
-template <typename T, int DIM>
-static __global__ void __launch_bounds__(usp_backward_query_shape::threads, usp_backward_query_shape::resident)
+template <typename T, int DIM, typename Shape>
+static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     usp_softmax_backward_query_kernel(const __grid_constant__ usp_softmax args)
 {
-    using shape = usp_backward_query_shape;
-    using memory = usp_backward_query_memory<DIM>;
-    constexpr int M = shape::blocks, N = shape::step / 8, threads = shape::threads;
+    using memory = usp_backward_query_memory<DIM, Shape>;
+    constexpr int M = Shape::blocks, N = Shape::step / 8, threads = Shape::threads;
     uint32_t base = usp_shared_base();
     usp_shared_rows<DIM> q = {base + memory::q}, dout = {base + memory::dout}, k = {base + memory::k}, v = {base + memory::v};
 
-    usp_job job = usp_take_job(args.tiles, args.heads, 1, true);
-    usp_work work = *job.work;
+    usp_job job = usp_take_job(args, args.heads, Shape::rows, true);
+    if (job.count <= 0) return;
     int key_head = usp_mapped_head(args.kv, job.head);
-    int warp_row = threadIdx.x / 32 * M * 16, first_row = work.begin + warp_row, rows = work.count - warp_row;
+    int warp_row = threadIdx.x / 32 * M * 16, first_row = job.begin + warp_row, rows = job.count - warp_row;
     const T *keys = usp_row<T>(args.k, 0, job.batch, key_head), *values = usp_row<T>(args.v, 0, job.batch, key_head);
     auto fetch = [&](const usp_walk &at, int buffer) {
         int64_t column = at.column;
-        usp_fetch<shape::step, threads>(k.rows_from(buffer * shape::step), keys + column * args.k.stride_token,
+        usp_fetch<Shape::step, threads>(k.rows_from(buffer * Shape::step), keys + column * args.k.stride_token,
                                         args.k.stride_token, at.columns(), args.dim);
-        usp_fetch<shape::step, threads>(v.rows_from(buffer * shape::step), values + column * args.v.stride_token,
+        usp_fetch<Shape::step, threads>(v.rows_from(buffer * Shape::step), values + column * args.v.stride_token,
                                         args.v.stride_token, at.columns(), args.value_dim);
     };
 
-    usp_fetch<shape::rows, threads>(q, usp_row<T>(args.q, work.begin, job.batch, job.head), args.q.stride_token, work.count,
+    usp_fetch<Shape::rows, threads>(q, usp_row<T>(args.q, job.begin, job.batch, job.head), args.q.stride_token, job.count,
                                     args.dim);
-    usp_fetch<shape::rows, threads>(dout, usp_row<T>(args.dout, work.begin, job.batch, job.head), args.dout.stride_token,
-                                    work.count, args.value_dim);
-    usp_walk walk(args.tiles.tile, work, 1);
+    usp_fetch<Shape::rows, threads>(dout, usp_row<T>(args.dout, job.begin, job.batch, job.head), args.dout.stride_token,
+                                    job.count, args.value_dim);
+    usp_walk walk(args.tiles, *job.work, 1);
     if (walk.running()) fetch(walk, 0);
 
     float scale2 = args.scale * USP_LOG2E, row_base[M * 2], row_delta[M * 2];
@@ -71,22 +70,22 @@ static __global__ void __launch_bounds__(usp_backward_query_shape::threads, usp_
         usp_fetched();
         __syncthreads();
         usp_walk at = walk;
-        walk.advance(shape::step);
+        walk.advance(Shape::step);
         if (walk.running()) fetch(walk, buffer ^ 1);
         usp_sums<M, N> p = {}, ds;
-        usp_multiply_rows<T>(p, q.rows_from(warp_row), k.rows_from(buffer * shape::step));
+        usp_multiply_rows<T>(p, q.rows_from(warp_row), k.rows_from(buffer * Shape::step));
 #pragma unroll
         for (int i = 0; i < M * N * 4; i++) {
             float &x = p[i / (N * 4)][i / 4 % N][i % 4];
             x = usp_exp2(fmaf(x, scale2, -row_base[i / (N * 4) * 2 + i % 4 / 2]));
             ds[i / (N * 4)][i / 4 % N][i % 4] = -row_delta[i / (N * 4) * 2 + i % 4 / 2];
         }
-        if (!at.full(shape::step))
-            usp_mask_pairs<false>(p, usp_band(*job.work, *at.tile), first_row, at.column, 0);
-        usp_multiply_rows<T>(ds, dout.rows_from(warp_row), v.rows_from(buffer * shape::step));
+        if (!at.full(Shape::step))
+            usp_mask_pairs<false>(p, usp_band(*job.work, at.tile()), first_row, at.column, 0);
+        usp_multiply_rows<T>(ds, dout.rows_from(warp_row), v.rows_from(buffer * Shape::step));
 #pragma unroll
         for (int i = 0; i < M * N * 4; i++) ds[i / (N * 4)][i / 4 % N][i % 4] *= p[i / (N * 4)][i / 4 % N][i % 4];
-        usp_multiply_columns<T>(dq, ds, k.rows_from(buffer * shape::step));
+        usp_multiply_columns<T>(dq, ds, k.rows_from(buffer * Shape::step));
     }
     usp_fetched();
     usp_deliver<T>(dq, args, args.dq_sum, args.dq, args.scale, first_row, job.head, job.batch, rows, args.dim);
@@ -94,30 +93,28 @@ static __global__ void __launch_bounds__(usp_backward_query_shape::threads, usp_
 
 /* ---- dk, dv ------------------------------------------------------------------------------------------------------------ */
 
-template <int DIM> struct usp_backward_key_memory {
-    using shape = usp_backward_key_shape<DIM>;
-    static constexpr int step = shape::step * DIM * 2, rows = shape::rows * DIM * 2, line = shape::step * 4;
+template <int DIM, typename Shape> struct usp_backward_key_memory {
+    static constexpr int step = Shape::step * DIM * 2, rows = Shape::rows * DIM * 2, line = Shape::step * 4;
     static constexpr int k = 0, v = k + rows, q = v + rows, dout = q + 2 * step;
     static constexpr int base = dout + 2 * step, delta = base + 2 * line, bytes = delta + 2 * line;
 };
 
 /* Rows are keys: S^T = k q^T, dv += P^T dout, dP^T = v dout^T, dk += P^T (dP^T - delta) q, over all the query heads that
  * read the key head. */
-template <typename T, int DIM>
-static __global__ void __launch_bounds__(usp_backward_key_shape<DIM>::threads, usp_backward_key_shape<DIM>::resident)
+template <typename T, int DIM, typename Shape>
+static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     usp_softmax_backward_key_kernel(const __grid_constant__ usp_softmax args)
 {
-    using shape = usp_backward_key_shape<DIM>;
-    using memory = usp_backward_key_memory<DIM>;
-    constexpr int M = shape::blocks, N = shape::step / 8, threads = shape::threads, step = shape::step;
+    using memory = usp_backward_key_memory<DIM, Shape>;
+    constexpr int M = Shape::blocks, N = Shape::step / 8, threads = Shape::threads, step = Shape::step;
     extern __shared__ __align__(1024) unsigned char bytes[];
     uint32_t base = usp_shared_base();
     usp_shared_rows<DIM> q = {base + memory::q}, dout = {base + memory::dout}, k = {base + memory::k}, v = {base + memory::v};
     float *lines = reinterpret_cast<float *>(bytes + memory::base); /* [base, delta][buffer][column] */
 
-    usp_job job = usp_take_job(args.tiles, args.key_heads, 1, false);
-    usp_work work = *job.work;
-    int warp_row = threadIdx.x / 32 * M * 16, first_row = work.begin + warp_row, rows = work.count - warp_row;
+    usp_job job = usp_take_job(args, args.key_heads, Shape::rows, false);
+    if (job.count <= 0) return;
+    int warp_row = threadIdx.x / 32 * M * 16, first_row = job.begin + warp_row, rows = job.count - warp_row;
     int first_head = max(job.head * args.kv.group - args.kv.offset, 0);
     int last_head = min((job.head + 1) * args.kv.group - args.kv.offset, args.heads);
 
@@ -138,11 +135,11 @@ static __global__ void __launch_bounds__(usp_backward_key_shape<DIM>::threads, u
         if (threadIdx.x < 2 * step) lines[(threadIdx.x / step * 2 + buffer) * step + line_column] = value;
     };
 
-    usp_fetch<shape::rows, threads>(k, usp_row<T>(args.k, work.begin, job.batch, job.head), args.k.stride_token, work.count,
+    usp_fetch<Shape::rows, threads>(k, usp_row<T>(args.k, job.begin, job.batch, job.head), args.k.stride_token, job.count,
                                     args.dim);
-    usp_fetch<shape::rows, threads>(v, usp_row<T>(args.v, work.begin, job.batch, job.head), args.v.stride_token, work.count,
+    usp_fetch<Shape::rows, threads>(v, usp_row<T>(args.v, job.begin, job.batch, job.head), args.v.stride_token, job.count,
                                     args.value_dim);
-    usp_walk walk(args.tiles.tile, work, max(last_head - first_head, 0));
+    usp_walk walk(args.tiles, *job.work, max(last_head - first_head, 0));
     float line_value = walk.running() ? fetch(walk, 0) : 0;
 
     float scale2 = args.scale * USP_LOG2E;
@@ -166,7 +163,7 @@ static __global__ void __launch_bounds__(usp_backward_key_shape<DIM>::threads, u
                 x = usp_exp2(fmaf(x, scale2, i % 2 ? -column_base.y : -column_base.x));
             }
         }
-        if (!at.full(step)) usp_mask_pairs<true>(p, usp_band(*job.work, *at.tile), first_row, at.column, 0);
+        if (!at.full(step)) usp_mask_pairs<true>(p, usp_band(*job.work, at.tile()), first_row, at.column, 0);
         usp_multiply_columns<T>(dv, p, dout.rows_from(buffer * step));
 #pragma unroll
         for (int n = 0; n < N; n++) {
@@ -187,29 +184,35 @@ static __global__ void __launch_bounds__(usp_backward_key_shape<DIM>::threads, u
 /* ---- launchers --------------------------------------------------------------------------------------------------------- */
 
 struct usp_backward_query_launch {
-    template <typename T, int DIM> static usp_status with(const usp_softmax &args, usp_stream stream)
+    static constexpr const char *what = "softmax backward for queries";
+    template <int DIM> using shape = usp_backward_query_shape;
+    template <int DIM, typename Shape> using memory = usp_backward_query_memory<DIM, Shape>;
+    static int heads(const usp_softmax &args) { return args.heads; }
+    template <typename T, int DIM, typename Shape> static auto kernel()
     {
-        return usp_launch_jobs("softmax backward for queries", usp_softmax_backward_query_kernel<T, DIM>, args, args.heads,
-                               1, usp_backward_query_shape::threads, usp_backward_query_memory<DIM>::bytes, stream);
+        return usp_softmax_backward_query_kernel<T, DIM, Shape>;
     }
 };
 
 struct usp_backward_key_launch {
-    template <typename T, int DIM> static usp_status with(const usp_softmax &args, usp_stream stream)
+    static constexpr const char *what = "softmax backward for keys";
+    template <int DIM> using shape = usp_backward_key_shape<DIM>;
+    template <int DIM, typename Shape> using memory = usp_backward_key_memory<DIM, Shape>;
+    static int heads(const usp_softmax &args) { return args.key_heads; }
+    template <typename T, int DIM, typename Shape> static auto kernel()
     {
-        return usp_launch_jobs("softmax backward for keys", usp_softmax_backward_key_kernel<T, DIM>, args, args.key_heads,
-                               1, usp_backward_key_shape<DIM>::threads, usp_backward_key_memory<DIM>::bytes, stream);
+        return usp_softmax_backward_key_kernel<T, DIM, Shape>;
     }
 };
 
 static usp_status usp_launch_backward_query(const usp_softmax *args, usp_stream stream)
 {
-    return usp_with_instance<usp_backward_query_launch>(*args, stream);
+    return usp_start_any<usp_backward_query_launch>(*args, stream);
 }
 
 static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream stream)
 {
-    return usp_with_instance<usp_backward_key_launch>(*args, stream);
+    return usp_start_any<usp_backward_key_launch>(*args, stream);
 }
 
 /* ---- family ------------------------------------------------------------------------------------------------------------ */
@@ -218,7 +221,8 @@ static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream st
 static size_t usp_shared(int dim, int value_dim)
 {
     bool narrow = dim <= 64 && value_dim <= 64;
-    return narrow ? usp_backward_key_memory<64>::bytes : usp_backward_key_memory<128>::bytes;
+    return narrow ? usp_backward_key_memory<64, usp_backward_key_shape<64>>::bytes
+                  : usp_backward_key_memory<128, usp_backward_key_shape<128>>::bytes;
 }
 
 /* Pairs of fp32 are written at once. */

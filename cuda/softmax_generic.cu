@@ -3,7 +3,6 @@
 #include "softmax.cuh"
 
 constexpr int USP_ANY_WARPS = 4, USP_ANY_ROWS = 4, USP_ANY_BLOCK = USP_ANY_WARPS * USP_ANY_ROWS;
-constexpr int USP_ANY_PARTS = USP_WORK_ROWS / USP_ANY_BLOCK; /* blocks per work item */
 constexpr int USP_ANY_WIDTH = USP_SOFTMAX_MAX_DIM / 32;      /* sums of one row that a lane keeps at most */
 
 /* Elements of a row in shared memory; the rest up to here is zero. */
@@ -60,10 +59,10 @@ struct usp_any_rows {
     int first, count;
 };
 
-static __device__ __forceinline__ usp_any_rows usp_rows_of_warp(const usp_work &work, int part)
+static __device__ __forceinline__ usp_any_rows usp_rows_of_warp(const usp_job &job)
 {
-    int skipped = part * USP_ANY_BLOCK + threadIdx.x / 32 * USP_ANY_ROWS;
-    return {work.begin + skipped, min(work.count - skipped, USP_ANY_ROWS)};
+    int skipped = threadIdx.x / 32 * USP_ANY_ROWS;
+    return {job.begin + skipped, min(job.count - skipped, USP_ANY_ROWS)};
 }
 
 /* row = row * factor (+ sum), to dtype if last, else into the sum. */
@@ -118,18 +117,17 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
 {
     extern __shared__ float shared[];
     float *q = shared, *columns = q + USP_ANY_BLOCK * usp_padded(args.dim);
-    usp_job job = usp_take_job(args.tiles, args.heads, USP_ANY_PARTS, true);
+    usp_job job = usp_take_job(args, args.heads, USP_ANY_BLOCK, true);
+    if (job.count <= 0) return;
     usp_work work = *job.work;
-    int begin = work.begin + job.part * USP_ANY_BLOCK, count = work.count - job.part * USP_ANY_BLOCK;
-    if (count <= 0) return;
-    usp_any_rows rows = usp_rows_of_warp(work, job.part);
+    usp_any_rows rows = usp_rows_of_warp(job);
     int key_head = usp_mapped_head(args.kv, job.head);
     int64_t line = ((int64_t)job.batch * args.heads + job.head) * args.queries + rows.first;
     float *acc = args.acc + (((int64_t)rows.first * args.batch + job.batch) * args.heads + job.head) * args.value_dim;
     int64_t acc_stride = (int64_t)args.batch * args.heads * args.value_dim;
 
-    usp_stage(q, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.q, begin, job.batch, job.head), args.q.stride_token,
-              count, args.dim);
+    usp_stage(q, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.q, job.begin, job.batch, job.head), args.q.stride_token,
+              job.count, args.dim);
     usp_any_sums out = {};
     usp_any_online online[USP_ANY_ROWS];
 #pragma unroll
@@ -142,8 +140,8 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
             if (d < args.value_dim) out[r][i] = acc[r * acc_stride + d];
         }
     }
-    for (usp_walk at(args.tiles.tile, work, 1); at.running(); at.advance(32)) {
-        usp_band band(work, *at.tile);
+    for (usp_walk at(args.tiles, work, 1); at.running(); at.advance(32)) {
+        usp_band band(work, at.tile());
         int column = at.column + threadIdx.x % 32;
         float p[USP_ANY_ROWS];
         __syncthreads();
@@ -186,21 +184,20 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
     extern __shared__ float shared[];
     float *q = shared, *dout = q + USP_ANY_BLOCK * usp_padded(args.dim);
     float *columns = dout + USP_ANY_BLOCK * usp_padded(args.value_dim);
-    usp_job job = usp_take_job(args.tiles, args.heads, USP_ANY_PARTS, true);
+    usp_job job = usp_take_job(args, args.heads, USP_ANY_BLOCK, true);
+    if (job.count <= 0) return;
     usp_work work = *job.work;
-    int begin = work.begin + job.part * USP_ANY_BLOCK, count = work.count - job.part * USP_ANY_BLOCK;
-    if (count <= 0) return;
-    usp_any_rows rows = usp_rows_of_warp(work, job.part);
+    usp_any_rows rows = usp_rows_of_warp(job);
     int key_head = usp_mapped_head(args.kv, job.head), warp_row = threadIdx.x / 32 * USP_ANY_ROWS;
     int64_t line = ((int64_t)job.batch * args.heads + job.head) * args.queries + rows.first;
 
-    usp_stage(q, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.q, begin, job.batch, job.head), args.q.stride_token,
-              count, args.dim);
-    usp_stage(dout, usp_padded(args.value_dim), USP_ANY_BLOCK, usp_row<T>(args.dout, begin, job.batch, job.head),
-              args.dout.stride_token, count, args.value_dim);
+    usp_stage(q, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.q, job.begin, job.batch, job.head), args.q.stride_token,
+              job.count, args.dim);
+    usp_stage(dout, usp_padded(args.value_dim), USP_ANY_BLOCK, usp_row<T>(args.dout, job.begin, job.batch, job.head),
+              args.dout.stride_token, job.count, args.value_dim);
     usp_any_sums dq = {};
-    for (usp_walk at(args.tiles.tile, work, 1); at.running(); at.advance(32)) {
-        usp_band band(work, *at.tile);
+    for (usp_walk at(args.tiles, work, 1); at.running(); at.advance(32)) {
+        usp_band band(work, at.tile());
         int column = at.column + threadIdx.x % 32;
         float s[USP_ANY_ROWS], ds[USP_ANY_ROWS];
         __syncthreads();
@@ -236,22 +233,21 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
     extern __shared__ float shared[];
     float *k = shared, *v = k + USP_ANY_BLOCK * usp_padded(args.dim);
     float *columns = v + USP_ANY_BLOCK * usp_padded(args.value_dim);
-    usp_job job = usp_take_job(args.tiles, args.key_heads, USP_ANY_PARTS, false);
+    usp_job job = usp_take_job(args, args.key_heads, USP_ANY_BLOCK, false);
+    if (job.count <= 0) return;
     usp_work work = *job.work;
-    int begin = work.begin + job.part * USP_ANY_BLOCK, count = work.count - job.part * USP_ANY_BLOCK;
-    if (count <= 0) return;
-    usp_any_rows rows = usp_rows_of_warp(work, job.part);
+    usp_any_rows rows = usp_rows_of_warp(job);
     int warp_row = threadIdx.x / 32 * USP_ANY_ROWS;
     int first_head = max(job.head * args.kv.group - args.kv.offset, 0);
     int last_head = min((job.head + 1) * args.kv.group - args.kv.offset, args.heads);
 
-    usp_stage(k, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.k, begin, job.batch, job.head), args.k.stride_token,
-              count, args.dim);
-    usp_stage(v, usp_padded(args.value_dim), USP_ANY_BLOCK, usp_row<T>(args.v, begin, job.batch, job.head),
-              args.v.stride_token, count, args.value_dim);
+    usp_stage(k, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.k, job.begin, job.batch, job.head), args.k.stride_token,
+              job.count, args.dim);
+    usp_stage(v, usp_padded(args.value_dim), USP_ANY_BLOCK, usp_row<T>(args.v, job.begin, job.batch, job.head),
+              args.v.stride_token, job.count, args.value_dim);
     usp_any_sums dk = {}, dv = {};
-    for (usp_walk at(args.tiles.tile, work, max(last_head - first_head, 0)); at.running(); at.advance(32)) {
-        usp_band band(work, *at.tile);
+    for (usp_walk at(args.tiles, work, max(last_head - first_head, 0)); at.running(); at.advance(32)) {
+        usp_band band(work, at.tile());
         int column = at.column + threadIdx.x % 32, head = first_head + at.round;
         int64_t line = ((int64_t)job.batch * args.heads + head) * args.queries + column;
         const T *queries = usp_row<T>(args.q, at.column, job.batch, head);
@@ -329,7 +325,7 @@ static usp_status usp_launch_forward(const usp_softmax *args, usp_stream stream)
 {
     auto kernel = usp_of_dtype(args->dtype, usp_softmax_forward_any_kernel<float>, usp_softmax_forward_any_kernel<__half>,
                                usp_softmax_forward_any_kernel<__nv_bfloat16>);
-    return usp_launch_jobs("softmax forward", kernel, *args, args->heads, USP_ANY_PARTS, USP_ANY_WARPS * 32,
+    return usp_launch_jobs("softmax forward", kernel, *args, args->heads, USP_ANY_BLOCK, USP_ANY_WARPS * 32,
                            usp_shared(args->dim, args->value_dim), stream);
 }
 
@@ -338,7 +334,7 @@ static usp_status usp_launch_backward_query(const usp_softmax *args, usp_stream 
     auto kernel = usp_of_dtype(args->dtype, usp_softmax_backward_query_any_kernel<float>,
                                usp_softmax_backward_query_any_kernel<__half>,
                                usp_softmax_backward_query_any_kernel<__nv_bfloat16>);
-    return usp_launch_jobs("softmax backward for queries", kernel, *args, args->heads, USP_ANY_PARTS, USP_ANY_WARPS * 32,
+    return usp_launch_jobs("softmax backward for queries", kernel, *args, args->heads, USP_ANY_BLOCK, USP_ANY_WARPS * 32,
                            usp_shared(args->dim, args->value_dim), stream);
 }
 
@@ -347,7 +343,7 @@ static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream st
     auto kernel = usp_of_dtype(args->dtype, usp_softmax_backward_key_any_kernel<float>,
                                usp_softmax_backward_key_any_kernel<__half>,
                                usp_softmax_backward_key_any_kernel<__nv_bfloat16>);
-    return usp_launch_jobs("softmax backward for keys", kernel, *args, args->key_heads, USP_ANY_PARTS, USP_ANY_WARPS * 32,
+    return usp_launch_jobs("softmax backward for keys", kernel, *args, args->key_heads, USP_ANY_BLOCK, USP_ANY_WARPS * 32,
                            usp_shared(args->dim, args->value_dim), stream);
 }
 

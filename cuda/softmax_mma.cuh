@@ -11,14 +11,39 @@ static __device__ __forceinline__ uint32_t usp_shared_base()
     return (uint32_t)__cvta_generic_to_shared(memory);
 }
 
-/* Launch::with<T, DIM>: DIM 64 or 128, whichever is the first to hold both dims; what is beyond the dims is zeros. */
-template <typename Launch> static usp_status usp_with_instance(const usp_softmax &args, usp_stream stream)
+/* Would blocks of the shape leave multiprocessors idle? */
+template <typename Shape> static bool usp_too_few(const usp_softmax &args, int heads)
 {
-    bool narrow = args.dim <= 64 && args.value_dim <= 64;
-    if (args.dtype == USP_F16)
-        return narrow ? Launch::template with<__half, 64>(args, stream) : Launch::template with<__half, 128>(args, stream);
-    return narrow ? Launch::template with<__nv_bfloat16, 64>(args, stream)
-                  : Launch::template with<__nv_bfloat16, 128>(args, stream);
+    int device = 0, processors = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return false;
+    if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return false;
+    return usp_jobs(args, heads, Shape::rows) < (int64_t)processors * Shape::resident;
+}
+
+template <typename Launch, typename T, int DIM, typename Shape>
+static usp_status usp_start(const usp_softmax &args, usp_stream stream)
+{
+    if constexpr (Shape::blocks > 1) {
+        if (usp_too_few<Shape>(args, Launch::heads(args)))
+            return usp_start<Launch, T, DIM, usp_half_shape<Shape>>(args, stream);
+    }
+    return usp_launch_jobs(Launch::what, Launch::template kernel<T, DIM, Shape>(), args, Launch::heads(args), Shape::rows,
+                           Shape::threads, Launch::template memory<DIM, Shape>::bytes, stream);
+}
+
+/* DIM is 64 or 128, whichever is the first to hold both dims; what is beyond the dims is zeros. */
+template <typename Launch, typename T> static usp_status usp_start_type(const usp_softmax &args, usp_stream stream)
+{
+    if (args.dim <= 64 && args.value_dim <= 64)
+        return usp_start<Launch, T, 64, typename Launch::template shape<64>>(args, stream);
+    return usp_start<Launch, T, 128, typename Launch::template shape<128>>(args, stream);
+}
+
+/* Launch describes a kernel template: what (for errors), shape<DIM>, memory<DIM, Shape>, heads, kernel<T, DIM, Shape>. */
+template <typename Launch> static usp_status usp_start_any(const usp_softmax &args, usp_stream stream)
+{
+    if (args.dtype == USP_F16) return usp_start_type<Launch, __half>(args, stream);
+    return usp_start_type<Launch, __nv_bfloat16>(args, stream);
 }
 
 extern "C" {

@@ -2,6 +2,8 @@
  * It knows no kind of attention; the sizes of tiles that kernels choose stand in one place at the end. */
 #ifndef USP_CUDA_TILES_CUH
 #define USP_CUDA_TILES_CUH
+#include <type_traits>
+
 #include "common.cuh"
 
 /* ---- shared memory ----------------------------------------------------------------------------------------------------- */
@@ -208,10 +210,10 @@ static __device__ __forceinline__ void usp_store(const usp_sums<M, N> &c, T *to,
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------------- */
 
-/* One block of threads works on `warps` warps x `blocks` row blocks of 16 = 128 rows (a whole work item), `step` columns at
- * a time, and `resident` such thread blocks share a multiprocessor. */
+/* One block of threads has WARPS warps of BLOCKS row blocks of 16, takes STEP columns at a time, and shares its
+ * multiprocessor with RESIDENT - 1 others like it. */
 template <int WARPS, int BLOCKS, int STEP, int RESIDENT> struct usp_tile_shape {
-    static constexpr int blocks = BLOCKS, step = STEP, resident = RESIDENT;
+    static constexpr int warps = WARPS, blocks = BLOCKS, step = STEP, resident = RESIDENT;
     static constexpr int threads = WARPS * 32, rows = WARPS * BLOCKS * 16;
 };
 
@@ -223,9 +225,14 @@ using usp_forward_shape = usp_tile_shape<4, 2, 64, 2>;
  * two steps of k and of v 96 KB, so that two blocks are resident. */
 using usp_backward_query_shape = usp_tile_shape<4, 2, 32, 2>;
 
-/* dk and dv together: at dim 128 only one row block a warp fits the registers (64 + 64 + 32 + 32 accumulators). At dim 64
- * two row blocks do, with half the columns a step. */
-template <int DIM> struct usp_backward_key_shape : usp_tile_shape<8, 1, 64, 1> {};
-template <> struct usp_backward_key_shape<64> : usp_tile_shape<4, 2, 32, 2> {};
+/* dk and dv together: at dim 128 only one row block a warp fits the registers (64 + 64 + 32 + 32 accumulators), and blocks
+ * of 64 rows let two be resident (96 KB each). At dim 64 two row blocks fit, with half the columns a step. */
+template <int DIM>
+using usp_backward_key_shape = std::conditional_t<DIM == 128, usp_tile_shape<4, 1, 64, 2>, usp_tile_shape<4, 2, 32, 2>>;
+
+/* Where a grid of such blocks would leave multiprocessors idle, the same kernels run with half the rows a block. Rows are
+ * summed in the same steps either way, so results do not depend on the choice. */
+template <typename Shape>
+using usp_half_shape = usp_tile_shape<Shape::warps, Shape::blocks / 2, Shape::step, Shape::resident>;
 
 #endif
