@@ -479,7 +479,7 @@ static int check_all(usp_player *player) {
     if (player->fault != NULL) return check_fault(player);
     for (int way = 0; way < WAYS; way++)
         if (!check_way(player, (usp_way)way)) return 0;
-    return check_abort(player) && check_way(player, BY_BOOTSTRAP);
+    return check_abort(player) && check_way(player, BY_ID);
 }
 
 /* On the GPU that is current; 0: all well. */
