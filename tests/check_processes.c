@@ -1,5 +1,5 @@
-/* check_processes.c - the comm of processes over sockets: conformance, ranks that die, stop, leave or come late, and
- * the meeting through a launcher's environment. A plain program that forks its ranks; it needs no GPU and no launcher. */
+/* check_processes.c - the comm of processes over sockets: conformance, ranks that die, stop, leave or come late, and the
+ * meeting by a launcher's environment. A plain program that forks its ranks; it needs no GPU and no launcher. */
 #define _GNU_SOURCE
 #include "conformance.h"
 #include "environment.h"
