@@ -243,13 +243,10 @@ static int wait_release(usp_release *release, int milliseconds) {
 /* In peace, then by force. 0: the thread, its communicator and `release` are left behind. */
 static int finish_release(const usp_host *host, usp_release *release) {
     int done = wait_release(release, RELEASE_MS);
-    if (!done) {
-        atomic_store(&release->forced, 1);
-        done = wait_release(release, RELEASE_MS);
-    }
+    if (!done && !atomic_exchange(&release->forced, 1)) done = wait_release(release, RELEASE_MS);
     if (!done) {
         if (atomic_load(&release->stage) != RELEASE_STUCK) pthread_detach(release->thread);
-        usp_host_log(host, 1, "NCCL did not free a communicator within %d ms: it is left behind", 2 * RELEASE_MS);
+        usp_host_log(host, 1, "NCCL did not free a communicator in %d ms: it is left behind", RELEASE_MS);
         return 0;
     }
     if (release->comm != NULL) pthread_join(release->thread, NULL);

@@ -12,6 +12,7 @@
 #include <signal.h>
 #include <spawn.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,10 +28,11 @@
 enum {
     SKIPPED = 77,
     MOST_RANKS = 64,
-    TIMEOUT_MS = 20000,      /* where nothing should go wrong */
-    FAULT_TIMEOUT_MS = 5000, /* where a rank stops */
-    MARGIN_MS = 5000,        /* from the limit to the answer */
-    DEATH_MS = 2000,         /* from a death to the answer */
+    TIMEOUT_MS = 20000,       /* where nothing should go wrong */
+    FAULT_TIMEOUT_MS = 5000,  /* where a rank stops */
+    ABSENT_TIMEOUT_MS = 3000, /* where a rank does not come */
+    MARGIN_MS = 5000,         /* from the limit to the answer */
+    DEATH_MS = 2000,          /* from a death to the answer */
     PHASE_SECONDS = 240,
     REPLAYS = 20,
     ROUNDS = 20
@@ -299,6 +301,30 @@ static int check_capture(usp_player *player, usp_comm *comm, enum cudaStreamCapt
     return fine;
 }
 
+typedef struct usp_watch {
+    usp_comm *comm;
+    atomic_int stop, failed;
+} usp_watch;
+
+static void *watch(void *argument) {
+    usp_watch *seen = argument;
+    while (!atomic_load(&seen->stop))
+        if (seen->comm->ops->poll(seen->comm) != USP_OK) atomic_store(&seen->failed, 1);
+    return NULL;
+}
+
+/* Another thread may poll at any time. */
+static int check_watched(usp_player *player, usp_comm *comm) {
+    usp_watch seen = {.comm = comm};
+    pthread_t thread;
+    int fine = 1;
+    if (pthread_create(&thread, NULL, watch, &seen) != 0) return complain(player, "no thread");
+    for (int round = 0; round < ROUNDS && fine; round++) fine = check_exchange(player, comm, round);
+    atomic_store(&seen.stop, 1);
+    pthread_join(thread, NULL);
+    return fine && (!atomic_load(&seen.failed) || complain(player, "the watcher saw a failure"));
+}
+
 /* A communicator over the even and one over the odd ranks, for the caller's own sums. */
 static int check_split(usp_player *player, usp_comm *comm) {
     struct ncclComm *child = NULL;
@@ -360,6 +386,7 @@ static int check_comm(usp_player *player, usp_way way, usp_comm *comm) {
     if (usp_check_comm(comm, 1 + (unsigned)way) != 0) return complain(player, "%s: conformance", way_name(way));
     if (!check_exchange(player, comm, 1)) return 0;
     if (way != BY_BOOTSTRAP) return 1;
+    if (!check_watched(player, comm)) return 0;
     if (!check_capture(player, comm, cudaStreamCaptureModeThreadLocal)) return 0;
     if (!check_capture(player, comm, cudaStreamCaptureModeRelaxed)) return 0;
     if (!player->is_thread && !check_capture(player, comm, cudaStreamCaptureModeGlobal)) return 0;
@@ -424,6 +451,21 @@ static int check_abort(usp_player *player) {
     return fine;
 }
 
+/* The last rank lives but does not come: its place in the others' streams is overdue. */
+static int check_absent(usp_player *player) {
+    usp_comm *comm = NULL;
+    usp_traffic traffic;
+    int culprit = player->size - 1;
+    if (!create(player, BY_BOOTSTRAP, ABSENT_TIMEOUT_MS, NULL, &comm)) return 0;
+    int fine = check_exchange(player, comm, 1) && open_traffic(player, comm, &traffic);
+    if (fine && player->rank != culprit) fine = good(player, send_all(player, &traffic), "an exchange with nobody");
+    fine = fine && await_failure(player, comm, ABSENT_TIMEOUT_MS + MARGIN_MS, USP_TIMEOUT, culprit) &&
+           check_freed(player, comm);
+    comm->ops->destroy(comm);
+    if (fine) close_traffic(player, &traffic);
+    return fine;
+}
+
 /* The last rank ends itself where the others wait for it. */
 static void suffer(const usp_player *player) {
     if (player->rank == player->size - 1) raise(strcmp(player->fault, "--kill") == 0 ? SIGKILL : SIGSTOP);
@@ -479,7 +521,7 @@ static int check_all(usp_player *player) {
     if (player->fault != NULL) return check_fault(player);
     for (int way = 0; way < WAYS; way++)
         if (!check_way(player, (usp_way)way)) return 0;
-    return check_abort(player) && check_way(player, BY_ID);
+    return check_abort(player) && check_absent(player) && check_way(player, BY_ID);
 }
 
 /* On the GPU that is current; 0: all well. */
