@@ -23,7 +23,7 @@ typedef struct usp_job {
     char **program;
     pid_t child[USP_MOST_RANKS]; /* 0: has ended */
     int running, status;
-    int64_t end;                 /* when to kill what still runs; -1: never */
+    int64_t end; /* when to kill what still runs; -1: never */
 } usp_job;
 
 /* ---- options ----------------------------------------------------------------------------------------------------- */
@@ -40,10 +40,18 @@ static int usp_number(struct argp_state *state, const char *name, const char *te
 static error_t usp_option(int key, char *text, struct argp_state *state) {
     usp_job *job = state->input;
     switch (key) {
-    case 'n': job->size = usp_number(state, "-n", text, 1, USP_MOST_RANKS); return 0;
-    case 't': job->seconds = usp_number(state, "-t", text, 1, 1000000); return 0;
-    case USP_KEY_PORT: job->port = usp_number(state, "--port", text, 1, 65535); return 0;
-    case USP_KEY_KILL: job->kill = 1; return 0;
+    case 'n':
+        job->size = usp_number(state, "-n", text, 1, USP_MOST_RANKS);
+        return 0;
+    case 't':
+        job->seconds = usp_number(state, "-t", text, 1, 1000000);
+        return 0;
+    case USP_KEY_PORT:
+        job->port = usp_number(state, "--port", text, 1, 65535);
+        return 0;
+    case USP_KEY_KILL:
+        job->kill = 1;
+        return 0;
     case 'V':
         printf("usp_launch %d.%d.%d\n", USP_VERSION_MAJOR, USP_VERSION_MINOR, USP_VERSION_PATCH);
         exit(0);
@@ -54,7 +62,8 @@ static error_t usp_option(int key, char *text, struct argp_state *state) {
     case ARGP_KEY_END:
         if (!job->program) argp_error(state, "which program?");
         return 0;
-    default: return ARGP_ERR_UNKNOWN;
+    default:
+        return ARGP_ERR_UNKNOWN;
     }
 }
 
@@ -151,8 +160,10 @@ static void usp_note(usp_job *job, int rank, int state) {
     job->child[rank] = 0;
     job->running--;
     if (status == 0) return;
-    if (signal) fprintf(stderr, "usp_launch: rank %d was ended by signal %d (%s)\n", rank, signal, strsignal(signal));
-    else fprintf(stderr, "usp_launch: rank %d ended with status %d\n", rank, status);
+    if (signal)
+        fprintf(stderr, "usp_launch: rank %d was ended by signal %d (%s)\n", rank, signal, strsignal(signal));
+    else
+        fprintf(stderr, "usp_launch: rank %d ended with status %d\n", rank, status);
     if (job->status == 0) {
         job->status = status;
         if (job->kill) usp_end_all(job, SIGTERM);
@@ -166,8 +177,10 @@ static void usp_reap(usp_job *job) {
 
 /* A terminal has already given its signal to the ranks too. */
 static void usp_pass_on(usp_job *job, const siginfo_t *info, int *before) {
-    if (*before) usp_kill_all(job, SIGKILL);
-    else if (info->si_code != SI_KERNEL) usp_kill_all(job, info->si_signo);
+    if (*before)
+        usp_kill_all(job, SIGKILL);
+    else if (info->si_code != SI_KERNEL)
+        usp_kill_all(job, info->si_signo);
     *before = 1;
 }
 
@@ -185,7 +198,8 @@ static void usp_wait(usp_job *job, const sigset_t *signals) {
         siginfo_t info;
         int64_t left = job->end < 0 ? 1000 : job->end - usp_now();
         struct timespec time = {left / 1000, left % 1000 * 1000000};
-        if (left <= 0) usp_time_out(job);
+        if (left <= 0)
+            usp_time_out(job);
         else if (sigtimedwait(signals, &info, &time) > 0 && info.si_signo != SIGCHLD)
             usp_pass_on(job, &info, &interrupted);
         usp_reap(job);

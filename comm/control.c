@@ -76,20 +76,20 @@ typedef struct usp_gather {
 struct usp_control {
     const usp_host *host;
     int rank, size, timeout_ms;
-    int period, silence;          /* ms; silence: a rank that says nothing for so long has stopped, -1: never */
-    int wake, failed_descriptor;  /* eventfds: something to do for the thread; the control has failed */
+    int period, silence;         /* ms; silence: a rank that says nothing for so long has stopped, -1: never */
+    int wake, failed_descriptor; /* eventfds: something to do for the thread; the control has failed */
     int stop, running;
     pthread_t thread;
     pthread_mutex_t mutex;
-    pthread_cond_t changed;       /* the gather is done, or failure */
-    atomic_int failure;           /* usp_status; written under the mutex */
+    pthread_cond_t changed; /* the gather is done, or failure */
+    atomic_int failure;     /* usp_status; written under the mutex */
     char sentence[USP_SENTENCE];
     atomic_uint_fast64_t exchanges;
     atomic_int waits_for;
     int64_t last_beat;
     usp_gather gather;
-    usp_line *lines;              /* [size] */
-    struct pollfd *polls;         /* [size + 1] */
+    usp_line *lines;      /* [size] */
+    struct pollfd *polls; /* [size + 1] */
 };
 
 /* ---- failure; all under the mutex -------------------------------------------------------------------------------- */
@@ -628,8 +628,10 @@ usp_status usp_control_create(const usp_host *host, const usp_bootstrap *bootstr
     for (int i = 0; i < control->size; i++) control->lines[i].connection = -1;
     usp_status status = usp_connect_lines(control, bootstrap);
     if (status == USP_OK) status = usp_start_thread(control);
-    if (status == USP_OK) *result = control;
-    else usp_control_destroy(control);
+    if (status == USP_OK)
+        *result = control;
+    else
+        usp_control_destroy(control);
     return status;
 }
 

@@ -271,14 +271,16 @@ usp_status usp_comm_create_socket(const usp_comm_config *config, const usp_boots
     void *memory;
     USP_TRY(usp_host_alloc(config->host, bytes, "comm", &memory));
     usp_socket_comm *self = memory;
-    self->base = (usp_comm){&usp_socket_ops,    bootstrap->rank, bootstrap->size,
-                            config->timeout_ms, config->device,  config->host};
+    self->base =
+        (usp_comm){&usp_socket_ops, bootstrap->rank, bootstrap->size, config->timeout_ms, config->device, config->host};
     self->channels = (usp_channel *)(self + 1);
     self->polls = (struct pollfd *)(self->channels + size);
     for (size_t peer = 0; peer < size; peer++) self->channels[peer].connection = -1;
     usp_status status = usp_control_create(config->host, bootstrap, config->timeout_ms, &self->control);
     if (status == USP_OK) status = usp_connect_channels(self, bootstrap);
-    if (status == USP_OK) *comm = &self->base;
-    else usp_socket_destroy(&self->base);
+    if (status == USP_OK)
+        *comm = &self->base;
+    else
+        usp_socket_destroy(&self->base);
     return status;
 }

@@ -134,8 +134,10 @@ static usp_status usp_transfer_failed(ssize_t moved, short events, int connectio
 usp_status usp_tcp_send(int connection, const void *data, size_t bytes, int64_t deadline) {
     for (size_t done = 0; done < bytes;) {
         ssize_t sent = send(connection, (const char *)data + done, bytes - done, MSG_NOSIGNAL);
-        if (sent > 0) done += (size_t)sent;
-        else USP_TRY(usp_transfer_failed(sent, POLLOUT, connection, deadline));
+        if (sent > 0)
+            done += (size_t)sent;
+        else
+            USP_TRY(usp_transfer_failed(sent, POLLOUT, connection, deadline));
     }
     return USP_OK;
 }
@@ -143,8 +145,10 @@ usp_status usp_tcp_send(int connection, const void *data, size_t bytes, int64_t 
 usp_status usp_tcp_recv(int connection, void *data, size_t bytes, int64_t deadline) {
     for (size_t done = 0; done < bytes;) {
         ssize_t got = recv(connection, (char *)data + done, bytes - done, 0);
-        if (got > 0) done += (size_t)got;
-        else USP_TRY(usp_transfer_failed(got, POLLIN, connection, deadline));
+        if (got > 0)
+            done += (size_t)got;
+        else
+            USP_TRY(usp_transfer_failed(got, POLLIN, connection, deadline));
     }
     return USP_OK;
 }
@@ -224,8 +228,10 @@ usp_status usp_tcp_connect(const usp_ip *ip, int port, const usp_token *token, i
     }
     usp_status status = reason == 0 ? usp_introduce(descriptor, token, rank, peer, deadline)
                                     : usp_fail(USP_COMM, "cannot connect to rank %d: %s", peer, strerror(reason));
-    if (status == USP_OK) *connection = descriptor;
-    else close(descriptor);
+    if (status == USP_OK)
+        *connection = descriptor;
+    else
+        close(descriptor);
     return status;
 }
 

@@ -20,11 +20,11 @@ typedef enum usp_activity { USP_ABSENT, USP_COMPUTING, USP_EXCHANGING, USP_GATHE
 
 /* One ordered pair of ranks. */
 typedef struct usp_box {
-    int next;             /* index of the sender's next message to this receiver */
-    int want;             /* index of the receiver's next message from this sender */
-    int copying;          /* the receiver reads the sender's memory just now */
-    int unsettled;        /* the sender's stream does not yet wait for `consumed` */
-    usp_event *consumed;  /* the receiver's stream has read the message; the receiver's */
+    int next;            /* index of the sender's next message to this receiver */
+    int want;            /* index of the receiver's next message from this sender */
+    int copying;         /* the receiver reads the sender's memory just now */
+    int unsettled;       /* the sender's stream does not yet wait for `consumed` */
+    usp_event *consumed; /* the receiver's stream has read the message; the receiver's */
 } usp_box;
 
 /* One rank. What it waits for follows from its activity and its boxes. */
@@ -522,7 +522,9 @@ usp_status usp_comm_create_threads(const usp_comm_config *config, usp_rendezvous
     status = usp_make_events(self);
     if (status != USP_OK) usp_refuse(meeting, rank, status);
     if (status == USP_OK) status = usp_threads_allgather(&self->base, NULL, NULL, 0);
-    if (status == USP_OK) *comm = &self->base;
-    else usp_threads_destroy(&self->base);
+    if (status == USP_OK)
+        *comm = &self->base;
+    else
+        usp_threads_destroy(&self->base);
     return status;
 }

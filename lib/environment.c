@@ -177,8 +177,8 @@ static usp_status usp_call_host(usp_environment *environment, const usp_ip *ips,
     for (int i = 0; usp_tcp_left(deadline) != 0; i = (i + 1) % (count * USP_PORTS)) {
         int port = placement->port + placement->port_taken + i / count;
         int64_t limit = usp_sooner(deadline, usp_tcp_deadline(USP_ATTEMPT_MS));
-        usp_status status = usp_tcp_connect(&ips[i % count], port, token, placement->rank, 0, limit,
-                                            &environment->connections[0]);
+        usp_status status =
+            usp_tcp_connect(&ips[i % count], port, token, placement->rank, 0, limit, &environment->connections[0]);
         if (status == USP_OK) return USP_OK;
         if (i == count * USP_PORTS - 1) nanosleep(&pause, NULL);
     }
@@ -217,8 +217,10 @@ usp_status usp_environment_open(const usp_host *host, int timeout_ms, usp_enviro
     *environment = (usp_environment){host, placement, timeout_ms, (int *)(environment + 1)};
     for (int i = 0; i < placement.size; i++) environment->connections[i] = -1;
     usp_status status = placement.size > 1 ? usp_meet(environment) : USP_OK;
-    if (status == USP_OK) *result = environment;
-    else usp_environment_close(environment);
+    if (status == USP_OK)
+        *result = environment;
+    else
+        usp_environment_close(environment);
     return status;
 }
 

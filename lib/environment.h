@@ -7,12 +7,12 @@ typedef struct usp_environment usp_environment;
 
 /* One process among those of its job. */
 typedef struct usp_placement {
-    const char *launcher;    /* "none" for a process alone */
+    const char *launcher; /* "none" for a process alone */
     int rank, size, local_rank;
-    char address[256];       /* where rank 0 listens; "" for a process alone */
+    char address[256]; /* where rank 0 listens; "" for a process alone */
     int port;
-    int port_taken;          /* the launcher itself listens on `port`: begin at the next one */
-    char job[128];           /* keeps jobs apart */
+    int port_taken; /* the launcher itself listens on `port`: begin at the next one */
+    char job[128];  /* keeps jobs apart */
 } usp_placement;
 
 /* torchrun and usp_launch, Open MPI, SLURM, PMI, in this order; none: rank 0 of 1. INVALID names the variable. */

@@ -1,5 +1,5 @@
-/* check_processes.c - the comm of processes over sockets: conformance, ranks that die, stop, leave or come late, and the
- * meeting by a launcher's environment. A plain program that forks its ranks; it needs no GPU and no launcher. */
+/* check_processes.c - the comm of processes over sockets: conformance, ranks that die, stop, leave or come late, and
+ * the meeting by a launcher's environment. A plain program that forks its ranks; it needs no GPU and no launcher. */
 #define _GNU_SOURCE
 #include "conformance.h"
 #include "environment.h"
@@ -25,9 +25,9 @@ typedef struct usp_cast {
     int odd;    /* the rank that behaves differently */
     int signal; /* what hits it */
     unsigned seed;
-    int port;             /* of the environment's meeting */
-    const int *pipe;      /* to each other rank */
-    double *struck;       /* shared by all: when the odd rank was hit */
+    int port;        /* of the environment's meeting */
+    const int *pipe; /* to each other rank */
+    double *struck;  /* shared by all: when the odd rank was hit */
 } usp_cast;
 
 typedef int (*usp_scene)(const usp_cast *cast, usp_host *host, usp_device *device);
@@ -84,8 +84,7 @@ static int usp_circle_gather(void *user, const void *mine, void *all, size_t byt
     memcpy(all, mine, bytes);
     for (int i = 1; i < circle->size; i++)
         failed |= usp_read_all(pipe[member[i]], (char *)all + (size_t)i * bytes, bytes);
-    for (int i = 1; i < circle->size; i++)
-        failed |= usp_write_all(pipe[member[i]], all, bytes * (size_t)circle->size);
+    for (int i = 1; i < circle->size; i++) failed |= usp_write_all(pipe[member[i]], all, bytes * (size_t)circle->size);
     return failed;
 }
 
@@ -261,8 +260,10 @@ static void usp_annoy(int port) {
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     for (int i = 0; i < 20; i++) {
         int stranger = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-        if (connect(stranger, (struct sockaddr *)&address, sizeof address) != 0) usp_rest(5);
-        else if (i % 2) send(stranger, "GET / HTTP/1.0\r\n\r\n and much more of the same kind", 50, MSG_NOSIGNAL);
+        if (connect(stranger, (struct sockaddr *)&address, sizeof address) != 0)
+            usp_rest(5);
+        else if (i % 2)
+            send(stranger, "GET / HTTP/1.0\r\n\r\n and much more of the same kind", 50, MSG_NOSIGNAL);
     }
 }
 
@@ -305,8 +306,10 @@ static int usp_scene_variables(const usp_cast *cast, usp_host *host, usp_device 
     setenv("SLURM_PROCID", "2", 1), setenv("SLURM_STEP_NUM_TASKS", "3", 1), setenv("SLURM_LOCALID", "1", 1);
     wrong += usp_check_failure(NULL, usp_environment_read(&placement), USP_INVALID, "MASTER_ADDR");
     setenv("SLURM_STEP_NUM_NODES", "1", 1);
-    wrong += usp_check(NULL, usp_environment_read(&placement) == USP_OK && placement.rank == 2 && placement.size == 3 &&
-                                 placement.local_rank == 1 && placement.port >= 20000, "SLURM was not understood");
+    wrong += usp_check(NULL,
+                       usp_environment_read(&placement) == USP_OK && placement.rank == 2 && placement.size == 3 &&
+                           placement.local_rank == 1 && placement.port >= 20000,
+                       "SLURM was not understood");
     setenv("OMPI_COMM_WORLD_RANK", "1", 1), setenv("OMPI_COMM_WORLD_SIZE", "2", 1);
     setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2", 1);
     wrong += usp_check(NULL, usp_environment_read(&placement) == USP_OK && placement.rank == 1 && placement.size == 2,

@@ -62,11 +62,16 @@ static int usp_messages(const usp_round *round, int from, int to) {
 static size_t usp_bytes(const usp_round *round, int from, int to, int k) {
     uint64_t draw = usp_draw(round, from, to, 100 + k), rest = draw / 16;
     switch (draw % 16) {
-    case 0: return 0;
-    case 1: return 1;
-    case 2: return rest % 64 == 0 ? (size_t)1 << 20 : 5;
-    case 3: return (size_t)(rest % 100000);
-    default: return (size_t)(rest % 3000);
+    case 0:
+        return 0;
+    case 1:
+        return 1;
+    case 2:
+        return rest % 64 == 0 ? (size_t)1 << 20 : 5;
+    case 3:
+        return (size_t)(rest % 100000);
+    default:
+        return (size_t)(rest % 3000);
     }
 }
 
@@ -83,7 +88,7 @@ static void usp_fill(const usp_round *round, int from, int to, int k, unsigned c
 /* The messages that go one way, with guards between them, on the host and on the device. */
 typedef struct usp_side {
     int count;
-    int *peer, *k;   /* of each message */
+    int *peer, *k; /* of each message */
     size_t *at, *bytes;
     size_t total;
     unsigned char *host;
