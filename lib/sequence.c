@@ -1,4 +1,5 @@
-/* sequence.c - layouts as lists of segments, and the helpers users need around them. Knows nothing of heads or masks. */
+/* sequence.c - layouts as lists of segments, and the helpers users need around them. Knows nothing of heads or masks.
+ */
 #include "sequence.h"
 #include "abi.h"
 #include "error.h"
@@ -6,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- layouts ------------------------------------------------------------------------------------------------------------ */
+/* ---- layouts ----------------------------------------------------------------------------------------------------- */
 
 /* Appends tokens start, start + stride, ... to the rank being filled, joining what continues the last segment. */
 static void add_segment(usp_sharding *sharding, int rank, int64_t start, int64_t length, int64_t stride) {
@@ -39,7 +40,8 @@ static void add_rank(usp_sharding *sharding, int rank, const usp_sequence *seque
     if (sequence->layout == USP_LAYOUT_ZIGZAG) add_zigzag(sharding, rank, 0, tokens);
     if (sequence->layout == USP_LAYOUT_CONTIGUOUS)
         add_segment(sharding, rank, begin, cut(rank + 1, ranks, tokens) - begin, 1);
-    if (sequence->layout == USP_LAYOUT_STRIPE) add_segment(sharding, rank, rank, (tokens - rank + ranks - 1) / ranks, ranks);
+    if (sequence->layout == USP_LAYOUT_STRIPE)
+        add_segment(sharding, rank, rank, (tokens - rank + ranks - 1) / ranks, ranks);
     if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT)
         for (int64_t d = 0; d < sequence->documents; d++) {
             int64_t start = d ? sequence->document_ends[d - 1] : 0;
@@ -57,7 +59,7 @@ static void fill(usp_sharding *sharding, const usp_sequence *sequence) {
     }
 }
 
-/* ---- custom layout ---------------------------------------------------------------------------------------------------------- */
+/* ---- custom layout ----------------------------------------------------------------------------------------------- */
 
 static usp_status mark_segment(unsigned char *seen, const usp_segment *segment, int rank) {
     for (int64_t i = 0; i < segment->length; i++) {
@@ -91,9 +93,9 @@ static usp_status check_coverage(const usp_host *host, const usp_sharding *shard
 static usp_status largest(usp_world *world, int64_t mine, int64_t *most) {
     void *memory = NULL;
     usp_status status = usp_host_alloc(&world->host, (size_t)world->comm->size * sizeof mine, "counts", &memory);
-    USP_TRY(usp_world_agree(world, status, &(usp_agreement){.what = "sequence"}));
+    status = usp_world_agree(world, status, &(usp_agreement){.what = "sequence"});
     int64_t *counts = memory;
-    status = world->comm->ops->allgather(world->comm, &mine, counts, sizeof mine);
+    if (status == USP_OK) status = world->comm->ops->allgather(world->comm, &mine, counts, sizeof mine);
     *most = 0;
     for (int rank = 0; rank < world->comm->size; rank++)
         if (status == USP_OK && counts[rank] > *most) *most = counts[rank];
@@ -128,14 +130,15 @@ static void fill_custom(usp_sharding *sharding, const usp_segment *copies, int64
     }
 }
 
-/* ---- create ------------------------------------------------------------------------------------------------------------- */
+/* ---- create ------------------------------------------------------------------------------------------------------ */
 
 static usp_status check_documents(int64_t documents, const int64_t *ends, int64_t tokens) {
     USP_REQUIRE(documents >= 1 && ends, "usp_sequence_config.document_ends is NULL while documents is %lld",
                 (long long)documents);
     for (int64_t d = 0; d < documents; d++) {
-        USP_REQUIRE(ends[d] >= (d ? ends[d - 1] : 0), "usp_sequence_config.document_ends[%lld] is %lld: ends must ascend",
-                    (long long)d, (long long)ends[d]);
+        USP_REQUIRE(ends[d] >= (d ? ends[d - 1] : 0),
+                    "usp_sequence_config.document_ends[%lld] is %lld: ends must ascend", (long long)d,
+                    (long long)ends[d]);
         USP_REQUIRE(ends[d] <= tokens, "usp_sequence_config.document_ends[%lld] is %lld: beyond %lld tokens",
                     (long long)d, (long long)ends[d], (long long)tokens);
     }
@@ -164,8 +167,10 @@ static usp_status check_config(const usp_sequence_config *config) {
     int custom = config->layout == USP_LAYOUT_CUSTOM, documents = config->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
     USP_REQUIRE(config->layout >= USP_LAYOUT_ZIGZAG && config->layout <= USP_LAYOUT_CUSTOM,
                 "usp_sequence_config.layout is %d: no such layout", (int)config->layout);
-    USP_REQUIRE(config->tokens >= 0 && config->tokens < INT32_MAX, "usp_sequence_config.tokens is %lld: must be in "
-                "0 .. 2^31 - 2", (long long)config->tokens);
+    USP_REQUIRE(config->tokens >= 0 && config->tokens < INT32_MAX,
+                "usp_sequence_config.tokens is %lld: must be in "
+                "0 .. 2^31 - 2",
+                (long long)config->tokens);
     USP_REQUIRE(config->key_tokens >= 0 && config->key_tokens < INT32_MAX,
                 "usp_sequence_config.key_tokens is %lld: must be in 0 .. 2^31 - 2", (long long)config->key_tokens);
     USP_REQUIRE(config->max_documents >= 0, "usp_sequence_config.max_documents is %d: must not be negative",
@@ -179,7 +184,7 @@ static usp_status check_config(const usp_sequence_config *config) {
                 "usp_sequence_config.segments (or segment) is set: only the custom layout takes segments");
     if ((custom || documents) && config->key_tokens && config->key_tokens != config->tokens)
         return usp_fail(USP_UNSUPPORTED, "usp_sequence_config.key_tokens: a custom or per-document layout has no rule "
-                        "for keys of another length");
+                                         "for keys of another length");
     if (documents && config->documents) {
         USP_TRY(check_documents(config->documents, config->document_ends, config->tokens));
         USP_REQUIRE(config->document_ends[config->documents - 1] == config->tokens,
@@ -271,15 +276,19 @@ typedef struct agreed_fields {
 
 static usp_status agree_on_config(const usp_mesh *mesh, usp_status mine, const usp_sequence_config *config) {
     enum { WORD = sizeof(int64_t) };
-    static const usp_field fields[] = {{"layout", 0, WORD},          {"tokens", WORD, WORD},
-                                       {"key_tokens", 2 * WORD, WORD}, {"max_documents", 3 * WORD, WORD},
-                                       {"documents", 4 * WORD, WORD},  {"document_ends", 5 * WORD, WORD},
+    static const usp_field fields[] = {{"layout", 0, WORD},
+                                       {"tokens", WORD, WORD},
+                                       {"key_tokens", 2 * WORD, WORD},
+                                       {"max_documents", 3 * WORD, WORD},
+                                       {"documents", 4 * WORD, WORD},
+                                       {"document_ends", 5 * WORD, WORD},
                                        {"mesh", 6 * WORD, WORD}};
-    agreed_fields record = {config->layout, config->tokens, config->key_tokens, config->max_documents,
-                            config->documents, 0, mesh->ranks};
+    agreed_fields record = {
+        config->layout, config->tokens, config->key_tokens, config->max_documents, config->documents, 0, mesh->ranks};
     if (mine == USP_OK && config->documents)
         record.ends_hash = (int64_t)usp_hash(0, config->document_ends, (size_t)config->documents * sizeof(int64_t));
-    return usp_world_agree(mesh->world, mine, &(usp_agreement){"sequence", mesh->copy, &record, sizeof record, fields, 7});
+    return usp_world_agree(mesh->world, mine,
+                           &(usp_agreement){"sequence", mesh->copy, &record, sizeof record, fields, 7});
 }
 
 static usp_status build(usp_sequence *sequence, const usp_sequence_config *config) {
@@ -351,7 +360,7 @@ void usp_sequence_destroy(usp_sequence *sequence) {
     usp_host_free(host, sequence);
 }
 
-/* ---- helpers -------------------------------------------------------------------------------------------------------------- */
+/* ---- helpers ----------------------------------------------------------------------------------------------------- */
 
 usp_status usp_sequence_segments(const usp_sequence *sequence, int rank, int64_t capacity, usp_segment *segments,
                                  int64_t *count) {

@@ -10,7 +10,7 @@
 
 enum { DEFAULT_TIMEOUT_MS = 600000, WATCHDOG_PERIOD_MS = 20 };
 
-/* ---- agreement --------------------------------------------------------------------------------------------------------- */
+/* ---- agreement --------------------------------------------------------------------------------------------------- */
 
 /* What one rank sends; fixed size, so that ranks in different calls still understand each other. */
 typedef struct ballot {
@@ -22,8 +22,7 @@ typedef struct ballot {
 
 uint64_t usp_hash(uint64_t seed, const void *bytes, size_t size) {
     uint64_t hash = seed ^ UINT64_C(0xcbf29ce484222325);
-    for (size_t i = 0; i < size; i++)
-        hash = (hash ^ ((const unsigned char *)bytes)[i]) * UINT64_C(0x100000001b3);
+    for (size_t i = 0; i < size; i++) hash = (hash ^ ((const unsigned char *)bytes)[i]) * UINT64_C(0x100000001b3);
     return hash;
 }
 
@@ -44,7 +43,8 @@ static usp_status compare_pair(const usp_agreement *agreement, const ballot *a, 
     if (strcmp(a->what, b->what) != 0)
         return usp_fail(USP_MISMATCH, "rank %d is creating a %s while rank %d is creating a %s", rank_a, a->what,
                         rank_b, b->what);
-    if (a->group == b->group && (a->size != b->size || memcmp(a->record, b->record, sizeof a->record) != 0))
+    int whole = a->status == USP_OK && b->status == USP_OK; /* a rank that failed may not have read its configuration */
+    if (whole && a->group == b->group && (a->size != b->size || memcmp(a->record, b->record, sizeof a->record) != 0))
         return name_difference(agreement, a, b, rank_a, rank_b);
     return USP_OK;
 }
@@ -80,13 +80,15 @@ usp_status usp_world_agree(usp_world *world, usp_status mine, const usp_agreemen
     return mine != USP_OK ? mine : other_failure(all, size, agreement->what);
 }
 
-/* ---- making a world ------------------------------------------------------------------------------------------------------ */
+/* ---- making a world ---------------------------------------------------------------------------------------------- */
 
 static usp_status check_config(const usp_world_config *config) {
     USP_REQUIRE(config->device >= USP_DEVICE_AUTO && config->device <= USP_DEVICE_CUDA,
                 "usp_world_config.device is %d: no such device", (int)config->device);
-    USP_REQUIRE(config->timeout_ms >= -1, "usp_world_config.timeout_ms is %d: give milliseconds, 0 for the default or "
-                "-1 for no limit", config->timeout_ms);
+    USP_REQUIRE(config->timeout_ms >= -1,
+                "usp_world_config.timeout_ms is %d: give milliseconds, 0 for the default or "
+                "-1 for no limit",
+                config->timeout_ms);
     USP_REQUIRE(config->watchdog == 0 || config->watchdog == 1, "usp_world_config.watchdog is %d: 0 or 1",
                 config->watchdog);
     USP_REQUIRE(config->node >= 0, "usp_world_config.node is %d: must not be negative", config->node);
@@ -149,14 +151,27 @@ static usp_status start_watchdog(usp_world *world) {
     return USP_OK;
 }
 
+/* Tells the other ranks whether there is memory for ballots, without any. Larger worlds find out by PEER_LOST. */
+static usp_status agree_on_memory(usp_world *world, usp_status mine) {
+    enum { FEW = 1024 };
+    int32_t status = (int32_t)mine, all[FEW];
+    if (world->comm->size > FEW) return mine;
+    USP_TRY(world->comm->ops->allgather(world->comm, &status, all, sizeof status));
+    for (int rank = 0; rank < world->comm->size && mine == USP_OK; rank++)
+        if (all[rank] != USP_OK)
+            return usp_fail(USP_PEER_FAILED, "rank %d could not create its world: %s", rank,
+                            usp_status_string((usp_status)all[rank]));
+    return mine;
+}
+
 /* The part that all ranks do together, once the comm stands. */
 static usp_status finish_world(const usp_world_config *config, usp_status status, usp_world *world, usp_world **out) {
     static const usp_field fields[] = {{"device", 0, sizeof(int)}, {"timeout_ms", sizeof(int), sizeof(int)}};
-    void *ballots = NULL;
-    if (status == USP_OK)
-        status = usp_host_alloc(&world->host, (size_t)world->comm->size * sizeof(ballot), "ballots", &ballots);
     if (status == USP_OK) {
-        world->ballots = ballots;
+        status = usp_host_alloc(&world->host, (size_t)world->comm->size * sizeof(ballot), "ballots", &world->ballots);
+        status = agree_on_memory(world, status);
+    }
+    if (status == USP_OK) {
         int record[2] = {(int)world->device->ops->kind, world->timeout_ms};
         usp_status mine = config->watchdog ? start_watchdog(world) : USP_OK;
         status = usp_world_agree(world, mine, &(usp_agreement){"world", 0, record, sizeof record, fields, 2});
@@ -294,7 +309,7 @@ usp_status usp_world_create_env(const usp_world_config *given, usp_world **out) 
     return status;
 }
 
-/* ---- a world's life ---------------------------------------------------------------------------------------------------- */
+/* ---- a world's life ---------------------------------------------------------------------------------------------- */
 
 usp_status usp_world_get_info(const usp_world *world, usp_world_info *info) {
     USP_REQUIRE(world, "world is NULL");
@@ -365,7 +380,7 @@ void usp_world_destroy(usp_world *world) {
     usp_host_free(&host, world);
 }
 
-/* ---- memory and devices ---------------------------------------------------------------------------------------------------- */
+/* ---- memory and devices ------------------------------------------------------------------------------------------ */
 
 usp_status usp_world_alloc(usp_world *world, size_t bytes, void **memory) {
     USP_REQUIRE(world, "world is NULL");

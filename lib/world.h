@@ -43,8 +43,9 @@ typedef struct usp_agreement {
     int field_count;
 } usp_agreement;
 
-/* Collective over the world. The same verdict everywhere: MISMATCH (naming the field and a rank) if records differ in a
- * group; else this rank's own `mine` where it failed (its sentence is kept), PEER_FAILED where another rank did, OK. */
+/* Collective over the world. Where `mine` failed: it, with its sentence; where only others failed: PEER_FAILED; else
+ * MISMATCH everywhere (naming the field and a rank) if records differ in a group. Ranks in different calls: always
+ * MISMATCH. */
 usp_status usp_world_agree(usp_world *world, usp_status mine, const usp_agreement *agreement);
 
 /* FNV-1a, for arrays that are compared but too long to send. */
