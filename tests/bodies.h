@@ -39,7 +39,7 @@ int usp_body_parts(usp_rank *rank, void *argument);
 int usp_body_linearity(usp_rank *rank, void *argument);
 /* Three layers of both kinds in a row on tokens that never move: any mesh for each, one result. */
 int usp_body_switch(usp_rank *rank, void *argument);
-/* Chain and gather agree; states computed again are the states kept. */
+/* Chain and gather agree; states computed again give what states kept give. */
 int usp_body_states(usp_rank *rank, void *argument);
 /* A sequence in two halves, the final state of the first being the initial one of the second, is the whole sequence. */
 int usp_body_continue(usp_rank *rank, void *argument);

@@ -25,6 +25,7 @@ struct usp_run {
     int running;
     usp_report report;
     pthread_t *thread; /* [how.size] */
+    usp_heap *heap;    /* [how.size] */
     usp_rank rank[];   /* [how.size] */
 };
 
@@ -73,6 +74,7 @@ void usp_refuse(usp_rank *rank, const char *format, ...) {
 static usp_status create_world(usp_run *run, int rank, usp_world **world) {
     int gpu = run->how.kind == USP_RANKS_NCCL ? rank : 0, seconds = run->how.seconds;
     usp_world_config config = {.struct_size = sizeof config, .device = run->how.device, .timeout_ms = seconds * 500};
+    usp_heap_configure(run->rank[rank].heap, &config);
     if (run->how.kind == USP_RANKS_ENVIRONMENT) return usp_world_create_env(&config, world);
     usp_status status = usp_device_select(run->how.device, gpu);
     if (status != USP_OK) return status;
@@ -106,10 +108,15 @@ static void end_rank(usp_run *run, usp_rank *rank) {
     usp_world_destroy(world);
 }
 
+/* A body that failed may leave objects behind; else all memory has come back. */
 static void run_rank(usp_run *run, usp_rank *rank) {
-    if (begin_rank(run, rank) != USP_OK) usp_say(rank, "world: %s", usp_last_error());
-    else if (run->body(rank, run->argument) != 0) usp_world_abort(rank->world);
+    int failed = begin_rank(run, rank) != USP_OK;
+    if (failed) usp_say(rank, "world: %s", usp_last_error());
+    else failed = run->body(rank, run->argument);
+    if (failed) usp_world_abort(rank->world);
     end_rank(run, rank);
+    int live = atomic_load(&rank->heap->live);
+    if (!failed && live != 0) usp_say(rank, "%d allocations are left behind", live);
 }
 
 static void *rank_thread(void *argument) {
@@ -168,7 +175,8 @@ static usp_run *run_create(const usp_ranks *ranks, usp_body body, void *argument
     int size = ranks->kind == USP_RANKS_ENVIRONMENT ? 1 : ranks->size;
     usp_run *run = calloc(1, sizeof *run + (size_t)size * sizeof run->rank[0]);
     if (run) run->thread = calloc((size_t)size, sizeof *run->thread);
-    if (!run || !run->thread) abort();
+    if (run) run->heap = calloc((size_t)size, sizeof *run->heap);
+    if (!run || !run->thread || !run->heap) abort();
     run->how = *ranks;
     run->how.size = size;
     if (run->how.seconds == 0) run->how.seconds = DEFAULT_SECONDS;
@@ -177,7 +185,7 @@ static usp_run *run_create(const usp_ranks *ranks, usp_body body, void *argument
     run->argument = argument;
     pthread_mutex_init(&run->lock, NULL);
     pthread_cond_init(&run->ended, NULL);
-    for (int i = 0; i < size; i++) run->rank[i] = (usp_rank){.rank = i, .size = size, .run = run};
+    for (int i = 0; i < size; i++) run->rank[i] = (usp_rank){.rank = i, .size = size, .heap = &run->heap[i], .run = run};
     return run;
 }
 
@@ -200,6 +208,7 @@ int usp_ranks_run(const usp_ranks *ranks, usp_body body, void *argument, usp_rep
     pthread_cond_destroy(&run->ended);
     pthread_mutex_destroy(&run->lock);
     free(run->thread);
+    free(run->heap);
     free(run);
     return report->failures != 0;
 }

@@ -2,7 +2,7 @@
  * NCCL, or this process as one of many. Collects what the ranks say, within a time limit; knows no layer. */
 #ifndef USP_TESTS_RANKS_H
 #define USP_TESTS_RANKS_H
-#include "usp.h"
+#include "heap.h"
 
 typedef struct usp_run usp_run;
 
@@ -12,6 +12,7 @@ typedef struct usp_rank {
     usp_stream stream;
     usp_device_kind device;
     int rank, size;
+    usp_heap *heap; /* the library's host memory on this rank */
     usp_run *run;
 } usp_rank;
 
@@ -41,7 +42,7 @@ typedef struct usp_report {
     char text[4096];
 } usp_report;
 
-/* Runs the body on all ranks and waits. 0 if nobody said anything. */
+/* Runs the body on all ranks and waits. 0 if nobody said anything; a world that leaves host memory behind is a failure. */
 int usp_ranks_run(const usp_ranks *ranks, usp_body body, void *argument, usp_report *report);
 
 /* Records a failure; always 1. */

@@ -164,6 +164,11 @@ static void list_items(usp_dtype dtype, const usp_whole *w, const usp_answer *tr
     memcpy(items, all, sizeof all);
 }
 
+static void print_case(const usp_case *c, char *text, size_t capacity) {
+    usp_case complete = usp_case_complete(*c);
+    usp_case_print(&complete, text, capacity);
+}
+
 int usp_compare_with_reference(usp_rank *rank, const usp_case *c, const usp_whole *whole,
                                const usp_reference *reference) {
     char name[256], why[256];
@@ -174,7 +179,7 @@ int usp_compare_with_reference(usp_rank *rank, const usp_case *c, const usp_whol
         const item *t = &items[i];
         if (!t->given || !usp_within_budget(t->name, t->dtype, t->given, t->truth, t->plain, t->count, why, sizeof why))
             continue;
-        usp_case_print(c, name, sizeof name);
+        print_case(c, name, sizeof name);
         failures += usp_say(rank, "%s: %s", name, why);
     }
     return failures;
@@ -205,7 +210,7 @@ int usp_compare_near(usp_rank *rank, const usp_case *c, const char *what, const 
         usp_error error = usp_error_of(items[i].given, truth, items[i].count);
         free(truth);
         if (error.rms <= 2e-5) continue;
-        usp_case_print(c, name, sizeof name);
+        print_case(c, name, sizeof name);
         failures += usp_say(rank, "%s: %s: %s differs by %.3g RMS", name, what, items[i].name, error.rms);
     }
     return failures;
@@ -221,7 +226,7 @@ int usp_compare_bits(usp_rank *rank, const usp_case *c, const char *what, int pa
     for (int i = 0; i < USP_ITEMS; i++) {
         if (!items[i].given || !(items[i].part & parts)) continue;
         if (memcmp(items[i].given, tensor_of(b, i), (size_t)items[i].count * sizeof(float)) == 0) continue;
-        usp_case_print(c, name, sizeof name);
+        print_case(c, name, sizeof name);
         failures += usp_say(rank, "%s: %s: %s is not the same bit for bit", name, what, items[i].name);
     }
     return failures;

@@ -263,7 +263,8 @@ usp_backward usp_stage_backward_arguments(const usp_stage *stage) {
                           .dv = part_tensor(stage, USP_DV),
                           .dfinal_state = c->final_state ? stage->dfinal_state.device : NULL,
                           .dinitial_state = c->initial_state ? stage->dinitial_state.device : NULL,
-                          .saved = stage->saved.device};
+                          .saved = stage->saved.device,
+                          .initial_state = c->initial_state ? stage->initial_state.device : NULL};
 }
 
 int usp_stage_forward(usp_stage *stage, int keep) {

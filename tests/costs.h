@@ -1,0 +1,14 @@
+/* costs.h - a layer's stated cost against what a trace saw, as bodies for usp_ranks_run. Looks at no result. */
+#ifndef USP_TESTS_COSTS_H
+#define USP_TESTS_COSTS_H
+#include "stage.h"
+
+/* Every case of a table on every mesh: bytes by axis, sent and received, are the cost's, forward and backward.
+ * argument: const usp_table. */
+int usp_body_costs(usp_rank *rank, void *argument);
+/* Linear attention: the ring moves as many bytes for twice the tokens. argument: none. */
+int usp_body_constant_traffic(usp_rank *rank, void *argument);
+/* Costs of even shapes against the formulas of the literature. argument: none. */
+int usp_body_formulas(usp_rank *rank, void *argument);
+
+#endif

@@ -1,0 +1,32 @@
+/* test_cost.c - the bytes a layer says it moves are the bytes that move, on every axis, for every tabled case.
+ * Looks at no result. */
+#include "costs.h"
+#include "expect.h"
+
+enum { SECONDS = 240 };
+
+static const int sizes[] = {1, 2, 3, 4, 6, 8};
+
+static void on_sizes(usp_body body, const usp_table *table) {
+    for (int i = 0; i < 6; i++) usp_expect_ranks(sizes[i], SECONDS, body, (void *)(uintptr_t)table);
+}
+
+Test(cost, softmax) {
+    on_sizes(usp_body_costs, &usp_softmax_table);
+}
+
+Test(cost, linear) {
+    on_sizes(usp_body_costs, &usp_linear_table);
+}
+
+Test(cost, half_precision) {
+    on_sizes(usp_body_costs, &usp_half_table);
+}
+
+Test(cost, linear_traffic_does_not_depend_on_length) {
+    on_sizes(usp_body_constant_traffic, NULL);
+}
+
+Test(cost, formulas) {
+    on_sizes(usp_body_formulas, NULL);
+}

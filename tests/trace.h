@@ -1,0 +1,20 @@
+/* trace.h - a comm around the world's comm that counts the bytes of every exchange, by peer. Changes nothing that is sent;
+ * the only helper of the tests that needs the library's internals. */
+#ifndef USP_TESTS_TRACE_H
+#define USP_TESTS_TRACE_H
+#include "usp.h"
+
+enum { USP_TRACE_RANKS = 64 };
+
+typedef struct usp_trace usp_trace;
+
+typedef struct usp_traffic {
+    int64_t sent[USP_TRACE_RANKS], received[USP_TRACE_RANKS];
+} usp_traffic;
+
+/* Puts a trace between the world and its comm; the world destroys it. NULL: out of memory. */
+usp_trace *usp_trace_insert(usp_world *world);
+/* What was exchanged since the last call. */
+usp_traffic usp_trace_take(usp_trace *trace);
+
+#endif
