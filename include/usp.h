@@ -1,12 +1,12 @@
 /* usp.h - unified sequence parallelism for C: one attention layer whose tokens are spread over many ranks.
  *
  * A world is all the ranks a trainer brings. A mesh is a ulysses x ring grid over consecutive ranks of a world, with
- * data-parallel copies beside it. A sequence says which rank owns which token. A layer is one attention operator planned
- * for a mesh, a sequence and a shape, and run many times. The caller owns tensors, workspace and saved.
+ * data-parallel copies beside it. A sequence says which rank owns which token. A layer is one attention operator
+ * planned for a mesh, a sequence and a shape, and run many times. The caller owns tensors, workspace and saved.
  *
  * "Collective" means: every rank of the world makes the call, in the same order; all ranks return the same status.
- * Everything not marked collective is local. A call that fails changes nothing and leaves nothing allocated; one sentence
- * of why is in usp_last_error(). No call exits, prints, or waits for ever: see usp_world_config.timeout_ms.
+ * Everything not marked collective is local. A call that fails changes nothing and leaves nothing allocated; one
+ * sentence of why is in usp_last_error(). No call exits, prints, or waits for ever: see usp_world_config.timeout_ms.
  *
  * Structs begin with struct_size, which the caller sets to sizeof the struct; all other bytes zero means "the default".
  * Fields are only ever appended, so a program built against an older header keeps working; a newer program's unknown
@@ -34,7 +34,7 @@
 extern "C" {
 #endif
 
-/* ---- status ---------------------------------------------------------------------------------------------------------- */
+/* ---- status ------------------------------------------------------------------------------------------------------ */
 
 /* One list for code, number and sentence. */
 #define USP_STATUS_MAP(X)                                                                                              \
@@ -55,7 +55,7 @@ typedef enum usp_status {
 #define USP_STATUS_ENUM(name, value, text) USP_##name = value,
     USP_STATUS_MAP(USP_STATUS_ENUM)
 #undef USP_STATUS_ENUM
-    USP_STATUS_COUNT
+        USP_STATUS_COUNT
 } usp_status;
 
 /* The sentence of a status; never NULL. */
@@ -68,7 +68,7 @@ USP_API const char *usp_last_error(void);
 /* major * 10000 + minor * 100 + patch of the library that runs (the macros above are those of the header). */
 USP_API int usp_version(void);
 
-/* ---- kinds ----------------------------------------------------------------------------------------------------------- */
+/* ---- kinds ------------------------------------------------------------------------------------------------------- */
 
 typedef enum usp_dtype { USP_F32 = 0, USP_F16 = 1, USP_BF16 = 2 } usp_dtype;
 typedef enum usp_device_kind { USP_DEVICE_AUTO = 0, USP_DEVICE_CPU = 1, USP_DEVICE_CUDA = 2 } usp_device_kind;
@@ -90,7 +90,7 @@ USP_API int usp_device_count(usp_device_kind kind);
 /* Makes GPU `index` the calling thread's current device, as cudaSetDevice does; nothing on the CPU. */
 USP_API usp_status usp_device_select(usp_device_kind kind, int index);
 
-/* ---- world: all the ranks a trainer brings ---------------------------------------------------------------------------- */
+/* ---- world: all the ranks a trainer brings ----------------------------------------------------------------------- */
 
 typedef struct usp_world usp_world;
 
@@ -133,7 +133,8 @@ typedef int (*usp_allgather_fn)(void *user, const void *mine, void *all, size_t 
  * Errors: INVALID, UNSUPPORTED (no such backend here), NO_MEMORY, MISMATCH (device or timeout differ between ranks),
  * PEER_FAILED, TIMEOUT, COMM. Multi-process worlds open TCP connections between all ranks for liveness. */
 
-/* Ranks are threads of this process, each making the call with its own rank. CPU, or CUDA with any number of ranks a GPU. */
+/* Ranks are threads of this process, each making the call with its own rank. CPU, or CUDA with any number of ranks a
+ * GPU. */
 USP_API usp_status usp_world_create_threads(const usp_world_config *config, usp_rendezvous *rendezvous, int rank,
                                             usp_world **world);
 /* NCCL from a unique id: one process or one thread a GPU. */
@@ -168,14 +169,15 @@ USP_API void usp_world_destroy(usp_world *world);
 /* Memory of the world's device, for programs without CUDA headers; 256-byte aligned. */
 USP_API usp_status usp_world_alloc(usp_world *world, size_t bytes, void **memory);
 USP_API void usp_world_free(usp_world *world, void *memory);
-/* Between any two of host and device memory, in stream order; host memory may be read until the stream is synchronized. */
+/* Between any two of host and device memory, in stream order; host memory may be read until the stream is synchronized.
+ */
 USP_API usp_status usp_world_copy(usp_world *world, void *to, const void *from, size_t bytes, usp_stream stream);
 /* Collective. Device memory that the transport has registered with every rank: a workspace or saved in it makes
  * exchanges faster (about 2 x between GPUs of one node). Every rank gives the same size. free is collective too. */
 USP_API usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory);
 USP_API usp_status usp_world_free_shared(usp_world *world, void *memory);
 
-/* ---- mesh: ulysses x ring, with data-parallel copies beside it ----------------------------------------------------------- */
+/* ---- mesh: ulysses x ring, with data-parallel copies beside it --------------------------------------------------- */
 
 typedef struct usp_mesh usp_mesh;
 typedef enum usp_axis { USP_AXIS_ULYSSES = 0, USP_AXIS_RING = 1, USP_AXIS_SEQUENCE = 2, USP_AXIS_DATA = 3 } usp_axis;
@@ -190,7 +192,7 @@ USP_API usp_status usp_mesh_axis(const usp_mesh *mesh, usp_axis axis, int *rank,
 USP_API usp_status usp_mesh_axis_comm(usp_mesh *mesh, usp_axis axis, struct ncclComm **comm);
 USP_API void usp_mesh_destroy(usp_mesh *mesh);
 
-/* ---- sequence: which rank owns which token; the same for every (ulysses, ring) of one N --------------------------------- */
+/* ---- sequence: which rank owns which token; the same for every (ulysses, ring) of one N -------------------------- */
 
 typedef struct usp_sequence usp_sequence;
 
@@ -210,26 +212,28 @@ typedef struct usp_segment {
 typedef struct usp_sequence_config {
     size_t struct_size;
     usp_layout layout;
-    int max_documents;           /* room for usp_sequence_replan; 0: as many as given now */
-    int64_t tokens;              /* S: global query length, 0 .. 2^31 - 1; the maximum where documents are re-planned */
-    int64_t key_tokens;          /* global key length where keys are another tensor (cross-attention); 0: as queries */
-    int64_t documents;           /* number of documents; 0: one */
+    int max_documents;  /* room for usp_sequence_replan; 0: as many as given now */
+    int64_t tokens;     /* S: global query length, 0 .. 2^31 - 1; the maximum where documents are re-planned */
+    int64_t key_tokens; /* global key length where keys are another tensor (cross-attention); 0: as queries */
+    int64_t documents;  /* number of documents; 0: one */
     const int64_t *document_ends; /* documents ascending ends, the last one = tokens; NULL: one document */
-    int64_t segments;            /* custom layout: this rank's number of segments */
-    const usp_segment *segment;  /* custom layout: all ranks' segments must cover every token exactly once */
+    int64_t segments;             /* custom layout: this rank's number of segments */
+    const usp_segment *segment;   /* custom layout: all ranks' segments must cover every token exactly once */
 } usp_sequence_config;
 
 /* Collective. Usable with every mesh of the same N on the same world. Copies what the config points to.
- * Errors: INVALID, MISMATCH, PEER_FAILED, NO_MEMORY, UNSUPPORTED (custom layout or documents with key_tokens), the world's. */
-USP_API usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *config, usp_sequence **sequence);
+ * Errors: INVALID, MISMATCH, PEER_FAILED, NO_MEMORY, UNSUPPORTED (custom layout or documents with key_tokens), the
+ * world's. */
+USP_API usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *config,
+                                       usp_sequence **sequence);
 /* Local, the same on every rank. Gives the sequence other documents (per-document layout), at most max_documents and at
- * most `tokens` in all; the last end is the new length. Layers on the sequence follow; nothing is allocated. Device work
- * of earlier calls must be complete or on `stream`. */
+ * most `tokens` in all; the last end is the new length. Layers on the sequence follow; nothing is allocated. Device
+ * work of earlier calls must be complete or on `stream`. */
 USP_API usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const int64_t *document_ends,
                                        usp_stream stream);
 /* The segments of sequence rank `rank`: writes at most `capacity`, always the whole number to *count. */
-USP_API usp_status usp_sequence_segments(const usp_sequence *sequence, int rank, int64_t capacity, usp_segment *segments,
-                                         int64_t *count);
+USP_API usp_status usp_sequence_segments(const usp_sequence *sequence, int rank, int64_t capacity,
+                                         usp_segment *segments, int64_t *count);
 /* Tokens that sequence rank `rank` owns (of keys: for cross-attention); -1 if there is no such rank. */
 USP_API int64_t usp_sequence_local_tokens(const usp_sequence *sequence, int rank);
 USP_API int64_t usp_sequence_local_key_tokens(const usp_sequence *sequence, int rank);
@@ -251,7 +255,7 @@ USP_API usp_status usp_sequence_gather(const usp_sequence *sequence, int64_t bat
                                        const void *local, void *whole);
 USP_API void usp_sequence_destroy(usp_sequence *sequence);
 
-/* ---- layer: one attention operator, planned once, run often --------------------------------------------------------------- */
+/* ---- layer: one attention operator, planned once, run often ------------------------------------------------------ */
 
 typedef struct usp_layer usp_layer;
 
@@ -272,22 +276,24 @@ typedef struct usp_layer_config {
     usp_dtype dtype;
     int batch;
     int heads;
-    int kv_heads;    /* 0: heads */
-    int value_heads; /* linear only; 0: kv_heads */
-    int head_dim;    /* of q and k */
-    int value_dim;   /* of v and out; 0: head_dim */
-    float scale;     /* 0: 1 / sqrt(head_dim) for softmax, 1 for linear */
-    int return_lse;  /* softmax: 1: forward writes the log-sum-exp of own tokens */
-    int deterministic; /* 1: never choose a kernel whose result depends on timing */
+    int kv_heads;                      /* 0: heads */
+    int value_heads;                   /* linear only; 0: kv_heads */
+    int head_dim;                      /* of q and k */
+    int value_dim;                     /* of v and out; 0: head_dim */
+    float scale;                       /* 0: 1 / sqrt(head_dim) for softmax, 1 for linear */
+    int return_lse;                    /* softmax: 1: forward writes the log-sum-exp of own tokens */
+    int deterministic;                 /* 1: never choose a kernel whose result depends on timing */
     usp_state_exchange state_exchange; /* linear */
-    int recompute_state; /* linear: 1: saved keeps no states, backward exchanges them again (LASP "naive"; 0: "cache") */
+    int recompute_state; /* linear: 1: saved keeps no states, backward exchanges them again (LASP "naive"; 0: "cache")
+                          */
     int initial_state;   /* linear, causal: 1: forward reads initial_state, backward writes dinitial_state */
     int final_state;     /* linear: 1: forward writes final_state, backward reads dfinal_state */
-    const float *decay;  /* linear, causal: [H] natural logarithms of lambda, <= 0, host memory, copied; NULL: lambda = 1 */
+    const float
+        *decay; /* linear, causal: [H] natural logarithms of lambda, <= 0, host memory, copied; NULL: lambda = 1 */
 } usp_layer_config;
 
-/* [batch, token, head, dim] by strides in elements; dim is dense. So [B,S,H,D], [B,H,S,D], [S,B,H,D] and the three parts
- * of a packed [B,S,3,H,D] all go in as they are. */
+/* [batch, token, head, dim] by strides in elements; dim is dense. So [B,S,H,D], [B,H,S,D], [S,B,H,D] and the three
+ * parts of a packed [B,S,3,H,D] all go in as they are. */
 typedef struct usp_tensor {
     void *data;
     int64_t stride_batch, stride_token, stride_head;
@@ -370,14 +376,15 @@ USP_API usp_status usp_layer_inner_forward(usp_layer *layer, const usp_forward *
 USP_API usp_status usp_layer_inner_backward(usp_layer *layer, const usp_backward *args, void *workspace, size_t bytes,
                                             usp_stream stream);
 
-/* The head exchange alone, for one operand: own tokens of all heads -> all tokens of the ring rank for own heads, and its
- * transpose, which for a head that several ranks hold (kv_heads smaller than ulysses) is the sum of theirs, in fp32 in
- * rank order. workspace: exchange_workspace bytes. */
+/* The head exchange alone, for one operand: own tokens of all heads -> all tokens of the ring rank for own heads, and
+ * its transpose, which for a head that several ranks hold (kv_heads smaller than ulysses) is the sum of theirs, in fp32
+ * in rank order. workspace: exchange_workspace bytes. */
 typedef enum usp_operand { USP_QUERY = 0, USP_KEY = 1, USP_VALUE = 2, USP_OUT = 3 } usp_operand;
 USP_API usp_status usp_layer_tokens_to_heads(usp_layer *layer, usp_operand operand, const usp_tensor *tokens,
                                              const usp_tensor *heads, void *workspace, size_t bytes, usp_stream stream);
 USP_API usp_status usp_layer_heads_to_tokens(usp_layer *layer, usp_operand operand, const usp_tensor *heads,
-                                             const usp_tensor *tokens, void *workspace, size_t bytes, usp_stream stream);
+                                             const usp_tensor *tokens, void *workspace, size_t bytes,
+                                             usp_stream stream);
 USP_API void usp_layer_destroy(usp_layer *layer);
 
 #ifdef __cplusplus

@@ -1,5 +1,5 @@
-/* arena.h - carves one buffer into aligned pieces. With a NULL base it only measures, so that one function both sizes and
- * carves a workspace and the two cannot disagree. */
+/* arena.h - carves one buffer into aligned pieces. With a NULL base it only measures, so that one function both sizes
+ * and carves a workspace and the two cannot disagree. */
 #ifndef USP_ARENA_H
 #define USP_ARENA_H
 #include <stddef.h>

@@ -1,12 +1,12 @@
-/* attn.h - the table of attention kinds: what runs on the ring axis between the two head exchanges. Every kind's file has
- * the same parts in the same order: buffers, forward, backward, cost, table. */
+/* attn.h - the table of attention kinds: what runs on the ring axis between the two head exchanges. Every kind's file
+ * has the same parts in the same order: buffers, forward, backward, cost, table. */
 #ifndef USP_ATTN_H
 #define USP_ATTN_H
 #include "arena.h"
 #include "device.h"
 
-/* The inner stage's tensors: this ring rank's rows, this ulysses rank's heads. Gradients are of the layer's dtype, or fp32
- * where sum_queries or sum_keys says that the head exchange will still add replicas. */
+/* The inner stage's tensors: this ring rank's rows, this ulysses rank's heads. Gradients are of the layer's dtype, or
+ * fp32 where sum_queries or sum_keys says that the head exchange will still add replicas. */
 typedef struct usp_inner {
     usp_tensor q, k, v, out, dout, dq, dk, dv;
     void *key_block;      /* k and v packed as the ring sends them, or NULL: k and v are the caller's */

@@ -1,15 +1,16 @@
-/* attn_linear.c - linear attention on the ring axis (LASP): ranks exchange states, whose size does not depend on length.
+/* attn_linear.c - linear attention on the ring axis (LASP): ranks exchange states, whose size does not depend on
+ * length.
  *
  * A flow is one direction of a state through the chunks of positions: forward S_t = lambda S_(t-1) + k_t v_t^T, and in
- * backward its adjoint D_t = lambda D_(t+1) + q_t dout_t^T, with time reversed. Each chunk's own total is found first; then
- * intra-chunk work runs while the totals travel, either chunk after chunk (LASP, arXiv 2404.02882) or to every rank at once
- * (LASP-2, arXiv 2502.07563); last, the state that came in is applied. out = scale q S, dq = scale S dout, dk = scale D v,
- * dv = scale D^T k: one kernel with its operands in other places. */
+ * backward its adjoint D_t = lambda D_(t+1) + q_t dout_t^T, with time reversed. Each chunk's own total is found first;
+ * then intra-chunk work runs while the totals travel, either chunk after chunk (LASP, arXiv 2404.02882) or to every
+ * rank at once (LASP-2, arXiv 2502.07563); last, the state that came in is applied. out = scale q S, dq = scale S dout,
+ * dk = scale D v, dv = scale D^T k: one kernel with its operands in other places. */
 #include "attn.h"
 #include "error.h"
 #include "exchange.h"
 
-/* ---- buffers ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- buffers ----------------------------------------------------------------------------------------------------- */
 
 /* One direction of the state. A state is fp32 [batch][heads][head_dim][value_dim], for own heads. */
 typedef struct flow {
@@ -27,7 +28,7 @@ typedef struct flow {
 
 typedef struct buffers {
     float *blocks[2], *totals[2], *slots[2], *carry[2], *incoming[2], *edge[2]; /* of the flows S and D */
-    float *seed; /* D's initial state */
+    float *seed;                                                                /* D's initial state */
     float *acc, *heads; /* fp32 output: before the incoming state is applied; of shared heads before they are summed */
 } buffers;
 
@@ -85,7 +86,7 @@ static size_t saved(const usp_layer *layer) {
     return arena.used;
 }
 
-/* ---- states --------------------------------------------------------------------------------------------------------------------------- */
+/* ---- states ------------------------------------------------------------------------------------------------------ */
 
 static int is_causal(const usp_layer *layer) {
     return layer->config.mask == USP_MASK_CAUSAL;
@@ -164,7 +165,7 @@ static usp_status copy_state(usp_layer *layer, float *to, const float *from, usp
     return device->ops->zero(device, to, bytes, stream);
 }
 
-/* ---- exchange of states: gather ------------------------------------------------------------------------------------------------------- */
+/* ---- exchange of states: gather ---------------------------------------------------------------------------------- */
 
 static int ring_rank(const usp_layer *layer, int r) {
     return usp_mesh_rank(&layer->mesh, layer->mesh.u, r);
@@ -199,13 +200,14 @@ static void post_gather(const usp_layer *layer, const flow *f, usp_messages *mes
     }
 }
 
-/* With all totals here, every rank finds all states; own chunks take theirs (without a mask: the state of all tokens). */
+/* With all totals here, every rank finds all states; own chunks take theirs (without a mask: the state of all tokens).
+ */
 static usp_status resolve_gather(usp_layer *layer, const usp_inner *inner, const flow *f) {
     const usp_schedule *schedule = layer->schedule;
     for (int64_t c = 0; c < schedule->chunks; c++)
         if (schedule->chunk[c].owner == layer->mesh.r)
-            USP_TRY(copy_state(layer, state_at(layer, f->slots, c), state_at(layer, f->totals, schedule->chunk[c].own_index),
-                               inner->stream));
+            USP_TRY(copy_state(layer, state_at(layer, f->slots, c),
+                               state_at(layer, f->totals, schedule->chunk[c].own_index), inner->stream));
     USP_TRY(scan_chunks(layer, f, 0, schedule->chunks, f->slots, f->initial, f->final, inner->stream));
     for (int64_t c = 0; c < schedule->chunks; c++)
         if (schedule->chunk[c].owner == layer->mesh.r)
@@ -214,7 +216,7 @@ static usp_status resolve_gather(usp_layer *layer, const usp_inner *inner, const
     return USP_OK;
 }
 
-/* ---- exchange of states: chain -------------------------------------------------------------------------------------------------------- */
+/* ---- exchange of states: chain ----------------------------------------------------------------------------------- */
 
 /* Chunk i of the chain, in the direction of the flow. */
 static int64_t chain_chunk(const usp_layer *layer, const flow *f, int64_t i) {
@@ -225,7 +227,8 @@ static int64_t chain_chunk(const usp_layer *layer, const flow *f, int64_t i) {
 static void post_hop(const usp_layer *layer, const flow *f, int64_t i, int receiving, usp_messages *messages) {
     const usp_schedule *schedule = layer->schedule;
     if (i < 0 || i + 1 >= schedule->chunks) return;
-    int from = schedule->chunk[chain_chunk(layer, f, i)].owner, to = schedule->chunk[chain_chunk(layer, f, i + 1)].owner;
+    int from = schedule->chunk[chain_chunk(layer, f, i)].owner,
+        to = schedule->chunk[chain_chunk(layer, f, i + 1)].owner;
     if (from == to) return;
     if (!receiving && from == layer->mesh.r)
         usp_messages_send(messages, ring_rank(layer, to), f->carry, state_bytes(layer));
@@ -282,7 +285,7 @@ static usp_status run_chain(usp_layer *layer, const flow *f) {
     return f->final ? copy_state(layer, f->final, f->carry, stream) : USP_OK;
 }
 
-/* ---- exchange of states: both --------------------------------------------------------------------------------------------------------- */
+/* ---- exchange of states: both ------------------------------------------------------------------------------------ */
 
 /* Finds each own chunk's total; the travel of states may begin. */
 static usp_status begin_flow(usp_layer *layer, const usp_inner *inner, const flow *f) {
@@ -306,7 +309,7 @@ static usp_status end_flow(usp_layer *layer, const usp_inner *inner, const flow 
     return USP_OK;
 }
 
-/* ---- outputs -------------------------------------------------------------------------------------------------------------------------- */
+/* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
 /* One product with a flow's states: out, dq, dk or dv. */
 typedef struct product {
@@ -393,7 +396,7 @@ static usp_status gather_heads(usp_layer *layer, const usp_inner *inner, const p
     return USP_OK;
 }
 
-/* ---- forward --------------------------------------------------------------------------------------------------------------------------- */
+/* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 static usp_head_map own_heads(void) {
     return (usp_head_map){1, 0};
@@ -453,7 +456,7 @@ static usp_status forward(usp_layer *layer, usp_inner *inner) {
     return inner->final ? copy_state(layer, inner->final, f.final, inner->stream) : USP_OK;
 }
 
-/* ---- backward -------------------------------------------------------------------------------------------------------------------------- */
+/* ---- backward ---------------------------------------------------------------------------------------------------- */
 
 static flow backward_flow(const usp_layer *layer, const usp_inner *inner, const buffers *b) {
     return (flow){.reverse = 1,
@@ -558,8 +561,7 @@ static usp_status backward_keys(usp_layer *layer, const usp_inner *inner, const 
     product products[2] = {dk_product(layer, inner, d), dv_product(layer, inner, d)};
     float *rows[2] = {b->acc, b->heads};
     int alone = is_alone(layer);
-    for (int i = 0; i < 2 && is_causal(layer); i++)
-        USP_TRY(run_intra(layer, inner, &products[i], rows[i], alone));
+    for (int i = 0; i < 2 && is_causal(layer); i++) USP_TRY(run_intra(layer, inner, &products[i], rows[i], alone));
     if (!alone) {
         USP_TRY(travel_flow(layer, d));
         USP_TRY(end_flow(layer, inner, d));
@@ -591,7 +593,7 @@ static usp_status backward(usp_layer *layer, usp_inner *inner) {
     return scale_state(layer, inner, inner->dinitial, layer->config.scale);
 }
 
-/* ---- cost ------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- cost -------------------------------------------------------------------------------------------------------- */
 
 static void count_flow(const usp_layer *layer, const flow *f, usp_messages *count) {
     if (!uses_chain(layer)) {
@@ -605,7 +607,8 @@ static void count_flow(const usp_layer *layer, const flow *f, usp_messages *coun
     post_spread(layer, f, count);
 }
 
-/* As the recurrence counts: 2 operations a multiply-add; k v^T and q S forward; q dout^T, k v^T, dq, dk, dv backward. */
+/* As the recurrence counts: 2 operations a multiply-add; k v^T and q S forward; q dout^T, k v^T, dq, dk, dv backward.
+ */
 static double token_flops(const usp_layer *layer, usp_pass pass) {
     return layer->config.batch * (pass == USP_PASS_FORWARD ? 4.0 : 10.0) * (double)state_elements(layer);
 }
@@ -628,6 +631,6 @@ static void cost(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
         }
 }
 
-/* ---- table ------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- table ------------------------------------------------------------------------------------------------------- */
 
 const usp_attn_ops usp_attn_linear = {"linear", workspace, saved, forward, backward, cost};

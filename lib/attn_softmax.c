@@ -2,12 +2,13 @@
  *
  * Forward (Liu et al., arXiv 2310.01889): step t attends to the keys of ring rank r - t while the next ones arrive.
  * Backward: the same trip; a key block's gradient begins at the rank after its owner, travels one step behind the keys
- * and comes home in the last hop, where the owner adds its own step: R - 1 hops. All sums are fp32, all in ring order. */
+ * and comes home in the last hop, where the owner adds its own step: R - 1 hops. All sums are fp32, all in ring order.
+ */
 #include "attn.h"
 #include "error.h"
 #include "exchange.h"
 
-/* ---- buffers ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- buffers ----------------------------------------------------------------------------------------------------- */
 
 typedef struct buffers {
     void *own, *ring[2];     /* key blocks: own, if it comes unpacked; arriving and arrived */
@@ -54,7 +55,8 @@ static buffers carve(const usp_layer *layer, usp_pass pass, usp_arena *arena) {
     if (ring == 1) return b;
     b.own = carve_block(layer, &keys, arena);
     for (int i = 0; i < 2; i++) b.ring[i] = carve_block(layer, &keys, arena);
-    b.acc = usp_carve(arena, (size_t)(layer->schedule->query.limit * layer->config.batch * heads * dim) * sizeof(float));
+    b.acc =
+        usp_carve(arena, (size_t)(layer->schedule->query.limit * layer->config.batch * heads * dim) * sizeof(float));
     if (!backward) return b;
     b.home = carve_block(layer, &sums, arena);
     for (int i = 0; i < 2; i++) b.travel[i] = carve_block(layer, &sums, arena);
@@ -72,7 +74,7 @@ static size_t saved(const usp_layer *layer) {
     return 0;
 }
 
-/* ---- steps ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- steps ------------------------------------------------------------------------------------------------------- */
 
 static usp_softmax step_arguments(const usp_layer *layer, const usp_inner *inner) {
     return (usp_softmax){.dtype = layer->config.dtype,
@@ -136,7 +138,8 @@ static int previous_rank(const usp_layer *layer) {
 static void post_keys(const usp_layer *layer, int t, const void *current, void *arriving, usp_messages *messages) {
     usp_bundle keys = keys_bundle(layer);
     if (t + 1 >= layer->mesh.ring) return;
-    usp_messages_send(messages, next_rank(layer), current, block_bytes(layer, &keys, key_rows(layer, ring_source(layer, t))));
+    usp_messages_send(messages, next_rank(layer), current,
+                      block_bytes(layer, &keys, key_rows(layer, ring_source(layer, t))));
     usp_messages_recv(messages, previous_rank(layer), arriving,
                       block_bytes(layer, &keys, key_rows(layer, ring_source(layer, t + 1))));
 }
@@ -151,7 +154,7 @@ static void post_gradients(const usp_layer *layer, int t, const void *done, void
                       block_bytes(layer, &sums, key_rows(layer, ring_source(layer, t))));
 }
 
-/* ---- forward ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 static usp_status forward(usp_layer *layer, usp_inner *inner) {
     usp_device *device = layer->world->device;
@@ -179,7 +182,7 @@ static usp_status forward(usp_layer *layer, usp_inner *inner) {
     return USP_OK;
 }
 
-/* ---- backward ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- backward ---------------------------------------------------------------------------------------------------- */
 
 static usp_tensor sum_view(const usp_layer *layer, float *block, int part) {
     usp_bundle sums = sums_bundle(layer);
@@ -191,7 +194,8 @@ static usp_tensor query_sums(const usp_layer *layer, float *acc) {
     return (usp_tensor){acc, row, row * layer->config.batch, dim};
 }
 
-/* Step 0 begins the own block's sums; with a ring of one it ends them too. Later steps begin or go on with a passing one. */
+/* Step 0 begins the own block's sums; with a ring of one it ends them too. Later steps begin or go on with a passing
+ * one. */
 static void set_key_sums(const usp_layer *layer, const usp_inner *inner, usp_softmax *step, int t, const buffers *b) {
     int alone = layer->mesh.ring == 1;
     float *block = t ? b->travel[t % 2] : b->home;
@@ -272,7 +276,7 @@ static usp_status backward(usp_layer *layer, usp_inner *inner) {
     return bring_home(layer, inner, &b);
 }
 
-/* ---- cost ------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- cost -------------------------------------------------------------------------------------------------------- */
 
 /* 2 operations a multiply-add; forward: q.k and p.v; backward: q.k, dout.v, dv, dq, dk. */
 static double pair_flops(const usp_layer *layer, usp_pass pass) {
@@ -300,6 +304,6 @@ static void cost(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
         }
 }
 
-/* ---- table ------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- table ------------------------------------------------------------------------------------------------------- */
 
 const usp_attn_ops usp_attn_softmax = {"softmax", workspace, saved, forward, backward, cost};

@@ -6,9 +6,10 @@
 #include <string.h>
 
 static usp_status check_enums(const usp_layer_config *c) {
-    USP_REQUIRE(c->attention == USP_SOFTMAX || c->attention == USP_LINEAR, "usp_layer_config.attention is %d: no such kind",
-                (int)c->attention);
-    USP_REQUIRE(c->mask == USP_MASK_FULL || c->mask == USP_MASK_CAUSAL, "usp_layer_config.mask is %d: no such mask", (int)c->mask);
+    USP_REQUIRE(c->attention == USP_SOFTMAX || c->attention == USP_LINEAR,
+                "usp_layer_config.attention is %d: no such kind", (int)c->attention);
+    USP_REQUIRE(c->mask == USP_MASK_FULL || c->mask == USP_MASK_CAUSAL, "usp_layer_config.mask is %d: no such mask",
+                (int)c->mask);
     USP_REQUIRE(usp_dtype_size(c->dtype) > 0, "usp_layer_config.dtype is %d: no such dtype", (int)c->dtype);
     USP_REQUIRE(c->state_exchange >= USP_STATE_AUTO && c->state_exchange <= USP_STATE_GATHER,
                 "usp_layer_config.state_exchange is %d: no such exchange", (int)c->state_exchange);
@@ -29,7 +30,8 @@ static usp_status check_flags(const usp_layer_config *c) {
 }
 
 static usp_status check_extent(int value, int least, const char *name) {
-    USP_REQUIRE(value >= least && value <= 65536, "usp_layer_config.%s is %d: must be in %d .. 65536", name, value, least);
+    USP_REQUIRE(value >= least && value <= 65536, "usp_layer_config.%s is %d: must be in %d .. 65536", name, value,
+                least);
     return USP_OK;
 }
 
@@ -40,16 +42,19 @@ static usp_status check_extents(const usp_layer_config *c) {
     USP_TRY(check_extent(c->value_heads, 0, "value_heads"));
     USP_TRY(check_extent(c->head_dim, 1, "head_dim"));
     USP_TRY(check_extent(c->value_dim, 0, "value_dim"));
-    USP_REQUIRE(isfinite(c->scale) && c->scale >= 0, "usp_layer_config.scale is %g: must be finite and not negative", (double)c->scale);
+    USP_REQUIRE(isfinite(c->scale) && c->scale >= 0, "usp_layer_config.scale is %g: must be finite and not negative",
+                (double)c->scale);
     return USP_OK;
 }
 
 static usp_status check_softmax(const usp_layer_config *c) {
     USP_REQUIRE(c->kv_heads <= c->heads && c->heads % c->kv_heads == 0,
                 "usp_layer_config.kv_heads is %d: must divide heads, which is %d", c->kv_heads, c->heads);
-    USP_REQUIRE(c->value_heads == c->kv_heads, "usp_layer_config.value_heads is %d: softmax attention has as many as kv_heads, %d",
-                c->value_heads, c->kv_heads);
-    USP_REQUIRE(c->state_exchange == USP_STATE_AUTO, "usp_layer_config.state_exchange is set: only linear attention has a state");
+    USP_REQUIRE(c->value_heads == c->kv_heads,
+                "usp_layer_config.value_heads is %d: softmax attention has as many as kv_heads, %d", c->value_heads,
+                c->kv_heads);
+    USP_REQUIRE(c->state_exchange == USP_STATE_AUTO,
+                "usp_layer_config.state_exchange is set: only linear attention has a state");
     USP_REQUIRE(!c->recompute_state, "usp_layer_config.recompute_state is set: only linear attention has a state");
     USP_REQUIRE(!c->initial_state, "usp_layer_config.initial_state is set: only linear attention has a state");
     USP_REQUIRE(!c->final_state, "usp_layer_config.final_state is set: only linear attention has a state");
@@ -59,18 +64,22 @@ static usp_status check_softmax(const usp_layer_config *c) {
 
 static usp_status check_linear(const usp_layer_config *c) {
     int most = usp_layer_config_heads(c);
-    USP_REQUIRE(most % c->heads == 0, "usp_layer_config.heads is %d: must divide the most of the three, %d", c->heads, most);
-    USP_REQUIRE(most % c->kv_heads == 0, "usp_layer_config.kv_heads is %d: must divide the most of the three, %d", c->kv_heads, most);
+    USP_REQUIRE(most % c->heads == 0, "usp_layer_config.heads is %d: must divide the most of the three, %d", c->heads,
+                most);
+    USP_REQUIRE(most % c->kv_heads == 0, "usp_layer_config.kv_heads is %d: must divide the most of the three, %d",
+                c->kv_heads, most);
     USP_REQUIRE(most % c->value_heads == 0, "usp_layer_config.value_heads is %d: must divide the most of the three, %d",
                 c->value_heads, most);
     USP_REQUIRE(!c->return_lse, "usp_layer_config.return_lse is set: linear attention has no log-sum-exp");
     if (c->mask != USP_MASK_CAUSAL && c->decay)
-        return usp_fail(USP_UNSUPPORTED, "usp_layer_config.decay is set: bidirectional linear attention has lambda = 1");
+        return usp_fail(USP_UNSUPPORTED,
+                        "usp_layer_config.decay is set: bidirectional linear attention has lambda = 1");
     if (c->mask != USP_MASK_CAUSAL && c->initial_state)
-        return usp_fail(USP_UNSUPPORTED, "usp_layer_config.initial_state is set: bidirectional linear attention has no first token");
+        return usp_fail(USP_UNSUPPORTED,
+                        "usp_layer_config.initial_state is set: bidirectional linear attention has no first token");
     for (int h = 0; c->decay && h < most; h++)
-        USP_REQUIRE(isfinite(c->decay[h]) && c->decay[h] <= 0, "usp_layer_config.decay[%d] is %g: must be a logarithm <= 0", h,
-                    (double)c->decay[h]);
+        USP_REQUIRE(isfinite(c->decay[h]) && c->decay[h] <= 0,
+                    "usp_layer_config.decay[%d] is %g: must be a logarithm <= 0", h, (double)c->decay[h]);
     return USP_OK;
 }
 

@@ -11,12 +11,13 @@
 typedef struct usp_device usp_device;
 typedef struct usp_event usp_event; /* a point in a stream; may be recorded again and again */
 
-/* Head h of the layer reads head (h + offset) / group of a tensor whose heads are shared; group 1, offset 0: its own. */
+/* Head h of the layer reads head (h + offset) / group of a tensor whose heads are shared; group 1, offset 0: its own.
+ */
 typedef struct usp_head_map {
     int group, offset;
 } usp_head_map;
 
-/* ---- tiles: work planned with integers (lib/schedule.c), in device memory ------------------------------------------- */
+/* ---- tiles: work planned with integers (lib/schedule.c), in device memory ---------------------------------------- */
 
 enum { USP_WORK_ROWS = 128 }; /* rows of one work item at most: kernels cut it further, never join two */
 
@@ -26,9 +27,10 @@ typedef struct usp_work {
     int32_t begin, count, origin, stride, first_tile, tiles;
 } usp_work;
 
-/* Columns [begin, end) of one segment of the other side: column j has position origin + j * stride. A pair is allowed iff
- * low <= key position - query position <= high (whichever side the rows are). Every column with an allowed pair is in
- * [begin, end); in [full_begin, full_end) every pair with every row of the work is allowed (the range may be empty). */
+/* Columns [begin, end) of one segment of the other side: column j has position origin + j * stride. A pair is allowed
+ * iff low <= key position - query position <= high (whichever side the rows are). Every column with an allowed pair is
+ * in [begin, end); in [full_begin, full_end) every pair with every row of the work is allowed (the range may be empty).
+ */
 typedef struct usp_tile {
     int32_t begin, end, full_begin, full_end, origin, stride, low, high;
 } usp_tile;
@@ -40,7 +42,7 @@ typedef struct usp_tiles {
     int works;
 } usp_tiles;
 
-/* ---- kernel arguments ------------------------------------------------------------------------------------------------ */
+/* ---- kernel arguments -------------------------------------------------------------------------------------------- */
 
 /* to = from, or to += from (fp32 `to` only), converting between dtypes (round to nearest even). Not overlapping. */
 typedef struct usp_copy {
@@ -51,8 +53,8 @@ typedef struct usp_copy {
     int accumulate;
 } usp_copy;
 
-/* Softmax attention of a block of queries and a block of keys. Head h of q, out, dout, lse, delta is local head h; k, v,
- * dk, dv go through `kv`. lse is [batch, heads, queries], natural logarithm, of scale * q.k. */
+/* Softmax attention of a block of queries and a block of keys. Head h of q, out, dout, lse, delta is local head h; k,
+ * v, dk, dv go through `kv`. lse is [batch, heads, queries], natural logarithm, of scale * q.k. */
 typedef struct usp_softmax {
     usp_dtype dtype;
     int batch, heads, key_heads, dim, value_dim;
@@ -67,24 +69,25 @@ typedef struct usp_softmax {
      * without any allowed key so far: acc 0, lse -inf. lse is always written. */
     float *acc, *lse;
     usp_tensor out; /* written if last */
-    /* backward: P = exp(scale q.k - lse), dS = P (dout.v - delta), dq += scale dS k, dk += scale dS^T q, dv += P^T dout.
-     * Rows with lse = -inf contribute nothing. Fixed order, no atomics. */
-    usp_tensor dout;         /* dtype */
-    const float *delta;      /* [batch, heads, queries]: rowsum(dout * out) */
-    usp_tensor dq_sum;       /* fp32 running sums, any strides */
+    /* backward: P = exp(scale q.k - lse), dS = P (dout.v - delta), dq += scale dS k, dk += scale dS^T q, dv += P^T
+     * dout. Rows with lse = -inf contribute nothing. Fixed order, no atomics. */
+    usp_tensor dout;    /* dtype */
+    const float *delta; /* [batch, heads, queries]: rowsum(dout * out) */
+    usp_tensor dq_sum;  /* fp32 running sums, any strides */
     usp_tensor dk_sum, dv_sum;
-    usp_tensor dq, dk, dv;   /* dtype, if last */
+    usp_tensor dq, dk, dv; /* dtype, if last */
 } usp_softmax;
 
 /* delta[b, h, t] = sum over value_dim of dout * out, fp32. Uses dtype, batch, heads, value_dim, queries, dout, out. */
 
-/* Linear attention over chunks: runs of consecutive positions, in ascending order, a block at a time. Block i covers rows
- * begin .. begin + count of one chunk, block[].chunk says which. All block arrays are in device memory.
- * With `reverse`, time runs backward: "before" means after. Head h reads head maps of q, k and v; states are per layer
- * head. `log_decay` is [heads] on the device, NULL: lambda = 1. */
+/* Linear attention over chunks: runs of consecutive positions, in ascending order, a block at a time. Block i covers
+ * rows begin .. begin + count of one chunk, block[].chunk says which. All block arrays are in device memory. With
+ * `reverse`, time runs backward: "before" means after. Head h reads head maps of q, k and v; states are per layer head.
+ * `log_decay` is [heads] on the device, NULL: lambda = 1. */
 typedef struct usp_block {
     int32_t begin, count, chunk;
-    int32_t distance; /* rows of the chunk before this block, in position order; `chunk_rows` below includes the block */
+    int32_t
+        distance; /* rows of the chunk before this block, in position order; `chunk_rows` below includes the block */
     int32_t chunk_rows, padding;
 } usp_block;
 
@@ -95,7 +98,7 @@ typedef struct usp_linear {
     float scale; /* of every product with q */
     const float *log_decay;
     int causal, reverse;
-    int shift; /* see each entry */
+    int shift;      /* see each entry */
     int transposed; /* states are stored [value_dim, dim] instead of [dim, value_dim] */
     const usp_block *block;
     int blocks;
@@ -107,9 +110,9 @@ typedef struct usp_linear {
     usp_tensor out;     /* [.., heads, ..]: per layer head, no map */
 } usp_linear;
 
-/* Exclusive scan over n states of `elements` floats per head: x = initial or 0; for i ascending (descending if reverse):
- * t = states[i]; states[i] = x; x = exp(log_decay[head] * length[i]) * x + t; and at the end final = x.
- * A scan runs over each group of consecutive states with equal `group`, each from `initial[group]`, to `final[group]`.
+/* Exclusive scan over n states of `elements` floats per head: x = initial or 0; for i ascending (descending if
+ * reverse): t = states[i]; states[i] = x; x = exp(log_decay[head] * length[i]) * x + t; and at the end final = x. A
+ * scan runs over each group of consecutive states with equal `group`, each from `initial[group]`, to `final[group]`.
  * One state is [batch][heads][elements]. initial and final may be NULL; final may not alias initial. */
 typedef struct usp_scan_step {
     int32_t length, group;
@@ -153,7 +156,7 @@ typedef struct usp_device_ops {
     usp_status (*event_record)(usp_device *, usp_event *, usp_stream);
     usp_status (*event_wait)(usp_device *, usp_event *, usp_stream); /* the stream waits, not the host */
     usp_status (*event_query)(usp_device *, usp_event *, int *busy);
-    usp_status (*capturing)(usp_device *, usp_stream, int *yes);     /* is a graph being captured on the stream? */
+    usp_status (*capturing)(usp_device *, usp_stream, int *yes); /* is a graph being captured on the stream? */
 
     /* kernels */
     usp_status (*supports)(usp_device *, const usp_kernel_shape *); /* UNSUPPORTED with the reason, or OK */
@@ -167,8 +170,8 @@ typedef struct usp_device_ops {
     usp_status (*linear_totals)(usp_device *, const usp_linear *, usp_stream);
     usp_status (*linear_scan)(usp_device *, const usp_scan *, usp_stream);
     /* out_i = scale * ( sum over rows j of the block with j <= i (>= i if reverse) of lambda^|i-j| (q_i.k_j) v_j
-     *                   + lambda^(n_i + shift) q_i^T states[block] ), n_i = rows of the block before i (after if reverse).
-     * Ignores acc unless !first. causal only. */
+     *                   + lambda^(n_i + shift) q_i^T states[block] ), n_i = rows of the block before i (after if
+     * reverse). Ignores acc unless !first. causal only. */
     usp_status (*linear_output)(usp_device *, const usp_linear *, usp_stream);
     /* out_i = (first ? 0 : acc_i) + scale * lambda^(n_i + shift) q_i^T states[chunk], n_i = rows of the chunk before i
      * (after if reverse); lambda^... = 1 if not causal. k and v are not used. */

@@ -2,7 +2,7 @@
 #include "exchange.h"
 #include "error.h"
 
-/* ---- shapes ------------------------------------------------------------------------------------------------------------------- */
+/* ---- shapes ------------------------------------------------------------------------------------------------------ */
 
 usp_bundle usp_bundle_of(const usp_layer *layer, usp_operand operand, usp_dtype dtype) {
     return (usp_bundle){1, {operand}, {layer->dim[operand]}, dtype, operand == USP_KEY || operand == USP_VALUE};
@@ -106,7 +106,7 @@ usp_transit usp_transit_carve(const usp_layer *layer, const usp_bundle *bundle, 
     return transit;
 }
 
-/* ---- copies ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- copies ------------------------------------------------------------------------------------------------------ */
 
 static usp_tensor from_token(usp_tensor tensor, int64_t token, usp_dtype dtype) {
     tensor.data = advance(tensor.data, token * tensor.stride_token, dtype);
@@ -136,7 +136,8 @@ static usp_status copy_part(usp_layer *layer, const usp_transit *transit, int pa
 }
 
 /* The rows of one landing in the block, as a tensor over its tokens. */
-static usp_tensor landing_rows(const usp_layer *layer, const usp_transit *transit, int part, const usp_landing *landing) {
+static usp_tensor landing_rows(const usp_layer *layer, const usp_transit *transit, int part,
+                               const usp_landing *landing) {
     usp_tensor rows = usp_bundle_view(layer, &transit->bundle, transit->block, part, layer->mesh.u);
     rows = from_token(rows, landing->row, transit->bundle.dtype);
     rows.stride_token *= landing->step;
@@ -153,9 +154,10 @@ static usp_status copy_own(usp_layer *layer, const usp_transit *transit, int par
         if (landing->u != layer->mesh.u) continue;
         usp_tensor there = landing_rows(layer, transit, part, landing);
         usp_tensor here = from_token(tokens, landing->source, dtype);
-        USP_TRY(to_block ? copy_part(layer, transit, part, landing->u, landing->count, here, dtype, there, wire, 0, stream)
-                         : copy_part(layer, transit, part, landing->u, landing->count, there, wire, here, dtype,
-                                     accumulate, stream));
+        USP_TRY(to_block
+                    ? copy_part(layer, transit, part, landing->u, landing->count, here, dtype, there, wire, 0, stream)
+                    : copy_part(layer, transit, part, landing->u, landing->count, there, wire, here, dtype, accumulate,
+                                stream));
     }
     return USP_OK;
 }
@@ -171,13 +173,13 @@ static usp_status move_scattered(usp_layer *layer, const usp_transit *transit, i
             usp_tensor lying = usp_bundle_view(layer, &transit->bundle, transit->landing, part, layer->mesh.u);
             usp_tensor rows = landing_rows(layer, transit, part, &side->landing[i]);
             lying = from_token(lying, before, dtype);
-            USP_TRY(copy_part(layer, transit, part, layer->mesh.u, side->landing[i].count, to_block ? lying : rows, dtype,
-                              to_block ? rows : lying, dtype, 0, stream));
+            USP_TRY(copy_part(layer, transit, part, layer->mesh.u, side->landing[i].count, to_block ? lying : rows,
+                              dtype, to_block ? rows : lying, dtype, 0, stream));
         }
     return USP_OK;
 }
 
-/* ---- messages ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- messages ---------------------------------------------------------------------------------------------------- */
 
 static int world_rank(const usp_layer *layer, int u) {
     return usp_mesh_rank(&layer->mesh, u, layer->mesh.r);
@@ -218,7 +220,7 @@ static void post_block(const usp_layer *layer, const usp_transit *transit, usp_m
     }
 }
 
-/* ---- toward heads -------------------------------------------------------------------------------------------------------------------- */
+/* ---- toward heads ------------------------------------------------------------------------------------------------ */
 
 usp_status usp_transit_pack(usp_layer *layer, const usp_transit *transit, const usp_tensor *tokens, usp_dtype from,
                             usp_stream stream) {
@@ -231,8 +233,8 @@ usp_status usp_transit_pack(usp_layer *layer, const usp_transit *transit, const 
                 continue;
             }
             usp_tensor packed = usp_bundle_view(layer, bundle, staging_of(layer, transit, u), part, u);
-            USP_TRY(copy_part(layer, transit, part, u, own_tokens(layer, bundle), source, from, packed, bundle->dtype, 0,
-                              stream));
+            USP_TRY(copy_part(layer, transit, part, u, own_tokens(layer, bundle), source, from, packed, bundle->dtype,
+                              0, stream));
         }
     return USP_OK;
 }
@@ -246,7 +248,7 @@ usp_status usp_transit_land(usp_layer *layer, const usp_transit *transit, usp_st
     return is_scattered(layer, &transit->bundle) ? move_scattered(layer, transit, 1, stream) : USP_OK;
 }
 
-/* ---- toward tokens ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- toward tokens ----------------------------------------------------------------------------------------------- */
 
 usp_status usp_transit_lift(usp_layer *layer, const usp_transit *transit, usp_stream stream) {
     return is_scattered(layer, &transit->bundle) ? move_scattered(layer, transit, 0, stream) : USP_OK;
@@ -279,7 +281,8 @@ static usp_status sum_part(usp_layer *layer, const usp_transit *transit, int par
                            usp_stream stream) {
     const usp_bundle *bundle = &transit->bundle;
     usp_operand operand = bundle->operand[part];
-    int64_t row = whole_row(layer, bundle), before = part ? (int64_t)layer->total[bundle->operand[0]] * bundle->dim[0] : 0;
+    int64_t row = whole_row(layer, bundle),
+            before = part ? (int64_t)layer->total[bundle->operand[0]] * bundle->dim[0] : 0;
     usp_tensor sum = {(float *)transit->sum + before, row, row * layer->config.batch, bundle->dim[part]};
     USP_TRY(unpack_part(layer, transit, part, sum, USP_F32, 1, stream));
     usp_copy copy = {.tokens = own_tokens(layer, bundle),

@@ -1,7 +1,8 @@
 /* exchange.h - the head exchange (Ulysses): own tokens of all heads <-> all tokens of the ring rank for own heads.
  *
- * A bundle is one or two operands that travel as one row per (token, batch): [rows][batch][heads * dim ...]. Toward heads
- * tensors are packed per peer and land in place; toward tokens blocks leave in place and are unpacked per peer. */
+ * A bundle is one or two operands that travel as one row per (token, batch): [rows][batch][heads * dim ...]. Toward
+ * heads tensors are packed per peer and land in place; toward tokens blocks leave in place and are unpacked per peer.
+ */
 #ifndef USP_EXCHANGE_H
 #define USP_EXCHANGE_H
 #include "layer.h"

@@ -9,20 +9,17 @@
 
 #include "error.h"
 
-static void *default_alloc(void *user, size_t bytes)
-{
+static void *default_alloc(void *user, size_t bytes) {
     (void)user;
     return malloc(bytes);
 }
 
-static void default_free(void *user, void *memory)
-{
+static void default_free(void *user, void *memory) {
     (void)user;
     free(memory);
 }
 
-usp_host usp_host_from_config(const usp_world_config *config)
-{
+usp_host usp_host_from_config(const usp_world_config *config) {
     usp_host host = {.alloc = default_alloc, .free = default_free};
     if (!config) return host;
     if (config->host_alloc) {
@@ -35,8 +32,7 @@ usp_host usp_host_from_config(const usp_world_config *config)
     return host;
 }
 
-usp_status usp_host_alloc(const usp_host *host, size_t bytes, const char *what, void **memory)
-{
+usp_status usp_host_alloc(const usp_host *host, size_t bytes, const char *what, void **memory) {
     size_t size = bytes ? bytes : 1;
     *memory = host->alloc(host->user, size);
     if (!*memory) return usp_fail(USP_NO_MEMORY, "cannot allocate %zu bytes of host memory for %s", size, what);
@@ -44,13 +40,11 @@ usp_status usp_host_alloc(const usp_host *host, size_t bytes, const char *what, 
     return USP_OK;
 }
 
-void usp_host_free(const usp_host *host, void *memory)
-{
+void usp_host_free(const usp_host *host, void *memory) {
     if (memory) host->free(host->user, memory);
 }
 
-void usp_host_log(const usp_host *host, int level, const char *format, ...)
-{
+void usp_host_log(const usp_host *host, int level, const char *format, ...) {
     char text[512];
     if (!host->log) return;
     va_list args;

@@ -8,7 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 
-/* ---- heads ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- heads ------------------------------------------------------------------------------------------------------- */
 
 static int first_out_head(const usp_layer *layer, int u) {
     return (int)((int64_t)u * layer->heads / layer->mesh.ulysses);
@@ -48,7 +48,7 @@ static void set_operands(usp_layer *layer) {
     for (int i = 0; i < USP_OPERANDS; i++) layer->shared[i] = is_shared(layer, (usp_operand)i);
 }
 
-/* ---- create ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- create ------------------------------------------------------------------------------------------------------ */
 
 static usp_status check_sequence(const usp_mesh *mesh, const usp_sequence *sequence, const usp_layer_config *config) {
     USP_REQUIRE(sequence, "sequence is NULL");
@@ -56,7 +56,8 @@ static usp_status check_sequence(const usp_mesh *mesh, const usp_sequence *seque
     USP_REQUIRE(sequence->ranks == mesh->ranks && sequence->rank == mesh->p,
                 "the sequence is spread over %d ranks, the mesh has ulysses x ring = %d", sequence->ranks, mesh->ranks);
     if (sequence->cross && config->mask == USP_MASK_CAUSAL)
-        return usp_fail(USP_UNSUPPORTED, "usp_layer_config.mask is causal: queries and keys of different length have no "
+        return usp_fail(USP_UNSUPPORTED,
+                        "usp_layer_config.mask is causal: queries and keys of different length have no "
                         "common positions");
     return USP_OK;
 }
@@ -142,7 +143,7 @@ void usp_layer_destroy(usp_layer *layer) {
     usp_host_free(&layer->world->host, layer);
 }
 
-/* ---- queries ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- queries ----------------------------------------------------------------------------------------------------- */
 
 usp_status usp_layer_get_sizes(const usp_layer *layer, usp_sizes *sizes) {
     USP_REQUIRE(layer, "layer is NULL");
@@ -199,10 +200,13 @@ static void say_shape(text *t, const usp_layer *layer) {
     static const char *dtypes[] = {"f32", "f16", "bf16"};
     static const char *layouts[] = {"zigzag", "contiguous", "stripe", "zigzag per document", "custom"};
     const usp_layer_config *c = &layer->config;
-    say(t, "%s attention, %s, %s\n", layer->attn->name, c->mask == USP_MASK_CAUSAL ? "causal" : "full", dtypes[c->dtype]);
-    say(t, "  shape     batch %d, tokens %lld, keys %lld, heads %d, kv_heads %d, value_heads %d, head_dim %d, value_dim %d\n",
-        c->batch, (long long)layer->sequence->query.tokens, (long long)layer->sequence->key.tokens, c->heads, c->kv_heads,
-        c->value_heads, c->head_dim, c->value_dim);
+    say(t, "%s attention, %s, %s\n", layer->attn->name, c->mask == USP_MASK_CAUSAL ? "causal" : "full",
+        dtypes[c->dtype]);
+    say(t,
+        "  shape     batch %d, tokens %lld, keys %lld, heads %d, kv_heads %d, value_heads %d, head_dim %d, value_dim "
+        "%d\n",
+        c->batch, (long long)layer->sequence->query.tokens, (long long)layer->sequence->key.tokens, c->heads,
+        c->kv_heads, c->value_heads, c->head_dim, c->value_dim);
     say(t, "  mesh      ulysses %d (rank %d) x ring %d (rank %d), copy %d of %d\n", layer->mesh.ulysses, layer->mesh.u,
         layer->mesh.ring, layer->mesh.r, layer->mesh.copy, layer->mesh.copies);
     say(t, "  layout    %s, %lld own tokens\n", layouts[layer->sequence->layout],

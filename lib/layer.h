@@ -31,7 +31,7 @@ struct usp_layer {
     int dim[USP_OPERANDS];
     int shared[USP_OPERANDS]; /* several ulysses ranks hold some head of it */
     const usp_attn_ops *attn;
-    float *decay;            /* device, own heads; NULL: lambda = 1 */
+    float *decay; /* device, own heads; NULL: lambda = 1 */
     usp_messages messages;
     void *message_memory;
 };

@@ -53,7 +53,8 @@ usp_status usp_mesh_axis(const usp_mesh *mesh, usp_axis axis, int *rank, int *si
 
 /* Ranks with the same colour share a row of the axis: all coordinates but the axis' own are equal. */
 static int axis_colour(const usp_mesh *mesh, usp_axis axis) {
-    const int colours[] = {mesh->copy * mesh->ring + mesh->r, mesh->copy * mesh->ulysses + mesh->u, mesh->copy, mesh->p};
+    const int colours[] = {mesh->copy * mesh->ring + mesh->r, mesh->copy * mesh->ulysses + mesh->u, mesh->copy,
+                           mesh->p};
     return colours[axis];
 }
 

@@ -1,4 +1,5 @@
-/* messages.c - puts lists of sends and receives together and runs them as one exchange on the world's transfer stream. */
+/* messages.c - puts lists of sends and receives together and runs them as one exchange on the world's transfer stream.
+ */
 #include "error.h"
 #include "layer.h"
 

@@ -1,11 +1,11 @@
-/* run.c - one forward or backward call as a straight line: carve, exchange in, the kind's ring stage, exchange out. With
- * one ulysses rank there is no exchange and the ring stage works on the caller's tensors. */
+/* run.c - one forward or backward call as a straight line: carve, exchange in, the kind's ring stage, exchange out.
+ * With one ulysses rank there is no exchange and the ring stage works on the caller's tensors. */
 #include "run.h"
 #include "abi.h"
 #include "error.h"
 #include "exchange.h"
 
-/* ---- buffers ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- buffers ----------------------------------------------------------------------------------------------------- */
 
 /* What forward keeps for backward: exchanged tensors (with one ulysses rank the caller's own serve), lse, states. */
 typedef struct saved_buffers {
@@ -60,7 +60,8 @@ static usp_transit carve_out(const usp_layer *layer, usp_bundle bundle, usp_aren
 
 static saved_buffers carve_saved(const usp_layer *layer, usp_arena *arena) {
     saved_buffers b = {0};
-    usp_bundle q = usp_bundle_of(layer, USP_QUERY, layer->config.dtype), keys = usp_bundle_keys(layer, layer->config.dtype);
+    usp_bundle q = usp_bundle_of(layer, USP_QUERY, layer->config.dtype),
+               keys = usp_bundle_keys(layer, layer->config.dtype);
     size_t states = layer->attn->saved(layer);
     if (exchanges(layer)) {
         b.q = usp_carve(arena, (size_t)usp_bundle_block_bytes(layer, &q));
@@ -142,12 +143,11 @@ size_t usp_run_workspace(const usp_layer *layer, usp_pass pass) {
     return arena.used + layer->attn->workspace(layer, pass);
 }
 
-/* ---- arguments ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- arguments --------------------------------------------------------------------------------------------------- */
 
 static usp_status check_workspace(const usp_layer *layer, const void *workspace, size_t bytes, size_t needed) {
     (void)layer;
-    if (bytes < needed)
-        return usp_fail(USP_WORKSPACE, "workspace has %zu bytes, this call needs %zu", bytes, needed);
+    if (bytes < needed) return usp_fail(USP_WORKSPACE, "workspace has %zu bytes, this call needs %zu", bytes, needed);
     if (needed && !workspace) return usp_fail(USP_WORKSPACE, "workspace is NULL, this call needs %zu bytes", needed);
     if ((uintptr_t)workspace % USP_ALIGNMENT)
         return usp_fail(USP_WORKSPACE, "workspace is not aligned to %d bytes", USP_ALIGNMENT);
@@ -222,7 +222,7 @@ static usp_status check_backward(const usp_layer *layer, const usp_backward *arg
     return check_saved(args->saved, "usp_backward");
 }
 
-/* ---- states between all heads and own heads --------------------------------------------------------------------------------------- */
+/* ---- states between all heads and own heads ---------------------------------------------------------------------- */
 
 /* Heads first .. first + heads of a state with all heads, as one row of a tensor. */
 static usp_status copy_states(usp_layer *layer, const float *from, int from_heads, int from_first, float *to,
@@ -253,7 +253,8 @@ static void post_states(const usp_layer *layer, const float *own, float *staging
     }
 }
 
-static usp_status unpack_states(usp_layer *layer, const float *own, const float *staging, float *all, usp_stream stream) {
+static usp_status unpack_states(usp_layer *layer, const float *own, const float *staging, float *all,
+                                usp_stream stream) {
     int64_t one = state_elements(layer) * layer->config.batch;
     for (int u = 0; u < layer->mesh.ulysses; u++) {
         usp_head_range heads = usp_layer_heads(layer, USP_OUT, u);
@@ -263,7 +264,7 @@ static usp_status unpack_states(usp_layer *layer, const float *own, const float 
     return USP_OK;
 }
 
-/* ---- rows: lse and delta between [batch, head, token] and the bundle's [token, batch, head] ------------------------------------------- */
+/* ---- rows: lse and delta between [batch, head, token] and the bundle's [token, batch, head] ---------------------- */
 
 static usp_tensor head_major(float *numbers, int heads, int64_t tokens) {
     return (usp_tensor){numbers, heads * tokens, 1, tokens};
@@ -280,10 +281,11 @@ static usp_status transpose_rows(usp_layer *layer, usp_tensor from, usp_tensor t
     return device->ops->copy_rows(device, &copy, stream);
 }
 
-/* ---- forward ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 /* The ring stage's view of tensors that need no exchange. */
-static usp_inner inner_of_forward(const usp_forward *args, const saved_buffers *kept, usp_arena arena, usp_stream stream) {
+static usp_inner inner_of_forward(const usp_forward *args, const saved_buffers *kept, usp_arena arena,
+                                  usp_stream stream) {
     return (usp_inner){.q = args->q,
                        .k = args->k,
                        .v = args->v,
@@ -353,8 +355,10 @@ static usp_status exchange_out(usp_layer *layer, const usp_forward *args, const 
 }
 
 /* The ring stage's view of exchanged tensors. */
-static usp_inner inner_of_blocks(const usp_layer *layer, const saved_buffers *kept, usp_arena arena, usp_stream stream) {
-    usp_bundle q = usp_bundle_of(layer, USP_QUERY, layer->config.dtype), keys = usp_bundle_keys(layer, layer->config.dtype);
+static usp_inner inner_of_blocks(const usp_layer *layer, const saved_buffers *kept, usp_arena arena,
+                                 usp_stream stream) {
+    usp_bundle q = usp_bundle_of(layer, USP_QUERY, layer->config.dtype),
+               keys = usp_bundle_keys(layer, layer->config.dtype);
     return (usp_inner){.q = usp_bundle_view(layer, &q, kept->q, 0, layer->mesh.u),
                        .k = usp_bundle_view(layer, &keys, kept->keys, 0, layer->mesh.u),
                        .v = usp_bundle_view(layer, &keys, kept->keys, 1, layer->mesh.u),
@@ -391,7 +395,8 @@ static usp_status run_forward(usp_layer *layer, const usp_forward *given, void *
     return forward_inner(layer, &args, &kept, (usp_arena){arena.base + arena.used, 0}, stream);
 }
 
-usp_status usp_layer_forward(usp_layer *layer, const usp_forward *args, void *workspace, size_t bytes, usp_stream stream) {
+usp_status usp_layer_forward(usp_layer *layer, const usp_forward *args, void *workspace, size_t bytes,
+                             usp_stream stream) {
     return run_forward(layer, args, workspace, bytes, stream, 0);
 }
 
@@ -400,7 +405,7 @@ usp_status usp_layer_inner_forward(usp_layer *layer, const usp_forward *args, vo
     return run_forward(layer, args, workspace, bytes, stream, 1);
 }
 
-/* ---- backward ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- backward ---------------------------------------------------------------------------------------------------- */
 
 static usp_status find_delta(usp_layer *layer, const usp_backward *args, int64_t tokens, int heads, float *delta,
                              usp_stream stream) {
@@ -536,7 +541,7 @@ usp_status usp_layer_inner_backward(usp_layer *layer, const usp_backward *args, 
     return run_backward(layer, args, workspace, bytes, stream, 1);
 }
 
-/* ---- the head exchange alone ---------------------------------------------------------------------------------------------------------- */
+/* ---- the head exchange alone ------------------------------------------------------------------------------------- */
 
 static usp_bundle operand_bundle(const usp_layer *layer, usp_operand operand, int toward_tokens) {
     int sum = toward_tokens && layer->shared[operand];
@@ -611,7 +616,7 @@ usp_status usp_layer_heads_to_tokens(usp_layer *layer, usp_operand operand, cons
     return usp_transit_unpack(layer, &transit, tokens, layer->config.dtype, stream);
 }
 
-/* ---- cost ------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- cost -------------------------------------------------------------------------------------------------------- */
 
 void usp_run_cost(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
     usp_messages count = {0};

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- blocks: what a ring rank holds after the exchange --------------------------------------------------------------------- */
+/* ---- blocks: what a ring rank holds after the exchange ----------------------------------------------------------- */
 
 /* A segment of one of the ring rank's U ranks. */
 typedef struct piece {
@@ -59,7 +59,10 @@ static void plan_block(usp_ring_side *side, const usp_shape *shape, int64_t firs
         const piece *at = &pieces[i];
         int positions = rows_are_positions(shape);
         if (r == shape->r)
-            side->landing[at->index] = (usp_landing){at->u, at->segment, at->source, at->tokens.length,
+            side->landing[at->index] = (usp_landing){at->u,
+                                                     at->segment,
+                                                     at->source,
+                                                     at->tokens.length,
                                                      positions ? at->tokens.start : block->rows,
                                                      positions ? at->tokens.stride : 1};
         add_block_segment(side, block, &at->tokens);
@@ -78,7 +81,7 @@ static void plan_side(usp_ring_side *side, const usp_sharding *sharding, const u
     }
 }
 
-/* ---- tiles ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- tiles ------------------------------------------------------------------------------------------------------- */
 
 /* Allowed column position - row position. */
 typedef struct band {
@@ -97,11 +100,13 @@ static int64_t first_at_least(const usp_segment *segment, int64_t x) {
     return index < segment->length ? index : segment->length;
 }
 
-/* The tile of rows at positions x0 .. x1 and the columns of one segment whose first row index is `row`; 0 if it is empty. */
+/* The tile of rows at positions x0 .. x1 and the columns of one segment whose first row index is `row`; 0 if it is
+ * empty. */
 static int make_tile(const usp_segment *columns, int64_t row, int64_t x0, int64_t x1, band allowed, int keys_are_rows,
                      usp_tile *tile) {
     int64_t begin = first_at_least(columns, x0 + allowed.low), end = first_at_least(columns, x1 + allowed.high + 1);
-    int64_t full_begin = first_at_least(columns, x1 + allowed.low), full_end = first_at_least(columns, x0 + allowed.high + 1);
+    int64_t full_begin = first_at_least(columns, x1 + allowed.low),
+            full_end = first_at_least(columns, x0 + allowed.high + 1);
     if (begin >= end) return 0;
     if (full_begin >= full_end) full_begin = full_end = end;
     int64_t low = keys_are_rows ? -allowed.high : allowed.low, high = keys_are_rows ? -allowed.low : allowed.high;
@@ -144,8 +149,8 @@ static void add_work(work_list *list, const usp_segment *rows, int64_t row, int6
     list->works++;
 }
 
-/* Every row of a block in one work item. Under a causal mask late queries and early keys have most to do: first come the
- * heavy ones. */
+/* Every row of a block in one work item. Under a causal mask late queries and early keys have most to do: first come
+ * the heavy ones. */
 static void add_works(work_list *list, const usp_ring_side *row_side, int row_block, const usp_ring_side *column_side,
                       int column_block, band allowed, int keys_are_rows) {
     const usp_ring_block *rows = &row_side->block[row_block], *columns = &column_side->block[column_block];
@@ -157,7 +162,8 @@ static void add_works(work_list *list, const usp_ring_side *row_side, int row_bl
         if (!keys_are_rows) row -= segment->length;
         for (int64_t c = 0; c < cuts; c++)
             add_work(list, segment, row, (keys_are_rows ? c : cuts - 1 - c) * USP_WORK_ROWS,
-                     column_side->segment + columns->first_segment, columns->segments, allowed, keys_are_rows, tile_base);
+                     column_side->segment + columns->first_segment, columns->segments, allowed, keys_are_rows,
+                     tile_base);
         if (keys_are_rows) row += segment->length;
     }
 }
@@ -179,15 +185,15 @@ static void plan_steps(usp_schedule *schedule, work_list *list) {
     }
 }
 
-/* ---- chunks and blocks of linear attention --------------------------------------------------------------------------------------- */
+/* ---- chunks and blocks of linear attention ----------------------------------------------------------------------- */
 
 static int chunk_by_start(const void *a, const void *b) {
     int64_t x = ((const usp_chunk *)a)->start, y = ((const usp_chunk *)b)->start;
     return x < y ? -1 : x > y;
 }
 
-/* Longer blocks move fewer states through memory, shorter ones give small inputs enough parallel work. The rule looks at
- * rows alone, so that results do not depend on how heads are spread. */
+/* Longer blocks move fewer states through memory, shorter ones give small inputs enough parallel work. The rule looks
+ * at rows alone, so that results do not depend on how heads are spread. */
 static int64_t block_rows(int64_t rows) {
     return rows <= 4096 ? 64 : rows <= 8192 ? 128 : rows <= 16384 ? 256 : 512;
 }
@@ -224,14 +230,15 @@ static void plan_chunks(usp_schedule *schedule) {
         usp_chunk *chunk = &schedule->chunk[c];
         schedule->chunk_step[c] = (usp_scan_step){(int32_t)chunk->count, 0};
         chunk->own_index = 0;
-        for (int64_t before = 0; before < c; before++) chunk->own_index += schedule->chunk[before].owner == chunk->owner;
+        for (int64_t before = 0; before < c; before++)
+            chunk->own_index += schedule->chunk[before].owner == chunk->owner;
         if (chunk->owner != schedule->shape.r) continue;
         schedule->own_chunks++;
         cut_chunk(schedule, chunk, most);
     }
 }
 
-/* ---- planning as a whole -------------------------------------------------------------------------------------------------------- */
+/* ---- planning as a whole ----------------------------------------------------------------------------------------- */
 
 static void plan(usp_sequence *sequence, usp_schedule *schedule) {
     plan_side(&schedule->query, &sequence->query, &schedule->shape, schedule->scratch);
@@ -252,18 +259,18 @@ static usp_status upload(usp_sequence *sequence, usp_schedule *schedule, usp_str
         void *to;
         const void *from;
         size_t bytes;
-    } copies[] = {{schedule->device_work, schedule->work, (size_t)schedule->works * sizeof(usp_work)},
-                  {schedule->device_tile, schedule->tile, (size_t)schedule->tiles * sizeof(usp_tile)},
-                  {schedule->device_block, schedule->block, (size_t)schedule->blocks * sizeof(usp_block)},
-                  {schedule->device_block_step, schedule->block_step, (size_t)schedule->blocks * sizeof(usp_scan_step)},
-                  {schedule->device_chunk_step, schedule->chunk_step, (size_t)schedule->chunks * sizeof(usp_scan_step)}};
+    } copies[] = {
+        {schedule->device_work, schedule->work, (size_t)schedule->works * sizeof(usp_work)},
+        {schedule->device_tile, schedule->tile, (size_t)schedule->tiles * sizeof(usp_tile)},
+        {schedule->device_block, schedule->block, (size_t)schedule->blocks * sizeof(usp_block)},
+        {schedule->device_block_step, schedule->block_step, (size_t)schedule->blocks * sizeof(usp_scan_step)},
+        {schedule->device_chunk_step, schedule->chunk_step, (size_t)schedule->chunks * sizeof(usp_scan_step)}};
     for (size_t i = 0; i < sizeof copies / sizeof copies[0]; i++)
-        if (copies[i].bytes)
-            USP_TRY(device->ops->copy(device, copies[i].to, copies[i].from, copies[i].bytes, stream));
+        if (copies[i].bytes) USP_TRY(device->ops->copy(device, copies[i].to, copies[i].from, copies[i].bytes, stream));
     return USP_OK;
 }
 
-/* ---- memory ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- memory ------------------------------------------------------------------------------------------------------ */
 
 static void *allocate(const usp_host *host, int64_t count, size_t bytes, usp_status *status) {
     void *memory = NULL;
@@ -376,7 +383,8 @@ static void destroy(usp_sequence *sequence, usp_schedule *schedule) {
 }
 
 static usp_status allocate_scratch(const usp_sequence *sequence, void **scratch) {
-    int64_t most = sequence->query.capacity > sequence->key.capacity ? sequence->query.capacity : sequence->key.capacity;
+    int64_t most =
+        sequence->query.capacity > sequence->key.capacity ? sequence->query.capacity : sequence->key.capacity;
     return usp_host_alloc(&sequence->world->host, (size_t)most * sizeof(piece), "schedule", scratch);
 }
 
@@ -398,21 +406,25 @@ static usp_status build(usp_sequence *sequence, usp_schedule *schedule) {
     return upload(sequence, schedule, NULL);
 }
 
-/* ---- the sequence's schedules --------------------------------------------------------------------------------------------------- */
+/* ---- the sequence's schedules ------------------------------------------------------------------------------------ */
 
 /* A causal linear layer passes its state from position to position, so a ring rank must own runs of positions. */
 static usp_status check_order(const usp_sequence *sequence, const usp_shape *shape) {
     if (shape->attention != USP_LINEAR) return USP_OK;
     if (sequence->cross) return usp_fail(USP_UNSUPPORTED, "linear attention needs queries and keys of one length");
     if (shape->ring > 1 && sequence->layout == USP_LAYOUT_STRIPE)
-        return usp_fail(USP_UNSUPPORTED, "linear attention on the stripe layout needs ring = 1: with ring %d the state "
-                        "would have to change ranks at every token", shape->ring);
+        return usp_fail(USP_UNSUPPORTED,
+                        "linear attention on the stripe layout needs ring = 1: with ring %d the state "
+                        "would have to change ranks at every token",
+                        shape->ring);
     if (shape->mask != USP_MASK_CAUSAL || rows_are_positions(shape)) return USP_OK;
     const usp_sharding *sharding = &sequence->query;
     for (int64_t i = 0; i < sharding->first[sharding->ranks]; i++)
         if (sharding->segment[i].stride != 1)
-            return usp_fail(USP_UNSUPPORTED, "causal linear attention with ring %d needs segments of stride 1; one "
-                            "has stride %lld", shape->ring, (long long)sharding->segment[i].stride);
+            return usp_fail(USP_UNSUPPORTED,
+                            "causal linear attention with ring %d needs segments of stride 1; one "
+                            "has stride %lld",
+                            shape->ring, (long long)sharding->segment[i].stride);
     return USP_OK;
 }
 

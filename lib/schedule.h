@@ -1,5 +1,5 @@
-/* schedule.h - a sequence seen from the ring axis of one mesh shape: what lands where in the head exchange, and the tiles
- * or chunks of work of every ring step. Plain integers, shared by all layers of that shape, kept by the sequence.
+/* schedule.h - a sequence seen from the ring axis of one mesh shape: what lands where in the head exchange, and the
+ * tiles or chunks of work of every ring step. Plain integers, shared by all layers of that shape, kept by the sequence.
  *
  * After the exchange ring rank r holds the tokens of ranks r * U + u, u = 0 .. U-1, as one block of rows in position
  * order: for zigzag that is the first halves by ascending u, then the second halves by descending u, which together are
@@ -26,8 +26,8 @@ typedef struct usp_ring_side {
     usp_segment *segment;  /* of all blocks */
     usp_landing *landing;  /* of the own block: by u, then in the local order of that rank */
     int64_t landings;
-    int64_t capacity;      /* of segment and of landing */
-    int64_t limit;         /* no ring rank ever holds more rows, whatever the documents become */
+    int64_t capacity; /* of segment and of landing */
+    int64_t limit;    /* no ring rank ever holds more rows, whatever the documents become */
 } usp_ring_side;
 
 /* The two views of one ring step's work, rows and columns swapped, as indices into the schedule's arrays. */
@@ -73,8 +73,8 @@ typedef struct usp_chunk {
     int64_t start, row, count;
 } usp_chunk;
 
-/* The sequence's schedule for a shape, planned and uploaded now if it is new. UNSUPPORTED with the reason where a linear
- * layer has no order to follow. release gives it back. */
+/* The sequence's schedule for a shape, planned and uploaded now if it is new. UNSUPPORTED with the reason where a
+ * linear layer has no order to follow. release gives it back. */
 usp_status usp_schedule_acquire(usp_sequence *sequence, const usp_shape *shape, usp_schedule **schedule);
 void usp_schedule_release(usp_sequence *sequence, usp_schedule *schedule);
 

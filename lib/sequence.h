@@ -20,10 +20,10 @@ struct usp_sequence {
     usp_world *world;
     int ranks, rank, copy; /* N, p, data copy */
     usp_layout layout;
-    int cross;             /* keys are another tensor */
+    int cross; /* keys are another tensor */
     int64_t max_documents, max_tokens;
     int64_t documents;
-    int64_t *document_ends; /* [max_documents] */
+    int64_t *document_ends;  /* [max_documents] */
     usp_sharding query, key; /* key shares query's arrays unless cross */
     struct usp_schedule *schedules;
 };

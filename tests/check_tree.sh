@@ -1,0 +1,39 @@
+#!/bin/sh
+# Reads the source tree: the dependency rule, each header alone, and the few rules of style that a machine can hold.
+# usage: check_tree.sh SOURCE
+set -eu
+cd "$1"
+bad=0
+complain() { echo "FAIL: $1"; printf '%s\n' "$2"; bad=1; }
+none() { # what, lines that should not be there
+    [ -z "$2" ] || complain "$1" "$2"
+}
+
+none "lib/ includes a CUDA, NCCL or MPI header" "$(grep -rnE '#include *[<"](cuda|nccl|mpi)[a-z_]*\.h' lib include || true)"
+none "comm/ includes cuda/, or the reverse" "$(
+    for name in $(ls cuda | grep -E '\.(h|cuh)$'); do grep -rn "#include \"$name\"" comm || true; done
+    for name in $(ls comm | grep '\.h$'); do grep -rn "#include \"$name\"" cuda || true; done)"
+none "a constructor of a backend is called outside lib/world.c" "$(
+    grep -rnE 'usp_(comm_create|device_create)_[a-z_]+\(' lib comm cuda --include='*.c' |
+    grep -vE '^lib/world\.c|^[^:]*:[0-9]+:(usp_status|void)|^lib/absent\.c' || true)"
+none "the library prints, exits or aborts" "$(
+    grep -nE '\b(printf|puts|exit|abort|assert)\(' lib/*.c lib/cpu/*.c comm/*.c cuda/*.c | grep -vE 'snprintf|->abort\(|\.abort|_abort\(|ops->' || true)"
+none "dead code or notes to self" "$(grep -rnE '#if 0|\<(TODO|FIXME|XXX)\>[^.]' include lib cuda comm tests bench docs meson.build |
+    grep -v 'tests/check_tree.sh' || true)"
+none "lines over 120 columns" "$(find include lib cuda comm -name '*.[ch]' -o -name '*.cu*' |
+    xargs awk 'length > 120 { print FILENAME ":" FNR }')"
+none "environment variables change the library" "$(grep -rnE 'setenv|putenv' lib comm cuda || true)"
+
+for header in include/usp.h; do
+    cc -std=c99 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c "$header" || bad=1
+    cc -std=c11 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c "$header" || bad=1
+    if command -v c++ >/dev/null 2>&1; then
+        c++ -std=c++17 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c++ "$header" || bad=1
+    fi
+done
+for header in lib/*.h lib/cpu/*.h comm/*.h; do
+    printf '#include "%s"\n' "$header" |
+        cc -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -fsyntax-only -Iinclude -Ilib -Icomm -I. -x c - || bad=1
+done
+[ "$bad" = 0 ] && echo "tree: ok"
+exit "$bad"
