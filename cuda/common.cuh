@@ -12,7 +12,7 @@ extern "C" {
 #include "error.h"
 }
 
-/* ---- elements ---------------------------------------------------------------------------------------------------------- */
+/* ---- elements ---------------------------------------------------------------------------------------------------- */
 
 static __device__ __forceinline__ float usp_to_float(float x) { return x; }
 static __device__ __forceinline__ float usp_to_float(__half x) { return __half2float(x); }
@@ -49,7 +49,7 @@ template <> __device__ __forceinline__ float2 usp_unpack<__nv_bfloat16>(uint32_t
     return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162 *>(&pair));
 }
 
-/* ---- rows -------------------------------------------------------------------------------------------------------------- */
+/* ---- rows -------------------------------------------------------------------------------------------------------- */
 
 /* The `dim` elements of one token of one head. */
 template <typename T>
@@ -79,7 +79,7 @@ static inline bool usp_rows_aligned(const usp_tensor &x, size_t element)
     return ((bits | reinterpret_cast<uint64_t>(x.data)) & 15) == 0;
 }
 
-/* ---- launch ------------------------------------------------------------------------------------------------------------ */
+/* ---- launch ------------------------------------------------------------------------------------------------------ */
 
 /* Launches and reports; more than 48 KB of shared memory is asked for. `what` names the kernel in the error. */
 template <typename... Parameters, typename... Arguments>

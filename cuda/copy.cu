@@ -46,7 +46,7 @@ static __global__ void __launch_bounds__(threads_per_block) copy_elements(usp_co
     }
 }
 
-/* ---- launchers ---------------------------------------------------------------------------------------------------------- */
+/* ---- launchers --------------------------------------------------------------------------------------------------- */
 
 typedef void (*copy_kernel)(usp_copy, unsigned units, unsigned columns);
 

@@ -12,7 +12,7 @@ typedef struct usp_cuda_device {
     int index;
 } usp_cuda_device;
 
-/* ---- errors ------------------------------------------------------------------------------------------------------------ */
+/* ---- errors ------------------------------------------------------------------------------------------------------ */
 
 /* Records what failed and forgets CUDA's own note of it, which a later launch would take for its own. */
 static usp_status fail(const char *what, cudaError_t error)
@@ -33,7 +33,7 @@ static usp_status enter(const usp_device *device)
     return check("cudaSetDevice", cudaSetDevice(((const usp_cuda_device *)device)->index));
 }
 
-/* ---- memory ------------------------------------------------------------------------------------------------------------ */
+/* ---- memory ------------------------------------------------------------------------------------------------------ */
 
 static usp_status cuda_alloc(usp_device *device, size_t bytes, void **memory)
 {
@@ -65,7 +65,7 @@ static usp_status cuda_zero(usp_device *device, void *memory, size_t bytes, usp_
     return check("cudaMemsetAsync", cudaMemsetAsync(memory, 0, bytes, stream));
 }
 
-/* ---- streams and events ------------------------------------------------------------------------------------------------ */
+/* ---- streams and events ------------------------------------------------------------------------------------------ */
 
 /* For transfers: they should start before the kernels that fill the GPU, and never wait for the default stream. */
 static usp_status cuda_stream_create(usp_device *device, usp_stream *stream)
@@ -146,7 +146,7 @@ static usp_status cuda_capturing(usp_device *device, usp_stream stream, int *yes
     return USP_OK;
 }
 
-/* ---- kernels ----------------------------------------------------------------------------------------------------------- */
+/* ---- kernels ----------------------------------------------------------------------------------------------------- */
 
 static usp_status cuda_supports(usp_device *device, const usp_kernel_shape *shape)
 {
@@ -214,7 +214,7 @@ static usp_status cuda_scale(usp_device *device, float *data, int64_t count, flo
     return usp_cuda_scale(data, count, factor, stream);
 }
 
-/* ---- the table --------------------------------------------------------------------------------------------------------- */
+/* ---- the table --------------------------------------------------------------------------------------------------- */
 
 static void cuda_destroy(usp_device *device)
 {

@@ -26,7 +26,7 @@ static __device__ void load_tile(tile<ROWS> &to, const usp_tensor &x, const usp_
     }
 }
 
-/* ---- totals ------------------------------------------------------------------------------------------------------------ */
+/* ---- totals ------------------------------------------------------------------------------------------------------ */
 
 /* sum[i][j] += weighted k[., d] v[., e] over the `depth` rows of the tiles, for this thread's d and e. */
 static __device__ void add_products(float (&sum)[2][2], const tile<depth> &k, const tile<depth> &v, int y, int x)
@@ -69,7 +69,7 @@ template <typename T> static __global__ void __launch_bounds__(threads_per_block
     }
 }
 
-/* ---- output and apply --------------------------------------------------------------------------------------------------- */
+/* ---- output and apply -------------------------------------------------------------------------------------------- */
 
 static constexpr int value_columns = value_tile / side; /* of one thread */
 
@@ -182,7 +182,7 @@ template <typename T, bool PAIRS> static __global__ void __launch_bounds__(threa
     }
 }
 
-/* ---- launchers ---------------------------------------------------------------------------------------------------------- */
+/* ---- launchers --------------------------------------------------------------------------------------------------- */
 
 typedef void (*linear_kernel)(usp_linear);
 
@@ -216,7 +216,7 @@ static usp_status launch_apply(const usp_linear *linear, usp_stream stream)
     return usp_cuda_launch("linear_apply", kernel, grid, dim3(threads_per_block), 0, stream, *linear);
 }
 
-/* ---- the family --------------------------------------------------------------------------------------------------------- */
+/* ---- the family -------------------------------------------------------------------------------------------------- */
 
 static size_t no_shared(int, int) { return 0; }
 

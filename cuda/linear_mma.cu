@@ -2,8 +2,12 @@
  * A warp owns 16 value columns of the state for all of its life: in fp32, in registers, never in shared memory.
  *
  * Rows go by in the order of time, `rows` at a time. The state is kept transposed, [value][dim]: as the accumulator of
- * v^T k it then has the very places that the right operand of q state needs. An fp32 number goes into a product as the sum
- * of two 16-bit ones (high + low), so that only the pairs (q.k) of one step are rounded. */
+ * v^T k it then has the very places that the right operand of q state needs. States that leave the kernel, or come into
+ * it, take part in products as sums of two 16-bit numbers (high + low), so that no rounding of the dtype touches them;
+ * the pairs (q.k) of one step and the rows that a block adds to its own running state are rounded once.
+ *
+ * Products stand in the order in which they run: what adds to the same sums is kept a few products apart, since each
+ * takes longer than it keeps the tensor core busy. */
 #include "launch.h"
 #include "linear.cuh"
 #include "tiles.cuh"
@@ -12,15 +16,17 @@
 static constexpr int rows = 64;                 /* of one step */
 static constexpr int row_blocks = rows / 16;    /* a fragment is 16 rows or columns */
 static constexpr int pair_bytes = rows * rows * 2;
+static constexpr int table_bytes = 1024; /* of decays[0 .. rows], and up to where a tile may begin */
 
 /* What the warps of a thread block share while it works on one block of one head. */
 struct work {
     usp_place place;
     usp_time time;
     float log2_decay;
+    const float *decays; /* decay^t for t = 0 .. rows, in shared memory */
 };
 
-/* ---- rows -------------------------------------------------------------------------------------------------------------- */
+/* ---- rows -------------------------------------------------------------------------------------------------------- */
 
 /* Starts fetching the `rows` rows from `first` on in time; rows after the block become zero. */
 template <typename T, int DIM, int THREADS>
@@ -32,7 +38,7 @@ static __device__ __forceinline__ void fetch(usp_shared_rows<DIM> to, const usp_
                                   work.time.step * x.stride_token, work.time.count - first, DIM);
 }
 
-/* ---- the state --------------------------------------------------------------------------------------------------------- */
+/* ---- the state --------------------------------------------------------------------------------------------------- */
 
 /* This lane's elements of the state of its warp: 16 values by DIM. */
 template <int DIM> using state_sums = usp_sums<1, DIM / 8>;
@@ -50,33 +56,46 @@ static __device__ __forceinline__ void for_state(state_sums<DIM> &state, const u
     }
 }
 
-/* state += sum over the rows of k (weight v)^T, row t of the step with weight decay^(last - t). */
-template <typename T, int DIM, int VALUE>
+/* Rows r * 16 .. + 16 of the step as left operand v^T, each times its weight; `low` is what `high` leaves of it. */
+template <typename T, int VALUE>
+static __device__ __forceinline__ void weigh_values(usp_fragment &high, usp_fragment &low, uint32_t v_lane, int r,
+                                                    const float *decays, int last, float factor)
+{
+    usp_fragment loaded = usp_load_block_transposed(usp_block_at<VALUE>(v_lane, r, threadIdx.x / 32));
+#pragma unroll
+    for (int i = 0; i < 4; i++) { /* quarters: values by i % 2, rows by i / 2 */
+        int after = last - (r * 16 + i / 2 * 8 + usp_lane_column(0));
+        float2 x = usp_unpack<T>(loaded.part[i % 2 * 2 + i / 2]);
+        x.x *= factor * decays[max(after, 0)];
+        x.y *= factor * decays[max(after - 1, 0)];
+        high.part[i] = usp_pack<T>(x.x, x.y);
+        float2 rounded = usp_unpack<T>(high.part[i]);
+        low.part[i] = usp_pack<T>(x.x - rounded.x, x.y - rounded.y);
+    }
+}
+
+/* state += sum over the rows of k (weight v)^T, row t of the step with weight factor decay^(last - t), last <= rows.
+ * SPLIT: with weights and rows in more than the precision of T. */
+template <typename T, int DIM, int VALUE, bool SPLIT>
 static __device__ __forceinline__ void add_rows(state_sums<DIM> &state, usp_shared_rows<DIM> k, usp_shared_rows<VALUE> v,
-                                                float log2_decay, int last)
+                                                const float *decays, int last, float factor)
 {
     uint32_t k_lane = usp_lane_address(k), v_lane = usp_lane_address(v);
 #pragma unroll
     for (int r = 0; r < row_blocks; r++) {
-        usp_fragment loaded = usp_load_block_transposed(usp_block_at<VALUE>(v_lane, r, threadIdx.x / 32)), high, low;
+        usp_fragment high, low;
+        weigh_values<T, VALUE>(high, low, v_lane, r, decays, last, factor);
 #pragma unroll
-        for (int i = 0; i < 4; i++) { /* quarters: values by i % 2, rows by i / 2 */
-            int row = r * 16 + i / 2 * 8 + usp_lane_column(0);
-            float2 x = usp_unpack<T>(loaded.part[i % 2 * 2 + i / 2]);
-            x.x *= usp_decay(log2_decay, max(last - row, 0));
-            x.y *= usp_decay(log2_decay, max(last - row - 1, 0));
-            high.part[i] = usp_pack<T>(x.x, x.y);
-            float2 rounded = usp_unpack<T>(high.part[i]);
-            low.part[i] = usp_pack<T>(x.x - rounded.x, x.y - rounded.y);
-        }
+        for (int n = 0; n < DIM / 16; n += 2) {
+            usp_fragment right[2];
 #pragma unroll
-        for (int n = 0; n < DIM / 16; n++) {
-            usp_fragment right = usp_load_block_transposed(usp_block_at<DIM>(k_lane, r, n));
-            usp_mma<T>(state[0][2 * n], high, right.part[0], right.part[1]);
-            usp_mma<T>(state[0][2 * n + 1], high, right.part[2], right.part[3]);
-            if (log2_decay == 0) continue; /* weights of 1 leave nothing in `low` */
-            usp_mma<T>(state[0][2 * n], low, right.part[0], right.part[1]);
-            usp_mma<T>(state[0][2 * n + 1], low, right.part[2], right.part[3]);
+            for (int i = 0; i < 2; i++) right[i] = usp_load_block_transposed(usp_block_at<DIM>(k_lane, r, n + i));
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                usp_mma<T>(state[0][2 * n + i], high, right[i / 2].part[i % 2 * 2], right[i / 2].part[i % 2 * 2 + 1]);
+#pragma unroll
+            for (int i = 0; SPLIT && i < 4; i++)
+                usp_mma<T>(state[0][2 * n + i], low, right[i / 2].part[i % 2 * 2], right[i / 2].part[i % 2 * 2 + 1]);
         }
     }
 }
@@ -96,7 +115,7 @@ template <typename T, int DIM> static __device__ __forceinline__ float state_uni
     return __int_as_float((min(max(exponent - 10, -100), 100) + 127) << 23);
 }
 
-/* ---- output ------------------------------------------------------------------------------------------------------------ */
+/* ---- output ------------------------------------------------------------------------------------------------------ */
 
 /* A warp's 16 columns of the output of one step. */
 using out_sums = usp_sums<row_blocks, 2>;
@@ -124,23 +143,24 @@ static __device__ __forceinline__ void multiply_state(out_sums &out, usp_shared_
             low[i / 2][i % 2] = usp_pack<T>(x - rounded.x, y - rounded.y);
         }
 #pragma unroll
-        for (int m = 0; m < row_blocks; m++) {
-            usp_fragment left = usp_load_block(usp_block_at<DIM>(q_lane, m, d));
+        for (int m = 0; m < row_blocks; m += 2) {
+            usp_fragment left[2];
 #pragma unroll
-            for (int n = 0; n < 2; n++) {
-                usp_mma<T>(out[m][n], left, high[n][0], high[n][1]);
-                usp_mma<T>(out[m][n], left, low[n][0], low[n][1]);
-            }
+            for (int i = 0; i < 2; i++) left[i] = usp_load_block(usp_block_at<DIM>(q_lane, m + i, d));
+#pragma unroll
+            for (int i = 0; i < 4; i++) usp_mma<T>(out[m + i / 2][i % 2], left[i / 2], high[i % 2][0], high[i % 2][1]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) usp_mma<T>(out[m + i / 2][i % 2], left[i / 2], low[i % 2][0], low[i % 2][1]);
         }
     }
 }
 
-/* out *= factor decay^(before + row). */
-static __device__ __forceinline__ void weigh_rows(out_sums &out, float factor, float log2_decay, int before)
+/* out *= factor decay^row. */
+static __device__ __forceinline__ void weigh_rows(out_sums &out, float factor, const float *decays)
 {
 #pragma unroll
     for (int i = 0; i < row_blocks * 2; i++) {
-        float weight = factor * usp_decay(log2_decay, before + usp_lane_row(i / 2, i % 2));
+        float weight = factor * decays[usp_lane_row(i / 2, i % 2)];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             out[i / 2][n][i % 2 * 2] *= weight;
@@ -152,7 +172,7 @@ static __device__ __forceinline__ void weigh_rows(out_sums &out, float factor, f
 /* The decayed products q.k of 16 rows and 32 keys of the step, zero where the key is after the row, into shared memory. */
 template <typename T, int DIM>
 static __device__ __forceinline__ void make_pairs(unsigned char *pairs, usp_shared_rows<DIM> q, usp_shared_rows<DIM> k,
-                                                  int row_block, int half, float scale, float log2_decay)
+                                                  int row_block, int half, float scale, const float *decays)
 {
     usp_sums<1, 4> product = {};
     usp_multiply_rows<T, DIM, 1, 4>(product, q.rows_from(row_block * 16), k.rows_from(half * 32));
@@ -162,8 +182,8 @@ static __device__ __forceinline__ void make_pairs(unsigned char *pairs, usp_shar
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int row = row_block * 16 + usp_lane_row(0, i), distance = row - key;
-            float x = distance < 0 ? 0 : product[0][n][2 * i] * scale * usp_decay(log2_decay, distance);
-            float y = distance < 1 ? 0 : product[0][n][2 * i + 1] * scale * usp_decay(log2_decay, distance - 1);
+            float x = distance < 0 ? 0 : product[0][n][2 * i] * scale * decays[distance];
+            float y = distance < 1 ? 0 : product[0][n][2 * i + 1] * scale * decays[distance - 1];
             int place = row * rows * 2 + (((key / 8) ^ (row & 7)) << 4) + key % 8 * 2;
             *reinterpret_cast<uint32_t *>(pairs + place) = usp_pack<T>(x, y);
         }
@@ -203,19 +223,21 @@ template <typename T>
 static __device__ __forceinline__ void put_rows(out_sums &out, const usp_linear &linear, const work &work, int first)
 {
     int value = threadIdx.x / 32 * 16;
+    T *out_row = usp_row<T>(linear.out, work.time.first, work.place.batch, work.place.head) + value;
+    float *acc_row = usp_sums_row(linear, work.time.first, work.place) + value + usp_lane_column(0);
+    int64_t out_step = work.time.step * linear.out.stride_token;
+    int64_t acc_step = static_cast<int64_t>(work.time.step * linear.batch) * linear.heads * linear.value_dim;
 #pragma unroll
     for (int i = 0; i < row_blocks * 2; i++) {
         int t = first + usp_lane_row(i / 2, i % 2);
         bool live = t < work.time.count;
-        int64_t token = work.time.first + static_cast<int64_t>(t) * work.time.step;
-        float *left = &out[i / 2][0][i % 2 * 2], *right = &out[i / 2][1][i % 2 * 2];
-        float *acc = usp_sums_row(linear, token, work.place) + value + usp_lane_column(0);
+        float *left = &out[i / 2][0][i % 2 * 2], *right = &out[i / 2][1][i % 2 * 2], *acc = acc_row + t * acc_step;
         if (!linear.first && live) {
             float2 x = *reinterpret_cast<const float2 *>(acc), y = *reinterpret_cast<const float2 *>(acc + 8);
             left[0] += x.x, left[1] += x.y, right[0] += y.x, right[1] += y.y;
         }
         if (linear.last) {
-            put_values(usp_row<T>(linear.out, token, work.place.batch, work.place.head) + value, left, right, live);
+            put_values(out_row + t * out_step, left, right, live);
         } else if (live) {
             usp_put_pair(acc, left);
             usp_put_pair(acc + 8, right);
@@ -223,12 +245,15 @@ static __device__ __forceinline__ void put_rows(out_sums &out, const usp_linear 
     }
 }
 
-/* ---- kernels ----------------------------------------------------------------------------------------------------------- */
+/* ---- kernels ----------------------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ work find_work(const usp_linear &linear)
+/* A barrier must follow before the decays are read. */
+static __device__ __forceinline__ work find_work(const usp_linear &linear, float *decays, bool decaying)
 {
     usp_place place = usp_find_place(linear);
-    return {place, usp_block_time(linear, linear.block[place.block]), usp_log2_decay(linear.log_decay, place.head)};
+    float log2_decay = decaying ? usp_log2_decay(linear.log_decay, place.head) : 0;
+    if (threadIdx.x <= rows) decays[threadIdx.x] = usp_decay(log2_decay, threadIdx.x);
+    return {place, usp_block_time(linear, linear.block[place.block]), log2_decay, decays};
 }
 
 /* A warp for every 16 values; two thread blocks fit a multiprocessor of sm_90. */
@@ -240,8 +265,8 @@ static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
 {
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int stage = rows * (DIM + VALUE) * 2, threads = threads_per_value * VALUE;
-    uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    work work = find_work(linear);
+    uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + table_bytes;
+    work work = find_work(linear, reinterpret_cast<float *>(shared), true);
     int k_head = usp_mapped_head(linear.k_map, work.place.head), v_head = usp_mapped_head(linear.v_map, work.place.head);
     state_sums<DIM> state = {};
     for (int first = -rows; first < work.time.count; first += rows) { /* the first turn only fetches */
@@ -255,8 +280,12 @@ static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
         }
         if (first < 0) continue;
         uint32_t from = base + first / rows % 2 * stage;
-        add_rows<T, DIM, VALUE>(state, {from}, {from + rows * DIM * 2}, work.log2_decay,
-                                work.time.count - 1 - first + linear.shift);
+        int last = work.time.count - 1 - first + linear.shift, near = min(last, rows);
+        float factor = usp_decay(work.log2_decay, last - near);
+        if (work.log2_decay == 0) /* weights of 1 leave nothing in the low parts */
+            add_rows<T, DIM, VALUE, false>(state, {from}, {from + rows * DIM * 2}, work.decays, near, factor);
+        else
+            add_rows<T, DIM, VALUE, true>(state, {from}, {from + rows * DIM * 2}, work.decays, near, factor);
     }
     float *to = usp_state(linear, work.place.block, work.place);
     for_state<DIM>(state, linear, [=](float &x, int index) { to[index] = x; });
@@ -268,9 +297,9 @@ static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
 {
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int q_bytes = rows * DIM * 2, stage = rows * (2 * DIM + VALUE) * 2, threads = threads_per_value * VALUE;
-    uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + pair_bytes;
+    uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + table_bytes + pair_bytes;
     int warp = threadIdx.x / 32;
-    work work = find_work(linear);
+    work work = find_work(linear, reinterpret_cast<float *>(shared), true);
     int q_head = usp_mapped_head(linear.q_map, work.place.head), k_head = usp_mapped_head(linear.k_map, work.place.head);
     int v_head = usp_mapped_head(linear.v_map, work.place.head);
     state_sums<DIM> state;
@@ -294,18 +323,18 @@ static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
         usp_shared_rows<DIM> q = {from}, k = {from + q_bytes};
         usp_shared_rows<VALUE> v = {from + 2 * q_bytes};
         for (int half = warp / row_blocks; half <= warp % row_blocks / 2; half += threads / 32 / row_blocks)
-            make_pairs<T>(shared, q, k, warp % row_blocks, half, linear.scale, work.log2_decay);
+            make_pairs<T>(shared + table_bytes, q, k, warp % row_blocks, half, linear.scale, work.decays);
         out_sums out;
         float unit = state_unit<T, DIM>(state);
         multiply_state<T, DIM>(out, q, state, 1 / unit);
-        weigh_rows(out, linear.scale * unit, work.log2_decay, 0);
+        weigh_rows(out, linear.scale * unit, work.decays);
         __syncthreads();
         add_pairs<T, VALUE>(out, {base - pair_bytes}, v);
         put_rows<T>(out, linear, work, first);
         if (next >= work.time.count) break;
-        float decay = usp_decay(work.log2_decay, rows);
+        float decay = work.decays[rows];
         for_state<DIM>(state, linear, [=](float &x, int) { x *= decay; });
-        add_rows<T, DIM, VALUE>(state, k, v, work.log2_decay, rows);
+        add_rows<T, DIM, VALUE, false>(state, k, v, work.decays, rows, 1);
     }
 }
 
@@ -315,12 +344,11 @@ static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
 {
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int stage = rows * DIM * 2, threads = threads_per_value * VALUE;
-    uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    work work = find_work(linear);
+    uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + table_bytes;
+    work work = find_work(linear, reinterpret_cast<float *>(shared), linear.causal);
     const usp_block &block = linear.block[work.place.block];
     int q_head = usp_mapped_head(linear.q_map, work.place.head);
     int before = linear.shift + usp_chunk_rows_before(linear, block);
-    float log2_decay = linear.causal ? work.log2_decay : 0;
     state_sums<DIM> state;
     float unit = 1;
     for (int first = -rows; first < work.time.count; first += rows) {
@@ -338,12 +366,12 @@ static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
         }
         out_sums out;
         multiply_state<T, DIM>(out, {base + first / rows % 2 * stage}, state, 1 / unit);
-        weigh_rows(out, linear.scale * unit, log2_decay, before + first);
+        weigh_rows(out, linear.scale * unit * usp_decay(work.log2_decay, before + first), work.decays);
         put_rows<T>(out, linear, work, first);
     }
 }
 
-/* ---- launchers ---------------------------------------------------------------------------------------------------------- */
+/* ---- launchers --------------------------------------------------------------------------------------------------- */
 
 typedef void (*linear_kernel)(usp_linear);
 
@@ -364,7 +392,7 @@ static size_t shared_bytes(usp_linear_call call, int dim, int value_dim)
 {
     size_t columns[] = {static_cast<size_t>(dim + value_dim), static_cast<size_t>(2 * dim + value_dim),
                         static_cast<size_t>(dim)};
-    return 2 * rows * columns[call] * 2 + (call == USP_CALL_OUTPUT ? pair_bytes : 0);
+    return table_bytes + 2 * rows * columns[call] * 2 + (call == USP_CALL_OUTPUT ? pair_bytes : 0);
 }
 
 static usp_status launch(const char *what, const usp_linear *linear, usp_linear_call call, usp_stream stream)
@@ -390,7 +418,7 @@ static usp_status launch_apply(const usp_linear *linear, usp_stream stream)
     return launch("linear_apply", linear, USP_CALL_APPLY, stream);
 }
 
-/* ---- the family --------------------------------------------------------------------------------------------------------- */
+/* ---- the family -------------------------------------------------------------------------------------------------- */
 
 static size_t most_shared(int dim, int value_dim) { return shared_bytes(USP_CALL_OUTPUT, dim, value_dim); }
 

@@ -28,6 +28,25 @@ static __device__ __forceinline__ void step(float4 &x, float decay, const float4
     step(x.w, decay, total.w);
 }
 
+/* The next `ahead` states of a group in the order of the scan, and the rows of each. */
+template <typename V> struct batch {
+    V total[ahead];
+    int length[ahead];
+};
+
+/* States first, first + direction, ... of which `left` are left. */
+template <typename V>
+static __device__ __forceinline__ void read_batch(batch<V> &to, const V *data, const usp_scan_step *step, int64_t state,
+                                                  int first, int direction, int left)
+{
+#pragma unroll
+    for (int j = 0; j < ahead; j++) {
+        if (j >= left) break;
+        to.total[j] = data[(first + j * direction) * state];
+        to.length[j] = __ldg(&step[first + j * direction].length);
+    }
+}
+
 /* V: float, or float4 where the elements of a state are a multiple of four. Grid: (elements of a state, group). */
 template <typename V> static __global__ void __launch_bounds__(threads_per_block) scan_states(usp_scan scan)
 {
@@ -36,26 +55,26 @@ template <typename V> static __global__ void __launch_bounds__(threads_per_block
     if (at >= state) return;
     float log2_decay = usp_log2_decay(scan.log_decay, static_cast<int>(at / vectors % scan.heads));
     int group = blockIdx.y, begin = group_begin(scan, group), count = group_begin(scan, group + 1) - begin;
-    int first = scan.reverse ? begin + count - 1 : begin, direction = scan.reverse ? -1 : 1;
-    V *data = reinterpret_cast<V *>(scan.data) + at, x = {}, total[ahead];
+    int index = scan.reverse ? begin + count - 1 : begin, direction = scan.reverse ? -1 : 1;
+    V *data = reinterpret_cast<V *>(scan.data) + at, x = {};
+    batch<V> now, next;
     if (scan.initial) x = reinterpret_cast<const V *>(scan.initial)[group * state + at];
-    for (int i = 0; i < count; i += ahead) {
+    read_batch(next, data, scan.step, state, index, direction, count);
+    for (int left = count; left > 0; left -= ahead) {
+        now = next;
+        read_batch(next, data, scan.step, state, index + ahead * direction, direction, left - ahead);
 #pragma unroll
         for (int j = 0; j < ahead; j++) {
-            if (i + j < count) total[j] = data[(first + (i + j) * direction) * state];
-        }
-#pragma unroll
-        for (int j = 0; j < ahead; j++) {
-            if (i + j >= count) break;
-            int index = first + (i + j) * direction;
+            if (j >= left) break;
             data[index * state] = x;
-            step(x, usp_decay(log2_decay, scan.step[index].length), total[j]);
+            step(x, usp_decay(log2_decay, now.length[j]), now.total[j]);
+            index += direction;
         }
     }
     if (scan.final) reinterpret_cast<V *>(scan.final)[group * state + at] = x;
 }
 
-/* ---- launcher ----------------------------------------------------------------------------------------------------------- */
+/* ---- launcher ---------------------------------------------------------------------------------------------------- */
 
 static bool aligned(const void *memory) { return (reinterpret_cast<uintptr_t>(memory) & 15) == 0; }
 
@@ -69,7 +88,7 @@ usp_status usp_cuda_linear_scan(const usp_scan *scan, usp_stream stream)
                            0, stream, *scan);
 }
 
-/* ---- scaling a state ------------------------------------------------------------------------------------------------- */
+/* ---- scaling a state --------------------------------------------------------------------------------------------- */
 
 static __global__ void __launch_bounds__(threads_per_block) scale_floats(float *data, int64_t count, float factor)
 {
