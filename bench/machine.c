@@ -9,6 +9,12 @@
 #include <unistd.h>
 #include <usp.h>
 
+#if defined(__clang__)
+#define COMPILER "" /* clang's version says its name */
+#else
+#define COMPILER "gcc "
+#endif
+
 /* The text after "key<blanks>:<blanks>" of the first line that begins with key. */
 static void read_field(const char *path, const char *key, char *value, size_t capacity) {
     char line[512];
@@ -51,7 +57,7 @@ void usp_machine_describe(usp_machine *machine) {
     *machine = (usp_machine){.cores = (int)sysconf(_SC_NPROCESSORS_ONLN), .gpus = usp_device_count(USP_DEVICE_CUDA)};
     snprintf(machine->library, sizeof machine->library, "%d.%d.%d", version / 10000, version / 100 % 100,
              version % 100);
-    snprintf(machine->compiler, sizeof machine->compiler, "%s", __VERSION__);
+    snprintf(machine->compiler, sizeof machine->compiler, "%s%s", COMPILER, __VERSION__);
     gethostname(machine->host, sizeof machine->host - 1);
     read_field("/proc/cpuinfo", "model name", machine->processor, sizeof machine->processor);
     write_date(machine->date, sizeof machine->date);

@@ -40,8 +40,7 @@ void usp_measure_label(const usp_case *c, usp_pass pass, char *text, size_t capa
              usp_name_of(usp_names_layout(), (int)c->layout), c->ulysses, c->ring, pass ? "bwd" : "fwd");
 }
 
-/* ---- set up
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- set up ---------------------------------------------------------------------------------------------------- */
 
 static usp_layer_config layer_config(const usp_setup *s) {
     const usp_case *c = s->config;
@@ -178,8 +177,7 @@ static usp_status close_setup(usp_setup *s) {
     return status;
 }
 
-/* ---- passes
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- passes ---------------------------------------------------------------------------------------------------- */
 
 /* Dense [batch, local_tokens, heads, dim]. */
 static usp_tensor view(const usp_setup *s, int tensor) {
@@ -242,8 +240,7 @@ static usp_status poison(usp_setup *s, usp_pass pass) {
     return USP_OK;
 }
 
-/* ---- timing
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- timing ---------------------------------------------------------------------------------------------------- */
 
 static int ascending(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
@@ -327,8 +324,7 @@ static usp_status time_pass(usp_setup *s, usp_pass pass, usp_sweep_state *state,
     return status;
 }
 
-/* ---- check
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- check ----------------------------------------------------------------------------------------------------- */
 
 static usp_status fetch(usp_setup *s, const void *memory, size_t bytes, void **host) {
     *host = usp_tool_alloc(&s->rank->error, bytes, 1);
@@ -385,8 +381,7 @@ static usp_status check_pass(usp_setup *s, usp_pass pass, usp_result *result) {
     return status == USP_OK ? add_verdicts(s->rank, &verdict, result) : status;
 }
 
-/* ---- one row
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- one row --------------------------------------------------------------------------------------------------- */
 
 static usp_status fill_cost(usp_setup *s, usp_pass pass, usp_result *result) {
     usp_cost cost = {.struct_size = sizeof cost};
@@ -465,8 +460,7 @@ static usp_status measure(usp_rank *rank, const usp_options *options, const usp_
     return status == USP_OK ? closed : status;
 }
 
-/* ---- baseline
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- baseline -------------------------------------------------------------------------------------------------- */
 
 static usp_status measure_single(usp_rank *beside, const usp_options *options, const usp_case *alone,
                                  double seconds[2]) {

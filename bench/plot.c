@@ -8,7 +8,7 @@
 /* The frame of a chart in the picture, in pixels, and the values at its edges. */
 typedef struct usp_frame {
     double left, right, top, bottom;
-    double x_min, x_max, y_min, y_max;
+    double x_min, x_max, y_min, y_max, y_step;
     int log_x;
 } usp_frame;
 
@@ -26,8 +26,7 @@ static const char *dash_of(int index) {
     return dashes[index / COLORS % 4];
 }
 
-/* ---- series
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- series ---------------------------------------------------------------------------------------------------- */
 
 static usp_series *find_series(usp_chart *chart, const char *name) {
     for (int i = 0; i < chart->count; i++)
@@ -68,8 +67,7 @@ void usp_chart_free(usp_chart *chart) {
     chart->count = 0;
 }
 
-/* ---- elements
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- elements -------------------------------------------------------------------------------------------------- */
 
 static void write_escaped(FILE *svg, const char *text) {
     for (; *text; text++) switch (*text) {
@@ -124,8 +122,7 @@ static void format_tick(double value, int binary, char text[32]) {
     snprintf(text, 32, "%.6g%s", value, suffix[power]);
 }
 
-/* ---- scales
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- scales ---------------------------------------------------------------------------------------------------- */
 
 static double place_x(const usp_frame *f, double x) {
     double low = f->log_x ? log2(f->x_min) : f->x_min, high = f->log_x ? log2(f->x_max) : f->x_max;
@@ -161,16 +158,16 @@ static void find_range(const usp_chart *chart, usp_frame *f) {
         }
     if (chart->from_zero) f->y_min = fmin(f->y_min, 0);
     widen(&f->y_min, &f->y_max);
-    double step = nice_step(f->y_max - f->y_min, 6);
-    f->y_min = floor(f->y_min / step) * step;
-    f->y_max = ceil(f->y_max / step) * step;
+    f->y_step = nice_step(f->y_max - f->y_min, 6);
+    f->y_min = floor(f->y_min / f->y_step) * f->y_step;
+    f->y_max = ceil(f->y_max / f->y_step) * f->y_step;
     f->log_x = chart->log_x && f->x_min > 0 && f->x_max > f->x_min;
     if (!f->log_x) widen(&f->x_min, &f->x_max);
 }
 
 static void draw_y_axis(FILE *svg, const usp_frame *f) {
     char text[32];
-    double step = nice_step(f->y_max - f->y_min, 6);
+    double step = f->y_step;
     for (int i = 0; f->y_min + i * step <= f->y_max + step / 2; i++) {
         double value = f->y_min + i * step, y = place_y(f, value);
         draw_line(svg, f->left, y, f->right, y, "#e4e4e4");
@@ -198,8 +195,7 @@ static void draw_x_axis(FILE *svg, const usp_frame *f) {
     }
 }
 
-/* ---- charts
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- charts ---------------------------------------------------------------------------------------------------- */
 
 /* Room below the frame for as many names as there are. */
 static int height_of(const usp_chart *chart) {
@@ -267,8 +263,7 @@ void usp_plot_bars(FILE *svg, const usp_chart *chart) {
     end(svg);
 }
 
-/* ---- heat map
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- heat map -------------------------------------------------------------------------------------------------- */
 
 /* From dark blue over green to yellow: also readable in grey. */
 static void heat_color(double part, int rgb[3]) {

@@ -27,8 +27,7 @@ struct usp_job {
     int gate; /* 0: wait, 1: go, -1: a thread could not be started */
 };
 
-/* ---- one rank
- * ---------------------------------------------------------------------------------------------------------- */
+/* ---- one rank -------------------------------------------------------------------------------------------------- */
 
 static usp_status open_everyone(usp_rank *rank) {
     usp_world_info info = {.struct_size = sizeof info};
@@ -67,8 +66,7 @@ static usp_world_config world_config(const usp_ranks_config *config, usp_device_
         .struct_size = sizeof(usp_world_config), .device = device, .timeout_ms = config->timeout_ms};
 }
 
-/* ---- threads
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- threads --------------------------------------------------------------------------------------------------- */
 
 static usp_status create_world(const usp_job *job, int rank, usp_world **world) {
     usp_world_config config = world_config(job->config, job->config->gpus ? USP_DEVICE_CUDA : job->config->device);
@@ -161,8 +159,7 @@ static usp_status run_threads(const usp_ranks_config *config, usp_rank_main run,
     return status;
 }
 
-/* ---- processes
- * --------------------------------------------------------------------------------------------------------- */
+/* ---- processes ------------------------------------------------------------------------------------------------- */
 
 static int has_launcher(void) {
     return getenv("RANK") || getenv("OMPI_COMM_WORLD_RANK") || getenv("SLURM_PROCID");
@@ -200,8 +197,7 @@ void usp_rank_close_single(usp_rank *single, usp_rendezvous *rendezvous) {
     usp_rendezvous_destroy(rendezvous);
 }
 
-/* ---- collectives
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- collectives ----------------------------------------------------------------------------------------------- */
 
 usp_status usp_rank_gather(usp_rank *rank, const void *mine, void *all, size_t bytes) {
     return usp_sequence_gather(rank->everyone, 1, bytes, mine, all);

@@ -30,8 +30,7 @@ typedef struct usp_pair {
     double weight_size, grad_size; /* squares of their natural sizes */
 } usp_pair;
 
-/* ---- arithmetic
- * -------------------------------------------------------------------------------------------------------- */
+/* ---- arithmetic ------------------------------------------------------------------------------------------------ */
 
 static double dot(const double *a, const double *b, int count) {
     double sum[4] = {0};
@@ -72,8 +71,7 @@ static usp_pair linear_pair(const usp_case *c, double score, double dp, double d
                       .grad_size = scale * scale * decay * decay * (dp * dp + c->value_dim)};
 }
 
-/* ---- rows
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- rows ------------------------------------------------------------------------------------------------------ */
 
 static void close_rows(usp_rows *rows) {
     free(rows->token);
@@ -137,8 +135,7 @@ static void load_rows(const usp_case *c, int batch, int head, usp_rows *rows) {
         load_side(c, rows->keys, batch, rows->token[i], head, rows->x + i * c->dim, rows->y + i * c->value_dim);
 }
 
-/* ---- row statistics: lse and delta = sum of P dP
- * ------------------------------------------------------------------------ */
+/* ---- row statistics: lse and delta = sum of P dP --------------------------------------------------------------- */
 
 /* Before finish_statistics `lse` is the sum of exp(score - max), and `delta` that of exp(score - max) dP. */
 static void fold_statistics(usp_rows *rows, int64_t row, double score, double dp) {
@@ -227,8 +224,7 @@ static usp_status gather_table(const usp_reference *r, int batch, int head, usp_
     return status;
 }
 
-/* ---- results of rows
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- results of rows ------------------------------------------------------------------------------------------- */
 
 static void accumulate_pair(const usp_reference *r, int head, usp_rows *rows, int64_t row, int64_t token,
                             const double *other, const double *statistics) {
@@ -267,8 +263,7 @@ static usp_status accumulate(const usp_reference *r, int batch, int head, usp_to
     return status;
 }
 
-/* ---- comparison
- * --------------------------------------------------------------------------------------------------------- */
+/* ---- comparison ------------------------------------------------------------------------------------------------ */
 
 double usp_reference_tolerance(usp_dtype dtype) {
     return dtype == USP_F32 ? 1e-4 : 4 * usp_number_epsilon(dtype);

@@ -9,8 +9,7 @@
 #include <string.h>
 #include <sys/resource.h>
 
-/* ---- columns
- * ------------------------------------------------------------------------------------------------------------ */
+/* ---- columns --------------------------------------------------------------------------------------------------- */
 
 static double tflops(const usp_result *r) {
     return r->time.median > 0 ? r->flops / r->time.median * 1e-12 : 0;
@@ -54,8 +53,8 @@ static void print_row(const usp_report *report, const usp_result *r) {
         printf(" skipped: %s\n", r->refused);
         return;
     }
-    printf(" %11.2f %11.2f %8.3f %14.0f %12.0f %9.2f", r->time.median * 1e6, r->time.p99 * 1e6, tflops(r),
-           r->ulysses_bytes, r->ring_bytes, memory(r) / 0x1p20);
+    printf(" %11.2f %11.2f %8.*f %14.0f %12.0f %9.2f", r->time.median * 1e6, r->time.p99 * 1e6, tflops(r) < 10 ? 4 : 2,
+           tflops(r), r->ulysses_bytes, r->ring_bytes, memory(r) / 0x1p20);
     if (r->checked)
         printf(" %8.1e %6.0f", r->max_error, r->wrong);
     else
@@ -77,8 +76,7 @@ static void print_details(const usp_report *report, const usp_result *r) {
            r->saved / 0x1p20, r->tensors / 0x1p20, (double)usage.ru_maxrss / 1024);
 }
 
-/* ---- CSV
- * ---------------------------------------------------------------------------------------------------------------- */
+/* ---- CSV ------------------------------------------------------------------------------------------------------- */
 
 static void write_csv_heading(FILE *csv) {
     fputs(
@@ -106,8 +104,7 @@ static void write_csv_row(FILE *csv, const usp_result *r) {
     fflush(csv);
 }
 
-/* ---- JSON
- * --------------------------------------------------------------------------------------------------------------- */
+/* ---- JSON ------------------------------------------------------------------------------------------------------ */
 
 static void write_machine(usp_json *json, const usp_report *report) {
     const usp_machine *m = &report->machine;
@@ -219,8 +216,7 @@ static usp_status write_json(const usp_report *report, const char *failure, usp_
     return USP_OK;
 }
 
-/* ---- report
- * ------------------------------------------------------------------------------------------------------------- */
+/* ---- report ---------------------------------------------------------------------------------------------------- */
 
 void usp_report_info(const usp_machine *m) {
     printf("# usp_bench, libusp %s (%s)\n", m->library, m->compiler);

@@ -62,8 +62,7 @@ static const struct argp_option option_table[] = {
     {"deterministic", KEY_DETERMINISTIC, NULL, 0, "Only kernels whose results do not depend on timing", 0},
 
     {"verbose", 'v', NULL, 0, "Describe the layer on standard error", 5},
-    {"help", 'h', NULL, 0, "This text", -1},
-    {NULL, '?', NULL, OPTION_HIDDEN, NULL, -1},
+    {NULL, 'h', NULL, 0, "The same as --help", -1},
     {0}};
 
 static const char description[] =
@@ -160,7 +159,6 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
         o->verbose = 1;
         break;
     case 'h':
-    case '?':
         argp_state_help(state, stdout, ARGP_HELP_STD_HELP);
         break;
     case KEY_DEVICE:
@@ -205,16 +203,11 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
     return 0;
 }
 
-static void print_version(FILE *stream, struct argp_state *state) {
-    int version = usp_version();
-    fprintf(stream, "%s %d.%d.%d\n", state->name, version / 10000, version / 100 % 100, version % 100);
-}
-
 void usp_run_options_parse(usp_run_options *options, int argc, char **argv) {
     const struct argp argp = {option_table, parse_option, NULL, description, NULL, NULL, NULL};
     *options = (usp_run_options){.kind = USP_SOFTMAX, .mask = USP_MASK_CAUSAL, .dtype = -1};
-    argp_program_version_hook = print_version;
-    argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, options);
+    argp_program_version_hook = usp_tool_print_version;
+    argp_parse(&argp, argc, argv, 0, NULL, options);
 }
 
 void usp_run_options_free(usp_run_options *options) {

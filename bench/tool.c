@@ -1,10 +1,10 @@
 /* tool.c - error sentences, names, size lists and decay slopes.
  * Parsing only: meaning is checked by the library. */
 #include "tool.h"
+#include <argp.h>
 #include <errno.h>
 #include <math.h>
 #include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -131,4 +131,9 @@ void usp_decay_slopes(int heads, float *log_decay) {
     while (power * 2 <= heads) power *= 2;
     for (int h = 0; h < power; h++) log_decay[h] = -(float)exp2(-8.0 * (h + 1) / power);
     for (int h = power; h < heads; h++) log_decay[h] = -(float)exp2(-4.0 * (2 * (h - power) + 1) / power);
+}
+
+void usp_tool_print_version(FILE *stream, struct argp_state *state) {
+    int version = usp_version();
+    fprintf(stream, "%s (libusp) %d.%d.%d\n", state->name, version / 10000, version / 100 % 100, version % 100);
 }

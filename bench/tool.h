@@ -2,7 +2,10 @@
  * It knows nothing of ranks, tensors or files. */
 #ifndef USP_TOOL_H
 #define USP_TOOL_H
+#include <stdio.h>
 #include <usp.h>
+
+struct argp_state;
 
 /* Leaves the function with the status of a call that failed. */
 #define USP_TRY(call)                                                                                                  \
@@ -56,5 +59,8 @@ int usp_parse_real(const char *text, double *value);
 /* lambda_h = e^(-s_h): fills the logarithms -s_h with the ALiBi slopes: powers of 2^(-8 / heads), and where heads is no
  * power of two the slopes of the next lower one followed by every other slope of the next higher one. */
 void usp_decay_slopes(int heads, float *log_decay);
+
+/* argp's hook for --version. */
+void usp_tool_print_version(FILE *stream, struct argp_state *state);
 
 #endif

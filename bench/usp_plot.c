@@ -30,8 +30,7 @@ typedef struct usp_plot_options {
     int type; /* usp_plot_type */
 } usp_plot_options;
 
-/* ---- command line
- * ------------------------------------------------------------------------------------------------------- */
+/* ---- command line ---------------------------------------------------------------------------------------------- */
 
 static const struct argp_option option_table[] = {
     {"output", 'o', "FILE", 0, "SVG file to write (standard output)", 0},
@@ -41,8 +40,7 @@ static const struct argp_option option_table[] = {
     {"y", KEY_Y, "COLUMN", 0, "Column of values (all but step, or tflops_per_rank)", 0},
     {"where", KEY_WHERE, "COLUMN=VALUE", 0, "Only rows with this cell; may be given several times", 0},
     {"log-x", KEY_LOG_X, NULL, 0, "Logarithmic x axis (the default where x is seq)", 0},
-    {"help", 'h', NULL, 0, "This text", -1},
-    {NULL, '?', NULL, OPTION_HIDDEN, NULL, -1},
+    {NULL, 'h', NULL, 0, "The same as --help", -1},
     {0}};
 
 static const char description[] =
@@ -86,7 +84,6 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
         o->where[o->wheres++] = text;
         break;
     case 'h':
-    case '?':
         argp_state_help(state, stdout, ARGP_HELP_STD_HELP);
         break;
     case ARGP_KEY_ARG:
@@ -102,13 +99,7 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
     return 0;
 }
 
-static void print_version(FILE *stream, struct argp_state *state) {
-    int version = usp_version();
-    fprintf(stream, "%s %d.%d.%d\n", state->name, version / 10000, version / 100 % 100, version % 100);
-}
-
-/* ---- rows to series
- * ----------------------------------------------------------------------------------------------------- */
+/* ---- rows to series -------------------------------------------------------------------------------------------- */
 
 /* "COLUMN=VALUE" holds for the row; a column that the file lacks holds for none. */
 static int holds(const usp_csv *csv, size_t row, const char *where) {
@@ -217,8 +208,7 @@ static usp_status add_curves(const usp_plot_options *o, const usp_csv *csv, cons
     return USP_OK;
 }
 
-/* ---- heat map
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- heat map -------------------------------------------------------------------------------------------------- */
 
 /* Index of a degree among the sorted ones, which it joins if it is new; -1 if there are too many. */
 static int degree_index(double degrees[USP_PLOT_SERIES], int *count, double degree) {
@@ -279,8 +269,7 @@ static void draw_grid(FILE *svg, const usp_plot_options *o, const usp_grid *grid
     usp_plot_heatmap(svg, map);
 }
 
-/* ---- files
- * -------------------------------------------------------------------------------------------------------------- */
+/* ---- files ----------------------------------------------------------------------------------------------------- */
 
 /* Defaults that depend on the first file. */
 static void choose(usp_plot_options *o, const usp_csv *csv) {
@@ -361,8 +350,8 @@ int main(int argc, char **argv) {
     usp_csv csv[MOST_FILES] = {{.columns = 0}};
     usp_tool_error error = {""};
     usp_status status = USP_OK;
-    argp_program_version_hook = print_version;
-    argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, &options);
+    argp_program_version_hook = usp_tool_print_version;
+    argp_parse(&argp, argc, argv, 0, NULL, &options);
     for (int i = 0; i < options.files && status == USP_OK; i++) status = usp_csv_read(options.file[i], &csv[i], &error);
     if (status == USP_OK) status = draw(&options, csv, &error);
     if (status != USP_OK) fprintf(stderr, "usp_plot: %s\n", error.text);

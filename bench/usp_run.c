@@ -23,8 +23,7 @@ typedef struct usp_run {
     int root; /* rank 0 is in this process */
 } usp_run;
 
-/* ---- files to shapes
- * ---------------------------------------------------------------------------------------------------- */
+/* ---- files to shapes ------------------------------------------------------------------------------------------- */
 
 static usp_status read_files(usp_run *run, usp_tool_error *error) {
     for (int i = 0; i < USP_RUN_INPUTS; i++)
@@ -167,8 +166,7 @@ static usp_status prepare(usp_run *run, usp_tool_error *error) {
     return allocate_results(run, error);
 }
 
-/* ---- one rank
- * ----------------------------------------------------------------------------------------------------------- */
+/* ---- one rank -------------------------------------------------------------------------------------------------- */
 
 typedef struct usp_part {
     usp_run *run;
@@ -356,6 +354,7 @@ static usp_status run_layer(usp_part *p) {
                            .dq = view(p, USP_RUN_DQ),
                            .dk = view(p, USP_RUN_DK),
                            .dv = view(p, USP_RUN_DV),
+                           .initial_state = p->memory[USP_RUN_INITIAL_STATE],
                            .dfinal_state = p->memory[USP_RUN_DFINAL_STATE],
                            .dinitial_state = p->memory[USP_RUN_DINITIAL_STATE],
                            .saved = p->saved};
@@ -429,8 +428,7 @@ static usp_status run_rank(usp_rank *rank, void *user) {
     return status;
 }
 
-/* ---- all
- * ---------------------------------------------------------------------------------------------------------------- */
+/* ---- all ------------------------------------------------------------------------------------------------------- */
 
 static usp_status write_files(const usp_run *run, usp_tool_error *error) {
     for (int i = USP_RUN_OUT; i < USP_RUN_FILES && run->root; i++) {

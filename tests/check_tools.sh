@@ -1,0 +1,252 @@
+#!/bin/sh
+# check_tools.sh - runs usp_run, usp_bench and usp_plot on small cases and looks at files, output and exit statuses.
+# Arguments: usp_run usp_bench usp_plot npy_tool [corrupt_layer library]. It needs no GPU; python3 is used if it is there.
+# shellcheck disable=SC2086,SC2015,SC1003
+set -u
+[ $# -ge 4 ] || { echo "usage: check_tools.sh usp_run usp_bench usp_plot npy_tool [library]" >&2; exit 2; }
+absolute() { # FILE
+    [ -e "$1" ] || { echo "check_tools.sh: no $1" >&2; exit 2; }
+    printf '%s/%s' "$(cd "$(dirname "$1")" && pwd)" "$(basename "$1")"
+}
+run=$(absolute "$1") && bench=$(absolute "$2") && plot=$(absolute "$3") && npy=$(absolute "$4") || exit 2
+corrupt=
+[ -z "${5:-}" ] || corrupt=$(absolute "$5") || exit 2
+unset RANK OMPI_COMM_WORLD_RANK SLURM_PROCID
+dir=$(mktemp -d) && cd "$dir" || exit 2
+trap 'rm -rf "$dir"' EXIT
+failures=0
+
+fail()
+{
+    echo "FAILED: $*"
+    failures=$((failures + 1))
+}
+
+# expect STATUS COMMAND...: the exit status; its output is in `log`.
+expect()
+{
+    wanted=$1
+    shift
+    timeout 60 "$@" >log 2>&1
+    found=$?
+    [ "$found" -eq "$wanted" ] || { fail "status $found, not $wanted: $*"; cat log; }
+}
+
+# refuse WORD COMMAND...: exit 1, one line on standard error that has the word, and no result file.
+refuse()
+{
+    word=$1
+    shift
+    rm -f bad_out.npy
+    expect 1 "$@" --out bad_out.npy
+    [ "$(wc -l <log)" -eq 1 ] || { fail "not one sentence: $*"; cat log; }
+    grep -q -- "$word" log || { fail "no '$word' in: $(cat log)"; }
+    [ ! -e bad_out.npy ] || fail "a result in spite of an error: $*"
+}
+
+same()
+{
+    timeout 60 "$npy" compare "$1" "$2" "$3" >log 2>&1 || { fail "$1 and $2 differ: $(cat log)"; }
+}
+
+# ---- usp_run against a plain double loop, and over meshes --------------------------------------------------------------
+
+batch=2 tokens=53 heads=4 kv=2 dim=16 value=24
+make_inputs()
+{
+    "$npy" make q.npy "$1" 1 $batch $tokens $heads $dim || fail "make q"
+    "$npy" make k.npy "$1" 2 $batch $tokens $kv $dim || fail "make k"
+    "$npy" make v.npy "$1" 3 $batch $tokens $kv $value || fail "make v"
+    "$npy" make g.npy "$1" 4 $batch $tokens $heads $value || fail "make g"
+}
+
+inputs="--q q.npy --k k.npy --v v.npy --dout g.npy"
+grads="dq dk dv"
+
+# meshes TOLERANCE RESULTS OPTIONS...: one rank, then four ranks in three meshes, all results alike.
+meshes()
+{
+    tolerance=$1 results=$2
+    shift 2
+    outputs=
+    for r in $results; do outputs="$outputs --$r one_$r.npy"; done
+    expect 0 "$run" $inputs $outputs "$@"
+    for mesh in "4 1" "2 2" "1 4"; do
+        outputs=
+        for r in $results; do outputs="$outputs --$r four_$r.npy"; done
+        rm -f four_*.npy
+        expect 0 "$run" -n 4 -u "${mesh% *}" -r "${mesh#* }" $inputs $outputs "$@"
+        for r in $results; do same "four_$r.npy" "one_$r.npy" "$tolerance"; done
+    done
+}
+
+make_inputs f32
+meshes 2e-6 "out lse $grads" --device cpu
+"$npy" attend q.npy k.npy v.npy ref.npy softmax causal 1 || fail attend
+same one_out.npy ref.npy 1e-5
+same four_out.npy ref.npy 1e-5
+meshes 2e-6 "out $grads" --device cpu --mask full --layout contiguous
+"$npy" attend q.npy k.npy v.npy ref.npy softmax full 1 || fail attend
+same four_out.npy ref.npy 1e-5
+meshes 2e-6 "out $grads" --device cpu --layout stripe
+meshes 2e-5 "out final-state $grads dinitial-state" --device cpu --kind linear --decay 0.9
+"$npy" attend q.npy k.npy v.npy ref.npy linear causal 0.9 || fail attend
+same four_out.npy ref.npy 1e-5
+meshes 2e-5 "out final-state $grads" --device cpu --kind linear --decay alibi --state-exchange chain --recompute-state
+
+make_inputs f16
+meshes 4e-3 "out $grads" --device cpu
+"$npy" attend q.npy k.npy v.npy ref.npy softmax causal 1 || fail attend
+same four_out.npy ref.npy 4e-3
+make_inputs bf16
+meshes 3e-2 "out $grads" --device cpu --dtype bf16
+"$npy" attend q.npy k.npy v.npy ref.npy softmax causal 1 || fail attend
+same four_out.npy ref.npy 3e-2
+
+# States with their gradients, over meshes; then a sequence cut in two, its state handed over, is the whole.
+make_inputs f32
+"$npy" make s0.npy f32 7 $batch $heads $dim $value && "$npy" make ds.npy f32 8 $batch $heads $dim $value || fail "make s0"
+linear="--device cpu --kind linear --decay 0.95,0.9,1,0.5"
+meshes 2e-5 "out final-state $grads dinitial-state" $linear --initial-state s0.npy --dfinal-state ds.npy
+for x in q k v; do
+    "$npy" cut $x.npy early_$x.npy 0 20 && "$npy" cut $x.npy late_$x.npy 20 33 || fail "cut $x"
+done
+expect 0 "$run" --q early_q.npy --k early_k.npy --v early_v.npy --out early.npy --initial-state s0.npy \
+    --final-state middle.npy $linear
+expect 0 "$run" -n 3 --q late_q.npy --k late_k.npy --v late_v.npy --out late.npy --initial-state middle.npy \
+    --final-state end.npy $linear
+"$npy" cut one_out.npy early_ref.npy 0 20 && "$npy" cut one_out.npy late_ref.npy 20 33 || fail "cut out"
+same early.npy early_ref.npy 1e-5
+same late.npy late_ref.npy 1e-5
+same end.npy one_final-state.npy 1e-5
+
+# A run again is the same to the bit.
+expect 0 "$run" -n 4 -u 2 $inputs --out again1.npy --dk again1k.npy --device cpu
+expect 0 "$run" -n 4 -u 2 $inputs --out again2.npy --dk again2k.npy --device cpu
+cmp -s again1.npy again2.npy || fail "out differs from run to run"
+cmp -s again1k.npy again2k.npy || fail "dk differs from run to run"
+
+# Keys of another length.
+"$npy" make k2.npy f32 5 $batch 31 $kv $dim && "$npy" make v2.npy f32 6 $batch 31 $kv $value || fail "make cross"
+"$npy" attend q.npy k2.npy v2.npy ref.npy softmax full 1 || fail attend
+expect 0 "$run" -n 4 -u 2 --q q.npy --k k2.npy --v v2.npy --mask full --out cross.npy --device cpu
+same cross.npy ref.npy 1e-5
+
+# ---- usp_run: bad files -------------------------------------------------------------------------------------------------
+
+ok="--k k.npy --v v.npy --device cpu"
+printf 'no array at all' >magic.npy
+head -c 9 q.npy >short.npy
+head -c 60 q.npy >header.npy
+head -c 400 q.npy >data.npy
+{ cat q.npy; printf x; } >long.npy
+sed 's/False/True /' q.npy >fortran.npy
+sed 's/<f4/>f4/' q.npy >big.npy
+sed 's/<f4/|O /' q.npy >object.npy
+sed "s/(2, 53, 4, 16, )/(2, 53, 4, 16, 1)/" q.npy >five.npy
+sed "s/(2, 53, 4, 16, )/(2, 9223372036854775807, 4, 16, )/;s/    \$//" q.npy >huge.npy
+: >empty.npy
+mkdir folder.npy
+"$npy" make q16.npy bf16 1 $batch $tokens $heads $dim
+"$npy" make other.npy f32 1 $batch 7 $heads $dim
+"$npy" make heads3.npy f32 1 $batch $tokens 3 $dim
+refuse 'magic' "$run" --q magic.npy $ok
+refuse 'magic' "$run" --q empty.npy $ok
+refuse 'magic' "$run" --q short.npy $ok
+refuse 'truncated' "$run" --q header.npy $ok
+refuse 'truncated' "$run" --q data.npy $ok
+refuse 'more than its shape' "$run" --q long.npy $ok
+refuse 'Fortran' "$run" --q fortran.npy $ok
+refuse 'little-endian' "$run" --q big.npy $ok
+refuse 'little-endian' "$run" --q object.npy $ok
+refuse '.' "$run" --q five.npy $ok
+refuse '.' "$run" --q huge.npy $ok
+refuse 'regular file' "$run" --q folder.npy $ok
+refuse 'regular file' "$run" --q /dev/zero $ok
+refuse 'No such file' "$run" --q absent.npy $ok
+refuse 'bf16' "$run" --q q16.npy $ok
+refuse 'uint16' "$run" --q q.npy $ok --dtype bf16
+refuse 'float16' "$run" --q q.npy $ok --dtype f16
+refuse 'shape' "$run" --q q.npy --k k.npy --v v.npy --dout q.npy --dq x.npy --device cpu
+refuse '.' "$run" --q other.npy $ok
+refuse '.' "$run" --q heads3.npy $ok
+refuse 'ranks' "$run" -n 4 -u 3 --q q.npy $ok
+refuse 'decay' "$run" --q q.npy $ok --kind linear --decay 0.9,0.8,0.7
+refuse 'stripe' "$run" -n 2 -r 2 --q q.npy $ok --kind linear --layout stripe
+expect 1 "$run" --q q.npy $ok --out nowhere/out.npy
+expect 64 "$run" --q q.npy $ok
+expect 64 "$run" --q q.npy $ok --out x.npy --dq y.npy
+expect 64 "$run" --q q.npy $ok --out x.npy --mask half
+expect 64 "$run" --q q.npy $ok --out x.npy -n 0
+[ -z "$(ls ./*.npy.?????? 2>/dev/null)" ] || fail "temporary files are left"
+
+for tool in "$run" "$bench" "$plot"; do
+    expect 0 "$tool" --help
+    grep -q -- '--help' log || fail "no help from $tool"
+    expect 0 "$tool" --version
+    grep -Eq '[0-9]+\.[0-9]+\.[0-9]+' log || fail "no version from $tool"
+done
+
+# ---- usp_bench ----------------------------------------------------------------------------------------------------------
+
+quick="--device cpu -n 3 -w 1 -m 1 --heads 4 --head-dim 16"
+expect 0 "$bench" $quick -t 4 -b 64 -e 128 --layout all --kv-heads 2 --baseline -M -I --csv b.csv --json b.json --commit '"x"\'
+rows=$(grep -vc '^#' log)
+[ "$rows" -eq 64 ] || fail "$rows rows, not 64"
+grep -q '# .*skipped: ' log || fail "linear attention on a striped ring was not skipped"
+grep -q 'Out of bounds values : 0 OK' log || fail "no verdict line"
+[ "$(wc -l <b.csv)" -eq 65 ] || fail "CSV has $(wc -l <b.csv) lines, not 65"
+expect 0 "$bench" $quick -b 64 -e 64 -d f16,bf16 --full --shared-memory
+expect 0 "$bench" $quick -t 2 -b 4096 -e 4096 --heads 1 --pass bwd -c 1
+grep -q 'softmax.* 0$' log || fail "backward above the double-precision length was not checked"
+expect 2 "$bench" $quick -t 4 -u 3 -b 64 -e 64
+expect 2 "$bench" $quick -t 2 -r 2 --kind linear --layout stripe -b 64 -e 64
+expect 2 "$bench" $quick -b 64 -e 64 --csv nowhere/b.csv
+expect 2 "$bench" $quick -b 64 -e 64 --json nowhere/b.json
+expect 64 "$bench" -b 2K -e 1K
+expect 64 "$bench" -t 2 -g 2
+expect 64 "$bench" --kind quadratic
+expect 0 "$bench" --info
+if [ -n "$corrupt" ]; then
+    expect 1 env LD_PRELOAD="$corrupt" ASAN_OPTIONS=verify_asan_link_order=0 \
+        "$bench" --device cpu -n 3 -m 1 --heads 2 --head-dim 16 -b 64 -e 64 --pass fwd
+    grep -q 'FAILED' log || fail "a wrong result was not reported"
+fi
+if command -v python3 >/dev/null; then
+    python3 - <<'PY' || fail "JSON or CSV is not what it should be"
+import csv, json
+document = json.load(open("b.json"), parse_constant=lambda name: 1 / 0)
+rows = [r for r in document["results"] if r["status"] == "ok"]
+table = list(csv.DictReader(open("b.csv")))
+assert document["schema"] == 1 and document["commit"] == '"x"\\' and document["ranks"] == 4
+assert len(rows) == len(table) == 64 and len(document["results"]) > 64
+for row, line in zip(rows, table):
+    assert row["wrong"] == 0 and row["samples"] > 0 and row["speedup"] > 0
+    assert row["seq"] == int(line["seq"]) and row["pass"] == line["pass"]
+    assert abs(row["time_us"]["median"] - float(line["time_us"])) < 0.01
+    assert row["time_us"]["min"] <= row["time_us"]["median"] <= row["time_us"]["p99"] <= row["time_us"]["max"]
+PY
+fi
+
+# ---- usp_plot -----------------------------------------------------------------------------------------------------------
+
+printf 'step,1 rank,2x2 <&>\n0,5.5,5.5\n1,4.5,4.6\n2,4.0,4.0\n' >loss.csv
+expect 0 "$plot" loss.csv -o loss.svg --title 'Loss'
+expect 0 "$plot" b.csv -o lines.svg --where pass=fwd --where layout=zigzag
+expect 0 "$plot" b.csv -o bars.svg --where seq=64 --where layout=zigzag
+expect 0 "$plot" b.csv -o heat.svg --type heatmap --where kind=softmax --where pass=fwd
+grep -q '2x2 &lt;&amp;&gt;' loss.svg || fail "names are not escaped"
+[ "$(grep -c '<polyline' loss.svg)" -eq 2 ] || fail "not two curves"
+[ "$(grep -c '<polyline' lines.svg)" -eq 6 ] || fail "not six lines"
+[ "$(grep -c 'fill="rgb' heat.svg)" -eq 3 ] || fail "not three cells"
+if command -v python3 >/dev/null; then
+    python3 -c 'import sys, xml.dom.minidom as x; [x.parse(f) for f in sys.argv[1:]]' ./*.svg || fail "not XML"
+fi
+expect 1 "$plot" absent.csv
+expect 1 "$plot" b.csv --y nothing
+printf 'a,b\n1\n' >ragged.csv
+expect 1 "$plot" ragged.csv
+expect 1 "$plot" b.csv --where pass=none
+
+[ "$failures" -eq 0 ] || { echo "$failures failures"; exit 1; }
+echo "all right"
