@@ -85,7 +85,7 @@ static void check_block(check *c, int index)
     printf("-- layer %d, %s\n", index, index % 2 == 0 ? "softmax" : "linear");
     check_tensor(c, "norm1", b->norm1, width);
     check_tensor(c, "qkv", b->qkv, 3 * width * width);
-    check_tensor(c, "head_norm", b->head_norm, width / (size_t)c->model.config.heads);
+    check_tensor(c, "mixed_norm", b->mixed_norm, width);
     check_tensor(c, "out", b->out, width * width);
     check_tensor(c, "norm2", b->norm2, width);
     check_tensor(c, "gate_up", b->gate_up, 2 * width * hidden);

@@ -33,7 +33,7 @@ difference() {
         NR > 1 && $1 != $4 { exit 1 }
         NR > 1 && $1 <= 50 && apart($2, $5) > early { early = apart($2, $5) }
         NR > 1 && $3 != "" { last = apart($3, $6) }
-        END { printf "%.1e %.1e %s\n", early, last, NR > 50 && early <= 1e-4 && last <= 5e-3 ? "same" : "differ" }'
+        END { printf("%.1e %.1e %s\n", early, last, NR > 50 && early <= 1e-4 && last <= 5e-3 ? "same" : "differ") }'
 }
 
 # compare EXPECTED NAME TEXT

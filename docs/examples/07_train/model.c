@@ -26,7 +26,7 @@ model_layout model_layout_of(const model_config *config)
         model_block *block = &layout.block[i];
         block->norm1 = take(&next, width);
         block->qkv = take(&next, width * 3 * width);
-        block->head_norm = take(&next, width / (size_t)config->heads);
+        block->mixed_norm = take(&next, width);
         block->out = take(&next, width * width);
         block->norm2 = take(&next, width);
         block->gate_up = take(&next, width * 2 * hidden);
@@ -67,7 +67,7 @@ void model_initialise(const model_config *config, uint64_t seed, float *paramete
         const model_block *block = &layout.block[i];
         set_gain(&to, block->norm1, width);
         set_matrix(&to, block->qkv, width * 3 * width, in);
-        set_gain(&to, block->head_norm, width / (size_t)config->heads);
+        set_gain(&to, block->mixed_norm, width);
         set_matrix(&to, block->out, width * width, in * residual);
         set_gain(&to, block->norm2, width);
         set_matrix(&to, block->gate_up, width * 2 * hidden, in);
@@ -267,7 +267,7 @@ static usp_status block_forward(model *m, const float *parameters, int index, fl
     rope(a->qkv, m->turns, m->local_tokens, m->rows, heads, dim, 1);
     usp_status status = attention_forward(m, index);
     if (status != USP_OK) return status;
-    rmsnorm_forward(a->normed, a->attended, parameters + p->head_norm, m->rows * heads, dim);
+    rmsnorm_forward(a->normed, a->attended, parameters + p->mixed_norm, m->rows, width);
     memcpy(a->middle, a->input, m->rows * width * sizeof(float));
     project(m, a->middle, a->normed, parameters + p->out, width, width, 1);
     rmsnorm_forward(a->norm2, a->middle, parameters + p->norm2, m->rows, width);
@@ -326,8 +326,8 @@ static usp_status mixer_backward(model *m, const float *parameters, float *gradi
     float *dout = m->dwide, *dqkv = m->dwide + m->rows * width;
     project_backward(m, m->dwidth, gradients + p->out, m->dx, a->normed, parameters + p->out, width, width);
     memset(dout, 0, m->rows * width * sizeof(float));
-    rmsnorm_backward(dout, gradients + p->head_norm, m->dwidth, a->attended, parameters + p->head_norm,
-                     m->rows * heads, dim);
+    rmsnorm_backward(dout, gradients + p->mixed_norm, m->dwidth, a->attended, parameters + p->mixed_norm, m->rows,
+                     width);
     usp_status status = attention_backward(m, index, dout, dqkv);
     if (status != USP_OK) return status;
     rope(dqkv, m->turns, m->local_tokens, m->rows, heads, dim, -1);

@@ -15,7 +15,7 @@ typedef struct model_config {
 
 /* Offsets of one layer's parameters in the flat parameter array. */
 typedef struct model_block {
-    size_t norm1, qkv, head_norm, out, norm2, gate_up, down;
+    size_t norm1, qkv, mixed_norm, out, norm2, gate_up, down;
 } model_block;
 
 typedef struct model_layout {
@@ -33,7 +33,7 @@ typedef struct model_activations {
     float *norm1;    /* [width] */
     float *qkv;      /* [3, heads, dim] */
     float *attended; /* [heads, dim] */
-    float *normed;   /* [heads, dim] */
+    float *normed;   /* [width] */
     float *middle;   /* [width] */
     float *norm2;    /* [width] */
     float *gate_up;  /* [2, hidden] */
