@@ -290,7 +290,25 @@ static const usp_case large_cases[] = {
     {.attention = USP_LINEAR, .tokens = 1021, .heads = 2, .head_dim = 16, .final_state = 1},
 };
 
+/* Heads as wide as models have them, more rows than one GPU tile. */
+static const usp_case wide_cases[] = {
+    {.tokens = 517, .mask = USP_MASK_CAUSAL, .dtype = USP_BF16, .heads = 4, .kv_heads = 2, .head_dim = 128,
+     .return_lse = 1},
+    {.tokens = 517, .mask = USP_MASK_CAUSAL, .dtype = USP_F16, .heads = 2, .head_dim = 64, .return_lse = 1,
+     .layout = USP_LAYOUT_CONTIGUOUS},
+    {.tokens = 517, .dtype = USP_BF16, .heads = 2, .head_dim = 128, .value_dim = 64, .layout = USP_LAYOUT_STRIPE},
+    {.tokens = 400, .mask = USP_MASK_CAUSAL, .heads = 2, .head_dim = 64, .return_lse = 1},
+    {.tokens = 300, .key_tokens = 517, .dtype = USP_BF16, .heads = 2, .kv_heads = 1, .head_dim = 64, .return_lse = 1},
+    {.tokens = 300, .mask = USP_MASK_CAUSAL, .dtype = USP_BF16, .heads = 2, .head_dim = 192, .value_dim = 128},
+    {.attention = USP_LINEAR, .tokens = 1021, .mask = USP_MASK_CAUSAL, .dtype = USP_BF16, .heads = 2, .head_dim = 128,
+     .scale = 0.1f, .decay = 1, .initial_state = 1, .final_state = 1},
+    {.attention = USP_LINEAR, .tokens = 1021, .mask = USP_MASK_CAUSAL, .dtype = USP_F16, .heads = 2, .head_dim = 64,
+     .value_dim = 128, .scale = 0.1f, .decay = 2, .layout = USP_LAYOUT_CONTIGUOUS},
+    {.attention = USP_LINEAR, .tokens = 1021, .dtype = USP_BF16, .heads = 2, .head_dim = 64, .scale = 0.05f},
+};
+
 enum {
+    WIDE_CASES = sizeof wide_cases / sizeof wide_cases[0],
     SOFTMAX_CASES = sizeof softmax_cases / sizeof softmax_cases[0],
     LINEAR_CASES = sizeof linear_cases / sizeof linear_cases[0],
     HALF_CASES = sizeof half_cases / sizeof half_cases[0],
@@ -299,6 +317,7 @@ enum {
 const usp_table usp_softmax_table = {"softmax", USP_SOFTMAX, softmax_cases, SOFTMAX_CASES};
 const usp_table usp_linear_table = {"linear", USP_LINEAR, linear_cases, LINEAR_CASES};
 const usp_table usp_half_table = {"half", USP_SOFTMAX, half_cases, HALF_CASES};
+const usp_table usp_wide_table = {"wide", USP_SOFTMAX, wide_cases, WIDE_CASES};
 const usp_table usp_large_table = {"large", USP_SOFTMAX, large_cases, LARGE_CASES};
 
 /* ---- random cases ------------------------------------------------------------------------------------------------ */

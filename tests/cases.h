@@ -57,6 +57,7 @@ typedef struct usp_table {
 } usp_table;
 
 extern const usp_table usp_softmax_table, usp_linear_table, usp_half_table, usp_large_table;
+extern const usp_table usp_wide_table; /* heads as wide as models have them: for GPUs */
 
 /* Every (ulysses, ring) of the sizes that are tested. */
 typedef struct usp_split {

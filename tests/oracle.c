@@ -11,8 +11,9 @@ int usp_oracle_heads(const usp_oracle *o) {
     return most > o->value_heads ? most : o->value_heads;
 }
 
+/* An operand of a product. */
 static double rounded(const usp_oracle *o, double x) {
-    return o->round ? o->round(x) : x;
+    return o->round && !o->exact_operands ? o->round(x) : x;
 }
 
 static double dot(const double *a, const double *b, int n) {
@@ -26,7 +27,7 @@ static void add_scaled(double *to, double factor, const double *from, int n) {
 }
 
 static void round_all(const usp_oracle *o, double *x, int64_t n) {
-    for (int64_t i = 0; i < n; i++) x[i] = rounded(o, x[i]);
+    for (int64_t i = 0; i < n && o->round; i++) x[i] = o->round(x[i]);
 }
 
 /* Where output head h of batch b finds its rows: row t is base + t * step. */
@@ -133,7 +134,7 @@ static void linear_up(const usp_oracle *o, rows r, double lambda, double *state)
     }
 }
 
-/* Walks the tokens downward with the adjoint of the state: dk and dv; `adjoint` ends as the gradient of the initial one. */
+/* Walks the tokens downward with the adjoint of the state: dk and dv; it ends as the gradient of the initial state. */
 static void linear_down(const usp_oracle *o, rows r, double lambda, double *adjoint) {
     double *scaled = malloc((size_t)o->dim * sizeof(double));
     for (int64_t i = o->tokens - 1; i >= 0; i--) {
@@ -181,7 +182,7 @@ static void linear_head(const usp_oracle *o, int b, int h) {
     if (o->dfinal_state) memcpy(adjoint, o->dfinal_state + at, bytes);
     linear_up(o, r, lambda, state);
     linear_down(o, r, lambda, adjoint);
-    if (!o->round) return;
+    if (!o->round || o->exact_operands) return;
     memset(state, 0, bytes);
     memset(adjoint, 0, bytes);
     if (o->initial_state) memcpy(state, o->initial_state + at, bytes);

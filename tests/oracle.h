@@ -12,9 +12,10 @@ typedef struct usp_oracle {
     int64_t tokens, keys;
     double scale;
     const float *decay; /* [H] natural logarithms, NULL: none */
-    /* NULL: exact. Else the oracle becomes a plain computation in a lower precision: what such a computation would store
-     * in that precision (probabilities, score gradients, states as operands, results) is rounded. */
+    /* NULL: exact. Else the oracle becomes a plain computation in a lower precision: what such a computation stores in
+     * that precision is rounded: results, and the operands of products: probabilities, score gradients, states. */
     double (*round)(double);
+    int exact_operands; /* with round: only results are rounded */
     const double *q, *k, *v, *dout, *initial_state, *dfinal_state; /* the states may be NULL */
     double *out, *lse, *dq, *dk, *dv, *final_state, *dinitial_state; /* all are written */
 } usp_oracle;

@@ -30,6 +30,7 @@ typedef struct usp_ranks {
     usp_device_kind device; /* auto: CPU */
     int size;               /* the environment's knows better */
     int seconds;            /* time limit; 0: 60 */
+    int watchdog;           /* as in usp_world_config */
     usp_status (*stream_create)(usp_stream *); /* NULL: the NULL stream */
     void (*stream_destroy)(usp_stream);
 } usp_ranks;
