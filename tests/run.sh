@@ -1,0 +1,70 @@
+#!/bin/sh
+# Installs what is missing (Debian), builds everything and runs every test that this machine can run.
+# usage: sh tests/run.sh [--quick]     --quick leaves the sanitizer builds out
+set -eu
+cd "$(dirname "$0")/.."
+quick=${1:-}
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+
+install_missing() {
+    missing=
+    command -v cc >/dev/null 2>&1 || missing="$missing gcc libc6-dev"
+    command -v c++ >/dev/null 2>&1 || missing="$missing g++"
+    command -v meson >/dev/null 2>&1 || missing="$missing meson"
+    command -v ninja >/dev/null 2>&1 || missing="$missing ninja-build"
+    command -v pkg-config >/dev/null 2>&1 || missing="$missing pkg-config"
+    command -v python3 >/dev/null 2>&1 || missing="$missing python3"
+    pkg-config --exists criterion 2>/dev/null || missing="$missing libcriterion-dev"
+    command -v mpicc >/dev/null 2>&1 || missing="$missing libopenmpi-dev openmpi-bin"
+    [ -n "$missing" ] || return 0
+    root=
+    [ "$(id -u)" = 0 ] || root=sudo
+    echo "== installing:$missing"
+    export DEBIAN_FRONTEND=noninteractive
+    $root apt-get update -qq
+    $root apt-get install -y -qq --no-install-recommends $missing >"$logs/install" 2>&1 || { cat "$logs/install"; exit 1; }
+}
+
+# build FOLDER OPTIONS...: configures once, then builds.
+build() {
+    folder=$1
+    shift
+    if [ -f "$folder/build.ninja" ]; then
+        meson configure "$folder" "$@" >/dev/null
+    else
+        meson setup "$folder" "$@" >"$logs/setup" 2>&1 || { cat "$logs/setup"; exit 1; }
+    fi
+    echo "== building $folder $*"
+    ninja -C "$folder" >"$logs/build" 2>&1 || { tail -n 60 "$logs/build"; exit 1; }
+}
+
+passed=0 failed=0 skipped=0
+# run FOLDER ARGUMENTS...: meson test, its counts added to the sums.
+run() {
+    folder=$1
+    shift
+    echo "== testing $folder $*"
+    meson test -C "$folder" --no-rebuild --print-errorlogs "$@" >"$logs/test" 2>&1 || true
+    grep -vE '^(ninja|Full log|Expected Fail|Unexpected Pass|$)' "$logs/test" || true
+    count() { sed -n "s/^$1: *\([0-9]*\).*/\1/p" "$logs/test" | tail -n 1; }
+    ok=$(count Ok) bad=$(count Fail) late=$(count Timeout) skip=$(count Skipped) odd=$(count 'Unexpected Pass')
+    [ -n "$ok" ] || { echo "meson test printed no counts"; failed=$((failed + 1)); return; }
+    passed=$((passed + ok))
+    failed=$((failed + bad + late + odd))
+    skipped=$((skipped + skip))
+}
+
+install_missing
+build build-test -Dmpi=auto
+run build-test
+if [ "$quick" != --quick ]; then
+    # MPI and CUDA have leaks and races of their own; what is checked here is the library on the CPU.
+    cpu='-Dcuda=disabled -Dmpi=disabled -Dbuildtype=debugoptimized -Db_lundef=false'
+    build build-asan $cpu -Db_sanitize=address,undefined -Dc_args=-fno-sanitize-recover=all
+    run build-asan --suite sanitize --timeout-multiplier 4
+    build build-tsan $cpu -Db_sanitize=thread -Dbench=false -Dexamples=false
+    run build-tsan --suite race --timeout-multiplier 4
+fi
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" = 0 ] && [ "$passed" -gt 0 ]
