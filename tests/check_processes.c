@@ -194,6 +194,58 @@ static int usp_scene_late(const usp_cast *cast, usp_host *host, usp_device *devi
     return wrong;
 }
 
+/* Each rank waits for the next one, the first rank longest: it must look past those that wait themselves. */
+static int usp_scene_chain(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_comm *comm;
+    char last[32], byte = 0;
+    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    usp_send send = {comm->rank - 1, &byte, 1};
+    usp_recv recv = {comm->rank + 1, &byte, 1};
+    usp_words(last, comm->size - 1);
+    int is_last = comm->rank == comm->size - 1;
+    usp_rest(is_last ? 2 * cast->timeout_ms : 40 * comm->rank);
+    usp_status status = comm->ops->exchange(comm, NULL, 0, &recv, !is_last, NULL);
+    if (status == USP_OK) status = comm->ops->exchange(comm, &send, 1, NULL, 0, NULL);
+    int wrong = usp_check_failure(comm, status, USP_TIMEOUT, last);
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
+/* Rank 1 is stopped while it waits for rank 2, which is slow but comes: rank 0, which waits for rank 1, and rank 2 must
+ * not blame each other. */
+static int usp_scene_stopped_waiting(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_comm *comm;
+    pthread_t thread;
+    usp_cast own = *cast;
+    char byte = 0;
+    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    if (cast->rank == 1 && pthread_create(&thread, NULL, usp_strike_soon, &own) != 0) return 1;
+    usp_recv recv = {cast->rank == 1 ? 2 : 1, &byte, 1};
+    if (cast->rank == 2) usp_rest(cast->timeout_ms * 3 / 4);
+    int wrong = usp_check_failure(comm, comm->ops->exchange(comm, NULL, 0, &recv, 1, NULL), USP_TIMEOUT, "rank 1 ");
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
+static int usp_scene_left_gather(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_comm *comm;
+    char odd[32], all[USP_MOST];
+    int wrong = 0;
+    usp_words(odd, cast->odd);
+    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    double start = usp_seconds();
+    if (cast->rank == cast->odd)
+        usp_rest(100);
+    else
+        wrong = usp_check_failure(comm, comm->ops->allgather(comm, odd, all, 1), USP_PEER_LOST, odd);
+    wrong += usp_check(comm, usp_seconds() - start < 2, "a rank that left was waited for");
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
 static int usp_scene_left(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
     usp_comm *comm;
@@ -254,16 +306,25 @@ static void usp_set_environment(const usp_cast *cast) {
     setenv("MASTER_ADDR", "localhost", 1);
 }
 
-/* Talks nonsense to the meeting, and stays. */
+/* Talks nonsense to the meeting, some of it in the right form, and stays. */
 static void usp_annoy(int port) {
+    const struct {
+        char magic[8], token[16];
+        int from, to;
+    } forged = {"usp tcp", "no token", 1, 0};
+    char hello[sizeof forged];
+    memcpy(hello, &forged, sizeof hello);
+    hello[7] = '1';
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     for (int i = 0; i < 20; i++) {
         int stranger = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
         if (connect(stranger, (struct sockaddr *)&address, sizeof address) != 0)
             usp_rest(5);
-        else if (i % 2)
+        else if (i % 3 == 1)
             send(stranger, "GET / HTTP/1.0\r\n\r\n and much more of the same kind", 50, MSG_NOSIGNAL);
+        else if (i % 3 == 2)
+            send(stranger, hello, sizeof hello, MSG_NOSIGNAL);
     }
 }
 
@@ -413,18 +474,22 @@ static int usp_check_deaths(double *struck) {
     return wrong;
 }
 
-static int usp_check_others(void) {
+static int usp_check_others(double *struck) {
     usp_cast cast = {.size = 4, .timeout_ms = 10000, .odd = 2, .port = usp_free_port()};
     int wrong = usp_play(usp_scene_left, cast) + usp_play(usp_scene_abort, cast) + usp_play(usp_scene_mismatch, cast);
-    wrong += usp_play(usp_scene_environment, cast);
+    wrong += usp_play(usp_scene_environment, cast) + usp_play(usp_scene_left_gather, cast);
     cast.timeout_ms = 500;
-    wrong += usp_play(usp_scene_late, cast) + usp_play(usp_scene_environment_absent, cast);
+    wrong +=
+        usp_play(usp_scene_chain, cast) + usp_play(usp_scene_late, cast) + usp_play(usp_scene_environment_absent, cast);
     cast.size = 1;
     cast.odd = 0;
     wrong += usp_play(usp_scene_environment, cast) + usp_play(usp_scene_variables, cast);
     cast.size = 3;
     cast.signal = SIGSTOP;
+    cast.struck = struck;
     wrong += usp_play(usp_scene_gather_struck, cast);
+    cast.odd = 1;
+    wrong += usp_play(usp_scene_stopped_waiting, cast);
     cast.signal = SIGKILL;
     cast.timeout_ms = 10000;
     return wrong + usp_play(usp_scene_gather_struck, cast);
@@ -438,7 +503,7 @@ int main(void) {
     for (int size = 1; size <= USP_MOST; size++)
         wrong += usp_play(usp_scene_conformance, (usp_cast){.size = size, .timeout_ms = 20000});
     wrong += usp_play(usp_scene_conformance, (usp_cast){.size = 2, .timeout_ms = -1, .seed = 9});
-    wrong += usp_check_deaths(struck) + usp_check_others();
+    wrong += usp_check_deaths(struck) + usp_check_others(struck);
     munmap(struck, sizeof *struck);
     printf("%s: %d wrong\n", wrong ? "FAIL" : "ok", wrong);
     return wrong != 0;

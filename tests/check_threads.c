@@ -140,6 +140,19 @@ static int usp_scene_late(const usp_crew *crew, usp_comm *comm) {
     return wrong + usp_check_failure(comm, comm->ops->poll(comm), USP_TIMEOUT, odd);
 }
 
+/* Each rank waits for the next one, the first rank longest: it must look past those that wait themselves. */
+static int usp_scene_chain(const usp_crew *crew, usp_comm *comm) {
+    char last[32], byte = 0;
+    usp_send send = {comm->rank - 1, &byte, 1};
+    usp_recv recv = {comm->rank + 1, &byte, 1};
+    usp_words(last, comm->size - 1);
+    int is_last = comm->rank == comm->size - 1;
+    usp_rest(is_last ? 3 * crew->timeout_ms : 20 * comm->rank);
+    usp_status status = comm->ops->exchange(comm, NULL, 0, &recv, !is_last, NULL);
+    if (status == USP_OK) status = comm->ops->exchange(comm, &send, 1, NULL, 0, NULL);
+    return usp_check_failure(comm, status, USP_TIMEOUT, last);
+}
+
 static int usp_scene_late_gather(const usp_crew *crew, usp_comm *comm) {
     char odd[32], all[USP_MOST];
     usp_words(odd, crew->odd);
@@ -216,6 +229,45 @@ static int usp_scene_split(const usp_crew *crew, usp_comm *comm) {
     return usp_check_failure(comm, comm->ops->split(comm, 0, 0, &axis), USP_UNSUPPORTED, "NCCL");
 }
 
+/* ---- events ------------------------------------------------------------------------------------------------------ */
+
+/* The CPU's device, counting what the comm would have streams wait for. */
+typedef struct usp_counter {
+    usp_device base;
+    usp_device *real;
+    usp_device_ops ops;
+    int records, waits;
+} usp_counter;
+
+static usp_status usp_count_record(usp_device *device, usp_event *event, usp_stream stream) {
+    usp_counter *counter = (usp_counter *)device;
+    counter->records++;
+    return counter->real->ops->event_record(counter->real, event, stream);
+}
+
+static usp_status usp_count_wait(usp_device *device, usp_event *event, usp_stream stream) {
+    usp_counter *counter = (usp_counter *)device;
+    counter->waits++;
+    return counter->real->ops->event_wait(counter->real, event, stream);
+}
+
+/* A receiver's stream waits for the sender's, and the sender's for the receiver's, once a message. */
+static int usp_scene_events(const usp_crew *crew, usp_comm *comm) {
+    usp_device *real = comm->device;
+    usp_counter counter = {.real = real, .ops = *real->ops};
+    (void)crew;
+    counter.base = (usp_device){&counter.ops, real->host};
+    counter.ops.event_record = usp_count_record;
+    counter.ops.event_wait = usp_count_wait;
+    comm->device = &counter.base;
+    int wrong = usp_check(comm, usp_all_step(comm) == USP_OK, "exchange: %s", usp_last_error());
+    comm->device = real;
+    int messages = comm->size - 1;
+    wrong += usp_check(comm, counter.records == 1 + messages, "%d records", counter.records);
+    wrong += usp_check(comm, counter.waits >= 1 + messages && counter.waits <= 2 * messages, "%d waits", counter.waits);
+    return wrong;
+}
+
 /* ---- joining ----------------------------------------------------------------------------------------------------- */
 
 /* Ranks come, but not the last one. */
@@ -289,6 +341,8 @@ int main(void) {
     wrong += usp_play(usp_scene_conformance, 3, -1, 0);
     wrong += usp_play(usp_scene_left_early, 4, 20000, 3);
     wrong += usp_play(usp_scene_split, 2, 20000, 0);
+    wrong += usp_play(usp_scene_events, 2, 20000, 0) + usp_play(usp_scene_events, 5, 20000, 0);
+    wrong += usp_play(usp_scene_chain, 5, 300, 4);
     wrong += usp_check_storms();
     printf("%s: %d wrong\n", wrong ? "FAIL" : "ok", wrong);
     return wrong != 0;
