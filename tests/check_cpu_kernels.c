@@ -914,6 +914,23 @@ static void check_device(check *c)
     ops->free(c->device, a), ops->free(c->device, b), ops->free(c->device, none);
 }
 
+/* The panel's exponential, through weigh with lse 0: nothing for -inf, NaN for NaN, else within 1.5e-7. */
+static void check_exponential(check *c)
+{
+    _Alignas(64) float score[USP_CPU_LANE], slope[USP_CPU_LANE] = {0}, zero[USP_CPU_LANE] = {0};
+    usp_scores scores = {score, 1, USP_CPU_LANE};
+    for (int round = 0; round < 20000; round++) {
+        float x[USP_CPU_LANE] = {-INFINITY, NAN, -1000, 0};
+        for (int i = 4; i < USP_CPU_LANE; i++) x[i] = (float)(-43.5 + 43.5 * uniform(c));
+        memcpy(score, x, sizeof x);
+        usp_cpu_panel(c->device)->weigh(scores, slope, zero, zero, 0);
+        verdict(c, score[0] == 0 && isnan(score[1]) && score[2] == 0 && score[3] == 1, "exp of -inf, NaN, -1000 or 0");
+        double worst = 0;
+        for (int i = 4; i < USP_CPU_LANE; i++) worst = fmax(worst, fabs((double)score[i] / exp((double)x[i]) - 1));
+        verdict(c, worst <= 1.5e-7, "exp near %g has relative error %g", (double)x[4], worst);
+    }
+}
+
 /* ---- speed ------------------------------------------------------------------------------------------------------- */
 
 static double seconds(void)
@@ -978,6 +995,7 @@ static void check_panel(check *c, int rounds)
 {
     const int dims[] = {5, 17, 64, 128, 1, 80, 200, 512};
     check_device(c);
+    check_exponential(c);
     for (int i = 0; i < rounds; i++) {
         int wide = pick(c, 8) == 0, choices = wide ? 8 : 4, length = wide ? 60 : 150;
         usp_dtype dtype = (usp_dtype)(i % 3);
