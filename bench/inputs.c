@@ -24,18 +24,16 @@ static uint64_t row_index(const usp_case *c, usp_input input, int batch, int64_t
 
 void usp_inputs_row(const usp_case *c, usp_input input, int batch, int64_t token, int head, double *row) {
     uint64_t first = row_index(c, input, batch, token, head);
-    int dim = usp_inputs_dim(c, input);
-    for (int i = 0; i < dim; i++)
-        row[i] = usp_number_round(c->dtype, usp_number_random((uint64_t)input, first + (uint64_t)i));
+    usp_number_random_row(c->dtype, (uint64_t)input, first, usp_inputs_dim(c, input), row);
 }
 
 void usp_inputs_fill(const usp_case *c, usp_input input, const usp_sequence *sequence, int rank, void *local) {
     int64_t tokens = usp_sequence_local_tokens(sequence, rank);
-    size_t width = (size_t)usp_inputs_heads(c, input) * (size_t)usp_inputs_dim(c, input), at = 0;
+    size_t width = (size_t)usp_inputs_heads(c, input) * (size_t)usp_inputs_dim(c, input);
+    char *at = local;
     for (int b = 0; b < c->batch; b++)
-        for (int64_t t = 0; t < tokens; t++) {
+        for (int64_t t = 0; t < tokens; t++, at += width * usp_dtype_size(c->dtype)) {
             uint64_t first = row_index(c, input, b, usp_sequence_to_global(sequence, rank, t), 0);
-            for (size_t i = 0; i < width; i++)
-                usp_number_store(c->dtype, local, at++, usp_number_random((uint64_t)input, first + i));
+            usp_number_random_fill(c->dtype, (uint64_t)input, first, width, at);
         }
 }

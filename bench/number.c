@@ -80,3 +80,11 @@ double usp_number_random(uint64_t stream, uint64_t index) {
     int64_t sum = (int64_t)((x & 0xffff) + (x >> 16 & 0xffff) + (x >> 32 & 0xffff) + (x >> 48));
     return (double)(sum - 2 * 0xffff) * (1.7320508075688772 / 65536); /* four uniforms: variance 4 / 12 */
 }
+
+void usp_number_random_row(usp_dtype dtype, uint64_t stream, uint64_t first, int count, double *row) {
+    for (int i = 0; i < count; i++) row[i] = usp_number_round(dtype, usp_number_random(stream, first + (uint64_t)i));
+}
+
+void usp_number_random_fill(usp_dtype dtype, uint64_t stream, uint64_t first, size_t count, void *data) {
+    for (size_t i = 0; i < count; i++) usp_number_store(dtype, data, i, usp_number_random(stream, first + i));
+}

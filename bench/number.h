@@ -13,6 +13,9 @@ double usp_number_epsilon(usp_dtype dtype);
 /* Element `index` of stream `stream`: mean 0, variance 1, nearly normal, |x| < 3.5. Any element at once, in any order.
  */
 double usp_number_random(uint64_t stream, uint64_t index);
+/* `count` of them from `first` on, rounded to the dtype: as doubles, or stored at elements 0 .. count of data. */
+void usp_number_random_row(usp_dtype dtype, uint64_t stream, uint64_t first, int count, double *row);
+void usp_number_random_fill(usp_dtype dtype, uint64_t stream, uint64_t first, size_t count, void *data);
 uint64_t usp_number_hash(uint64_t stream, uint64_t index);
 
 #endif

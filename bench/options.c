@@ -2,6 +2,7 @@
  * Whether a case is possible is for the library to say: refused ones become comment lines. */
 #include "options.h"
 #include <argp.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -165,6 +166,40 @@ static error_t parse_ranks(int key, char *text, struct argp_state *state, usp_op
     return 0;
 }
 
+/* The options whose value is a list, of names or of numbers from `low`. */
+typedef struct usp_list_option {
+    int key;
+    const char *name;
+    const usp_name *(*names)(void);
+    const char *all; /* stands for all names */
+    int low;
+    size_t offset; /* of the list in usp_options */
+} usp_list_option;
+
+static const usp_list_option list_options[] = {
+    {'d', "datatype", usp_names_dtype, "all", 0, offsetof(usp_options, dtypes)},
+    {KEY_KIND, "kind", usp_names_attention, "both", 0, offsetof(usp_options, kinds)},
+    {KEY_LAYOUT, "layout", usp_names_layout, "all", 0, offsetof(usp_options, layouts)},
+    {KEY_HEADS, "heads", NULL, NULL, 1, offsetof(usp_options, heads)},
+    {KEY_KV_HEADS, "kv-heads", NULL, NULL, 0, offsetof(usp_options, kv_heads)},
+    {KEY_HEAD_DIM, "head-dim", NULL, NULL, 1, offsetof(usp_options, dims)},
+    {KEY_VALUE_DIM, "value-dim", NULL, NULL, 0, offsetof(usp_options, value_dims)},
+    {KEY_BATCH, "batch", NULL, NULL, 1, offsetof(usp_options, batches)}};
+
+static error_t parse_lists(int key, char *text, struct argp_state *state, usp_options *o) {
+    for (size_t i = 0; i < sizeof list_options / sizeof *list_options; i++) {
+        const usp_list_option *option = &list_options[i];
+        usp_list *list = (usp_list *)((char *)o + option->offset);
+        if (option->key != key) continue;
+        if (option->names)
+            parse_names(state, option->name, text, option->names(), option->all, list);
+        else
+            parse_numbers(state, option->name, text, option->low, list);
+        return 0;
+    }
+    return ARGP_ERR_UNKNOWN;
+}
+
 static error_t parse_sweep(int key, char *text, struct argp_state *state, usp_options *o) {
     switch (key) {
     case 'b':
@@ -184,30 +219,6 @@ static error_t parse_sweep(int key, char *text, struct argp_state *state, usp_op
         break;
     case 'r':
         parse_degrees(state, "ring", text, &o->ring);
-        break;
-    case 'd':
-        parse_names(state, "datatype", text, usp_names_dtype(), "all", &o->dtypes);
-        break;
-    case KEY_KIND:
-        parse_names(state, "kind", text, usp_names_attention(), "both", &o->kinds);
-        break;
-    case KEY_LAYOUT:
-        parse_names(state, "layout", text, usp_names_layout(), "all", &o->layouts);
-        break;
-    case KEY_HEADS:
-        parse_numbers(state, "heads", text, 1, &o->heads);
-        break;
-    case KEY_KV_HEADS:
-        parse_numbers(state, "kv-heads", text, 0, &o->kv_heads);
-        break;
-    case KEY_HEAD_DIM:
-        parse_numbers(state, "head-dim", text, 1, &o->dims);
-        break;
-    case KEY_VALUE_DIM:
-        parse_numbers(state, "value-dim", text, 0, &o->value_dims);
-        break;
-    case KEY_BATCH:
-        parse_numbers(state, "batch", text, 1, &o->batches);
         break;
     case KEY_PASS:
         parse_pass(state, text, o->passes);
@@ -307,6 +318,7 @@ static error_t parse_output(int key, char *text, struct argp_state *state, usp_o
 static error_t parse_option(int key, char *text, struct argp_state *state) {
     usp_options *o = state->input;
     error_t error = parse_ranks(key, text, state, o);
+    if (error == ARGP_ERR_UNKNOWN) error = parse_lists(key, text, state, o);
     if (error == ARGP_ERR_UNKNOWN) error = parse_sweep(key, text, state, o);
     if (error == ARGP_ERR_UNKNOWN) error = parse_measuring(key, text, state, o);
     if (error == ARGP_ERR_UNKNOWN) error = parse_output(key, text, state, o);

@@ -14,7 +14,7 @@ enum {
     KEY_DECAY,
     KEY_DEVICE,
     KEY_DTYPE,
-    KEY_STATE_EXCHANGE,
+    KEY_STATE,
     KEY_RECOMPUTE,
     KEY_DETERMINISTIC
 };
@@ -56,7 +56,7 @@ static const struct argp_option option_table[] = {
     {"scale", KEY_SCALE, "X", 0, "Factor of q.k (1 / sqrt(D) for softmax, 1 for linear)", 0},
     {"decay", KEY_DECAY, "LIST|alibi", 0,
      "Linear, causal: lambda in (0, 1] for all heads or one each, or by ALiBi slopes", 0},
-    {"state-exchange", KEY_STATE_EXCHANGE, "auto|chain|gather", 0, "Linear: how states travel the ring (auto)", 0},
+    {"state-exchange", KEY_STATE, "auto|chain|gather", 0, "Linear: how states travel the ring (auto)", 0},
     {"recompute-state", KEY_RECOMPUTE, NULL, 0, "Linear: backward exchanges the states again instead of keeping them",
      0},
     {"deterministic", KEY_DETERMINISTIC, NULL, 0, "Only kernels whose results do not depend on timing", 0},
@@ -133,12 +133,7 @@ static void check_options(struct argp_state *state, const usp_run_options *o) {
     if (o->kind == USP_SOFTMAX && (o->alibi || o->decays)) argp_error(state, "--decay needs --kind linear");
 }
 
-static error_t parse_option(int key, char *text, struct argp_state *state) {
-    usp_run_options *o = state->input;
-    if (key >= KEY_FILE && key < KEY_FILE + USP_RUN_FILES) {
-        o->path[key - KEY_FILE] = text;
-        return 0;
-    }
+static error_t parse_ranks(int key, char *text, struct argp_state *state, usp_run_options *o) {
     switch (key) {
     case 'n':
         o->ranks.threads = parse_count(state, "ranks", text, 4096);
@@ -155,15 +150,18 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
     case 'T':
         o->ranks.timeout_ms = 1000 * parse_count(state, "timeout", text, 1000000);
         break;
-    case 'v':
-        o->verbose = 1;
-        break;
-    case 'h':
-        argp_state_help(state, stdout, ARGP_HELP_STD_HELP);
-        break;
     case KEY_DEVICE:
         o->ranks.device = (usp_device_kind)parse_name(state, "device", text, usp_names_device());
         break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+static error_t parse_layer(int key, char *text, struct argp_state *state, usp_run_options *o) {
+    const usp_name *exchanges = usp_names_state_exchange();
+    switch (key) {
     case KEY_KIND:
         o->kind = (usp_attention)parse_name(state, "kind", text, usp_names_attention());
         break;
@@ -176,20 +174,42 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
     case KEY_DTYPE:
         o->dtype = parse_name(state, "dtype", text, usp_names_dtype());
         break;
+    case KEY_STATE:
+        o->state_exchange = (usp_state_exchange)parse_name(state, "state-exchange", text, exchanges);
+        break;
     case KEY_SCALE:
         o->scale = parse_scale(state, text);
         break;
     case KEY_DECAY:
         parse_decay(state, text, o);
         break;
-    case KEY_STATE_EXCHANGE:
-        o->state_exchange = (usp_state_exchange)parse_name(state, "state-exchange", text, usp_names_state_exchange());
-        break;
     case KEY_RECOMPUTE:
         o->recompute_state = 1;
         break;
     case KEY_DETERMINISTIC:
         o->deterministic = 1;
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+static error_t parse_option(int key, char *text, struct argp_state *state) {
+    usp_run_options *o = state->input;
+    if (key >= KEY_FILE && key < KEY_FILE + USP_RUN_FILES) {
+        o->path[key - KEY_FILE] = text;
+        return 0;
+    }
+    error_t error = parse_ranks(key, text, state, o);
+    if (error == ARGP_ERR_UNKNOWN) error = parse_layer(key, text, state, o);
+    if (error != ARGP_ERR_UNKNOWN) return error;
+    switch (key) {
+    case 'v':
+        o->verbose = 1;
+        break;
+    case 'h':
+        argp_state_help(state, stdout, ARGP_HELP_STD_HELP);
         break;
     case ARGP_KEY_ARG:
         argp_error(state, "'%s' is not an option", text);
