@@ -2,9 +2,12 @@
 # quickstart.sh - from a fresh Debian machine to the main job: installs what is missing, builds, trains a small language
 # model on one rank and on a 2 x 2 mesh, shows that the loss is the same, and sweeps the library; with GPUs, also there.
 #
-# usage: sh bench/quickstart.sh     (STEPS=50 in the environment trains for fewer steps)
+# usage: sh bench/quickstart.sh [TEXT...]
+# TEXT: what to learn, a file or a folder of *.md files, seen from the top of the tree (default: README.md docs).
+# STEPS=50 in the environment trains for fewer steps.
 set -eu
 cd "$(dirname "$0")/.."
+[ $# -gt 0 ] || set -- README.md docs
 build='build-quickstart'
 results=$build/results
 began=$(date +%s)
@@ -33,20 +36,30 @@ install_missing() {
     $rights env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing > /dev/null
 }
 
+gpu_count() {
+    command -v nvidia-smi > /dev/null || { echo 0; return; }
+    nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true
+}
+
+# GPU kernels take minutes to compile, so they are built only where a GPU can run them.
 build_all() {
+    if [ "$gpus" -gt 0 ]; then cuda=auto; else cuda=disabled; fi
     say 'building'
-    [ -e $build/build.ninja ] || meson setup $build --buildtype=release -Dtests=false > $build.log 2>&1 ||
+    [ -e $build/build.ninja ] ||
+        meson setup $build --buildtype=release -Dtests=false -Dcuda=$cuda > $build.log 2>&1 ||
         { cat $build.log; exit 1; }
     ninja -C $build > $build.log 2>&1 || { tail -n 40 $build.log; exit 1; }
     rm -f $build.log
     mkdir -p $results
 }
 
-# train NAME OPTION... : shows its progress and leaves results/NAME.csv
+# train NAME MESH TEXT... : shows its progress and leaves results/NAME.csv
 train() {
     name=$1
-    shift
-    $build/docs/examples/07_train/train "$@" --steps "${STEPS:-200}" --csv $results/"$name".csv README.md docs
+    mesh=$2
+    shift 2
+    # shellcheck disable=SC2086
+    $build/docs/examples/07_train/train $mesh --steps "${STEPS:-200}" --csv "$results/$name.csv" "$@"
 }
 
 # Both curves in one file, step,one_rank,mesh_2x2, and the held-out losses as a table.
@@ -65,14 +78,8 @@ compare_curves() {
     echo "plot: $results/loss.svg"
 }
 
-gpu_count() {
-    command -v nvidia-smi > /dev/null || { echo 0; return; }
-    nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true
-}
-
 # The sweep and the projections on the GPUs, where there are GPUs and the build has CUDA.
 run_gpus() {
-    gpus=$(gpu_count)
     [ "$gpus" -gt 0 ] || return 0
     if [ ! -x $build/docs/examples/06_projections_cublaslt ]; then
         echo "$gpus GPUs are here, but no CUDA toolkit was found to build for them"
@@ -84,15 +91,16 @@ run_gpus() {
     $build/docs/examples/06_projections_cublaslt
 }
 
+gpus=$(gpu_count)
 install_missing
 build_all
 say 'training on 1 rank'
-train one_rank
+train one_rank '-u 1 -r 1' "$@"
 say 'training on 4 ranks: ulysses 2 x ring 2'
-train mesh_2x2 -u 2 -r 2
+train mesh_2x2 '-u 2 -r 2' "$@"
 say 'the two loss curves'
 compare_curves
 say 'sweep on 4 thread-ranks'
-$build/bench/usp_bench -t 4 -b 512 -e 1K --head-dim 32 -n 5 --csv $results/sweep.csv
+$build/bench/usp_bench -t 4 -b 1K -e 2K -n 5 --csv $results/sweep.csv
 run_gpus
 say 'done'
