@@ -403,7 +403,8 @@ static usp_status build(usp_sequence *sequence, usp_schedule *schedule) {
     USP_TRY(linear ? allocate_chunks(sequence, schedule) : allocate_works(sequence, schedule));
     plan(sequence, schedule);
     USP_TRY(allocate_device(sequence, schedule));
-    return upload(sequence, schedule, NULL);
+    USP_TRY(upload(sequence, schedule, NULL));
+    return usp_world_synchronize(sequence->world, NULL); /* any stream of the caller may read it from now on */
 }
 
 /* ---- the sequence's schedules ------------------------------------------------------------------------------------ */

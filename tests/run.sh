@@ -17,6 +17,7 @@ install_missing() {
     command -v python3 >/dev/null 2>&1 || missing="$missing python3"
     pkg-config --exists criterion 2>/dev/null || missing="$missing libcriterion-dev"
     command -v mpicc >/dev/null 2>&1 || missing="$missing libopenmpi-dev openmpi-bin"
+    command -v help2man >/dev/null 2>&1 || missing="$missing help2man"
     [ -n "$missing" ] || return 0
     root=
     [ "$(id -u)" = 0 ] || root=sudo
