@@ -24,6 +24,7 @@ typedef struct usp_cast {
     int rank, size, timeout_ms;
     int odd;    /* the rank that behaves differently */
     int signal; /* what hits it */
+    int delay;  /* and when, in ms */
     unsigned seed;
     int port;        /* of the environment's meeting */
     const int *pipe; /* to each other rank */
@@ -138,7 +139,7 @@ static usp_status usp_run_ring(usp_comm *comm) {
 
 static void *usp_strike_soon(void *argument) {
     const usp_cast *cast = argument;
-    usp_rest(30 + (int)(cast->seed % 20));
+    usp_rest(cast->delay + (int)(cast->seed % 20));
     *cast->struck = usp_seconds();
     kill(getpid(), cast->signal);
     return NULL;
@@ -466,6 +467,7 @@ static int usp_check_deaths(double *struck) {
         int size = 2 + (int)(seed % 4), odd = (int)(seed * 7 + 1) % size;
         usp_cast cast = {.size = size, .timeout_ms = 10000, .odd = odd, .seed = seed, .struck = struck};
         cast.signal = SIGKILL;
+        cast.delay = 30;
         wrong += usp_play(usp_scene_struck, cast);
         cast.signal = SIGSTOP;
         cast.timeout_ms = 600;
@@ -489,6 +491,7 @@ static int usp_check_others(double *struck) {
     cast.struck = struck;
     wrong += usp_play(usp_scene_gather_struck, cast);
     cast.odd = 1;
+    cast.delay = 200; /* several beats */
     wrong += usp_play(usp_scene_stopped_waiting, cast);
     cast.signal = SIGKILL;
     cast.timeout_ms = 10000;
