@@ -1,4 +1,5 @@
-/* bodies.c - tests of running layers, by the oracle and by properties (see bodies.h). Knows no test framework and no device. */
+/* bodies.c - tests of running layers, by the oracle and by properties (see bodies.h). Knows no test framework and no
+ * device. */
 #include "bodies.h"
 
 #include <stdlib.h>
@@ -79,8 +80,10 @@ static int compare_meshes(usp_rank *rank, usp_case c, usp_whole *first) {
         c.ring = usp_splits[s].ring;
         if (run(rank, &c, &whole)) return 1;
         if (first->out && rank->rank == 0) usp_compare_near(rank, &c, "another mesh or layout", &whole, first);
-        if (first->out) usp_whole_free(&whole);
-        else *first = whole;
+        if (first->out)
+            usp_whole_free(&whole);
+        else
+            *first = whole;
     }
     return 0;
 }
@@ -89,8 +92,15 @@ int usp_body_independent(usp_rank *rank, void *argument) {
     static const usp_case cases[] = {
         {.tokens = 83, .mask = USP_MASK_CAUSAL, .heads = 6, .kv_heads = 2, .head_dim = 16, .return_lse = 1},
         {.tokens = 83, .heads = 4, .head_dim = 16, .return_lse = 1},
-        {.attention = USP_LINEAR, .tokens = 83, .mask = USP_MASK_CAUSAL, .heads = 6, .kv_heads = 2, .head_dim = 16,
-         .decay = 1, .initial_state = 1, .final_state = 1}};
+        {.attention = USP_LINEAR,
+         .tokens = 83,
+         .mask = USP_MASK_CAUSAL,
+         .heads = 6,
+         .kv_heads = 2,
+         .head_dim = 16,
+         .decay = 1,
+         .initial_state = 1,
+         .final_state = 1}};
     static const usp_layout layouts[] = {USP_LAYOUT_ZIGZAG, USP_LAYOUT_CONTIGUOUS, USP_LAYOUT_STRIPE};
     (void)argument;
     for (int i = 0; i < 3; i++) {
@@ -130,11 +140,23 @@ static int across_case(usp_rank *rank, usp_case c, usp_whole *first) {
 int usp_body_across_ulysses(usp_rank *rank, void *argument) {
     static const usp_case cases[USP_ACROSS_CASES] = {
         {.tokens = 131, .mask = USP_MASK_CAUSAL, .heads = 8, .kv_heads = 4, .head_dim = 16, .return_lse = 1},
-        {.tokens = 300, .mask = USP_MASK_CAUSAL, .heads = 4, .kv_heads = 4, .head_dim = 16, .return_lse = 1,
+        {.tokens = 300,
+         .mask = USP_MASK_CAUSAL,
+         .heads = 4,
+         .kv_heads = 4,
+         .head_dim = 16,
+         .return_lse = 1,
          .layout = USP_LAYOUT_CONTIGUOUS},
         {.tokens = 97, .heads = 8, .kv_heads = 4, .dtype = USP_BF16, .head_dim = 16, .return_lse = 1},
-        {.attention = USP_LINEAR, .tokens = 131, .mask = USP_MASK_CAUSAL, .heads = 4, .head_dim = 16, .decay = 1,
-         .scale = 0.25f, .initial_state = 1, .final_state = 1}};
+        {.attention = USP_LINEAR,
+         .tokens = 131,
+         .mask = USP_MASK_CAUSAL,
+         .heads = 4,
+         .head_dim = 16,
+         .decay = 1,
+         .scale = 0.25f,
+         .initial_state = 1,
+         .final_state = 1}};
     usp_across *across = argument;
     for (int i = 0; i < USP_ACROSS_CASES; i++) {
         usp_case c = cases[i];
@@ -226,7 +248,12 @@ static int open_and_fill(usp_rank *rank, const usp_case *c, usp_stage *stage) {
 int usp_body_repeats(usp_rank *rank, void *argument) {
     static const usp_case cases[] = {
         {.tokens = 77, .mask = USP_MASK_CAUSAL, .head_dim = 16, .kv_heads = 2, .return_lse = 1, .deterministic = 1},
-        {.attention = USP_LINEAR, .tokens = 77, .mask = USP_MASK_CAUSAL, .head_dim = 16, .decay = 1, .deterministic = 1}};
+        {.attention = USP_LINEAR,
+         .tokens = 77,
+         .mask = USP_MASK_CAUSAL,
+         .head_dim = 16,
+         .decay = 1,
+         .deterministic = 1}};
     (void)argument;
     for (int i = 0; i < 2; i++) {
         usp_stage stage, other;
@@ -323,8 +350,7 @@ static int in_parts(usp_stage *stage) {
     int failed = usp_stage_forward(stage, 1) || usp_stage_backward(stage) || usp_stage_gather(stage, 1, &layer);
     if (!failed) failed = usp_stage_forward_parts(stage) || usp_stage_backward_parts(stage);
     if (failed || usp_stage_gather(stage, 1, &parts)) return 1;
-    if (stage->rank->rank == 0)
-        usp_compare_bits(stage->rank, &stage->c, "in parts", USP_SAME_ALL, &parts, &layer);
+    if (stage->rank->rank == 0) usp_compare_bits(stage->rank, &stage->c, "in parts", USP_SAME_ALL, &parts, &layer);
     usp_whole_free(&layer);
     usp_whole_free(&parts);
     usp_count(stage->rank);
@@ -353,7 +379,8 @@ int usp_body_parts(usp_rank *rank, void *argument) {
 /* ---- linear attention -------------------------------------------------------------------------------------------- */
 
 static int out_of_mix(usp_stage *stage, double first, double second, usp_whole *whole) {
-    return usp_stage_mix_values(stage, first, second) || usp_stage_forward(stage, 0) || usp_stage_gather(stage, 0, whole);
+    return usp_stage_mix_values(stage, first, second) || usp_stage_forward(stage, 0) ||
+           usp_stage_gather(stage, 0, whole);
 }
 
 static void check_mix(usp_rank *rank, const usp_whole *a, const usp_whole *b, const usp_whole *mix) {
@@ -406,9 +433,16 @@ int usp_body_states(usp_rank *rank, void *argument) {
     (void)argument;
     for (int i = 0; i < 4; i++) {
         usp_whole first;
-        usp_case c = {.attention = USP_LINEAR, .tokens = 83, .mask = i < 2 ? USP_MASK_CAUSAL : USP_MASK_FULL,
-                      .decay = i < 2, .head_dim = 16, .value_dim = 12, .initial_state = i < 2, .final_state = 1,
-                      .layout = layouts[i % 2], .ring = rank->size};
+        usp_case c = {.attention = USP_LINEAR,
+                      .tokens = 83,
+                      .mask = i < 2 ? USP_MASK_CAUSAL : USP_MASK_FULL,
+                      .decay = i < 2,
+                      .head_dim = 16,
+                      .value_dim = 12,
+                      .initial_state = i < 2,
+                      .final_state = 1,
+                      .layout = layouts[i % 2],
+                      .ring = rank->size};
         if (run(rank, &c, &first) || compare_states(rank, c, &first)) return 1;
         usp_whole_free(&first);
         usp_count(rank);
@@ -451,7 +485,8 @@ static int run_halves(usp_stage *first, usp_stage *second, usp_whole *a, usp_who
 int usp_body_continue(usp_rank *rank, void *argument) {
     usp_stage first, second;
     usp_whole a, b, whole;
-    usp_case c = {.attention = USP_LINEAR, .tokens = 97, .mask = USP_MASK_CAUSAL, .decay = 1, .head_dim = 16, .seed = 3};
+    usp_case c = {
+        .attention = USP_LINEAR, .tokens = 97, .mask = USP_MASK_CAUSAL, .decay = 1, .head_dim = 16, .seed = 3};
     (void)argument;
     choose_mesh(rank, &c);
     if (run(rank, &c, &whole)) return 1;
@@ -481,7 +516,12 @@ enum { MODEL_LAYERS = 3 };
 static int run_model(usp_rank *rank, const usp_split *splits, usp_whole *whole) {
     static const usp_case layers[MODEL_LAYERS] = {
         {.tokens = 83, .mask = USP_MASK_CAUSAL, .heads = 4, .head_dim = 16},
-        {.attention = USP_LINEAR, .tokens = 83, .mask = USP_MASK_CAUSAL, .heads = 4, .head_dim = 16, .decay = 1,
+        {.attention = USP_LINEAR,
+         .tokens = 83,
+         .mask = USP_MASK_CAUSAL,
+         .heads = 4,
+         .head_dim = 16,
+         .decay = 1,
          .scale = 0.05f},
         {.tokens = 83, .mask = USP_MASK_CAUSAL, .heads = 4, .head_dim = 16, .scale = 0.1f}};
     usp_stage stage[MODEL_LAYERS];
@@ -500,9 +540,8 @@ static int run_model(usp_rank *rank, const usp_split *splits, usp_whole *whole) 
 
 int usp_body_switch(usp_rank *rank, void *argument) {
     int n = rank->size, half = n % 2 == 0 ? 2 : 1;
-    const usp_split plans[][MODEL_LAYERS] = {{{1, n}, {1, n}, {1, n}},
-                                             {{n, 1}, {1, n}, {half, n / half}},
-                                             {{half, n / half}, {n, 1}, {1, n}}};
+    const usp_split plans[][MODEL_LAYERS] = {
+        {{1, n}, {1, n}, {1, n}}, {{n, 1}, {1, n}, {half, n / half}}, {{half, n / half}, {n, 1}, {1, n}}};
     const usp_case c = usp_case_complete((usp_case){.tokens = 83});
     usp_whole constant, mixed;
     (void)argument;
@@ -532,8 +571,13 @@ static int measure(usp_rank *rank, usp_case c, usp_references *references, doubl
 
 int usp_body_growth(usp_rank *rank, void *argument) {
     const usp_case softmax = {.tokens = 512, .mask = USP_MASK_CAUSAL, .heads = 2, .head_dim = 16, .return_lse = 1};
-    const usp_case linear = {.attention = USP_LINEAR, .tokens = 512, .mask = USP_MASK_CAUSAL, .heads = 3, .head_dim = 16,
-                             .decay = 1, .final_state = 1};
+    const usp_case linear = {.attention = USP_LINEAR,
+                             .tokens = 512,
+                             .mask = USP_MASK_CAUSAL,
+                             .heads = 3,
+                             .head_dim = 16,
+                             .decay = 1,
+                             .final_state = 1};
     usp_growth *growth = argument;
     return measure(rank, softmax, growth->references, growth->softmax) ||
            measure(rank, linear, growth->references, growth->linear);

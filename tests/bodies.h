@@ -1,5 +1,5 @@
-/* bodies.h - what is tested of running layers, as bodies for usp_ranks_run: the same on thread-ranks and on GPUs. Judges by
- * the oracle and by properties; needs the public API only. */
+/* bodies.h - what is tested of running layers, as bodies for usp_ranks_run: the same on thread-ranks and on GPUs.
+ * Judges by the oracle and by properties; needs the public API only. */
 #ifndef USP_TESTS_BODIES_H
 #define USP_TESTS_BODIES_H
 #include "reference.h"

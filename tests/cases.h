@@ -1,5 +1,5 @@
-/* cases.h - one configuration of world, mesh, sequence and layer in one flat struct, the tables of those that are tested,
- * and the library's config structs made from it. Runs nothing. */
+/* cases.h - one configuration of world, mesh, sequence and layer in one flat struct, the tables of those that are
+ * tested, and the library's config structs made from it. Runs nothing. */
 #ifndef USP_TESTS_CASES_H
 #define USP_TESTS_CASES_H
 #include "tensors.h"
@@ -12,13 +12,13 @@ typedef struct usp_case {
     usp_dtype dtype;
     usp_layout layout;
     usp_arrangement arrangement;
-    int batch;                 /* 0: 1 */
+    int batch;                                             /* 0: 1 */
     int heads, kv_heads, value_heads, head_dim, value_dim; /* 0: 4, heads, kv_heads, 8, head_dim */
     int64_t tokens, key_tokens;
-    int64_t first_token;       /* the inputs are those of a later part of a longer sequence (one batch) */
+    int64_t first_token; /* the inputs are those of a later part of a longer sequence (one batch) */
     float scale;
     int return_lse, deterministic, recompute_state, initial_state, final_state;
-    int decay;                 /* 1: heads fade at different rates; 2: all at the same, slow one */
+    int decay; /* 1: heads fade at different rates; 2: all at the same, slow one */
     usp_state_exchange state_exchange;
     int seed;
 } usp_case;
@@ -26,10 +26,10 @@ typedef struct usp_case {
 /* What a create call of the case may do. */
 typedef enum usp_expectation { USP_WORKS, USP_MAY_REFUSE, USP_MUST_REFUSE } usp_expectation;
 
-usp_case usp_case_complete(usp_case c);             /* with the defaults filled in */
+usp_case usp_case_complete(usp_case c); /* with the defaults filled in */
 usp_expectation usp_case_expectation(const usp_case *c);
-int usp_case_out_heads(const usp_case *c);          /* H */
-int64_t usp_case_keys(const usp_case *c);           /* global key tokens */
+int usp_case_out_heads(const usp_case *c); /* H */
+int64_t usp_case_keys(const usp_case *c);  /* global key tokens */
 size_t usp_case_print(const usp_case *c, char *text, size_t capacity);
 void usp_case_decay(const usp_case *c, float *decay); /* [H] */
 

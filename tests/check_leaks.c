@@ -1,5 +1,5 @@
-/* check_leaks.c - makes, uses and destroys everything 200 times, refusals and aborts included: for LeakSanitizer, and with a
- * count of host memory of its own. A plain program; results are judged elsewhere. */
+/* check_leaks.c - makes, uses and destroys everything 200 times, refusals and aborts included: for LeakSanitizer, and
+ * with a count of host memory of its own. A plain program; results are judged elsewhere. */
 #include "stage.h"
 
 #include <stdio.h>
@@ -40,7 +40,8 @@ static int give_up(usp_rank *rank, void *argument) {
     usp_status status = usp_stage_open(rank, &c, &stage);
     if (status != USP_OK) return usp_say(rank, "%s", usp_last_error());
     int failed = usp_stage_fill(&stage);
-    if (rank->rank == rank->size - 1) usp_world_abort(rank->world);
+    if (rank->rank == rank->size - 1)
+        usp_world_abort(rank->world);
     else if (!failed && usp_stage_forward(&stage, 1) == 0 && usp_world_poll(rank->world) == USP_OK)
         usp_say(rank, "a world that was aborted goes on");
     usp_stage_close(&stage);
@@ -60,7 +61,8 @@ int main(void) {
         const usp_ranks ranks = {.size = 2 + round % 3, .seconds = SECONDS};
         usp_ranks_run(&ranks, give_up, NULL, &report);
         failed = report.done != ranks.size;
-        if (failed) fprintf(stderr, "giving up, round %d: %d of %d came back\n%s", round, report.done, ranks.size, report.text);
+        if (failed)
+            fprintf(stderr, "giving up, round %d: %d of %d came back\n%s", round, report.done, ranks.size, report.text);
     }
     printf("check_leaks: %s\n", failed ? "FAILED" : "ok");
     return failed;

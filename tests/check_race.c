@@ -1,5 +1,5 @@
-/* check_race.c - worlds of up to 8 thread-ranks with mixed layers, several worlds at once, watchdogs and threads that poll:
- * for ThreadSanitizer. A plain program; results are compared with the oracle too. */
+/* check_race.c - worlds of up to 8 thread-ranks with mixed layers, several worlds at once, watchdogs and threads that
+ * poll: for ThreadSanitizer. A plain program; results are compared with the oracle too. */
 #include "bodies.h"
 
 #include <pthread.h>
@@ -11,7 +11,11 @@ enum { SECONDS = 300, WORLDS = 3 };
 static const usp_case cases[] = {
     {.tokens = 61, .mask = USP_MASK_CAUSAL, .heads = 8, .kv_heads = 2, .return_lse = 1},
     {.attention = USP_LINEAR, .tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .initial_state = 1, .final_state = 1},
-    {.attention = USP_LINEAR, .tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .recompute_state = 1,
+    {.attention = USP_LINEAR,
+     .tokens = 61,
+     .mask = USP_MASK_CAUSAL,
+     .decay = 1,
+     .recompute_state = 1,
      .state_exchange = USP_STATE_CHAIN},
     {.tokens = 7, .layout = USP_LAYOUT_STRIPE, .dtype = USP_BF16},
 };

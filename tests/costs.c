@@ -39,8 +39,8 @@ static int check_bytes(usp_stage *stage, usp_pass pass, const usp_traffic *traff
         seen.ring_send == cost.ring_send && seen.ring_recv == cost.ring_recv && seen.stray == 0)
         return 0;
     usp_case_print(&stage->c, name, sizeof name);
-    return usp_say(stage->rank, "%s: %s: seen ulysses %lld/%lld ring %lld/%lld stray %lld, stated %lld/%lld %lld/%lld", name,
-                   pass == USP_PASS_FORWARD ? "forward" : "backward", (long long)seen.ulysses_send,
+    return usp_say(stage->rank, "%s: %s: seen ulysses %lld/%lld ring %lld/%lld stray %lld, stated %lld/%lld %lld/%lld",
+                   name, pass == USP_PASS_FORWARD ? "forward" : "backward", (long long)seen.ulysses_send,
                    (long long)seen.ulysses_recv, (long long)seen.ring_send, (long long)seen.ring_recv,
                    (long long)seen.stray, (long long)cost.ulysses_send, (long long)cost.ulysses_recv,
                    (long long)cost.ring_send, (long long)cost.ring_recv);
@@ -86,7 +86,7 @@ int usp_body_costs(usp_rank *rank, void *argument) {
     return 0;
 }
 
-/* ---- linear attention ------------------------------------------------------------------------------------------------------ */
+/* ---- linear attention -------------------------------------------------------------------------------------------- */
 
 static int ring_bytes(usp_rank *rank, usp_case c, int64_t tokens, usp_trace *trace, int64_t *bytes) {
     usp_stage stage;
@@ -106,8 +106,12 @@ int usp_body_constant_traffic(usp_rank *rank, void *argument) {
     (void)argument;
     for (int i = 0; i < 6; i++) {
         int64_t once[2], twice[2];
-        usp_case c = {.attention = USP_LINEAR, .mask = USP_MASK_CAUSAL, .decay = 1, .layout = layouts[i % 2],
-                      .ring = rank->size, .state_exchange = (usp_state_exchange)(i / 2)};
+        usp_case c = {.attention = USP_LINEAR,
+                      .mask = USP_MASK_CAUSAL,
+                      .decay = 1,
+                      .layout = layouts[i % 2],
+                      .ring = rank->size,
+                      .state_exchange = (usp_state_exchange)(i / 2)};
         if (ring_bytes(rank, c, 64, trace, once) || ring_bytes(rank, c, 128, trace, twice)) return 1;
         if (once[0] != twice[0] || once[1] != twice[1])
             usp_say(rank, "the ring moves %lld + %lld bytes for 64 tokens, %lld + %lld for 128", (long long)once[0],
@@ -119,7 +123,7 @@ int usp_body_constant_traffic(usp_rank *rank, void *argument) {
     return 0;
 }
 
-/* ---- formulas --------------------------------------------------------------------------------------------------------------- */
+/* ---- formulas ---------------------------------------------------------------------------------------------------- */
 
 static int expect_cost(usp_rank *rank, const usp_case *c, int64_t ulysses, int64_t ring, double flops) {
     char name[256];
@@ -128,7 +132,8 @@ static int expect_cost(usp_rank *rank, const usp_case *c, int64_t ulysses, int64
     if (usp_stage_open(rank, c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
     usp_case_print(&stage.c, name, sizeof name);
     usp_layer_get_cost(stage.layer, USP_PASS_FORWARD, &cost);
-    if (cost.ulysses_send != ulysses || cost.ulysses_recv != ulysses || cost.ring_send != ring || cost.ring_recv != ring)
+    if (cost.ulysses_send != ulysses || cost.ulysses_recv != ulysses || cost.ring_send != ring ||
+        cost.ring_recv != ring)
         usp_say(rank, "%s: %lld and %lld bytes stated, not %lld and %lld", name, (long long)cost.ulysses_send,
                 (long long)cost.ring_send, (long long)ulysses, (long long)ring);
     if (flops > 0 && (cost.flops_mean < 0.999999 * flops || cost.flops_mean > 1.000001 * flops))
@@ -147,7 +152,8 @@ int usp_body_formulas(usp_rank *rank, void *argument) {
     for (int s = 0; s < USP_SPLITS; s++) {
         int u = usp_splits[s].ulysses, r = usp_splits[s].ring;
         if (u * r != rank->size || HEADS % u != 0 || TOKENS % (2 * u * r) != 0) continue;
-        usp_case c = {.ulysses = u, .ring = r, .tokens = TOKENS, .heads = HEADS, .head_dim = DIM, .mask = USP_MASK_CAUSAL};
+        usp_case c = {
+            .ulysses = u, .ring = r, .tokens = TOKENS, .heads = HEADS, .head_dim = DIM, .mask = USP_MASK_CAUSAL};
         int64_t operand = TOKENS / (u * r) * (HEADS * DIM) * 4, block = TOKENS / r * (HEADS / u * DIM) * 4;
         double pairs = TOKENS * (TOKENS + 1) / 2.0;
         if (expect_cost(rank, &c, 4 * operand * (u - 1) / u, 2 * block * (r - 1), 4 * pairs * HEADS * DIM / rank->size))

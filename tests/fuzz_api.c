@@ -1,5 +1,6 @@
-/* fuzz_api.c - random use of the whole API: fuzz_api [seed [count]]. Nothing may crash, hang or leak; what is valid must give
- * the oracle's results; what is not must be refused alike on all ranks. A failure prints the seed that repeats it. */
+/* fuzz_api.c - random use of the whole API: fuzz_api [seed [count]]. Nothing may crash, hang or leak; what is valid
+ * must give the oracle's results; what is not must be refused alike on all ranks. A failure prints the seed that
+ * repeats it. */
 #include "bodies.h"
 
 #include <limits.h>
@@ -16,22 +17,25 @@ typedef struct plan {
     usp_references *references;
 } plan;
 
-/* ---- damaged configs ------------------------------------------------------------------------------------------------------ */
+/* ---- damaged configs --------------------------------------------------------------------------------------------- */
 
 static const size_t layer_fields[] = {
-    offsetof(usp_layer_config, attention), offsetof(usp_layer_config, mask), offsetof(usp_layer_config, dtype),
-    offsetof(usp_layer_config, batch), offsetof(usp_layer_config, heads), offsetof(usp_layer_config, kv_heads),
-    offsetof(usp_layer_config, value_heads), offsetof(usp_layer_config, head_dim), offsetof(usp_layer_config, value_dim),
-    offsetof(usp_layer_config, scale), offsetof(usp_layer_config, return_lse), offsetof(usp_layer_config, deterministic),
+    offsetof(usp_layer_config, attention),      offsetof(usp_layer_config, mask),
+    offsetof(usp_layer_config, dtype),          offsetof(usp_layer_config, batch),
+    offsetof(usp_layer_config, heads),          offsetof(usp_layer_config, kv_heads),
+    offsetof(usp_layer_config, value_heads),    offsetof(usp_layer_config, head_dim),
+    offsetof(usp_layer_config, value_dim),      offsetof(usp_layer_config, scale),
+    offsetof(usp_layer_config, return_lse),     offsetof(usp_layer_config, deterministic),
     offsetof(usp_layer_config, state_exchange), offsetof(usp_layer_config, recompute_state),
-    offsetof(usp_layer_config, initial_state), offsetof(usp_layer_config, final_state)};
+    offsetof(usp_layer_config, initial_state),  offsetof(usp_layer_config, final_state)};
 static const int nasty[] = {-1, 0, 1, 2, 3, 5, 7, 4096, 65535, 65536, 65537, INT_MAX, INT_MIN, 0x7fc00000};
 
 static void damage_layer(uint64_t *state, usp_layer_config *config) {
     int hits = 1 + usp_random_below(state, 3);
     for (int i = 0; i < hits; i++) {
         size_t field = layer_fields[usp_random_below(state, (int)(sizeof layer_fields / sizeof layer_fields[0]))];
-        memcpy((char *)config + field, &nasty[usp_random_below(state, (int)(sizeof nasty / sizeof nasty[0]))], sizeof(int));
+        memcpy((char *)config + field, &nasty[usp_random_below(state, (int)(sizeof nasty / sizeof nasty[0]))],
+               sizeof(int));
     }
     config->decay = NULL; /* may be shorter than the heads are now */
 }
@@ -55,8 +59,9 @@ static int same_status(usp_rank *rank, const usp_stage *stage, usp_status status
     usp_stage asking = *stage;
     if (usp_stage_share(&asking, &mine, sizeof mine, all)) return 1;
     for (int i = 0; i < rank->size; i++)
-        if (all[i] != mine) return usp_say(rank, "%s here and %s on rank %d", usp_status_string(status),
-                                           usp_status_string((usp_status)all[i]), i);
+        if (all[i] != mine)
+            return usp_say(rank, "%s here and %s on rank %d", usp_status_string(status),
+                           usp_status_string((usp_status)all[i]), i);
     if (status != USP_OK && usp_last_error()[0] == 0) return usp_say(rank, "refused without a sentence");
     return 0;
 }
@@ -83,8 +88,10 @@ static int try_damaged(usp_rank *rank, uint64_t *state, usp_split split) {
     if (usp_mesh_create(rank->world, split.ulysses, split.ring, &stage.mesh) != USP_OK)
         return usp_say(rank, "mesh: %s", usp_last_error());
     usp_case_configure(&c, rank->rank, rank->size, configs);
-    if (damaged) damage_sequence(state, &configs->sequence);
-    else damage_layer(state, &configs->layer);
+    if (damaged)
+        damage_sequence(state, &configs->sequence);
+    else
+        damage_layer(state, &configs->layer);
     usp_status status = usp_sequence_create(stage.mesh, &configs->sequence, &stage.sequence);
     int failed = same_status(rank, &stage, status);
     if (!failed && status == USP_OK) {
@@ -99,7 +106,7 @@ static int try_damaged(usp_rank *rank, uint64_t *state, usp_split split) {
     return failed;
 }
 
-/* ---- calls ------------------------------------------------------------------------------------------------------------------ */
+/* ---- calls ------------------------------------------------------------------------------------------------------- */
 
 /* Errors that all ranks make alike, then a good run of the same layer. */
 static int try_misuse(usp_rank *rank, uint64_t *state, usp_split split) {
@@ -171,7 +178,7 @@ static int wander_and_abort(usp_rank *rank, void *argument) {
     return 0;
 }
 
-/* ---- main ------------------------------------------------------------------------------------------------------------------ */
+/* ---- main -------------------------------------------------------------------------------------------------------- */
 
 static int one_world(uint64_t seed) {
     uint64_t state = seed;
@@ -182,8 +189,9 @@ static int one_world(uint64_t seed) {
     const usp_ranks ranks = {.size = size, .seconds = SECONDS, .watchdog = usp_random_below(&state, 2)};
     int failed = usp_ranks_run(&ranks, aborting ? wander_and_abort : wander, &p, &report);
     if (aborting) failed = report.done < size - 1;
-    if (failed) fprintf(stderr, "fuzz_api %llu 1: %d ranks%s\n%s", (unsigned long long)seed, size,
-                        aborting ? ", one aborts" : "", report.text);
+    if (failed)
+        fprintf(stderr, "fuzz_api %llu 1: %d ranks%s\n%s", (unsigned long long)seed, size,
+                aborting ? ", one aborts" : "", report.text);
     usp_references_free(&references);
     return failed;
 }

@@ -1,5 +1,5 @@
-/* heap.h - host memory that is counted, and that can refuse one allocation; for usp_world_config. Finds leaks of the library
- * alone, on any platform. */
+/* heap.h - host memory that is counted, and that can refuse one allocation; for usp_world_config. Finds leaks of the
+ * library alone, on any platform. */
 #ifndef USP_TESTS_HEAP_H
 #define USP_TESTS_HEAP_H
 #include "usp.h"
@@ -8,8 +8,8 @@
 
 /* All zero to begin with. */
 typedef struct usp_heap {
-    atomic_int live;  /* allocations not yet freed */
-    atomic_int calls; /* since usp_heap_arm */
+    atomic_int live;   /* allocations not yet freed */
+    atomic_int calls;  /* since usp_heap_arm */
     atomic_int refuse; /* the call that fails; 0: none */
 } usp_heap;
 

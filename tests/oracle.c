@@ -125,8 +125,7 @@ static void apply_transposed(const usp_oracle *o, double *to, double factor, con
 /* Walks the tokens upward: out and dq from the state; `state` ends as the final state. */
 static void linear_up(const usp_oracle *o, rows r, double lambda, double *state) {
     if (!o->causal)
-        for (int64_t j = 0; j < o->keys; j++)
-            push(o, state, 1, o->k + r.k + j * r.k_step, o->v + r.v + j * r.v_step);
+        for (int64_t j = 0; j < o->keys; j++) push(o, state, 1, o->k + r.k + j * r.k_step, o->v + r.v + j * r.v_step);
     for (int64_t i = 0; i < o->tokens; i++) {
         if (o->causal) push(o, state, lambda, o->k + r.k + i * r.k_step, o->v + r.v + i * r.v_step);
         apply_transposed(o, o->out + r.out + i * r.out_step, o->scale, state, o->q + r.q + i * r.q_step);
@@ -206,8 +205,10 @@ void usp_oracle_run(const usp_oracle *o) {
     memset(o->dinitial_state, 0, states * sizeof(double));
     for (int b = 0; b < o->batch; b++)
         for (int h = 0; h < heads; h++) {
-            if (o->linear) linear_head(o, b, h);
-            else softmax_head(o, b, h, score);
+            if (o->linear)
+                linear_head(o, b, h);
+            else
+                softmax_head(o, b, h, score);
         }
     if (o->linear) round_all(o, o->out, out);
     round_all(o, o->dq, q);

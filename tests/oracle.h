@@ -15,8 +15,8 @@ typedef struct usp_oracle {
     /* NULL: exact. Else the oracle becomes a plain computation in a lower precision: what such a computation stores in
      * that precision is rounded: results, and the operands of products: probabilities, score gradients, states. */
     double (*round)(double);
-    int exact_operands; /* with round: only results are rounded */
-    const double *q, *k, *v, *dout, *initial_state, *dfinal_state; /* the states may be NULL */
+    int exact_operands;                                              /* with round: only results are rounded */
+    const double *q, *k, *v, *dout, *initial_state, *dfinal_state;   /* the states may be NULL */
     double *out, *lse, *dq, *dk, *dv, *final_state, *dinitial_state; /* all are written */
 } usp_oracle;
 

@@ -1,5 +1,5 @@
-/* ranks.c - worlds of thread-ranks or processes for tests (see ranks.h). Never leaves a caller waiting: a run that is late is
- * aborted, and given up if that does not end it. */
+/* ranks.c - worlds of thread-ranks or processes for tests (see ranks.h). Never leaves a caller waiting: a run that is
+ * late is aborted, and given up if that does not end it. */
 #define _GNU_SOURCE
 #include "ranks.h"
 
@@ -79,8 +79,7 @@ static usp_status create_world(usp_run *run, int rank, usp_world **world) {
     if (run->how.kind == USP_RANKS_ENVIRONMENT) return usp_world_create_env(&config, world);
     usp_status status = usp_device_select(run->how.device, gpu);
     if (status != USP_OK) return status;
-    if (run->how.kind == USP_RANKS_NCCL)
-        return usp_world_create_nccl_id(&config, &run->id, run->how.size, rank, world);
+    if (run->how.kind == USP_RANKS_NCCL) return usp_world_create_nccl_id(&config, &run->id, run->how.size, rank, world);
     return usp_world_create_threads(&config, run->rendezvous, rank, world);
 }
 
@@ -112,8 +111,10 @@ static void end_rank(usp_run *run, usp_rank *rank) {
 /* A body that failed may leave objects behind; else all memory has come back. */
 static void run_rank(usp_run *run, usp_rank *rank) {
     int failed = begin_rank(run, rank) != USP_OK;
-    if (failed) usp_say(rank, "world: %s", usp_last_error());
-    else failed = run->body(rank, run->argument);
+    if (failed)
+        usp_say(rank, "world: %s", usp_last_error());
+    else
+        failed = run->body(rank, run->argument);
     if (failed) usp_world_abort(rank->world);
     end_rank(run, rank);
     int live = atomic_load(&rank->heap->live);
@@ -186,7 +187,8 @@ static usp_run *run_create(const usp_ranks *ranks, usp_body body, void *argument
     run->argument = argument;
     pthread_mutex_init(&run->lock, NULL);
     pthread_cond_init(&run->ended, NULL);
-    for (int i = 0; i < size; i++) run->rank[i] = (usp_rank){.rank = i, .size = size, .heap = &run->heap[i], .run = run};
+    for (int i = 0; i < size; i++)
+        run->rank[i] = (usp_rank){.rank = i, .size = size, .heap = &run->heap[i], .run = run};
     return run;
 }
 
@@ -199,8 +201,10 @@ static usp_status meet(usp_run *run) {
 int usp_ranks_run(const usp_ranks *ranks, usp_body body, void *argument, usp_report *report) {
     usp_run *run = run_create(ranks, body, argument);
     int ended = 1;
-    if (meet(run) != USP_OK) usp_say(&run->rank[0], "meeting: %s", usp_last_error());
-    else ended = ranks->kind == USP_RANKS_ENVIRONMENT ? run_process(run) : run_threads(run);
+    if (meet(run) != USP_OK)
+        usp_say(&run->rank[0], "meeting: %s", usp_last_error());
+    else
+        ended = ranks->kind == USP_RANKS_ENVIRONMENT ? run_process(run) : run_threads(run);
     pthread_mutex_lock(&run->lock);
     *report = run->report;
     pthread_mutex_unlock(&run->lock);

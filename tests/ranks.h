@@ -1,5 +1,5 @@
-/* ranks.h - runs one body on every rank of a new world: threads on the CPU, threads that share a GPU, a thread a GPU over
- * NCCL, or this process as one of many. Collects what the ranks say, within a time limit; knows no layer. */
+/* ranks.h - runs one body on every rank of a new world: threads on the CPU, threads that share a GPU, a thread a GPU
+ * over NCCL, or this process as one of many. Collects what the ranks say, within a time limit; knows no layer. */
 #ifndef USP_TESTS_RANKS_H
 #define USP_TESTS_RANKS_H
 #include "heap.h"
@@ -27,23 +27,24 @@ typedef enum usp_ranks_kind {
 
 typedef struct usp_ranks {
     usp_ranks_kind kind;
-    usp_device_kind device; /* auto: CPU */
-    int size;               /* the environment's knows better */
-    int seconds;            /* time limit; 0: 60 */
-    int watchdog;           /* as in usp_world_config */
+    usp_device_kind device;                    /* auto: CPU */
+    int size;                                  /* the environment's knows better */
+    int seconds;                               /* time limit; 0: 60 */
+    int watchdog;                              /* as in usp_world_config */
     usp_status (*stream_create)(usp_stream *); /* NULL: the NULL stream */
     void (*stream_destroy)(usp_stream);
 } usp_ranks;
 
 /* What the ranks said, first things first, cut to fit. */
 typedef struct usp_report {
-    int failures;     /* sentences said */
-    int done;         /* things that ran to the end, counted by usp_count */
-    int refused;      /* things refused with a reason, counted by usp_refuse */
+    int failures; /* sentences said */
+    int done;     /* things that ran to the end, counted by usp_count */
+    int refused;  /* things refused with a reason, counted by usp_refuse */
     char text[4096];
 } usp_report;
 
-/* Runs the body on all ranks and waits. 0 if nobody said anything; a world that leaves host memory behind is a failure. */
+/* Runs the body on all ranks and waits. 0 if nobody said anything; a world that leaves host memory behind is a failure.
+ */
 int usp_ranks_run(const usp_ranks *ranks, usp_body body, void *argument, usp_report *report);
 
 /* Records a failure; always 1. */

@@ -36,8 +36,8 @@ static extents extents_of(const usp_case *c) {
 }
 
 static usp_answer answer_create(const extents *e) {
-    return (usp_answer){numbers(e->out), numbers(e->lse), numbers(e->q), numbers(e->k), numbers(e->v),
-                        numbers(e->state), numbers(e->state)};
+    return (usp_answer){numbers(e->out), numbers(e->lse),   numbers(e->q),    numbers(e->k),
+                        numbers(e->v),   numbers(e->state), numbers(e->state)};
 }
 
 static void answer_free(usp_answer *a) {
@@ -81,8 +81,8 @@ static void keep_farther(const double *truth, double *plain, const double *other
         if (fabs(other[i] - truth[i]) > fabs(plain[i] - truth[i])) plain[i] = other[i];
 }
 
-/* Two plain computations, with rounded and with exact operands: the errors of one alone are dominated by few rows, where
- * they may be small by luck. */
+/* Two plain computations, with rounded and with exact operands: the errors of one alone are dominated by few rows,
+ * where they may be small by luck. */
 static void answer_plainly(const usp_case *c, usp_oracle *o, const extents *e, usp_reference *reference) {
     usp_answer other = answer_create(e), *plain = &reference->plain, *truth = &reference->truth;
     *plain = answer_create(e);
@@ -101,8 +101,8 @@ static void answer_case(const usp_case *c, usp_reference *reference) {
     float decay[USP_CASE_HEADS];
     extents e = extents_of(c);
     usp_oracle o = describe(c);
-    double *inputs[] = {random_numbers(c, c->dtype, e.q, USP_Q),     random_numbers(c, c->dtype, e.k, USP_K),
-                        random_numbers(c, c->dtype, e.v, USP_V),     random_numbers(c, c->dtype, e.out, USP_DOUT),
+    double *inputs[] = {random_numbers(c, c->dtype, e.q, USP_Q), random_numbers(c, c->dtype, e.k, USP_K),
+                        random_numbers(c, c->dtype, e.v, USP_V), random_numbers(c, c->dtype, e.out, USP_DOUT),
                         random_numbers(c, USP_F32, e.state, 10), random_numbers(c, USP_F32, e.state, 11)};
     usp_case_decay(c, decay);
     o.decay = c->decay ? decay : NULL;
@@ -169,7 +169,8 @@ typedef struct item {
     const double *truth, *plain;
 } item;
 
-static void list_items(usp_dtype dtype, const usp_whole *w, const usp_answer *truth, const usp_answer *plain, item *items) {
+static void list_items(usp_dtype dtype, const usp_whole *w, const usp_answer *truth, const usp_answer *plain,
+                       item *items) {
     const item all[USP_ITEMS] = {
         {"out", dtype, USP_SAME_OUT, w->out_count, w->out, truth->out, plain->out},
         {"lse", USP_F32, USP_SAME_LSE, w->lse_count, w->lse, truth->lse, plain->lse},

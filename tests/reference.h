@@ -1,5 +1,5 @@
-/* reference.h - what a case's results should be: the oracle's answer and that of a plain computation in the same precision,
- * remembered for all meshes and layouts; and the comparison. Runs no layer. */
+/* reference.h - what a case's results should be: the oracle's answer and that of a plain computation in the same
+ * precision, remembered for all meshes and layouts; and the comparison. Runs no layer. */
 #ifndef USP_TESTS_REFERENCE_H
 #define USP_TESTS_REFERENCE_H
 #include "stage.h"
@@ -24,7 +24,8 @@ const usp_reference *usp_reference_of(usp_references *references, const usp_case
 void usp_references_free(usp_references *references);
 
 /* Says what is outside the budget; the number of tensors that are. */
-int usp_compare_with_reference(usp_rank *rank, const usp_case *c, const usp_whole *whole, const usp_reference *reference);
+int usp_compare_with_reference(usp_rank *rank, const usp_case *c, const usp_whole *whole,
+                               const usp_reference *reference);
 /* The RMS error of out, lse, dq, dk, dv, final_state and dinitial_state; 0 where there is none. */
 enum { USP_ITEMS = 7 };
 void usp_rms_of(const usp_whole *whole, const usp_reference *reference, double *rms);
@@ -32,9 +33,7 @@ void usp_rms_of(const usp_whole *whole, const usp_reference *reference, double *
 /* Two runs that should agree: f32 within twice the budget. Says which tensors do not. */
 int usp_compare_near(usp_rank *rank, const usp_case *c, const char *what, const usp_whole *a, const usp_whole *b);
 /* Bit for bit. `parts` has a bit for each of the tensors below. */
-enum {
-    USP_SAME_OUT = 1, USP_SAME_LSE = 2, USP_SAME_DQ = 4, USP_SAME_DKV = 8, USP_SAME_STATES = 16, USP_SAME_ALL = 31
-};
+enum { USP_SAME_OUT = 1, USP_SAME_LSE = 2, USP_SAME_DQ = 4, USP_SAME_DKV = 8, USP_SAME_STATES = 16, USP_SAME_ALL = 31 };
 int usp_compare_bits(usp_rank *rank, const usp_case *c, const char *what, int parts, const usp_whole *a,
                      const usp_whole *b);
 

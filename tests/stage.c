@@ -39,8 +39,8 @@ usp_status usp_stage_open(usp_rank *rank, const usp_case *c, usp_stage *stage) {
     int n;
     *stage = (usp_stage){.rank = rank, .c = usp_case_complete(*c)};
     usp_case_configs *configs = malloc(sizeof *configs);
-    usp_status status = configs ? usp_mesh_create(rank->world, stage->c.ulysses, stage->c.ring, &stage->mesh)
-                                : USP_NO_MEMORY;
+    usp_status status =
+        configs ? usp_mesh_create(rank->world, stage->c.ulysses, stage->c.ring, &stage->mesh) : USP_NO_MEMORY;
     if (status == USP_OK) status = usp_mesh_axis(stage->mesh, USP_AXIS_SEQUENCE, &stage->p, &n);
     if (status == USP_OK) {
         usp_case_configure(&stage->c, stage->p, n, configs);
@@ -57,8 +57,9 @@ usp_status usp_stage_open(usp_rank *rank, const usp_case *c, usp_stage *stage) {
 }
 
 void usp_stage_close(usp_stage *stage) {
-    usp_buffer *more[] = {&stage->lse,          &stage->initial_state,  &stage->final_state, &stage->dfinal_state,
-                          &stage->dinitial_state, &stage->workspace, &stage->saved};
+    usp_buffer *more[] = {&stage->lse,          &stage->initial_state,  &stage->final_state,
+                          &stage->dfinal_state, &stage->dinitial_state, &stage->workspace,
+                          &stage->saved};
     for (int i = 0; i < USP_PARTS; i++) usp_buffer_destroy(&stage->memory[i]);
     for (size_t i = 0; i < sizeof more / sizeof more[0]; i++) usp_buffer_destroy(more[i]);
     usp_layer_destroy(stage->layer);
@@ -126,8 +127,12 @@ static usp_status create_extra(usp_stage *stage) {
     const struct {
         usp_buffer *buffer;
         size_t bytes;
-    } all[] = {{&stage->lse, lse + 16},           {&stage->initial_state, states}, {&stage->final_state, states},
-               {&stage->dfinal_state, states},    {&stage->dinitial_state, states}, {&stage->workspace, workspace},
+    } all[] = {{&stage->lse, lse + 16},
+               {&stage->initial_state, states},
+               {&stage->final_state, states},
+               {&stage->dfinal_state, states},
+               {&stage->dinitial_state, states},
+               {&stage->workspace, workspace},
                {&stage->saved, stage->sizes.saved}};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         usp_status status = usp_buffer_create(stage->rank->world, stage->rank->stream, all[i].bytes, all[i].buffer);
@@ -269,14 +274,16 @@ usp_backward usp_stage_backward_arguments(const usp_stage *stage) {
 
 int usp_stage_forward(usp_stage *stage, int keep) {
     usp_forward arguments = usp_stage_forward_arguments(stage, keep);
-    return fail(stage, "forward", usp_layer_forward(stage->layer, &arguments, stage->workspace.device,
-                                                    stage->sizes.forward_workspace, stage->rank->stream));
+    return fail(stage, "forward",
+                usp_layer_forward(stage->layer, &arguments, stage->workspace.device, stage->sizes.forward_workspace,
+                                  stage->rank->stream));
 }
 
 int usp_stage_backward(usp_stage *stage) {
     usp_backward arguments = usp_stage_backward_arguments(stage);
-    return fail(stage, "backward", usp_layer_backward(stage->layer, &arguments, stage->workspace.device,
-                                                      stage->sizes.backward_workspace, stage->rank->stream));
+    return fail(stage, "backward",
+                usp_layer_backward(stage->layer, &arguments, stage->workspace.device, stage->sizes.backward_workspace,
+                                   stage->rank->stream));
 }
 
 /* ---- gather ------------------------------------------------------------------------------------------------------ */
@@ -313,8 +320,8 @@ static float *gather_lse(usp_stage *stage, int64_t *count) {
     for (int b = 0; b < c->batch; b++)
         for (int64_t t = 0; t < stage->tokens; t++)
             for (int h = 0; h < c->heads; h++)
-                *to++ = (float)usp_load(USP_F32, stage->lse.host + (size_t)((b * c->heads + h) * stage->tokens + t) *
-                                                                       sizeof(float));
+                *to++ = (float)usp_load(USP_F32, stage->lse.host +
+                                                     (size_t)((b * c->heads + h) * stage->tokens + t) * sizeof(float));
     memset(stage->lse.host, 0xff, (size_t)(to - own) * sizeof *own);
     float *whole = gather_rows(stage, stage->sequence, own, c->tokens, c->heads, count);
     free(own);
@@ -354,8 +361,7 @@ static int gather_backward(usp_stage *stage, usp_whole *whole) {
     whole->dq = gather_part(stage, USP_DQ, &whole->dq_count);
     if (whole->dq) whole->dk = gather_part(stage, USP_DK, &whole->dk_count);
     if (whole->dk) whole->dv = gather_part(stage, USP_DV, &whole->dv_count);
-    if (stage->c.initial_state)
-        whole->dinitial_state = take_state(stage, &stage->dinitial_state, &whole->state_count);
+    if (stage->c.initial_state) whole->dinitial_state = take_state(stage, &stage->dinitial_state, &whole->state_count);
     return whole->dv == NULL;
 }
 
@@ -371,6 +377,19 @@ int usp_stage_gather(usp_stage *stage, int backward, usp_whole *whole) {
     if (!failed) check_untouched(stage);
     if (failed) usp_whole_free(whole);
     return failed;
+}
+
+int usp_stage_clear(usp_stage *stage) {
+    usp_buffer *const all[] = {
+        &stage->memory[USP_O], &stage->memory[USP_DQ], &stage->memory[USP_DK], &stage->memory[USP_DV], &stage->lse,
+        &stage->final_state,   &stage->dinitial_state, &stage->workspace,      &stage->saved};
+    usp_status status = USP_OK;
+    for (size_t i = 0; i < sizeof all / sizeof all[0] && status == USP_OK; i++) {
+        if (!all[i]->host) continue; /* packed: inside another one */
+        memset(all[i]->host, 0xff, all[i]->bytes);
+        status = usp_buffer_upload(all[i]);
+    }
+    return fail(stage, "clear", status);
 }
 
 void usp_whole_free(usp_whole *whole) {
@@ -443,7 +462,8 @@ static const usp_operand operand_kinds[OPERANDS] = {USP_QUERY, USP_KEY,   USP_VA
 
 static usp_status open_operands(usp_stage *stage, operand *all, int count) {
     usp_status status = USP_OK;
-    for (int i = 0; i < count && status == USP_OK; i++) status = make_operand(stage, operand_kinds[i], (usp_part)i, &all[i]);
+    for (int i = 0; i < count && status == USP_OK; i++)
+        status = make_operand(stage, operand_kinds[i], (usp_part)i, &all[i]);
     return status;
 }
 

@@ -12,7 +12,8 @@ typedef struct usp_stage {
     usp_case c; /* completed */
     int p;      /* sequence rank */
     usp_mesh *mesh;
-    usp_sequence *sequence, *keys; /* keys: says which tokens the local keys are; the sequence itself without key_tokens */
+    usp_sequence *sequence,
+        *keys; /* keys: says which tokens the local keys are; the sequence itself without key_tokens */
     usp_layer *layer;
     int64_t tokens, key_tokens; /* local */
     usp_sizes sizes;
@@ -23,11 +24,12 @@ typedef struct usp_stage {
     uint64_t input_hash;
 } usp_stage;
 
-/* All ranks' results together, as the dtype holds them; the states as this rank has them. Any may be NULL: not wanted. */
+/* All ranks' results together, as the dtype holds them; the states as this rank has them. Any may be NULL: not wanted.
+ */
 typedef struct usp_whole {
     int64_t out_count, lse_count, dq_count, dk_count, dv_count, state_count;
     float *out, *lse, *dq, *dk, *dv, *final_state, *dinitial_state; /* lse as [batch, token, head] */
-    usp_status refusal; /* what create said where it refused */
+    usp_status refusal;                                             /* what create said where it refused */
 } usp_whole;
 
 /* Collective. Creates mesh, sequence and layer; on failure all of them are gone again and the status is the same on all
@@ -48,6 +50,8 @@ int usp_stage_forward_parts(usp_stage *stage);
 int usp_stage_backward_parts(usp_stage *stage);
 /* q, k, v and dout to heads and back, into dq, dk, dv and out. */
 int usp_stage_round_trip(usp_stage *stage);
+/* Poisons the results and the workspace again. */
+int usp_stage_clear(usp_stage *stage);
 /* Downloads, checks that nothing but the results was written, and gathers. Collective. */
 int usp_stage_gather(usp_stage *stage, int backward, usp_whole *whole);
 void usp_stage_close(usp_stage *stage);

@@ -23,8 +23,8 @@ int usp_random_below(uint64_t *state, int below) {
 double usp_random_at(uint64_t seed, uint64_t tensor, uint64_t index) {
     uint64_t state = (seed * 64 + tensor) * UINT64_C(0xd1342543de82ef95) + index;
     uint64_t bits = usp_random_next(&state);
-    double sum = (double)(bits & 0xffff) + (double)(bits >> 16 & 0xffff) + (double)(bits >> 32 & 0xffff) +
-                 (double)(bits >> 48);
+    double sum =
+        (double)(bits & 0xffff) + (double)(bits >> 16 & 0xffff) + (double)(bits >> 32 & 0xffff) + (double)(bits >> 48);
     return (sum / 65535.0 - 2.0) * 1.7320508075688772;
 }
 
@@ -249,8 +249,8 @@ usp_error usp_error_of(const float *given, const double *truth, int64_t count) {
     return error;
 }
 
-/* The largest error of the plain computation. Where a tensor has few elements that may be small by luck: then at least that
- * of one rounding. */
+/* The largest error of the plain computation. Where a tensor has few elements that may be small by luck: then at least
+ * that of one rounding. */
 static double plain_error(usp_dtype dtype, const double *truth, const double *plain, int64_t count, double true_max) {
     double most = count < FEW_ELEMENTS ? usp_unit_roundoff(dtype) * true_max : 0;
     for (int64_t i = 0; i < count; i++) most = fmax(most, difference(plain[i], truth[i]));

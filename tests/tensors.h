@@ -1,5 +1,5 @@
-/* tensors.h - what tests put into layers and take out: numbers from a seed, lower precisions, poisoned and strided memory,
- * and errors with their budget. Knows tensors and ranks' tokens, not attention. */
+/* tensors.h - what tests put into layers and take out: numbers from a seed, lower precisions, poisoned and strided
+ * memory, and errors with their budget. Knows tensors and ranks' tokens, not attention. */
 #ifndef USP_TESTS_TENSORS_H
 #define USP_TESTS_TENSORS_H
 #include "usp.h"
@@ -34,11 +34,12 @@ usp_status usp_buffer_upload(const usp_buffer *buffer);
 usp_status usp_buffer_download(const usp_buffer *buffer); /* waits for the stream */
 void usp_buffer_destroy(usp_buffer *buffer);
 
-/* How [batch, token, head, dim] lies in memory. PACKED: heads of several tensors side by side in one buffer, [B,S,3,H,D].
- * PADDED: every stride larger than it must be, and the first element not aligned. */
+/* How [batch, token, head, dim] lies in memory. PACKED: heads of several tensors side by side in one buffer,
+ * [B,S,3,H,D]. PADDED: every stride larger than it must be, and the first element not aligned. */
 typedef enum usp_arrangement { USP_BSHD, USP_BHSD, USP_SBHD, USP_PACKED, USP_PADDED, USP_ARRANGEMENTS } usp_arrangement;
 
-/* One tensor inside a buffer: element [b, t, h, x] is at offset + b stride_batch + t stride_token + h stride_head + x. */
+/* One tensor inside a buffer: element [b, t, h, x] is at offset + b stride_batch + t stride_token + h stride_head + x.
+ */
 typedef struct usp_view {
     usp_dtype dtype;
     int batch, heads, dim;
@@ -83,8 +84,8 @@ typedef struct usp_error {
 /* Infinities must agree; a NaN is an infinite error. */
 usp_error usp_error_of(const float *given, const double *truth, int64_t count);
 
-/* 0 if `given` is good: f32: RMS error at most 1e-5; else max error at most twice that of `plain`, a plain computation in
- * the same precision, + 1e-5 of the largest value. Otherwise says why, in `why`. */
+/* 0 if `given` is good: f32: RMS error at most 1e-5; else max error at most twice that of `plain`, a plain computation
+ * in the same precision, + 1e-5 of the largest value. Otherwise says why, in `why`. */
 int usp_within_budget(const char *name, usp_dtype dtype, const float *given, const double *truth, const double *plain,
                       int64_t count, char *why, size_t capacity);
 

@@ -1,5 +1,6 @@
-/* test_api.c - what the API promises when it is used wrongly: every field of every struct, ranks that disagree, memory that
- * runs out. Nothing may crash, hang or leak, and the world must be usable afterwards. Results are judged elsewhere. */
+/* test_api.c - what the API promises when it is used wrongly: every field of every struct, ranks that disagree, memory
+ * that runs out. Nothing may crash, hang or leak, and the world must be usable afterwards. Results are judged
+ * elsewhere. */
 #include "expect.h"
 #include "stage.h"
 
@@ -11,7 +12,7 @@
 
 enum { SECONDS = 120, TOKENS = 32, CANARY = 0x5a };
 
-/* ---- fields of structs, one wrong at a time --------------------------------------------------------------------------------- */
+/* ---- fields of structs, one wrong at a time ---------------------------------------------------------------------- */
 
 typedef enum kind { INT, INT64, SIZE, FLOAT, POINTER } kind;
 
@@ -41,7 +42,8 @@ static int says(const char *name) {
 /* The one verdict on a call that should fail with w's status and name its field. */
 static void judge(usp_rank *rank, const wrong *w, const char *what, usp_status status) {
     if (status == w->status && says(w->name)) return;
-    usp_say(rank, "%s with a wrong %s (%g): %s, \"%s\"", what, w->name, w->value, usp_status_string(status), usp_last_error());
+    usp_say(rank, "%s with a wrong %s (%g): %s, \"%s\"", what, w->name, w->value, usp_status_string(status),
+            usp_last_error());
 }
 
 /* A good mesh, sequence and layer to change, and what was allocated before. */
@@ -57,8 +59,15 @@ static usp_sequence_config good_sequence(void) {
 }
 
 static usp_layer_config good_softmax(void) {
-    return (usp_layer_config){.struct_size = sizeof(usp_layer_config), .attention = USP_SOFTMAX, .mask = USP_MASK_CAUSAL,
-                              .batch = 1, .heads = 4, .kv_heads = 4, .head_dim = 8, .value_dim = 8, .scale = 1};
+    return (usp_layer_config){.struct_size = sizeof(usp_layer_config),
+                              .attention = USP_SOFTMAX,
+                              .mask = USP_MASK_CAUSAL,
+                              .batch = 1,
+                              .heads = 4,
+                              .kv_heads = 4,
+                              .head_dim = 8,
+                              .value_dim = 8,
+                              .scale = 1};
 }
 
 static usp_layer_config good_linear(void) {
@@ -233,26 +242,31 @@ static int wrong_fields(usp_rank *rank, void *argument) {
     custom.layout = USP_LAYOUT_CUSTOM;
     custom.segments = 1;
     custom.segment = &own;
-    int failed = open_bench(rank, 1, &b) || try_layers(&b, good_softmax(), softmax_fields, (int)(sizeof softmax_fields / sizeof softmax_fields[0])) ||
-                 try_layers(&b, good_linear(), linear_fields, (int)(sizeof linear_fields / sizeof linear_fields[0])) ||
-                 try_layers(&b, bidirectional, bidirectional_fields, (int)(sizeof bidirectional_fields / sizeof bidirectional_fields[0])) ||
-                 try_sequences(&b, good_sequence(), sequence_fields, (int)(sizeof sequence_fields / sizeof sequence_fields[0])) ||
-                 try_sequences(&b, documents, document_fields, (int)(sizeof document_fields / sizeof document_fields[0])) ||
-                 try_sequences(&b, custom, segment_fields, (int)(sizeof segment_fields / sizeof segment_fields[0]));
+    int failed =
+        open_bench(rank, 1, &b) ||
+        try_layers(&b, good_softmax(), softmax_fields, (int)(sizeof softmax_fields / sizeof softmax_fields[0])) ||
+        try_layers(&b, good_linear(), linear_fields, (int)(sizeof linear_fields / sizeof linear_fields[0])) ||
+        try_layers(&b, bidirectional, bidirectional_fields,
+                   (int)(sizeof bidirectional_fields / sizeof bidirectional_fields[0])) ||
+        try_sequences(&b, good_sequence(), sequence_fields,
+                      (int)(sizeof sequence_fields / sizeof sequence_fields[0])) ||
+        try_sequences(&b, documents, document_fields, (int)(sizeof document_fields / sizeof document_fields[0])) ||
+        try_sequences(&b, custom, segment_fields, (int)(sizeof segment_fields / sizeof segment_fields[0]));
     if (failed) return 1;
     close_bench(&b);
     usp_count(rank);
     return 0;
 }
 
-/* ---- meshes and worlds ------------------------------------------------------------------------------------------------------ */
+/* ---- meshes and worlds ------------------------------------------------------------------------------------------- */
 
 static int wrong_meshes(usp_rank *rank, void *argument) {
     static const struct {
         int ulysses, ring;
         const char *name;
-    } shapes[] = {{0, 1, "ulysses"}, {1, 0, "ring"}, {-1, 1, "ulysses"}, {1, -2, "ring"}, {3, 1, "ulysses"}, {1, 3, "ring"},
-                  {4, 2, "ulysses"}, {65536, 65536, "ulysses"}, {1 << 30, 8, "ulysses"}};
+    } shapes[] = {{0, 1, "ulysses"},      {1, 0, "ring"}, {-1, 1, "ulysses"}, {1, -2, "ring"},
+                  {3, 1, "ulysses"},      {1, 3, "ring"}, {4, 2, "ulysses"},  {65536, 65536, "ulysses"},
+                  {1 << 30, 8, "ulysses"}};
     (void)argument;
     for (int i = 0; i < (int)(sizeof shapes / sizeof shapes[0]); i++) {
         usp_mesh *mesh = NULL;
@@ -304,7 +318,7 @@ Test(api, wrong_meshes) {
     usp_expect_ranks(4, SECONDS, wrong_meshes, NULL);
 }
 
-/* ---- one rank alone is wrong ------------------------------------------------------------------------------------------------ */
+/* ---- one rank alone is wrong ------------------------------------------------------------------------------------- */
 
 /* The last rank's call is wrong in itself, the others' are good: they learn that it failed. */
 static int one_is_wrong(usp_rank *rank, void *argument) {
@@ -332,7 +346,7 @@ Test(api, one_rank_is_wrong) {
     usp_expect_ranks(3, SECONDS, one_is_wrong, NULL);
 }
 
-/* ---- ranks that disagree ---------------------------------------------------------------------------------------------------- */
+/* ---- ranks that disagree ----------------------------------------------------------------------------------------- */
 
 /* Other good values than those of good_linear, softmax and sequence. */
 static const wrong other_linear[] = {
@@ -392,7 +406,8 @@ static int disagree_on_sequences(bench *b, usp_sequence_config good, const wrong
 }
 
 static int disagree_on_meshes(bench *b, int odd) {
-    static const wrong ulysses = {"ulysses", 0, INT, 0, USP_MISMATCH, NULL}, ring = {"ring", 0, INT, 0, USP_MISMATCH, NULL};
+    static const wrong ulysses = {"ulysses", 0, INT, 0, USP_MISMATCH, NULL},
+                       ring = {"ring", 0, INT, 0, USP_MISMATCH, NULL};
     usp_mesh *mesh = NULL;
     int me = b->rank->rank == odd, size = b->rank->size;
     judge(b->rank, &ulysses, "mesh", usp_mesh_create(b->rank->world, me ? size : 1, 1, &mesh));
@@ -410,8 +425,8 @@ static int disagree_on_objects(bench *b, int odd) {
     usp_mesh *mesh = NULL;
     usp_layer *layer = NULL;
     int me = b->rank->rank == odd;
-    usp_status status = me ? usp_mesh_create(b->rank->world, 1, 1, &mesh)
-                           : usp_layer_create(b->mesh, b->sequence, &config, &layer);
+    usp_status status =
+        me ? usp_mesh_create(b->rank->world, 1, 1, &mesh) : usp_layer_create(b->mesh, b->sequence, &config, &layer);
     judge(b->rank, &call, "another call", status);
     longer.tokens += 8;
     if (usp_sequence_create(b->mesh, &longer, &other) != USP_OK) return usp_say(b->rank, "%s", usp_last_error());
@@ -431,10 +446,14 @@ static int disagree(usp_rank *rank, void *argument) {
     (void)argument;
     if (open_bench(rank, 1, &b)) return 1;
     for (int odd = 0; odd < rank->size; odd += rank->size - 1) {
-        int failed = disagree_on_layers(&b, good_linear(), other_linear, (int)(sizeof other_linear / sizeof other_linear[0]), odd) ||
-                     disagree_on_layers(&b, good_softmax(), other_softmax, (int)(sizeof other_softmax / sizeof other_softmax[0]), odd) ||
-                     disagree_on_sequences(&b, good_sequence(), other_sequence, (int)(sizeof other_sequence / sizeof other_sequence[0]), odd) ||
-                     disagree_on_sequences(&b, documents, other_documents, (int)(sizeof other_documents / sizeof other_documents[0]), odd) ||
+        int failed = disagree_on_layers(&b, good_linear(), other_linear,
+                                        (int)(sizeof other_linear / sizeof other_linear[0]), odd) ||
+                     disagree_on_layers(&b, good_softmax(), other_softmax,
+                                        (int)(sizeof other_softmax / sizeof other_softmax[0]), odd) ||
+                     disagree_on_sequences(&b, good_sequence(), other_sequence,
+                                           (int)(sizeof other_sequence / sizeof other_sequence[0]), odd) ||
+                     disagree_on_sequences(&b, documents, other_documents,
+                                           (int)(sizeof other_documents / sizeof other_documents[0]), odd) ||
                      disagree_on_meshes(&b, odd) || disagree_on_objects(&b, odd);
         if (failed) return usp_say(rank, "cannot go on");
     }
@@ -448,7 +467,7 @@ Test(api, ranks_disagree) {
     usp_expect_ranks(4, SECONDS, disagree, NULL);
 }
 
-/* ---- worlds of threads, made by hand ------------------------------------------------------------------------------------------ */
+/* ---- worlds of threads, made by hand ----------------------------------------------------------------------------- */
 
 typedef struct maker {
     usp_rendezvous *rendezvous;
@@ -493,12 +512,12 @@ Test(api, worlds_disagree, .timeout = 60) {
     makers[1].config.timeout_ms = 9000;
     make_pair(makers);
     for (int i = 0; i < 2; i++)
-        cr_expect(makers[i].status == USP_MISMATCH && strstr(makers[i].sentence, "timeout_ms"), "rank %d: %s, \"%s\"", i,
-                  usp_status_string(makers[i].status), makers[i].sentence);
+        cr_expect(makers[i].status == USP_MISMATCH && strstr(makers[i].sentence, "timeout_ms"), "rank %d: %s, \"%s\"",
+                  i, usp_status_string(makers[i].status), makers[i].sentence);
     free(makers);
 }
 
-/* ---- memory that runs out ------------------------------------------------------------------------------------------------------ */
+/* ---- memory that runs out ---------------------------------------------------------------------------------------- */
 
 Test(api, no_memory_for_a_world, .timeout = 120) {
     int k = 1;
@@ -584,7 +603,7 @@ Test(api, no_memory_for_objects) {
     usp_expect_ranks(4, SECONDS, run_out_of_memory, NULL);
 }
 
-/* ---- arguments of running layers -------------------------------------------------------------------------------------------- */
+/* ---- arguments of running layers --------------------------------------------------------------------------------- */
 
 /* A tensor without data. */
 typedef struct wrong_run {
@@ -599,9 +618,9 @@ static const wrong_run wrong_forwards[] = {
     {"out", offsetof(usp_forward, out)},
 };
 static const wrong_run wrong_backwards[] = {
-    {"q", offsetof(usp_backward, q)},   {"k", offsetof(usp_backward, k)},       {"v", offsetof(usp_backward, v)},
+    {"q", offsetof(usp_backward, q)},     {"k", offsetof(usp_backward, k)},       {"v", offsetof(usp_backward, v)},
     {"out", offsetof(usp_backward, out)}, {"dout", offsetof(usp_backward, dout)}, {"dq", offsetof(usp_backward, dq)},
-    {"dk", offsetof(usp_backward, dk)}, {"dv", offsetof(usp_backward, dv)},
+    {"dk", offsetof(usp_backward, dk)},   {"dv", offsetof(usp_backward, dv)},
 };
 
 static usp_status forward_with(usp_stage *s, const usp_forward *f, void *workspace, size_t bytes) {
@@ -700,11 +719,15 @@ static void try_structs(usp_stage *s) {
 
 /* All ranks err alike, so nobody waits; then the layer must still run. */
 static int wrong_runs(usp_rank *rank, void *argument) {
-    static const usp_case cases[] = {
-        {.tokens = 40, .mask = USP_MASK_CAUSAL, .return_lse = 1},
-        {.tokens = 40, .mask = USP_MASK_CAUSAL, .kv_heads = 2},
-        {.attention = USP_LINEAR, .tokens = 40, .mask = USP_MASK_CAUSAL, .initial_state = 1, .final_state = 1, .decay = 1},
-        {.attention = USP_LINEAR, .tokens = 40, .mask = USP_MASK_CAUSAL}};
+    static const usp_case cases[] = {{.tokens = 40, .mask = USP_MASK_CAUSAL, .return_lse = 1},
+                                     {.tokens = 40, .mask = USP_MASK_CAUSAL, .kv_heads = 2},
+                                     {.attention = USP_LINEAR,
+                                      .tokens = 40,
+                                      .mask = USP_MASK_CAUSAL,
+                                      .initial_state = 1,
+                                      .final_state = 1,
+                                      .decay = 1},
+                                     {.attention = USP_LINEAR, .tokens = 40, .mask = USP_MASK_CAUSAL}};
     (void)argument;
     for (int i = 0; i < (int)(sizeof cases / sizeof cases[0]); i++) {
         usp_stage stage;
@@ -732,9 +755,13 @@ Test(api, wrong_runs) {
 
 /* Run calls allocate nothing. */
 static int no_allocation(usp_rank *rank, void *argument) {
-    static const usp_case cases[] = {
-        {.tokens = 40, .mask = USP_MASK_CAUSAL, .kv_heads = 1, .return_lse = 1},
-        {.attention = USP_LINEAR, .tokens = 40, .mask = USP_MASK_CAUSAL, .initial_state = 1, .final_state = 1, .decay = 1}};
+    static const usp_case cases[] = {{.tokens = 40, .mask = USP_MASK_CAUSAL, .kv_heads = 1, .return_lse = 1},
+                                     {.attention = USP_LINEAR,
+                                      .tokens = 40,
+                                      .mask = USP_MASK_CAUSAL,
+                                      .initial_state = 1,
+                                      .final_state = 1,
+                                      .decay = 1}};
     (void)argument;
     for (int i = 0; i < 2; i++) {
         usp_stage stage;
@@ -758,7 +785,7 @@ Test(api, runs_allocate_nothing) {
     usp_expect_ranks(4, SECONDS, no_allocation, NULL);
 }
 
-/* ---- structs of other versions ------------------------------------------------------------------------------------------------ */
+/* ---- structs of other versions ----------------------------------------------------------------------------------- */
 
 /* A struct longer than the library's, and the canary around it. */
 typedef struct longer_config {
@@ -820,7 +847,8 @@ static void check_query(usp_rank *rank, const char *name, query ask, const void 
         memset(part, CANARY, sizeof part);
         memcpy(whole, &size, sizeof size);
         memcpy(part, &room, sizeof room);
-        if (ask(object, whole) != USP_OK || ask(object, part) != USP_OK) usp_say(rank, "%s: %s", name, usp_last_error());
+        if (ask(object, whole) != USP_OK || ask(object, part) != USP_OK)
+            usp_say(rank, "%s: %s", name, usp_last_error());
         size_t known = room < size ? room : size;
         if (memcmp(whole + sizeof size, part + sizeof size, known - sizeof size) != 0)
             usp_say(rank, "%s of %zu bytes differs", name, room);
@@ -868,7 +896,7 @@ Test(api, structs_of_other_versions) {
     usp_expect_ranks(2, SECONDS, versions, NULL);
 }
 
-/* ---- small things ---------------------------------------------------------------------------------------------------------------- */
+/* ---- small things ------------------------------------------------------------------------------------------------ */
 
 Test(api, version_status_dtype) {
     cr_expect(usp_version() == USP_VERSION_MAJOR * 10000 + USP_VERSION_MINOR * 100 + USP_VERSION_PATCH);
@@ -893,42 +921,41 @@ static int nulls(usp_rank *rank, void *argument) {
     usp_backward b = {.struct_size = sizeof b};
     struct ncclComm *comm = NULL;
     (void)argument;
-    const usp_status results[] = {
-        usp_world_get_info(NULL, NULL),
-        usp_world_poll(NULL),
-        usp_world_synchronize(NULL, NULL),
-        usp_world_alloc(NULL, 1, &memory),
-        usp_world_alloc(rank->world, 1, NULL),
-        usp_world_copy(NULL, &number, &number, 1, NULL),
-        usp_world_alloc_shared(NULL, 1, &memory),
-        usp_world_free_shared(NULL, NULL),
-        usp_mesh_create(NULL, 1, 1, NULL),
-        usp_mesh_create(rank->world, 1, rank->size, NULL),
-        usp_mesh_axis(NULL, USP_AXIS_RING, &number, &number),
-        usp_mesh_axis_comm(NULL, USP_AXIS_RING, &comm),
-        usp_sequence_create(NULL, NULL, NULL),
-        usp_sequence_replan(NULL, 1, &wide, NULL),
-        usp_sequence_segments(NULL, 0, 0, NULL, &wide),
-        usp_sequence_to_local(NULL, 0, &number, &wide),
-        usp_sequence_positions(NULL, NULL),
-        usp_sequence_labels(NULL, NULL, 0, NULL),
-        usp_sequence_scatter(NULL, 1, 1, NULL, NULL),
-        usp_sequence_gather(NULL, 1, 1, NULL, NULL),
-        usp_layer_create(NULL, NULL, NULL, NULL),
-        usp_layer_get_sizes(NULL, NULL),
-        usp_layer_get_cost(NULL, USP_PASS_FORWARD, NULL),
-        usp_layer_get_shard(NULL, NULL),
-        usp_layer_forward(NULL, &f, NULL, 0, NULL),
-        usp_layer_backward(NULL, &b, NULL, 0, NULL),
-        usp_layer_inner_forward(NULL, &f, NULL, 0, NULL),
-        usp_layer_inner_backward(NULL, &b, NULL, 0, NULL),
-        usp_layer_tokens_to_heads(NULL, USP_QUERY, &tensor, &tensor, NULL, 0, NULL),
-        usp_layer_heads_to_tokens(NULL, USP_QUERY, &tensor, &tensor, NULL, 0, NULL),
-        usp_rendezvous_create(1, NULL),
-        usp_rendezvous_create(0, (usp_rendezvous **)&memory),
-        usp_world_create_threads(NULL, NULL, 0, NULL),
-        usp_world_create_callback(NULL, NULL, NULL, 1, 0, NULL),
-        usp_world_create_env(NULL, NULL)};
+    const usp_status results[] = {usp_world_get_info(NULL, NULL),
+                                  usp_world_poll(NULL),
+                                  usp_world_synchronize(NULL, NULL),
+                                  usp_world_alloc(NULL, 1, &memory),
+                                  usp_world_alloc(rank->world, 1, NULL),
+                                  usp_world_copy(NULL, &number, &number, 1, NULL),
+                                  usp_world_alloc_shared(NULL, 1, &memory),
+                                  usp_world_free_shared(NULL, NULL),
+                                  usp_mesh_create(NULL, 1, 1, NULL),
+                                  usp_mesh_create(rank->world, 1, rank->size, NULL),
+                                  usp_mesh_axis(NULL, USP_AXIS_RING, &number, &number),
+                                  usp_mesh_axis_comm(NULL, USP_AXIS_RING, &comm),
+                                  usp_sequence_create(NULL, NULL, NULL),
+                                  usp_sequence_replan(NULL, 1, &wide, NULL),
+                                  usp_sequence_segments(NULL, 0, 0, NULL, &wide),
+                                  usp_sequence_to_local(NULL, 0, &number, &wide),
+                                  usp_sequence_positions(NULL, NULL),
+                                  usp_sequence_labels(NULL, NULL, 0, NULL),
+                                  usp_sequence_scatter(NULL, 1, 1, NULL, NULL),
+                                  usp_sequence_gather(NULL, 1, 1, NULL, NULL),
+                                  usp_layer_create(NULL, NULL, NULL, NULL),
+                                  usp_layer_get_sizes(NULL, NULL),
+                                  usp_layer_get_cost(NULL, USP_PASS_FORWARD, NULL),
+                                  usp_layer_get_shard(NULL, NULL),
+                                  usp_layer_forward(NULL, &f, NULL, 0, NULL),
+                                  usp_layer_backward(NULL, &b, NULL, 0, NULL),
+                                  usp_layer_inner_forward(NULL, &f, NULL, 0, NULL),
+                                  usp_layer_inner_backward(NULL, &b, NULL, 0, NULL),
+                                  usp_layer_tokens_to_heads(NULL, USP_QUERY, &tensor, &tensor, NULL, 0, NULL),
+                                  usp_layer_heads_to_tokens(NULL, USP_QUERY, &tensor, &tensor, NULL, 0, NULL),
+                                  usp_rendezvous_create(1, NULL),
+                                  usp_rendezvous_create(0, (usp_rendezvous **)&memory),
+                                  usp_world_create_threads(NULL, NULL, 0, NULL),
+                                  usp_world_create_callback(NULL, NULL, NULL, 1, 0, NULL),
+                                  usp_world_create_env(NULL, NULL)};
     for (int i = 0; i < (int)(sizeof results / sizeof results[0]); i++)
         if (results[i] != USP_INVALID) usp_say(rank, "call %d with NULL: %s", i, usp_status_string(results[i]));
     if (usp_sequence_local_tokens(NULL, 0) != -1 || usp_sequence_to_global(NULL, 0, 0) != -1 ||
@@ -950,7 +977,7 @@ Test(api, nulls) {
     usp_expect_ranks(2, SECONDS, nulls, NULL);
 }
 
-/* ---- bad arguments of the helpers --------------------------------------------------------------------------------------------- */
+/* ---- bad arguments of the helpers -------------------------------------------------------------------------------- */
 
 static int wrong_helpers(usp_rank *rank, void *argument) {
     bench b;
@@ -960,29 +987,29 @@ static int wrong_helpers(usp_rank *rank, void *argument) {
     const int64_t ends[] = {TOKENS};
     (void)argument;
     if (open_bench(rank, 1, &b)) return 1;
-    const usp_status results[] = {
-        usp_mesh_axis(b.mesh, (usp_axis)4, &axis, &size),
-        usp_mesh_axis(b.mesh, (usp_axis)-1, &axis, &size),
-        usp_mesh_axis(b.mesh, USP_AXIS_DATA, NULL, &size),
-        usp_sequence_segments(b.sequence, rank->size, 1, &segment, &count),
-        usp_sequence_segments(b.sequence, -1, 1, &segment, &count),
-        usp_sequence_segments(b.sequence, 0, 1, NULL, &count),
-        usp_sequence_segments(b.sequence, 0, -1, &segment, &count),
-        usp_sequence_segments(b.sequence, 0, 1, &segment, NULL),
-        usp_sequence_to_local(b.sequence, -1, &owner, &count),
-        usp_sequence_to_local(b.sequence, TOKENS, &owner, &count),
-        usp_sequence_to_local(b.sequence, 0, NULL, &count),
-        usp_sequence_positions(b.sequence, NULL),
-        usp_sequence_labels(b.sequence, NULL, 0, NULL),
-        usp_sequence_scatter(b.sequence, 1, 4, NULL, NULL),
-        usp_sequence_scatter(b.sequence, -1, 4, &count, &count),
-        usp_sequence_gather(b.sequence, 1, 4, NULL, NULL),
-        usp_sequence_gather(b.sequence, -1, 4, &count, &count),
-        usp_sequence_replan(b.sequence, 1, ends, NULL)};
+    const usp_status results[] = {usp_mesh_axis(b.mesh, (usp_axis)4, &axis, &size),
+                                  usp_mesh_axis(b.mesh, (usp_axis)-1, &axis, &size),
+                                  usp_mesh_axis(b.mesh, USP_AXIS_DATA, NULL, &size),
+                                  usp_sequence_segments(b.sequence, rank->size, 1, &segment, &count),
+                                  usp_sequence_segments(b.sequence, -1, 1, &segment, &count),
+                                  usp_sequence_segments(b.sequence, 0, 1, NULL, &count),
+                                  usp_sequence_segments(b.sequence, 0, -1, &segment, &count),
+                                  usp_sequence_segments(b.sequence, 0, 1, &segment, NULL),
+                                  usp_sequence_to_local(b.sequence, -1, &owner, &count),
+                                  usp_sequence_to_local(b.sequence, TOKENS, &owner, &count),
+                                  usp_sequence_to_local(b.sequence, 0, NULL, &count),
+                                  usp_sequence_positions(b.sequence, NULL),
+                                  usp_sequence_labels(b.sequence, NULL, 0, NULL),
+                                  usp_sequence_scatter(b.sequence, 1, 4, NULL, NULL),
+                                  usp_sequence_scatter(b.sequence, -1, 4, &count, &count),
+                                  usp_sequence_gather(b.sequence, 1, 4, NULL, NULL),
+                                  usp_sequence_gather(b.sequence, -1, 4, &count, &count),
+                                  usp_sequence_replan(b.sequence, 1, ends, NULL)};
     for (int i = 0; i < (int)(sizeof results / sizeof results[0]); i++)
         if (results[i] != USP_INVALID) usp_say(rank, "helper call %d: %s", i, usp_status_string(results[i]));
-    if (usp_sequence_local_tokens(b.sequence, rank->size) != -1 || usp_sequence_local_key_tokens(b.sequence, -1) != -1 ||
-        usp_sequence_to_global(b.sequence, 0, -1) != -1 || usp_sequence_to_global(b.sequence, rank->size, 0) != -1)
+    if (usp_sequence_local_tokens(b.sequence, rank->size) != -1 ||
+        usp_sequence_local_key_tokens(b.sequence, -1) != -1 || usp_sequence_to_global(b.sequence, 0, -1) != -1 ||
+        usp_sequence_to_global(b.sequence, rank->size, 0) != -1)
         usp_say(rank, "a rank that does not exist has tokens");
     if (check_unharmed(&b, "helper")) return 1;
     close_bench(&b);

@@ -1,5 +1,5 @@
-/* test_properties.c - what must hold of any result: independence of mesh and layout, equality bit for bit, linearity, errors
- * that do not grow; and of the oracle itself, by finite differences. Compares with no table of cases. */
+/* test_properties.c - what must hold of any result: independence of mesh and layout, equality bit for bit, linearity,
+ * errors that do not grow; and of the oracle itself, by finite differences. Compares with no table of cases. */
 #include "bodies.h"
 #include "expect.h"
 #include "oracle.h"
@@ -16,7 +16,7 @@ static void on_sizes(const int *sizes, int count, usp_body body) {
 
 static const int sizes[] = {1, 2, 4, 6, 8};
 
-/* ---- layers ------------------------------------------------------------------------------------------------------------- */
+/* ---- layers ------------------------------------------------------------------------------------------------------ */
 
 Test(properties, independent_of_mesh_and_layout) {
     on_sizes(sizes + 2, 3, usp_body_independent);
@@ -71,8 +71,8 @@ Test(properties, a_sequence_in_two_halves) {
 static void expect_no_growth(const char *kind, const double *one, const double *eight) {
     static const char *const names[USP_ITEMS] = {"out", "lse", "dq", "dk", "dv", "final_state", "dinitial_state"};
     for (int i = 0; i < USP_ITEMS; i++)
-        cr_expect(eight[i] <= 1.2 * one[i], "%s %s: RMS error %.3g with ring 8, %.3g with ring 1", kind, names[i], eight[i],
-                  one[i]);
+        cr_expect(eight[i] <= 1.2 * one[i], "%s %s: RMS error %.3g with ring 8, %.3g with ring 1", kind, names[i],
+                  eight[i], one[i]);
 }
 
 Test(properties, errors_do_not_grow_with_the_ring) {
@@ -85,7 +85,7 @@ Test(properties, errors_do_not_grow_with_the_ring) {
     usp_references_free(&references);
 }
 
-/* ---- the oracle ---------------------------------------------------------------------------------------------------------- */
+/* ---- the oracle -------------------------------------------------------------------------------------------------- */
 
 enum { TENSORS = 5, ROOM = 128 };
 
@@ -136,8 +136,8 @@ static void expect_gradient(problem *p, const char *name, int input, int gradien
         p->input[input][i] = x;
         answer(p);
         double numeric = (above - below) / (2 * step), given = p->result[gradient][i];
-        cr_expect(fabs(numeric - given) < 1e-7 * fmax(1, fabs(given)), "%s[%d]: %.12g, by differences %.12g", name, (int)i,
-                  given, numeric);
+        cr_expect(fabs(numeric - given) < 1e-7 * fmax(1, fabs(given)), "%s[%d]: %.12g, by differences %.12g", name,
+                  (int)i, given, numeric);
     }
 }
 
@@ -159,8 +159,15 @@ static void expect_gradients(usp_oracle o) {
 }
 
 Test(oracle, finite_differences) {
-    usp_oracle o = {.batch = 2, .heads = 2, .key_heads = 1, .value_heads = 1, .dim = 3, .value_dim = 2, .tokens = 5,
-                    .keys = 5, .scale = 0.7};
+    usp_oracle o = {.batch = 2,
+                    .heads = 2,
+                    .key_heads = 1,
+                    .value_heads = 1,
+                    .dim = 3,
+                    .value_dim = 2,
+                    .tokens = 5,
+                    .keys = 5,
+                    .scale = 0.7};
     expect_gradients(o);
     o.causal = 1;
     expect_gradients(o);
@@ -180,9 +187,27 @@ Test(oracle, finite_differences) {
 /* Causal softmax over two equal keys is the mean of their values. */
 Test(oracle, by_hand) {
     double q[] = {1, 1}, k[] = {2, 2}, v[] = {3, 5}, one[2] = {1, 1}, out[2], lse[2], d[3][2], state[2][1];
-    usp_oracle o = {.causal = 1, .batch = 1, .heads = 1, .key_heads = 1, .value_heads = 1, .dim = 1, .value_dim = 1,
-                    .tokens = 2, .keys = 2, .scale = 0.5, .q = q, .k = k, .v = v, .dout = one, .out = out, .lse = lse,
-                    .dq = d[0], .dk = d[1], .dv = d[2], .final_state = state[0], .dinitial_state = state[1]};
+    usp_oracle o = {.causal = 1,
+                    .batch = 1,
+                    .heads = 1,
+                    .key_heads = 1,
+                    .value_heads = 1,
+                    .dim = 1,
+                    .value_dim = 1,
+                    .tokens = 2,
+                    .keys = 2,
+                    .scale = 0.5,
+                    .q = q,
+                    .k = k,
+                    .v = v,
+                    .dout = one,
+                    .out = out,
+                    .lse = lse,
+                    .dq = d[0],
+                    .dk = d[1],
+                    .dv = d[2],
+                    .final_state = state[0],
+                    .dinitial_state = state[1]};
     usp_oracle_run(&o);
     cr_expect(fabs(out[0] - 3) < 1e-15 && fabs(out[1] - 4) < 1e-15);
     cr_expect(fabs(lse[0] - 1) < 1e-15 && fabs(lse[1] - 1 - log(2)) < 1e-15);
@@ -191,7 +216,7 @@ Test(oracle, by_hand) {
     cr_expect(fabs(out[0] - 3) < 1e-15 && fabs(out[1] - 8) < 1e-15 && fabs(state[0][0] - 16) < 1e-15);
 }
 
-/* ---- numbers ------------------------------------------------------------------------------------------------------------- */
+/* ---- numbers ----------------------------------------------------------------------------------------------------- */
 
 Test(numbers, rounding) {
     cr_expect(usp_round_bf16(1.00390625) == 1.0 && usp_round_bf16(1.01171875) == 1.015625);

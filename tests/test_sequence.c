@@ -1,5 +1,5 @@
-/* test_sequence.c - who owns which token, and the work planned from it: for every layout, length 0 .. 97 and up to 8 ranks,
- * every token once, every allowed pair of query and key once. Runs no attention but after a replan. */
+/* test_sequence.c - who owns which token, and the work planned from it: for every layout, length 0 .. 97 and up to 8
+ * ranks, every token once, every allowed pair of query and key once. Runs no attention but after a replan. */
 #include "bodies.h"
 #include "expect.h"
 #include "layer.h"
@@ -22,7 +22,7 @@ static usp_sequence *open_sequence(usp_rank *rank, const usp_mesh *mesh, usp_lay
     return sequence;
 }
 
-/* ---- ownership ------------------------------------------------------------------------------------------------------------- */
+/* ---- ownership --------------------------------------------------------------------------------------------------- */
 
 /* The layouts' formulas, as the header gives them. -1: no formula here. */
 static int owner_by_formula(usp_layout layout, int64_t token, int64_t tokens, int n) {
@@ -52,8 +52,8 @@ static int check_partition(usp_rank *rank, const usp_sequence *s, usp_layout lay
             int64_t token = usp_sequence_to_global(s, p, i), back = -1;
             int owner = -1;
             if (token < 0 || token >= tokens || owners[token] >= 0)
-                return usp_say(rank, "%s %lld: rank %d has token %lld at %lld", layout_names[layout], (long long)tokens, p,
-                               (long long)token, (long long)i);
+                return usp_say(rank, "%s %lld: rank %d has token %lld at %lld", layout_names[layout], (long long)tokens,
+                               p, (long long)token, (long long)i);
             owners[token] = p;
             usp_status status = usp_sequence_to_local(s, token, &owner, &back);
             if (status != USP_OK || owner != p || back != i)
@@ -61,10 +61,11 @@ static int check_partition(usp_rank *rank, const usp_sequence *s, usp_layout lay
                                (long long)token);
             int expected = owner_by_formula(layout, token, tokens, rank->size);
             if (expected >= 0 && expected != p)
-                return usp_say(rank, "%s %lld: token %lld is on rank %d, not %d", layout_names[layout], (long long)tokens,
-                               (long long)token, p, expected);
+                return usp_say(rank, "%s %lld: token %lld is on rank %d, not %d", layout_names[layout],
+                               (long long)tokens, (long long)token, p, expected);
         }
-        if (usp_sequence_to_global(s, p, local) != -1) return usp_say(rank, "a token beyond the last has a global index");
+        if (usp_sequence_to_global(s, p, local) != -1)
+            return usp_say(rank, "a token beyond the last has a global index");
     }
     return owned == tokens ? 0 : usp_say(rank, "%lld of %lld tokens are owned", (long long)owned, (long long)tokens);
 }
@@ -81,7 +82,7 @@ static int check_segments(usp_rank *rank, const usp_sequence *s, int p) {
     return local == usp_sequence_local_tokens(s, p) ? 0 : usp_say(rank, "segments of rank %d miss tokens", p);
 }
 
-/* ---- helpers ---------------------------------------------------------------------------------------------------------------- */
+/* ---- helpers ----------------------------------------------------------------------------------------------------- */
 
 enum { TOKEN_BYTES = 3, BATCH = 2 };
 
@@ -114,13 +115,14 @@ static int check_scatter(usp_rank *rank, const usp_sequence *s, int64_t tokens) 
     for (int64_t b = 0; b < BATCH; b++)
         for (int64_t i = 0; i < own; i++) {
             int64_t token = usp_sequence_to_global(s, rank->rank, i);
-            if (memcmp(local + (b * own + i) * TOKEN_BYTES, whole + (b * tokens + token) * TOKEN_BYTES, TOKEN_BYTES) != 0)
+            if (memcmp(local + (b * own + i) * TOKEN_BYTES, whole + (b * tokens + token) * TOKEN_BYTES, TOKEN_BYTES) !=
+                0)
                 return usp_say(rank, "scatter brings another token than %lld", (long long)token);
         }
     return memcmp(whole, again, bytes) == 0 ? 0 : usp_say(rank, "gather is not the inverse of scatter");
 }
 
-/* ---- the schedule ------------------------------------------------------------------------------------------------------------ */
+/* ---- the schedule ------------------------------------------------------------------------------------------------ */
 
 /* Position of a row of a ring rank's block, by its segments. */
 static int64_t position_of(const usp_ring_side *side, int r, int64_t row) {
@@ -154,7 +156,8 @@ static int check_landings(usp_rank *rank, const usp_sequence *s, const usp_sched
 /* Adds 1 to pairs[query row][key position] for each pair that the tiles of a step allow. */
 static int count_pairs(usp_rank *rank, const usp_schedule *plan, int step, int by_keys, unsigned char *pairs) {
     int r = plan->shape.r, source = (r - step + plan->shape.ring) % plan->shape.ring;
-    const usp_ring_side *row_side = by_keys ? &plan->key : &plan->query, *column_side = by_keys ? &plan->query : &plan->key;
+    const usp_ring_side *row_side = by_keys ? &plan->key : &plan->query,
+                        *column_side = by_keys ? &plan->query : &plan->key;
     int row_block = by_keys ? source : r, column_block = by_keys ? r : source;
     usp_tiles tiles = by_keys ? usp_schedule_key_tiles(plan, step) : usp_schedule_query_tiles(plan, step);
     int64_t rows = 0;
@@ -164,7 +167,8 @@ static int count_pairs(usp_rank *rank, const usp_schedule *plan, int step, int b
         if (work->count < 1 || work->count > USP_WORK_ROWS) return usp_say(rank, "a work item of %d rows", work->count);
         for (int32_t i = work->begin; i < work->begin + work->count; i++) {
             int64_t x = work->origin + (int64_t)i * work->stride;
-            if (x != position_of(row_side, row_block, i)) return usp_say(rank, "work row %d has position %lld", i, (long long)x);
+            if (x != position_of(row_side, row_block, i))
+                return usp_say(rank, "work row %d has position %lld", i, (long long)x);
             for (int t = 0; t < work->tiles; t++) {
                 const usp_tile *tile = &tiles.tile[work->first_tile + t];
                 for (int32_t j = tile->begin; j < tile->end; j++) {
@@ -196,8 +200,8 @@ static int check_pairs(usp_rank *rank, const usp_sequence *s, const usp_schedule
             int expected = plan->shape.mask == USP_MASK_FULL || y <= x;
             count += expected;
             if (pairs[at] != expected || pairs[room + (size_t)at] != expected)
-                failed = usp_say(rank, "query %lld and key %lld meet %d and %d times", (long long)x, (long long)y, pairs[at],
-                                 pairs[room + (size_t)at]);
+                failed = usp_say(rank, "query %lld and key %lld meet %d and %d times", (long long)x, (long long)y,
+                                 pairs[at], pairs[room + (size_t)at]);
         }
     if (!failed && usp_schedule_pairs(s, plan, plan->shape.r) != (double)count)
         failed = usp_say(rank, "the schedule counts %g pairs, not %lld", usp_schedule_pairs(s, plan, plan->shape.r),
@@ -209,7 +213,8 @@ static int check_pairs(usp_rank *rank, const usp_sequence *s, const usp_schedule
 
 static int check_schedule(usp_rank *rank, usp_sequence *s, usp_split split, usp_mask mask, double *work) {
     usp_schedule *plan = NULL;
-    usp_shape shape = {split.ulysses, split.ring, rank->rank % split.ulysses, rank->rank / split.ulysses, USP_SOFTMAX, mask};
+    usp_shape shape = {split.ulysses, split.ring, rank->rank % split.ulysses, rank->rank / split.ulysses,
+                       USP_SOFTMAX,   mask};
     if (usp_schedule_acquire(s, &shape, &plan) != USP_OK) return usp_say(rank, "schedule: %s", usp_last_error());
     int failed = check_landings(rank, s, plan) || check_pairs(rank, s, plan, work);
     usp_schedule_release(s, plan);
@@ -229,7 +234,7 @@ static int check_schedules(usp_rank *rank, usp_sequence *s) {
     return 0;
 }
 
-/* ---- bodies ------------------------------------------------------------------------------------------------------------------ */
+/* ---- bodies ------------------------------------------------------------------------------------------------------ */
 
 static int same_owners(usp_rank *rank, const usp_sequence *a, const usp_sequence *b) {
     for (int p = 0; p < rank->size; p++)
@@ -245,7 +250,8 @@ static int check_length(usp_rank *rank, usp_mesh *const *meshes, usp_layout layo
     usp_sequence *column = open_sequence(rank, meshes[0], layout, tokens, 0, configs);
     usp_sequence *row = column ? open_sequence(rank, meshes[1], layout, tokens, 0, configs) : NULL;
     if (!row) return 1;
-    int failed = check_partition(rank, column, layout, tokens, owners) || check_helpers(rank, column, layout, tokens, configs);
+    int failed =
+        check_partition(rank, column, layout, tokens, owners) || check_helpers(rank, column, layout, tokens, configs);
     for (int p = 0; p < rank->size && !failed; p++) failed = check_segments(rank, column, p);
     if (!failed) failed = same_owners(rank, column, row) || check_schedules(rank, column);
     if (!failed && tokens % 16 == 1) failed = check_scatter(rank, column, tokens);
@@ -284,7 +290,8 @@ static int cross_lengths(usp_rank *rank, void *argument) {
         usp_sequence *s = open_sequence(rank, mesh, (usp_layout)(i / 36), tokens, keys, configs);
         failed = !s || check_schedules(rank, s);
         for (int p = 0; p < rank->size && s; p++) sum += usp_sequence_local_key_tokens(s, p);
-        if (!failed && sum != keys) failed = usp_say(rank, "%lld of %lld keys are owned", (long long)sum, (long long)keys);
+        if (!failed && sum != keys)
+            failed = usp_say(rank, "%lld of %lld keys are owned", (long long)sum, (long long)keys);
         usp_sequence_destroy(s);
     }
     usp_mesh_destroy(mesh);
@@ -318,7 +325,7 @@ static int measure_balance(usp_rank *rank, void *argument) {
     return failed;
 }
 
-/* ---- replan ------------------------------------------------------------------------------------------------------------------ */
+/* ---- replan ------------------------------------------------------------------------------------------------------ */
 
 typedef struct documents {
     int64_t count, ends[8];
@@ -327,8 +334,11 @@ typedef struct documents {
 /* The same tokens as a sequence that was made with these documents. */
 static int compare_with_fresh(usp_rank *rank, usp_stage *stage, const documents *d) {
     usp_sequence *fresh = NULL;
-    usp_sequence_config config = {.struct_size = sizeof config, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
-                                  .tokens = d->ends[d->count - 1], .documents = d->count, .document_ends = d->ends};
+    usp_sequence_config config = {.struct_size = sizeof config,
+                                  .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
+                                  .tokens = d->ends[d->count - 1],
+                                  .documents = d->count,
+                                  .document_ends = d->ends};
     if (usp_sequence_create(stage->mesh, &config, &fresh) != USP_OK) return usp_say(rank, "%s", usp_last_error());
     int failed = same_owners(rank, fresh, stage->sequence);
     for (int p = 0; p < rank->size; p++)
@@ -350,8 +360,7 @@ static int replan_and_run(usp_rank *rank, const usp_case *c, const documents *d,
     stage.tokens = stage.key_tokens = usp_sequence_local_tokens(stage.sequence, stage.p);
     if (usp_stage_fill(&stage) || usp_stage_forward(&stage, 1) || usp_stage_backward(&stage)) return 1;
     if (usp_stage_gather(&stage, 1, &whole)) return 1;
-    if (rank->rank == 0)
-        usp_compare_with_reference(rank, &stage.c, &whole, usp_reference_of(references, &stage.c));
+    if (rank->rank == 0) usp_compare_with_reference(rank, &stage.c, &whole, usp_reference_of(references, &stage.c));
     usp_whole_free(&whole);
     usp_stage_close(&stage);
     usp_count(rank);
@@ -362,8 +371,12 @@ static int replan(usp_rank *rank, void *argument) {
     static const documents changes[] = {{1, {97}}, {3, {1, 50, 97}}, {4, {40, 41, 43, 61}}, {1, {0}}, {2, {0, 96}}};
     static const usp_case cases[] = {
         {.layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT, .tokens = 97, .mask = USP_MASK_CAUSAL, .return_lse = 1},
-        {.layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT, .tokens = 97, .attention = USP_LINEAR, .mask = USP_MASK_CAUSAL,
-         .decay = 1, .final_state = 1}};
+        {.layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
+         .tokens = 97,
+         .attention = USP_LINEAR,
+         .mask = USP_MASK_CAUSAL,
+         .decay = 1,
+         .final_state = 1}};
     for (int i = 0; i < 10; i++) {
         usp_case c = cases[i % 2];
         c.ulysses = rank->size % 2 == 0 ? 2 : 1;
@@ -373,7 +386,7 @@ static int replan(usp_rank *rank, void *argument) {
     return 0;
 }
 
-/* ---- tests ------------------------------------------------------------------------------------------------------------------- */
+/* ---- tests ------------------------------------------------------------------------------------------------------- */
 
 Test(sequence, partition_and_coverage) {
     for (int size = 1; size <= 8; size++) usp_expect_ranks(size, SECONDS, all_lengths, NULL);
@@ -391,7 +404,8 @@ Test(sequence, balance) {
             cr_log_info("%d ranks, %s: busiest / mean = %.3f", size, layout_names[i], balance[i]);
         cr_expect(balance[USP_LAYOUT_ZIGZAG] == 1, "zigzag of %d ranks: %g", size, balance[USP_LAYOUT_ZIGZAG]);
         cr_expect(balance[USP_LAYOUT_STRIPE] < 1.1, "stripe of %d ranks: %g", size, balance[USP_LAYOUT_STRIPE]);
-        cr_expect(balance[USP_LAYOUT_CONTIGUOUS] > 1.4, "contiguous of %d ranks: %g", size, balance[USP_LAYOUT_CONTIGUOUS]);
+        cr_expect(balance[USP_LAYOUT_CONTIGUOUS] > 1.4, "contiguous of %d ranks: %g", size,
+                  balance[USP_LAYOUT_CONTIGUOUS]);
     }
 }
 

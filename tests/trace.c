@@ -59,8 +59,8 @@ static void destroy(usp_comm *comm) {
     free(trace_of(comm));
 }
 
-static const usp_comm_ops ops = {"trace", exchange, allgather,  alloc_shared, free_shared, split,
-                                 split_destroy, poll, overdue, give_up,      destroy};
+static const usp_comm_ops ops = {"trace",       exchange, allgather, alloc_shared, free_shared, split,
+                                 split_destroy, poll,     overdue,   give_up,      destroy};
 
 usp_trace *usp_trace_insert(usp_world *world) {
     usp_trace *trace = calloc(1, sizeof *trace);

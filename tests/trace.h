@@ -1,5 +1,5 @@
-/* trace.h - a comm around the world's comm that counts the bytes of every exchange, by peer. Changes nothing that is sent;
- * the only helper of the tests that needs the library's internals. */
+/* trace.h - a comm around the world's comm that counts the bytes of every exchange, by peer. Changes nothing that is
+ * sent; the only helper of the tests that needs the library's internals. */
 #ifndef USP_TESTS_TRACE_H
 #define USP_TESTS_TRACE_H
 #include "usp.h"

@@ -1,0 +1,40 @@
+/* check_layers.c - layers of all tables against the oracle in one world, without a test framework: for sanitizers, and
+ * for ranks that are processes. A plain program for the CPU; run by a launcher it is one rank, else it starts
+ * thread-ranks.
+ *
+ *   check_layers [N]             N thread-ranks (default 4)
+ *   RANK=... check_layers        one process of a launcher's, over sockets */
+#include "bodies.h"
+#include "costs.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { SECONDS = 280, DEFAULT_RANKS = 4 };
+
+/* argument: usp_references */
+static int run_all(usp_rank *rank, void *argument) {
+    static const usp_table *const tables[] = {&usp_half_table, &usp_linear_table, &usp_softmax_table};
+    static const usp_body bodies[] = {usp_body_switch, usp_body_repeats, usp_body_round_trip,
+                                      usp_body_parts,  usp_body_states,  usp_body_continue};
+    for (int i = 0; i < 3; i++) {
+        usp_table_run run = {.table = tables[i], .references = argument};
+        if (usp_body_table(rank, &run)) return 1;
+    }
+    for (int i = 0; i < 6; i++)
+        if (bodies[i](rank, NULL)) return 1;
+    return usp_body_costs(rank, (void *)(uintptr_t)&usp_half_table);
+}
+
+int main(int argc, char **argv) {
+    int size = argc > 1 ? atoi(argv[1]) : DEFAULT_RANKS, launched = getenv("RANK") != NULL;
+    const usp_ranks ranks = {
+        .kind = launched ? USP_RANKS_ENVIRONMENT : USP_RANKS_THREADS, .size = size, .seconds = SECONDS};
+    usp_references references = {0};
+    usp_report report;
+    int failed = usp_ranks_run(&ranks, run_all, &references, &report) || report.done == 0;
+    usp_references_free(&references);
+    printf("check_layers: %d done, %d refused, %d failures\n%s", report.done, report.refused, report.failures,
+           report.text);
+    return failed;
+}

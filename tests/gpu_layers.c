@@ -1,0 +1,229 @@
+/* gpu_layers.c - the tests of running layers on GPUs: the bodies of the CPU suite, compared with the same oracle, and
+ * CUDA graphs. A plain program; exits 77 with the reason where there is no GPU.
+ *
+ *   gpu_layers                   thread-ranks that share GPU 0, then a thread a GPU over NCCL
+ *   gpu_layers --threads [N]     thread-ranks that share GPU 0: worlds of 1 .. N (default 4)
+ *   gpu_layers --nccl [N]        a thread a GPU, N GPUs (default: all)
+ *   gpu_layers --processes L     a process a GPU, started by the launcher L (usp_launch)
+ *   RANK=... gpu_layers          one of those processes, or of torchrun's */
+#define _POSIX_C_SOURCE 200809L
+#include "bodies.h"
+#include "costs.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { SKIPPED = 77, SECONDS = 500, SHARED_RANKS = 4 };
+
+#ifdef USP_HAVE_CUDA
+#include <cuda_runtime_api.h>
+
+static usp_status stream_create(usp_stream *stream) {
+    return cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking) == cudaSuccess ? USP_OK : USP_DEVICE;
+}
+
+static void stream_destroy(usp_stream stream) {
+    cudaStreamDestroy(stream);
+}
+
+/* ---- graphs ------------------------------------------------------------------------------------------------------ */
+
+/* Forward and backward of a stage as one graph. NULL after saying why. */
+static cudaGraphExec_t capture(usp_stage *stage) {
+    cudaGraph_t graph = NULL;
+    cudaGraphExec_t instance = NULL;
+    cudaStreamBeginCapture(stage->rank->stream, cudaStreamCaptureModeThreadLocal);
+    int failed = usp_stage_forward(stage, 1) || usp_stage_backward(stage);
+    cudaError_t ended = cudaStreamEndCapture(stage->rank->stream, &graph);
+    if (!failed && ended == cudaSuccess) ended = cudaGraphInstantiate(&instance, graph, 0);
+    if (graph) cudaGraphDestroy(graph);
+    if (!failed && ended != cudaSuccess) usp_say(stage->rank, "capture: %s", cudaGetErrorString(ended));
+    return failed ? NULL : instance;
+}
+
+static int replay(usp_stage *stage, usp_whole *whole) {
+    cudaGraphExec_t instance = capture(stage);
+    if (!instance) return 1;
+    cudaError_t launched = cudaSuccess;
+    for (int i = 0; i < 3 && launched == cudaSuccess; i++) launched = cudaGraphLaunch(instance, stage->rank->stream);
+    if (launched != cudaSuccess) return usp_say(stage->rank, "launch: %s", cudaGetErrorString(launched));
+    int failed = usp_stage_gather(stage, 1, whole);
+    cudaGraphExecDestroy(instance);
+    return failed;
+}
+
+/* Results of a replayed graph, on memory poisoned since, are those of the calls themselves. */
+static int graphs(usp_rank *rank, void *argument) {
+    static const usp_case cases[] = {{.tokens = 517,
+                                      .mask = USP_MASK_CAUSAL,
+                                      .dtype = USP_BF16,
+                                      .heads = 4,
+                                      .kv_heads = 2,
+                                      .head_dim = 64,
+                                      .return_lse = 1,
+                                      .deterministic = 1},
+                                     {.attention = USP_LINEAR,
+                                      .tokens = 517,
+                                      .mask = USP_MASK_CAUSAL,
+                                      .dtype = USP_BF16,
+                                      .heads = 4,
+                                      .head_dim = 64,
+                                      .decay = 1,
+                                      .scale = 0.1f,
+                                      .final_state = 1,
+                                      .deterministic = 1}};
+    (void)argument;
+    for (int i = 0; i < 2; i++) {
+        usp_stage stage;
+        usp_whole eager, replayed;
+        usp_case c = cases[i];
+        c.ulysses = rank->size % 2 == 0 ? 2 : 1;
+        c.ring = rank->size / c.ulysses;
+        if (usp_stage_open(rank, &c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+        if (usp_stage_fill(&stage) || usp_stage_forward(&stage, 1) || usp_stage_backward(&stage)) return 1;
+        if (usp_stage_gather(&stage, 1, &eager) || usp_stage_clear(&stage) || replay(&stage, &replayed)) return 1;
+        if (rank->rank == 0) usp_compare_bits(rank, &c, "a replayed graph", USP_SAME_ALL, &replayed, &eager);
+        usp_whole_free(&eager);
+        usp_whole_free(&replayed);
+        usp_stage_close(&stage);
+        usp_count(rank);
+    }
+    return 0;
+}
+#else
+static usp_status stream_create(usp_stream *stream) {
+    *stream = NULL;
+    return USP_OK;
+}
+
+static void stream_destroy(usp_stream stream) {
+    (void)stream;
+}
+
+static int graphs(usp_rank *rank, void *argument) {
+    (void)argument;
+    usp_refuse(rank, "CUDA graphs: this program was built without CUDA");
+    return 0;
+}
+#endif
+
+/* ---- what runs in one world -------------------------------------------------------------------------------------- */
+
+typedef struct everything {
+    usp_references *references;
+    int graphs; /* where ranks need not meet on the host */
+} everything;
+
+static int run_tables(usp_rank *rank, usp_references *references) {
+    const usp_table *const tables[] = {&usp_wide_table, &usp_half_table, &usp_softmax_table, &usp_linear_table,
+                                       &usp_large_table};
+    for (int i = 0; i < 5; i++) {
+        usp_table_run run = {.table = tables[i], .references = references};
+        if (usp_body_table(rank, &run)) return 1;
+    }
+    usp_table_run copies = {.table = &usp_wide_table, .copies = 2, .references = references};
+    return rank->size % 2 == 0 && usp_body_table(rank, &copies);
+}
+
+/* A body that cannot go on says so; one that finds wrong results does too, and the next one runs. */
+static int run_everything(usp_rank *rank, void *argument) {
+    static const usp_body properties[] = {usp_body_arrangements, usp_body_repeats,   usp_body_round_trip,
+                                          usp_body_parts,        usp_body_linearity, usp_body_switch,
+                                          usp_body_states,       usp_body_continue,  usp_body_independent};
+    static const char *const names[] = {"arrangements", "repeats", "round trip", "parts",      "linearity",
+                                        "switch",       "states",  "continue",   "independent"};
+    const everything *all = argument;
+    if (rank->device != USP_DEVICE_CUDA) return usp_say(rank, "the world is not on a GPU");
+    if (run_tables(rank, all->references)) return usp_say(rank, "... in the tables");
+    for (int i = 0; i < 9; i++)
+        if (properties[i](rank, NULL)) return usp_say(rank, "... in %s", names[i]);
+    if (all->graphs && graphs(rank, NULL)) return usp_say(rank, "... in graphs");
+    if (usp_body_costs(rank, (void *)(uintptr_t)&usp_half_table)) return usp_say(rank, "... in costs");
+    return 0;
+}
+
+/* ---- worlds ------------------------------------------------------------------------------------------------------ */
+
+static int run_world(usp_ranks_kind kind, int size, const char *name, usp_references *references) {
+    const usp_ranks ranks = {.kind = kind,
+                             .device = USP_DEVICE_CUDA,
+                             .size = size,
+                             .seconds = SECONDS,
+                             .stream_create = stream_create,
+                             .stream_destroy = stream_destroy};
+    everything all = {.references = references, .graphs = kind != USP_RANKS_THREADS || size == 1};
+    usp_report report;
+    int failed = usp_ranks_run(&ranks, run_everything, &all, &report);
+    printf("%s (%d here): %d done, %d refused, %d failures\n%s", name, size, report.done, report.refused,
+           report.failures, report.text);
+    fflush(stdout);
+    return failed;
+}
+
+/* The same ring with more ulysses ranks gives the same bits: worlds of thread-ranks on one GPU. */
+static int run_across(int most) {
+    int failed = 0;
+    for (int ring = 1; ring <= 2; ring++) {
+        usp_across across = {.ring = ring};
+        for (int ulysses = 1; ulysses * ring <= most && ulysses <= 4; ulysses *= 2) {
+            const usp_ranks ranks = {.device = USP_DEVICE_CUDA,
+                                     .size = ulysses * ring,
+                                     .seconds = SECONDS,
+                                     .stream_create = stream_create,
+                                     .stream_destroy = stream_destroy};
+            usp_report report;
+            failed += usp_ranks_run(&ranks, usp_body_across_ulysses, &across, &report);
+            printf("same bits, ring %d, ulysses %d: %d failures\n%s", ring, ulysses, report.failures, report.text);
+        }
+        usp_across_free(&across);
+    }
+    return failed;
+}
+
+static int run_threads(int most, usp_references *references) {
+    int failed = 0;
+    for (int size = 1; size <= most; size = size < 2 ? 2 : size + 2)
+        failed += run_world(USP_RANKS_THREADS, size, "threads on one GPU", references);
+    return failed + run_across(most);
+}
+
+static int run_nccl(int gpus, usp_references *references) {
+    usp_unique_id id;
+    if (usp_unique_id_create(&id) == USP_UNSUPPORTED) {
+        printf("no NCCL: %s\n", usp_last_error());
+        return 0;
+    }
+    return run_world(USP_RANKS_NCCL, gpus, "NCCL", references);
+}
+
+/* Becomes the launcher of one process a GPU. */
+static int run_processes(int gpus, const char *launcher, const char *program) {
+    char count[16], seconds[16];
+    snprintf(count, sizeof count, "%d", gpus);
+    snprintf(seconds, sizeof seconds, "%d", SECONDS + 60);
+    execl(launcher, launcher, "-n", count, "-t", seconds, program, (char *)NULL);
+    perror(launcher);
+    return 1;
+}
+
+int main(int argc, char **argv) {
+    usp_references references = {0};
+    int gpus = usp_device_count(USP_DEVICE_CUDA), failed = 0, number = argc > 2 ? atoi(argv[2]) : 0;
+    int launched = getenv("RANK") != NULL;
+    const char *mode = launched ? "--env" : argc > 1 ? argv[1] : "--all";
+    if (gpus == 0) {
+        printf("SKIP: no usable GPU, or the library was built without CUDA\n");
+        return SKIPPED;
+    }
+    if (strcmp(mode, "--processes") == 0 && argc > 2) return run_processes(gpus, argv[2], argv[0]);
+    if (launched) failed += run_world(USP_RANKS_ENVIRONMENT, 1, "process", &references);
+    if (strcmp(mode, "--threads") == 0 || strcmp(mode, "--all") == 0)
+        failed += run_threads(number > 0 ? number : SHARED_RANKS, &references);
+    if (strcmp(mode, "--nccl") == 0 || strcmp(mode, "--all") == 0)
+        failed += run_nccl(number > 0 && number < gpus ? number : gpus, &references);
+    usp_references_free(&references);
+    printf("gpu_layers: %s\n", failed ? "FAILED" : "ok");
+    return failed != 0;
+}
