@@ -21,7 +21,7 @@
 #include <unistd.h>
 
 enum { USP_SENTENCE = 256, USP_NOBODY = -1, USP_READS = 64 };
-enum { USP_BEAT_MIN = 20, USP_BEAT_MAX = 1000, USP_SILENT_BEATS = 8 };
+enum { USP_BEAT_MIN = 20, USP_BEAT_MAX = 1000, USP_SILENT_BEATS = 8, USP_SUSPECT_BEATS = 3 };
 
 typedef enum usp_frame_kind {
     USP_FRAME_BEAT = 1,   /* rank: whom the sender waits for; number: exchanges entered */
@@ -90,6 +90,7 @@ struct usp_control {
     usp_gather gather;
     usp_line *lines;      /* [size] */
     struct pollfd *polls; /* [size + 1] */
+    int *connections;     /* [size], for creation */
 };
 
 /* ---- failure; all under the mutex -------------------------------------------------------------------------------- */
@@ -205,33 +206,45 @@ static int usp_silent(const usp_control *control, int limit) {
     return silent;
 }
 
+/* Nobody, where all have done the same. */
 static int usp_fewest_exchanges(const usp_control *control) {
-    int fewest = 0;
-    for (int i = 1; i < control->size; i++)
+    int fewest = 0, most = 0;
+    for (int i = 1; i < control->size; i++) {
         if (usp_exchanges(control, i) < usp_exchanges(control, fewest)) fewest = i;
-    return fewest;
+        if (usp_exchanges(control, i) > usp_exchanges(control, most)) most = i;
+    }
+    return usp_exchanges(control, fewest) < usp_exchanges(control, most) ? fewest : USP_NOBODY;
 }
 
-/* The end of the chain of who waits for whom; the rank that has done least where nothing better is known. */
+static int usp_is_silent(const usp_control *control, int rank, int limit) {
+    const usp_line *line = &control->lines[rank];
+    return line->connection >= 0 && !line->left && usp_tcp_now() - line->heard > limit;
+}
+
+/* The end of the chain of who waits for whom, or a rank in it that has stopped; where there is no chain or it is a
+ * circle, any rank that has stopped, else the one that has done least. */
 static int usp_behind(const usp_control *control, int peer) {
-    int rank = peer < 0 ? usp_fewest_exchanges(control) : peer;
-    for (int hops = 0; hops < control->size; hops++) {
+    int limit = USP_SUSPECT_BEATS * control->period, rank = peer;
+    for (int hops = 0; hops < control->size && rank >= 0; hops++) {
         int next = usp_waits_for(control, rank);
-        if (next < 0 || next >= control->size || next == rank) return rank;
+        if (next < 0 || usp_is_silent(control, rank, limit)) return rank;
         rank = next;
     }
-    return usp_fewest_exchanges(control);
+    int silent = usp_silent(control, limit);
+    return silent != USP_NOBODY ? silent : usp_fewest_exchanges(control);
 }
 
 static usp_status usp_blame(usp_control *control, int peer) {
     USP_TRY(usp_failure(control));
-    int silent = usp_silent(control, 3 * control->period);
-    if (silent != USP_NOBODY)
-        return usp_declare(control, USP_TIMEOUT, "rank %d has stopped: rank %d hears nothing of it", silent,
-                           control->rank);
     int behind = usp_behind(control, peer);
+    if (behind == USP_NOBODY)
+        return usp_declare(control, USP_TIMEOUT, "rank %d waited for %d ms, and no rank is known to be behind",
+                           control->rank, control->timeout_ms);
     if (control->lines[behind].left)
         return usp_declare(control, USP_PEER_LOST, "rank %d left while rank %d waited for it", behind, control->rank);
+    if (usp_is_silent(control, behind, USP_SUSPECT_BEATS * control->period))
+        return usp_declare(control, USP_TIMEOUT, "rank %d has stopped: rank %d hears nothing of it", behind,
+                           control->rank);
     return usp_declare(control, USP_TIMEOUT, "rank %d did not arrive within %d ms; rank %d waited", behind,
                        control->timeout_ms, control->rank);
 }
@@ -561,26 +574,6 @@ static void usp_set_times(usp_control *control) {
     control->last_beat = usp_tcp_now();
 }
 
-static usp_status usp_control_alloc(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms,
-                                    usp_control **result) {
-    size_t size = (size_t)bootstrap->size;
-    size_t bytes = sizeof(usp_control) + size * sizeof(usp_line) + (size + 1) * sizeof(struct pollfd);
-    void *memory;
-    USP_TRY(usp_host_alloc(host, bytes, "control channel", &memory));
-    usp_control *control = memory;
-    control->host = host;
-    control->rank = bootstrap->rank;
-    control->size = bootstrap->size;
-    control->timeout_ms = timeout_ms;
-    control->lines = (usp_line *)(control + 1);
-    control->polls = (struct pollfd *)(control->lines + size);
-    control->wake = control->failed_descriptor = -1;
-    atomic_store(&control->waits_for, USP_NOBODY);
-    usp_set_times(control);
-    *result = control;
-    return USP_OK;
-}
-
 static void usp_make_locks(usp_control *control) {
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
@@ -590,18 +583,37 @@ static void usp_make_locks(usp_control *control) {
     pthread_mutex_init(&control->mutex, NULL);
 }
 
-static usp_status usp_connect_lines(usp_control *control, const usp_bootstrap *bootstrap) {
+static usp_status usp_control_alloc(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms,
+                                    usp_control **result) {
+    size_t size = (size_t)bootstrap->size;
+    size_t bytes = sizeof(usp_control) + size * (sizeof(usp_line) + sizeof(int)) + (size + 1) * sizeof(struct pollfd);
     void *memory;
-    USP_TRY(usp_host_alloc(control->host, (size_t)control->size * sizeof(int), "connections", &memory));
-    int *connections = memory;
-    usp_status status = usp_tcp_mesh(control->host, bootstrap, control->timeout_ms, connections);
+    USP_TRY(usp_host_alloc(host, bytes, "control channel", &memory));
+    usp_control *control = memory;
+    control->host = host;
+    control->rank = bootstrap->rank;
+    control->size = bootstrap->size;
+    control->timeout_ms = timeout_ms;
+    control->lines = (usp_line *)(control + 1);
+    control->polls = (struct pollfd *)(control->lines + size);
+    control->connections = (int *)(control->polls + size + 1);
+    control->wake = control->failed_descriptor = -1;
+    atomic_store(&control->waits_for, USP_NOBODY);
+    for (size_t i = 0; i < size; i++) control->lines[i].connection = -1;
+    usp_set_times(control);
+    usp_make_locks(control);
+    *result = control;
+    return USP_OK;
+}
+
+static usp_status usp_connect_lines(usp_control *control, const usp_bootstrap *bootstrap) {
+    USP_TRY(usp_tcp_mesh(control->host, bootstrap, control->timeout_ms, control->connections));
     for (int i = 0; i < control->size; i++) {
-        control->lines[i].connection = status == USP_OK ? connections[i] : -1;
+        control->lines[i].connection = control->connections[i];
         control->lines[i].waits_for = USP_NOBODY;
         control->lines[i].heard = usp_tcp_now();
     }
-    usp_host_free(control->host, memory);
-    return status;
+    return USP_OK;
 }
 
 /* The thread takes none of the program's signals. */
@@ -621,13 +633,11 @@ static usp_status usp_start_thread(usp_control *control) {
 
 usp_status usp_control_create(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms,
                               usp_control **result) {
-    usp_control *control;
+    usp_control *control = NULL;
     *result = NULL;
-    USP_TRY(usp_control_alloc(host, bootstrap, timeout_ms, &control));
-    usp_make_locks(control);
-    for (int i = 0; i < control->size; i++) control->lines[i].connection = -1;
-    usp_status status = usp_connect_lines(control, bootstrap);
-    if (status == USP_OK) status = usp_start_thread(control);
+    usp_status status = usp_tcp_agree(bootstrap, usp_control_alloc(host, bootstrap, timeout_ms, &control));
+    if (status == USP_OK) status = usp_connect_lines(control, bootstrap);
+    if (status == USP_OK) status = usp_tcp_agree(bootstrap, usp_start_thread(control));
     if (status == USP_OK)
         *result = control;
     else

@@ -16,8 +16,9 @@ usp_status usp_control_allgather(usp_control *, const void *mine, void *all, siz
 void usp_control_progress(usp_control *, uint64_t exchanges, int waiting_for);
 /* OK, or the sticky failure with its sentence: PEER_LOST (rank), or COMM for a rank that aborted. Never waits. */
 usp_status usp_control_poll(usp_control *);
-/* The rank to blame for a wait on `peer` (-1: unknown) that timed out: one that stopped beating, else the end of the chain
- * of who waits for whom, else the one with the fewest exchanges. Records and spreads the failure; returns its status. */
+/* The rank to blame for a wait on `peer` (-1: unknown) that timed out: the end of the chain of who waits for whom, or one
+ * in it that stopped beating; else any that stopped, else the one with the fewest exchanges. Records and spreads the
+ * failure; returns its status. */
 usp_status usp_control_overdue(usp_control *, int peer);
 /* The wait on `peer` cannot end: its own connection to this rank has. PEER_LOST at once if the peer is known to have
  * gone, else as soon as it is; OK means: wait on. */

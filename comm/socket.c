@@ -32,6 +32,7 @@ typedef struct usp_socket_comm {
     uint64_t exchanges;
     usp_channel *channels; /* [size] */
     struct pollfd *polls;  /* [size + 1] */
+    int *connections;      /* [size], for creation */
 } usp_socket_comm;
 
 /* One call of exchange. */
@@ -252,35 +253,40 @@ static const usp_comm_ops usp_socket_ops = {
 /* ---- create ------------------------------------------------------------------------------------------------------ */
 
 static usp_status usp_connect_channels(usp_socket_comm *self, const usp_bootstrap *bootstrap) {
-    void *memory;
-    USP_TRY(usp_host_alloc(self->base.host, (size_t)self->base.size * sizeof(int), "connections", &memory));
-    int *connections = memory;
-    usp_status status = usp_tcp_mesh(self->base.host, bootstrap, self->base.timeout_ms, connections);
-    for (int peer = 0; peer < self->base.size && status == USP_OK; peer++)
-        self->channels[peer].connection = connections[peer];
-    usp_host_free(self->base.host, memory);
-    return status;
+    USP_TRY(usp_tcp_mesh(self->base.host, bootstrap, self->base.timeout_ms, self->connections));
+    for (int peer = 0; peer < self->base.size; peer++) self->channels[peer].connection = self->connections[peer];
+    return USP_OK;
 }
 
-usp_status usp_comm_create_socket(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm) {
-    *comm = NULL;
+static usp_status usp_socket_alloc(const usp_comm_config *config, const usp_bootstrap *bootstrap,
+                                   usp_socket_comm **result) {
+    size_t size = (size_t)bootstrap->size;
+    size_t bytes =
+        sizeof(usp_socket_comm) + size * (sizeof(usp_channel) + sizeof(int)) + (size + 1) * sizeof(struct pollfd);
+    void *memory;
     if (config->device->ops->kind != USP_DEVICE_CPU)
         return usp_fail(USP_UNSUPPORTED, "sockets carry host memory only, not that of %s", config->device->ops->name);
-    size_t size = (size_t)bootstrap->size;
-    size_t bytes = sizeof(usp_socket_comm) + size * sizeof(usp_channel) + (size + 1) * sizeof(struct pollfd);
-    void *memory;
     USP_TRY(usp_host_alloc(config->host, bytes, "comm", &memory));
     usp_socket_comm *self = memory;
     self->base =
         (usp_comm){&usp_socket_ops, bootstrap->rank, bootstrap->size, config->timeout_ms, config->device, config->host};
     self->channels = (usp_channel *)(self + 1);
     self->polls = (struct pollfd *)(self->channels + size);
+    self->connections = (int *)(self->polls + size + 1);
     for (size_t peer = 0; peer < size; peer++) self->channels[peer].connection = -1;
-    usp_status status = usp_control_create(config->host, bootstrap, config->timeout_ms, &self->control);
+    *result = self;
+    return USP_OK;
+}
+
+usp_status usp_comm_create_socket(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm) {
+    usp_socket_comm *self = NULL;
+    *comm = NULL;
+    usp_status status = usp_tcp_agree(bootstrap, usp_socket_alloc(config, bootstrap, &self));
+    if (status == USP_OK) status = usp_control_create(config->host, bootstrap, config->timeout_ms, &self->control);
     if (status == USP_OK) status = usp_connect_channels(self, bootstrap);
     if (status == USP_OK)
         *comm = &self->base;
     else
-        usp_socket_destroy(&self->base);
+        usp_socket_destroy((usp_comm *)self);
     return status;
 }

@@ -355,6 +355,18 @@ typedef struct usp_mesh_making {
     int *connections;
 } usp_mesh_making;
 
+usp_status usp_tcp_agree(const usp_bootstrap *bootstrap, usp_status mine) {
+    unsigned char status = (unsigned char)mine, all[USP_TCP_AGREE];
+    if (bootstrap->size > USP_TCP_AGREE) return mine;
+    int failed = bootstrap->allgather(bootstrap->user, &status, all, 1);
+    if (mine != USP_OK) return mine;
+    if (failed) return usp_fail(USP_COMM, "the bootstrap's all-gather failed on rank %d", bootstrap->rank);
+    for (int i = 0; i < bootstrap->size; i++)
+        if (all[i] != USP_OK)
+            return usp_fail(USP_PEER_FAILED, "rank %d could not join: %s", i, usp_status_string((usp_status)all[i]));
+    return USP_OK;
+}
+
 /* Names the boot of this machine and the network namespace of this process. */
 static uint64_t usp_network_identity(void) {
     char boot[64] = "";
@@ -377,7 +389,8 @@ static usp_status usp_share_cards(usp_mesh_making *making, usp_status mine) {
     if (mine != USP_OK) return mine;
     for (int i = 0; i < bootstrap->size; i++)
         if (making->cards[i].status != USP_OK)
-            return usp_fail(USP_PEER_FAILED, "rank %d could not connect to the others", i);
+            return usp_fail(USP_PEER_FAILED, "rank %d could not connect to the others: %s", i,
+                            usp_status_string((usp_status)making->cards[i].status));
     return USP_OK;
 }
 
@@ -433,12 +446,13 @@ static usp_status usp_make_mesh(usp_mesh_making *making) {
 
 usp_status usp_tcp_mesh(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms, int *connections) {
     usp_mesh_making making = {.bootstrap = bootstrap, .listener = -1, .connections = connections};
-    void *cards;
+    void *cards = NULL;
     for (int i = 0; i < bootstrap->size; i++) connections[i] = -1;
-    USP_TRY(usp_host_alloc(host, (size_t)bootstrap->size * sizeof(usp_card), "addresses", &cards));
+    usp_status status = usp_host_alloc(host, (size_t)bootstrap->size * sizeof(usp_card), "addresses", &cards);
+    status = usp_tcp_agree(bootstrap, status);
     making.cards = cards;
     making.deadline = usp_tcp_deadline(timeout_ms);
-    usp_status status = usp_make_mesh(&making);
+    if (status == USP_OK) status = usp_make_mesh(&making);
     if (making.listener >= 0) close(making.listener);
     if (status != USP_OK) usp_tcp_close(connections, bootstrap->size);
     usp_host_free(host, cards);

@@ -34,6 +34,11 @@ usp_status usp_tcp_accept(int listener, const usp_token *token, int rank, int fi
 usp_status usp_tcp_send(int connection, const void *data, size_t bytes, int64_t deadline);
 usp_status usp_tcp_recv(int connection, void *data, size_t bytes, int64_t deadline);
 
+/* Collective over the bootstrap: this rank's own failure, else PEER_FAILED if another rank has failed, else OK. Needs
+ * no memory, and so knows nothing (`mine` comes back) in worlds of more than USP_TCP_AGREE ranks. */
+enum { USP_TCP_AGREE = 1024 };
+usp_status usp_tcp_agree(const usp_bootstrap *bootstrap, usp_status mine);
+
 /* Collective over the bootstrap: one connection between every two ranks, connections[own rank] = -1; over loopback
  * where all ranks are on one host. The same verdict everywhere. */
 usp_status usp_tcp_mesh(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms, int *connections);

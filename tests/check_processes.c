@@ -291,6 +291,39 @@ static int usp_scene_mismatch(const usp_cast *cast, usp_host *host, usp_device *
     return wrong;
 }
 
+/* Memory that ends after some allocations. */
+static void *usp_spend(void *user, size_t bytes) {
+    int *left = user;
+    return (*left)-- > 0 ? malloc(bytes) : NULL;
+}
+
+static void usp_return(void *user, void *memory) {
+    (void)user;
+    free(memory);
+}
+
+/* Every allocation of the odd rank fails once: all ranks leave, and the next try is as good as the first. */
+static int usp_scene_memory(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_comm *comm;
+    char odd[32];
+    int wrong = 0, tries = 0, left = 0;
+    (void)host;
+    usp_words(odd, cast->odd);
+    usp_host poor = {.alloc = usp_spend, .free = usp_return, .user = &left};
+    usp_status wanted = cast->rank == cast->odd ? USP_NO_MEMORY : USP_PEER_FAILED, status = wanted;
+    for (; status == wanted && tries < 50; tries++) {
+        left = cast->rank == cast->odd ? tries : 1000;
+        status = usp_join(&circle, &poor, device, &comm);
+        if (status != USP_OK) wrong += usp_check_failure(NULL, status, wanted, cast->rank == cast->odd ? "" : odd);
+    }
+    wrong += usp_check(NULL, status == USP_OK && tries > 3, "%d allocations, then: %s", tries, usp_last_error());
+    if (status != USP_OK) return wrong;
+    wrong += usp_check_comm(comm, 3);
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
 /* ---- scenes of the environment ----------------------------------------------------------------------------------- */
 
 static void usp_set_number(const char *name, int value) {
@@ -480,6 +513,7 @@ static int usp_check_others(double *struck) {
     usp_cast cast = {.size = 4, .timeout_ms = 10000, .odd = 2, .port = usp_free_port()};
     int wrong = usp_play(usp_scene_left, cast) + usp_play(usp_scene_abort, cast) + usp_play(usp_scene_mismatch, cast);
     wrong += usp_play(usp_scene_environment, cast) + usp_play(usp_scene_left_gather, cast);
+    wrong += usp_play(usp_scene_memory, cast);
     cast.timeout_ms = 500;
     wrong +=
         usp_play(usp_scene_chain, cast) + usp_play(usp_scene_late, cast) + usp_play(usp_scene_environment_absent, cast);
