@@ -193,9 +193,10 @@ static uint64_t usp_exchanges(const usp_control *control, int rank) {
     return rank == control->rank ? atomic_load(&control->exchanges) : control->lines[rank].exchanges;
 }
 
-/* A rank that has missed `limit` ms of beats, the one silent for longest; or nobody. */
+/* A rank that has missed `limit` ms of beats, the one silent for longest; or nobody. As of this rank's own last beat: a
+ * stall of this rank is no silence of the others. */
 static int usp_silent(const usp_control *control, int limit) {
-    int64_t oldest = usp_tcp_now() - limit;
+    int64_t oldest = control->last_beat - limit;
     int silent = USP_NOBODY;
     for (int i = 0; i < control->size; i++) {
         const usp_line *line = &control->lines[i];
@@ -218,7 +219,7 @@ static int usp_fewest_exchanges(const usp_control *control) {
 
 static int usp_is_silent(const usp_control *control, int rank, int limit) {
     const usp_line *line = &control->lines[rank];
-    return line->connection >= 0 && !line->left && usp_tcp_now() - line->heard > limit;
+    return line->connection >= 0 && !line->left && control->last_beat - line->heard > limit;
 }
 
 /* The end of the chain of who waits for whom, or a rank in it that has stopped; where there is no chain or it is a
@@ -234,6 +235,12 @@ static int usp_behind(const usp_control *control, int peer) {
     return silent != USP_NOBODY ? silent : usp_fewest_exchanges(control);
 }
 
+static usp_status usp_declare_stopped(usp_control *control, int rank) {
+    int silence = (int)(usp_tcp_now() - control->lines[rank].heard);
+    return usp_declare(control, USP_TIMEOUT, "rank %d has stopped: rank %d has heard nothing of it for %d ms", rank,
+                       control->rank, silence);
+}
+
 static usp_status usp_blame(usp_control *control, int peer) {
     USP_TRY(usp_failure(control));
     int behind = usp_behind(control, peer);
@@ -243,8 +250,7 @@ static usp_status usp_blame(usp_control *control, int peer) {
     if (control->lines[behind].left)
         return usp_declare(control, USP_PEER_LOST, "rank %d left while rank %d waited for it", behind, control->rank);
     if (usp_is_silent(control, behind, USP_SUSPECT_BEATS * control->period))
-        return usp_declare(control, USP_TIMEOUT, "rank %d has stopped: rank %d hears nothing of it", behind,
-                           control->rank);
+        return usp_declare_stopped(control, behind);
     return usp_declare(control, USP_TIMEOUT, "rank %d did not arrive within %d ms; rank %d waited", behind,
                        control->timeout_ms, control->rank);
 }
@@ -430,9 +436,9 @@ static void usp_beat(usp_control *control) {
         control->lines[i].beat_due = 1;
         if (fresh) control->lines[i].heard = now;
     }
+    if (fresh) control->gather.deadline = usp_tcp_deadline(control->timeout_ms);
     int silent = control->silence < 0 ? USP_NOBODY : usp_silent(control, control->silence);
-    if (silent != USP_NOBODY)
-        usp_declare(control, USP_TIMEOUT, "rank %d has stopped: rank %d hears nothing of it", silent, control->rank);
+    if (silent != USP_NOBODY) usp_declare_stopped(control, silent);
 }
 
 static void usp_poll_lines(usp_control *control) {
@@ -496,8 +502,10 @@ static usp_status usp_gather_wait(usp_control *control) {
     int missing;
     while ((missing = usp_gather_missing(control)) != USP_NOBODY) {
         USP_TRY(usp_failure(control));
-        if (usp_tcp_left(control->gather.deadline) == 0) return usp_blame(control, missing);
-        usp_wait_until(control, control->gather.deadline);
+        int over = usp_tcp_left(control->gather.deadline) == 0;
+        int stalled = usp_tcp_now() - control->last_beat > 2 * (int64_t)control->period;
+        if (over && !stalled) return usp_blame(control, missing);
+        usp_wait_until(control, over ? usp_tcp_deadline(control->period) : control->gather.deadline);
     }
     return USP_OK;
 }

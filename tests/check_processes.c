@@ -165,7 +165,8 @@ static int usp_scene_struck(const usp_cast *cast, usp_host *host, usp_device *de
     if (cast->rank == cast->odd && pthread_create(&thread, NULL, usp_strike_soon, &own) != 0) return 1;
     int wrong = usp_check_survivor(cast, comm);
     comm->ops->destroy(comm);
-    return wrong + usp_play_world(cast, cast->odd, host, device);
+    own.timeout_ms = 10000;
+    return wrong + usp_play_world(&own, cast->odd, host, device);
 }
 
 static int usp_scene_gather_struck(const usp_cast *cast, usp_host *host, usp_device *device) {
