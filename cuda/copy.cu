@@ -24,7 +24,8 @@ static __device__ __forceinline__ copy_unit find_unit(const usp_copy &copy, unsi
 }
 
 /* A row is `columns` vectors. */
-static __global__ void __launch_bounds__(threads_per_block) copy_vectors(usp_copy copy, unsigned units, unsigned columns)
+static __global__ void __launch_bounds__(threads_per_block)
+    copy_vectors(usp_copy copy, unsigned units, unsigned columns)
 {
     for (unsigned x = blockIdx.x * blockDim.x + threadIdx.x; x < units; x += gridDim.x * blockDim.x) {
         copy_unit unit = find_unit(copy, x, columns);
@@ -36,7 +37,8 @@ static __global__ void __launch_bounds__(threads_per_block) copy_vectors(usp_cop
 }
 
 template <typename From, typename To>
-static __global__ void __launch_bounds__(threads_per_block) copy_elements(usp_copy copy, unsigned units, unsigned columns)
+static __global__ void __launch_bounds__(threads_per_block)
+    copy_elements(usp_copy copy, unsigned units, unsigned columns)
 {
     for (unsigned x = blockIdx.x * blockDim.x + threadIdx.x; x < units; x += gridDim.x * blockDim.x) {
         copy_unit unit = find_unit(copy, x, columns);

@@ -28,13 +28,17 @@ usp_status usp_cuda_linear_supports(const usp_kernel_shape *shape)
                     USP_LINEAR_MAX_DIM, widest);
 }
 
+static int serves(const usp_linear_family *family, const usp_linear *args, usp_linear_call call, size_t limit)
+{
+    return family->shared(args->dim, args->value_dim) <= limit && family->fits(args, call);
+}
+
 static usp_status dispatch(const usp_linear *args, usp_linear_call call, usp_stream stream)
 {
     size_t limit = shared_limit();
     int i = 0;
     if (args->blocks == 0 || args->batch == 0 || args->heads == 0) return USP_OK;
-    while (i < FAMILIES - 1 && (families[i]->shared(args->dim, args->value_dim) > limit || !families[i]->fits(args, call)))
-        i++;
+    while (i < FAMILIES - 1 && !serves(families[i], args, call, limit)) i++;
     return families[i]->call[call](args, stream);
 }
 

@@ -1,4 +1,4 @@
-/* linear.cuh - what the kernels of linear attention share: where a thread block works, rows in the order of time, decay.
+/* linear.cuh - what the kernels of linear attention share: where a thread block works, rows in order of time, decay.
  * It holds no kernel. */
 #ifndef USP_CUDA_LINEAR_CUH
 #define USP_CUDA_LINEAR_CUH

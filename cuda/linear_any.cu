@@ -16,8 +16,8 @@ template <int ROWS> struct tile {
 
 /* Rows first .. first + ROWS in time, dims from `column` on; zero outside the block and the row. */
 template <typename T, int ROWS>
-static __device__ void load_tile(tile<ROWS> &to, const usp_tensor &x, const usp_time &time, int first, int column, int dim,
-                                 int batch, int head)
+static __device__ void load_tile(tile<ROWS> &to, const usp_tensor &x, const usp_time &time, int first, int column,
+                                 int dim, int batch, int head)
 {
     for (int i = threadIdx.x; i < ROWS * depth; i += threads_per_block) {
         int row = i / depth, c = i % depth, t = first + row;

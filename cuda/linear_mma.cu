@@ -56,6 +56,19 @@ static __device__ __forceinline__ void for_state(state_sums<DIM> &state, const u
     }
 }
 
+/* Block (row, column) and the one below it or beside it. Loaded a turn before they are used, which hides the way from
+ * shared memory. */
+template <int DIM, bool TRANSPOSED>
+static __device__ __forceinline__ void load_pair(usp_fragment (&to)[2], uint32_t lane, int row, int column, int down,
+                                                 int right)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint32_t at = usp_block_at<DIM>(lane, row + i * down, column + i * right);
+        to[i] = TRANSPOSED ? usp_load_block_transposed(at) : usp_load_block(at);
+    }
+}
+
 /* Rows r * 16 .. + 16 of the step as left operand v^T, each times its weight; `low` is what `high` leaves of it. */
 template <typename T, int VALUE>
 static __device__ __forceinline__ void weigh_values(usp_fragment &high, usp_fragment &low, uint32_t v_lane, int r,
@@ -77,26 +90,26 @@ static __device__ __forceinline__ void weigh_values(usp_fragment &high, usp_frag
 /* state += sum over the rows of k (weight v)^T, row t of the step with weight factor decay^(last - t), last <= rows.
  * SPLIT: with weights and rows in more than the precision of T. */
 template <typename T, int DIM, int VALUE, bool SPLIT>
-static __device__ __forceinline__ void add_rows(state_sums<DIM> &state, usp_shared_rows<DIM> k, usp_shared_rows<VALUE> v,
-                                                const float *decays, int last, float factor)
+static __device__ __forceinline__ void add_rows(state_sums<DIM> &state, usp_shared_rows<DIM> k,
+                                                usp_shared_rows<VALUE> v, const float *decays, int last, float factor)
 {
+    constexpr int turns = DIM / 32; /* of two blocks of dims, for each block of rows */
     uint32_t k_lane = usp_lane_address(k), v_lane = usp_lane_address(v);
+    usp_fragment high, low, right[2], next[2];
+    load_pair<DIM, true>(next, k_lane, 0, 0, 0, 1);
 #pragma unroll
-    for (int r = 0; r < row_blocks; r++) {
-        usp_fragment high, low;
-        weigh_values<T, VALUE>(high, low, v_lane, r, decays, last, factor);
+    for (int turn = 0; turn < row_blocks * turns; turn++) {
+        int r = turn / turns, n = turn % turns * 4, after = turn + 1;
+        if (n == 0) weigh_values<T, VALUE>(high, low, v_lane, r, decays, last, factor);
+        right[0] = next[0], right[1] = next[1];
+        if (after < row_blocks * turns)
+            load_pair<DIM, true>(next, k_lane, after / turns, after % turns * 2, 0, 1);
 #pragma unroll
-        for (int n = 0; n < DIM / 16; n += 2) {
-            usp_fragment right[2];
+        for (int i = 0; i < 4; i++)
+            usp_mma<T>(state[0][n + i], high, right[i / 2].part[i % 2 * 2], right[i / 2].part[i % 2 * 2 + 1]);
 #pragma unroll
-            for (int i = 0; i < 2; i++) right[i] = usp_load_block_transposed(usp_block_at<DIM>(k_lane, r, n + i));
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                usp_mma<T>(state[0][2 * n + i], high, right[i / 2].part[i % 2 * 2], right[i / 2].part[i % 2 * 2 + 1]);
-#pragma unroll
-            for (int i = 0; SPLIT && i < 4; i++)
-                usp_mma<T>(state[0][2 * n + i], low, right[i / 2].part[i % 2 * 2], right[i / 2].part[i % 2 * 2 + 1]);
-        }
+        for (int i = 0; SPLIT && i < 4; i++)
+            usp_mma<T>(state[0][n + i], low, right[i / 2].part[i % 2 * 2], right[i / 2].part[i % 2 * 2 + 1]);
     }
 }
 
@@ -120,10 +133,25 @@ template <typename T, int DIM> static __device__ __forceinline__ float state_uni
 /* A warp's 16 columns of the output of one step. */
 using out_sums = usp_sums<row_blocks, 2>;
 
+/* Dims 16 d .. + 16 of the state as right operand: high + low = state / unit. */
+template <typename T, int DIM>
+static __device__ __forceinline__ void split_state(uint32_t (&high)[2][2], uint32_t (&low)[2][2],
+                                                   const state_sums<DIM> &state, int d, float per_unit)
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float *pair = &state[0][2 * d + i % 2][i / 2 * 2];
+        float x = pair[0] * per_unit, y = pair[1] * per_unit;
+        high[i / 2][i % 2] = usp_pack<T>(x, y);
+        float2 rounded = usp_unpack<T>(high[i / 2][i % 2]);
+        low[i / 2][i % 2] = usp_pack<T>(x - rounded.x, y - rounded.y);
+    }
+}
+
 /* out = q (state / unit). */
 template <typename T, int DIM>
-static __device__ __forceinline__ void multiply_state(out_sums &out, usp_shared_rows<DIM> q, const state_sums<DIM> &state,
-                                                      float per_unit)
+static __device__ __forceinline__ void multiply_state(out_sums &out, usp_shared_rows<DIM> q,
+                                                      const state_sums<DIM> &state, float per_unit)
 {
     uint32_t q_lane = usp_lane_address(q);
 #pragma unroll
@@ -131,27 +159,20 @@ static __device__ __forceinline__ void multiply_state(out_sums &out, usp_shared_
 #pragma unroll
         for (int i = 0; i < 8; i++) out[m][i / 4][i % 4] = 0;
     }
+    constexpr int turns = row_blocks / 2; /* of two blocks of rows, for each block of dims */
+    usp_fragment left[2], next[2];
+    uint32_t high[2][2], low[2][2]; /* [8 values][8 dims] */
+    load_pair<DIM, false>(next, q_lane, 0, 0, 1, 0);
 #pragma unroll
-    for (int d = 0; d < DIM / 16; d++) {
-        uint32_t high[2][2], low[2][2]; /* [8 values][8 dims] */
+    for (int turn = 0; turn < DIM / 16 * turns; turn++) {
+        int d = turn / turns, m = turn % turns * 2, after = turn + 1;
+        if (m == 0) split_state<T, DIM>(high, low, state, d, per_unit);
+        left[0] = next[0], left[1] = next[1];
+        if (after < DIM / 16 * turns) load_pair<DIM, false>(next, q_lane, after % turns * 2, after / turns, 1, 0);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float *pair = &state[0][2 * d + i % 2][i / 2 * 2];
-            float x = pair[0] * per_unit, y = pair[1] * per_unit;
-            high[i / 2][i % 2] = usp_pack<T>(x, y);
-            float2 rounded = usp_unpack<T>(high[i / 2][i % 2]);
-            low[i / 2][i % 2] = usp_pack<T>(x - rounded.x, y - rounded.y);
-        }
+        for (int i = 0; i < 4; i++) usp_mma<T>(out[m + i / 2][i % 2], left[i / 2], high[i % 2][0], high[i % 2][1]);
 #pragma unroll
-        for (int m = 0; m < row_blocks; m += 2) {
-            usp_fragment left[2];
-#pragma unroll
-            for (int i = 0; i < 2; i++) left[i] = usp_load_block(usp_block_at<DIM>(q_lane, m + i, d));
-#pragma unroll
-            for (int i = 0; i < 4; i++) usp_mma<T>(out[m + i / 2][i % 2], left[i / 2], high[i % 2][0], high[i % 2][1]);
-#pragma unroll
-            for (int i = 0; i < 4; i++) usp_mma<T>(out[m + i / 2][i % 2], left[i / 2], low[i % 2][0], low[i % 2][1]);
-        }
+        for (int i = 0; i < 4; i++) usp_mma<T>(out[m + i / 2][i % 2], left[i / 2], low[i % 2][0], low[i % 2][1]);
     }
 }
 
@@ -169,7 +190,7 @@ static __device__ __forceinline__ void weigh_rows(out_sums &out, float factor, c
     }
 }
 
-/* The decayed products q.k of 16 rows and 32 keys of the step, zero where the key is after the row, into shared memory. */
+/* The decayed products q.k of 16 rows and 32 keys of the step, zero where the key is later, into shared memory. */
 template <typename T, int DIM>
 static __device__ __forceinline__ void make_pairs(unsigned char *pairs, usp_shared_rows<DIM> q, usp_shared_rows<DIM> k,
                                                   int row_block, int half, float scale, const float *decays)
@@ -267,7 +288,8 @@ static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
     constexpr int stage = rows * (DIM + VALUE) * 2, threads = threads_per_value * VALUE;
     uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + table_bytes;
     work work = find_work(linear, reinterpret_cast<float *>(shared), true);
-    int k_head = usp_mapped_head(linear.k_map, work.place.head), v_head = usp_mapped_head(linear.v_map, work.place.head);
+    int k_head = usp_mapped_head(linear.k_map, work.place.head);
+    int v_head = usp_mapped_head(linear.v_map, work.place.head);
     state_sums<DIM> state = {};
     for (int first = -rows; first < work.time.count; first += rows) { /* the first turn only fetches */
         int next = first + rows;
@@ -300,7 +322,8 @@ static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
     uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + table_bytes + pair_bytes;
     int warp = threadIdx.x / 32;
     work work = find_work(linear, reinterpret_cast<float *>(shared), true);
-    int q_head = usp_mapped_head(linear.q_map, work.place.head), k_head = usp_mapped_head(linear.k_map, work.place.head);
+    int q_head = usp_mapped_head(linear.q_map, work.place.head);
+    int k_head = usp_mapped_head(linear.k_map, work.place.head);
     int v_head = usp_mapped_head(linear.v_map, work.place.head);
     state_sums<DIM> state;
     for (int first = -rows; first < work.time.count; first += rows) {
@@ -384,8 +407,9 @@ template <typename T, int DIM, int VALUE> static linear_kernel choose_call(usp_l
 
 template <typename T> static linear_kernel choose_dims(const usp_linear *linear, usp_linear_call call)
 {
-    if (linear->dim == 64) return linear->value_dim == 64 ? choose_call<T, 64, 64>(call) : choose_call<T, 64, 128>(call);
-    return linear->value_dim == 64 ? choose_call<T, 128, 64>(call) : choose_call<T, 128, 128>(call);
+    bool narrow = linear->value_dim == 64;
+    if (linear->dim == 64) return narrow ? choose_call<T, 64, 64>(call) : choose_call<T, 64, 128>(call);
+    return narrow ? choose_call<T, 128, 64>(call) : choose_call<T, 128, 128>(call);
 }
 
 static size_t shared_bytes(usp_linear_call call, int dim, int value_dim)

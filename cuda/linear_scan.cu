@@ -84,8 +84,8 @@ usp_status usp_cuda_linear_scan(const usp_scan *scan, usp_stream stream)
     int64_t units = scan->elements * scan->heads * scan->batch / (four ? 4 : 1);
     if (units == 0 || scan->groups == 0) return USP_OK;
     dim3 grid(static_cast<unsigned>((units + threads_per_block - 1) / threads_per_block), scan->groups);
-    return usp_cuda_launch("linear_scan", four ? scan_states<float4> : scan_states<float>, grid, dim3(threads_per_block),
-                           0, stream, *scan);
+    return usp_cuda_launch("linear_scan", four ? scan_states<float4> : scan_states<float>, grid,
+                           dim3(threads_per_block), 0, stream, *scan);
 }
 
 /* ---- scaling a state --------------------------------------------------------------------------------------------- */

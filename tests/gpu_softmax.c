@@ -1,0 +1,385 @@
+/* gpu_softmax.c - softmax attention on the CUDA device against the CPU's: bands, segments, folds, heads, dims, and
+ * speed. It plans its own tiles, from the contract of lib/device.h alone. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "gpu_test.h"
+
+/* ---- softmax: cases ---------------------------------------------------------------------------------------------- */
+
+typedef struct segment {
+    int start, length, stride;
+} segment;
+
+enum { SEGMENTS = 3, KEY_BLOCKS = 2, NO_LIMIT = INT32_MAX };
+
+typedef struct softmax_case {
+    const char *name;
+    usp_dtype dtype;
+    usp_gpu_arrangement how;
+    int batch, heads, key_heads, group, offset, dim, value_dim;
+    segment query[SEGMENTS], key[KEY_BLOCKS][SEGMENTS]; /* a second block of keys is folded into the first */
+    int low, high;                                      /* NO_LIMIT: none */
+    int work_rows;
+} softmax_case;
+
+#define USP_CAUSAL NO_LIMIT, 0
+#define USP_FULL NO_LIMIT, NO_LIMIT
+static const softmax_case softmax_cases[] = {
+    {"causal", USP_BF16, BSHD, 2, 2, 2, 1, 0, 128, 128, {{0, 300, 1}}, {{{0, 300, 1}}}, USP_CAUSAL, 128},
+    {"causal", USP_F16, BHSD, 1, 3, 3, 1, 0, 64, 64, {{0, 257, 1}}, {{{0, 257, 1}}}, USP_CAUSAL, 128},
+    {"causal", USP_F32, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 130, 1}}, {{{0, 130, 1}}}, USP_CAUSAL, 128},
+    {"full packed", USP_BF16, PACKED, 2, 2, 2, 1, 0, 128, 128, {{0, 192, 1}}, {{{0, 333, 1}}}, USP_FULL, 128},
+    {"full f16", USP_F16, SBHD, 2, 2, 2, 1, 0, 128, 64, {{0, 65, 1}}, {{{0, 129, 1}}}, USP_FULL, 64},
+    {"grouped heads", USP_BF16, BSHD, 1, 8, 2, 4, 0, 64, 64, {{0, 200, 1}}, {{{0, 200, 1}}}, USP_CAUSAL, 128},
+    {"grouped heads, offset", USP_BF16, BSHD, 1, 5, 3, 3, 2, 128, 128, {{0, 150, 1}}, {{{0, 150, 1}}}, USP_CAUSAL, 128},
+    {"one key head, f32", USP_F32, PACKED, 2, 4, 1, 4, 0, 17, 5, {{0, 70, 1}}, {{{0, 90, 1}}}, USP_FULL, 33},
+    {"d 5", USP_BF16, BSHD, 1, 2, 2, 1, 0, 5, 5, {{0, 100, 1}}, {{{0, 100, 1}}}, USP_CAUSAL, 128},
+    {"d 17, e 96", USP_F16, ODD, 1, 2, 2, 1, 0, 17, 96, {{0, 140, 1}}, {{{0, 140, 1}}}, USP_CAUSAL, 128},
+    {"d 96", USP_BF16, BSHD, 1, 2, 2, 1, 0, 96, 96, {{0, 200, 1}}, {{{0, 200, 1}}}, USP_CAUSAL, 128},
+    {"d 192, e 128", USP_BF16, BSHD, 1, 2, 2, 1, 0, 192, 128, {{0, 160, 1}}, {{{0, 160, 1}}}, USP_CAUSAL, 128},
+    {"d 64, e 128", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 128, {{0, 160, 1}}, {{{0, 160, 1}}}, USP_CAUSAL, 128},
+    {"d 256", USP_BF16, BSHD, 1, 1, 1, 1, 0, 256, 256, {{0, 140, 1}}, {{{0, 140, 1}}}, USP_CAUSAL, 128},
+    {"d 256, f32", USP_F32, BHSD, 1, 1, 1, 1, 0, 256, 64, {{0, 70, 1}}, {{{0, 70, 1}}}, USP_CAUSAL, 128},
+    {"odd rows, d 128", USP_BF16, ODD, 2, 2, 2, 1, 0, 128, 128, {{0, 130, 1}}, {{{0, 150, 1}}}, USP_FULL, 128},
+    {"zigzag, two blocks", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128,
+     {{70, 70, 1}, {280, 71, 1}}, {{{70, 70, 1}, {280, 71, 1}}, {{0, 70, 1}, {351, 69, 1}}}, USP_CAUSAL, 128},
+    {"zigzag, two blocks, f16", USP_F16, PACKED, 2, 2, 1, 2, 0, 64, 64,
+     {{64, 64, 1}, {256, 64, 1}}, {{{64, 64, 1}, {256, 64, 1}}, {{128, 64, 1}, {192, 64, 1}}}, USP_CAUSAL, 64},
+    {"stripe, two blocks", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64,
+     {{1, 80, 4}, {3, 79, 4}}, {{{1, 80, 4}, {3, 79, 4}}, {{0, 80, 4}, {2, 80, 4}}}, USP_CAUSAL, 128},
+    {"stripe, f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 64, 64,
+     {{1, 50, 3}, {0, 51, 3}}, {{{2, 50, 3}}, {{0, 51, 3}}}, USP_CAUSAL, 47},
+    {"window", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, {{0, 400, 1}}, {{{0, 400, 1}}}, 65, 0, 128},
+    {"window of both sides", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 300, 1}}, {{{0, 350, 1}}}, 7, 20, 128},
+    {"window, striped", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 120, 3}}, {{{1, 200, 2}}}, 30, 5, 100},
+    {"rows without keys", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, {{0, 200, 1}}, {{{150, 100, 1}}}, USP_CAUSAL, 128},
+    {"rows without keys, f32", USP_F32, ODD, 2, 1, 1, 1, 0, 20, 12, {{0, 99, 1}}, {{{60, 50, 1}}}, USP_CAUSAL, 31},
+    {"second block not allowed", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64,
+     {{0, 128, 1}}, {{{0, 128, 1}}, {{128, 128, 1}}}, USP_CAUSAL, 128},
+    {"first block not allowed", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64,
+     {{0, 128, 1}}, {{{128, 128, 1}}, {{0, 128, 1}}}, USP_CAUSAL, 128},
+    {"one query", USP_BF16, BSHD, 3, 2, 2, 1, 0, 128, 128, {{500, 1, 1}}, {{{0, 700, 1}}}, USP_CAUSAL, 128},
+    {"one key", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 70, 1}}, {{{30, 1, 1}}}, USP_CAUSAL, 128},
+    {"no keys", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 70, 1}}, {{{0, 0, 1}}}, USP_CAUSAL, 128},
+    {"long", USP_BF16, BSHD, 1, 1, 1, 1, 0, 128, 128, {{0, 1500, 1}}, {{{0, 1500, 1}}}, USP_CAUSAL, 128},
+};
+#undef USP_CAUSAL
+#undef USP_FULL
+
+/* ---- softmax: tiles ---------------------------------------------------------------------------------------------- */
+
+typedef struct plan {
+    size_t work, tile;
+    int works;
+} plan;
+
+static int64_t total_length(const segment *s)
+{
+    int64_t sum = 0;
+    for (int i = 0; i < SEGMENTS; i++) sum += s[i].length;
+    return sum;
+}
+
+static int64_t limit(int value, int sign)
+{
+    return sign * (int64_t)value;
+}
+
+static int32_t to_int32(int64_t x)
+{
+    return (int32_t)(x < INT32_MIN ? INT32_MIN : x > INT32_MAX ? INT32_MAX : x);
+}
+
+/* The tile of one work item and one segment, whose first column is `first`; 0 if no pair is allowed. Offsets column -
+ * row of the pairs lie in [position - last, position - first row]. */
+static int make_tile(const usp_work *work, segment s, int first, int64_t low, int64_t high, usp_tile *tile)
+{
+    int64_t top = work->origin + (int64_t)work->begin * work->stride;
+    int64_t bottom = top + (int64_t)(work->count - 1) * work->stride;
+    *tile = (usp_tile){.origin = s.start - first * s.stride, .stride = s.stride};
+    int any = 0, full = 0;
+    for (int j = first; j < first + s.length; j++) {
+        int64_t position = tile->origin + (int64_t)j * s.stride;
+        if (position - top < low || position - bottom > high) continue;
+        if (!any++) tile->begin = tile->full_begin = tile->full_end = j;
+        tile->end = j + 1;
+        if (position - bottom < low || position - top > high) continue;
+        if (!full++) tile->full_begin = j;
+        tile->full_end = j + 1;
+    }
+    return any > 0;
+}
+
+/* Offsets are key - query in tiles: where rows are keys, column - row is the negative of that. */
+static plan make_plan(usp_gpu_test *t, const segment *rows, const segment *columns, const softmax_case *c,
+                      int keys_are_rows)
+{
+    static usp_work work[4096];
+    static usp_tile tile[4096];
+    int works = 0, tiles = 0;
+    int64_t low = limit(c->low, -1), high = limit(c->high, 1);
+    for (int r = 0, begin = 0; r < SEGMENTS; begin += rows[r++].length) {
+        for (int at = begin; at < begin + rows[r].length; at += c->work_rows) {
+            int left = begin + rows[r].length - at;
+            usp_work *w = &work[works++];
+            *w = (usp_work){at,
+                            left < c->work_rows ? left : c->work_rows,
+                            rows[r].start - begin * rows[r].stride,
+                            rows[r].stride,
+                            tiles,
+                            0};
+            for (int s = 0, first = 0; s < SEGMENTS; first += columns[s++].length) {
+                if (!make_tile(w, columns[s], first, keys_are_rows ? -high : low, keys_are_rows ? -low : high,
+                               &tile[tiles]))
+                    continue;
+                tile[tiles].low = to_int32(low), tile[tiles].high = to_int32(high);
+                w->tiles++, tiles++;
+            }
+        }
+    }
+    plan p = {.works = works};
+    p.work = usp_gpu_put(t, work, sizeof *work * (size_t)works);
+    p.tile = usp_gpu_put(t, tile, sizeof *tile * (size_t)tiles);
+    return p;
+}
+
+/* ---- softmax: calls ---------------------------------------------------------------------------------------------- */
+
+typedef struct softmax_test {
+    const softmax_case *c;
+    int blocks; /* of keys */
+    int folds;  /* backward_key: 2: the same contribution twice, by way of the running sums */
+    int block;  /* of the call */
+    usp_gpu_view q, k[KEY_BLOCKS], v[KEY_BLOCKS], out, dout, acc, lse, delta;
+    usp_gpu_view dq, dq_sum, dk, dk_sum, dv, dv_sum;
+    plan query_plan[KEY_BLOCKS], key_plan[KEY_BLOCKS];
+} softmax_test;
+
+static usp_softmax softmax_args(const usp_gpu_world *w, const softmax_test *s, int block, const plan *p)
+{
+    const softmax_case *c = s->c;
+    return (usp_softmax){.dtype = w->dtype,
+                         .batch = c->batch,
+                         .heads = c->heads,
+                         .key_heads = c->key_heads,
+                         .dim = c->dim,
+                         .value_dim = c->value_dim,
+                         .kv = {c->group, c->offset},
+                         .scale = 1 / sqrtf((float)c->dim),
+                         .queries = s->q.tokens,
+                         .keys = s->k[block].tokens,
+                         .q = usp_gpu_tensor(w, &s->q),
+                         .k = usp_gpu_tensor(w, &s->k[block]),
+                         .v = usp_gpu_tensor(w, &s->v[block]),
+                         .tiles = {usp_gpu_at(w, p->work), usp_gpu_at(w, p->tile), p->works},
+                         .acc = usp_gpu_at(w, s->acc.at),
+                         .lse = usp_gpu_at(w, s->lse.at),
+                         .out = usp_gpu_tensor(w, &s->out),
+                         .dout = usp_gpu_tensor(w, &s->dout),
+                         .delta = usp_gpu_at(w, s->delta.at),
+                         .dq_sum = usp_gpu_tensor(w, &s->dq_sum),
+                         .dk_sum = usp_gpu_tensor(w, &s->dk_sum),
+                         .dv_sum = usp_gpu_tensor(w, &s->dv_sum),
+                         .dq = usp_gpu_tensor(w, &s->dq),
+                         .dk = usp_gpu_tensor(w, &s->dk),
+                         .dv = usp_gpu_tensor(w, &s->dv)};
+}
+
+static usp_status softmax_forward(const usp_gpu_world *w, const void *args)
+{
+    const softmax_test *s = args;
+    usp_status status = USP_OK;
+    for (int i = 0; i < s->blocks && status == USP_OK; i++) {
+        usp_softmax a = softmax_args(w, s, i, &s->query_plan[i]);
+        a.first = i == 0, a.last = i == s->blocks - 1;
+        status = w->device->ops->softmax_forward(w->device, &a, w->stream);
+    }
+    return status;
+}
+
+static usp_status softmax_delta(const usp_gpu_world *w, const void *args)
+{
+    const softmax_test *s = args;
+    usp_softmax a = softmax_args(w, s, 0, &s->query_plan[0]);
+    return w->device->ops->softmax_delta(w->device, &a, usp_gpu_at(w, s->delta.at), w->stream);
+}
+
+static usp_status softmax_backward_query(const usp_gpu_world *w, const void *args)
+{
+    const softmax_test *s = args;
+    usp_status status = USP_OK;
+    for (int i = 0; i < s->blocks && status == USP_OK; i++) {
+        usp_softmax a = softmax_args(w, s, i, &s->query_plan[i]);
+        a.first = i == 0, a.last = i == s->blocks - 1;
+        status = w->device->ops->softmax_backward_query(w->device, &a, w->stream);
+    }
+    return status;
+}
+
+static usp_status softmax_backward_key(const usp_gpu_world *w, const void *args)
+{
+    const softmax_test *s = args;
+    usp_status status = USP_OK;
+    for (int i = 0; i < s->folds && status == USP_OK; i++) {
+        usp_softmax a = softmax_args(w, s, s->block, &s->key_plan[s->block]);
+        a.first = i == 0, a.last = i == s->folds - 1;
+        status = w->device->ops->softmax_backward_key(w->device, &a, w->stream);
+    }
+    return status;
+}
+
+/* lse and delta are [batch, heads, queries]. */
+static usp_gpu_view make_statistic(usp_gpu_test *t, const char *name, const softmax_case *c, int64_t queries)
+{
+    usp_gpu_view v = usp_gpu_make_view(t, name, BHSD, queries, c->batch, c->heads, 1);
+    v.wide = v.strict = 1;
+    return v;
+}
+
+static void make_gradients(usp_gpu_test *t, softmax_test *s, int block)
+{
+    const softmax_case *c = s->c;
+    int64_t keys = s->k[block].tokens;
+    s->block = block;
+    s->dk = usp_gpu_make_view(t, "dk", c->how, keys, c->batch, c->key_heads, c->dim);
+    s->dv = usp_gpu_make_view(t, "dv", c->how, keys, c->batch, c->key_heads, c->value_dim);
+    s->dk_sum = usp_gpu_make_view(t, "sum of dk", c->how, keys, c->batch, c->key_heads, c->dim);
+    s->dv_sum = usp_gpu_make_view(t, "sum of dv", c->how, keys, c->batch, c->key_heads, c->value_dim);
+    s->dk_sum.wide = s->dv_sum.wide = 1;
+}
+
+static void make_keys(usp_gpu_test *t, softmax_test *s, int block)
+{
+    const softmax_case *c = s->c;
+    int64_t keys = total_length(c->key[block]);
+    s->k[block] = usp_gpu_make_view(t, "k", c->how, keys, c->batch, c->key_heads, c->dim);
+    s->v[block] = usp_gpu_make_view(t, "v", c->how, keys, c->batch, c->key_heads, c->value_dim);
+    usp_gpu_fill(t, &s->k[block], 1);
+    usp_gpu_fill(t, &s->v[block], 1);
+    s->query_plan[block] = make_plan(t, c->query, c->key[block], c, 0);
+    s->key_plan[block] = make_plan(t, c->key[block], c->query, c, 1);
+}
+
+static softmax_test make_softmax(usp_gpu_test *t, const softmax_case *c)
+{
+    softmax_test s = {.c = c, .blocks = total_length(c->key[1]) > 0 ? 2 : 1};
+    int64_t queries = total_length(c->query);
+    s.q = usp_gpu_make_view(t, "q", c->how, queries, c->batch, c->heads, c->dim);
+    s.out = usp_gpu_make_view(t, "out", c->how, queries, c->batch, c->heads, c->value_dim);
+    s.dout = usp_gpu_make_view(t, "dout", c->how, queries, c->batch, c->heads, c->value_dim);
+    s.dq = usp_gpu_make_view(t, "dq", c->how, queries, c->batch, c->heads, c->dim);
+    s.dq_sum = usp_gpu_make_view(t, "sum of dq", c->how, queries, c->batch, c->heads, c->dim);
+    s.dq_sum.wide = 1;
+    s.acc = usp_gpu_make_wide(t, "acc", queries, c->batch, c->heads, c->value_dim);
+    s.lse = make_statistic(t, "lse", c, queries);
+    s.delta = make_statistic(t, "delta", c, queries);
+    usp_gpu_fill(t, &s.q, 1);
+    usp_gpu_fill(t, &s.dout, 1);
+    for (int i = 0; i < s.blocks; i++) make_keys(t, &s, i);
+    return s;
+}
+
+/* The gradients of every key block, once and folded twice. */
+static void check_softmax_keys(usp_gpu_test *t, softmax_test *s)
+{
+    for (int i = 0; i < s->blocks; i++) {
+        make_gradients(t, s, i);
+        for (s->folds = 1; s->folds <= 2; s->folds++) {
+            const usp_gpu_view *once[] = {&s->dk, &s->dv, NULL},
+                               *twice[] = {&s->dk, &s->dv, &s->dk_sum, &s->dv_sum, NULL};
+            usp_gpu_run(t, "softmax_backward_key", softmax_backward_key, s, s->folds == 1 ? once : twice);
+        }
+    }
+}
+
+static void check_softmax(usp_gpu_test *t, const softmax_case *c)
+{
+    snprintf(t->name, sizeof t->name, "softmax, %s", c->name);
+    usp_gpu_begin_case(t, c->dtype);
+    softmax_test s = make_softmax(t, c);
+    const usp_gpu_view *one[] = {&s.out, &s.lse, NULL}, *two[] = {&s.out, &s.lse, &s.acc, NULL};
+    usp_gpu_run(t, "softmax_forward", softmax_forward, &s, s.blocks == 1 ? one : two);
+    usp_gpu_fill(t, &s.out, 1);
+    usp_gpu_run(t, "softmax_delta", softmax_delta, &s, (const usp_gpu_view *[]){&s.delta, NULL});
+    const usp_gpu_view *query_one[] = {&s.dq, NULL}, *query_two[] = {&s.dq, &s.dq_sum, NULL};
+    usp_gpu_run(t, "softmax_backward_query", softmax_backward_query, &s, s.blocks == 1 ? query_one : query_two);
+    check_softmax_keys(t, &s);
+}
+
+/* ---- speed ------------------------------------------------------------------------------------------------------- */
+
+static usp_status softmax_backward(const usp_gpu_world *w, const void *args)
+{
+    usp_status status = softmax_delta(w, args);
+    if (status == USP_OK) status = softmax_backward_query(w, args);
+    return status == USP_OK ? softmax_backward_key(w, args) : status;
+}
+
+static void move_plan(usp_gpu_test *t, plan *p, size_t end)
+{
+    char *work = t->plain.base + p->work, *tile = t->plain.base + p->tile;
+    p->work = usp_gpu_upload(t, work, sizeof(usp_work) * (size_t)p->works);
+    p->tile = usp_gpu_upload(t, tile, end - (size_t)(tile - t->plain.base));
+}
+
+static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int tokens, int causal)
+{
+    softmax_case c = {.dtype = USP_BF16,
+                      .batch = 1,
+                      .heads = heads,
+                      .key_heads = key_heads,
+                      .group = heads / key_heads,
+                      .dim = dim,
+                      .value_dim = dim,
+                      .query = {{0, tokens, 1}},
+                      .key = {{{0, tokens, 1}}},
+                      .low = NO_LIMIT,
+                      .high = causal ? 0 : NO_LIMIT,
+                      .work_rows = USP_WORK_ROWS};
+    softmax_test s = {.c = &c, .blocks = 1, .folds = 1};
+    size_t middle, end;
+    usp_gpu_begin_case(t, USP_BF16);
+    s.query_plan[0] = make_plan(t, c.query, c.key[0], &c, 0);
+    middle = t->used;
+    s.key_plan[0] = make_plan(t, c.key[0], c.query, &c, 1);
+    end = t->used;
+    t->used = 0;
+    s.q = usp_gpu_timed_view(t, tokens, heads, dim, 0), s.dout = usp_gpu_timed_view(t, tokens, heads, dim, 0);
+    s.k[0] = usp_gpu_timed_view(t, tokens, key_heads, dim, 0),
+    s.v[0] = usp_gpu_timed_view(t, tokens, key_heads, dim, 0);
+    usp_gpu_fill_alone(t, t->used);
+    s.out = usp_gpu_timed_view(t, tokens, heads, dim, 0), s.dq = usp_gpu_timed_view(t, tokens, heads, dim, 0);
+    s.dk = usp_gpu_timed_view(t, tokens, key_heads, dim, 0), s.dv = usp_gpu_timed_view(t, tokens, key_heads, dim, 0);
+    s.lse = usp_gpu_timed_view(t, tokens, heads, 1, 1), s.delta = usp_gpu_timed_view(t, tokens, heads, 1, 1);
+    s.acc = s.dq_sum = s.dk_sum = s.dv_sum = usp_gpu_timed_view(t, 0, heads, dim, 1);
+    move_plan(t, &s.query_plan[0], middle);
+    move_plan(t, &s.key_plan[0], end);
+    double area = (double)tokens * tokens / (causal ? 2 : 1), flops = 4 * area * heads * dim;
+    float forward = usp_gpu_time(t, softmax_forward, &s), backward = usp_gpu_time(t, softmax_backward, &s);
+    float query = usp_gpu_time(t, softmax_backward_query, &s), key = usp_gpu_time(t, softmax_backward_key, &s);
+    printf("%5d:%-3d %4d %7d %7s %10.3f %10.3f %8.0f %8.0f   dq %.3f, dk dv %.3f ms\n", heads, key_heads, dim, tokens,
+           causal ? "causal" : "full", forward, backward, flops / forward / 1e9, 2.5 * flops / backward / 1e9, query,
+           key);
+}
+
+/* ---- the kind ------------------------------------------------------------------------------------------------------
+ */
+
+void usp_gpu_check_softmax(usp_gpu_test *t)
+{
+    for (size_t i = 0; i < sizeof softmax_cases / sizeof *softmax_cases; i++) check_softmax(t, &softmax_cases[i]);
+}
+
+void usp_gpu_time_softmax(usp_gpu_test *t)
+{
+    static const struct {
+        int heads, key_heads, dim;
+    } shapes[] = {{16, 16, 128}, {32, 32, 64}, {32, 8, 128}};
+    printf("softmax, batch 1, bf16; TFLOP/s by 4 (forward) and 10 (backward) x pairs x d\n");
+    printf("    heads    d  tokens    mask forward ms backward ms fwd TF/s bwd TF/s\n");
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (int way = 0; way < 4; way++)
+            time_softmax(t, shapes[i].heads, shapes[i].key_heads, shapes[i].dim, way / 2 ? 16384 : 4096, way % 2 == 0);
+}
