@@ -1,4 +1,4 @@
-/* control.h - the channel between the processes of a world that carries no tensors: host all-gather, liveness and aborts.
+/* control.h - the channel between the processes of a world that carries no tensors: all-gather, liveness and aborts.
  *
  * A TCP connection between every two ranks and one service thread a rank. The kernel closes a connection when a process
  * dies, so a death is seen at once, also where NCCL reports nothing; heart-beats tell who has stopped (SIGSTOP) and who
@@ -16,9 +16,9 @@ usp_status usp_control_allgather(usp_control *, const void *mine, void *all, siz
 void usp_control_progress(usp_control *, uint64_t exchanges, int waiting_for);
 /* OK, or the sticky failure with its sentence: PEER_LOST (rank), or COMM for a rank that aborted. Never waits. */
 usp_status usp_control_poll(usp_control *);
-/* The rank to blame for a wait on `peer` (-1: unknown) that timed out: the end of the chain of who waits for whom, or one
- * in it that stopped beating; else any that stopped, else the one with the fewest exchanges. Records and spreads the
- * failure; returns its status. */
+/* The rank to blame for a wait on `peer` (-1: unknown) that timed out: the end of the chain of who waits for whom, or
+ * one in it that stopped beating; else any that stopped, else the one with the fewest exchanges. Records and spreads
+ * the failure; returns its status. */
 usp_status usp_control_overdue(usp_control *, int peer);
 /* The wait on `peer` cannot end: its own connection to this rank has. PEER_LOST at once if the peer is known to have
  * gone, else as soon as it is; OK means: wait on. */
