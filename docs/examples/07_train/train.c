@@ -295,7 +295,7 @@ static void allocate(trainer *t)
     t->loss = must_allocate((size_t)t->ranks, sizeof(double));
     t->counted = must_allocate((size_t)t->ranks, sizeof(double));
     t->squares = must_allocate((size_t)t->ranks, sizeof(double));
-    t->adamw = (adamw){.rate = 5e-3f, .decay = 0.1f, .clip = 1, .warmup = 20, .steps = o->steps,
+    t->adamw = (adamw){.rate = 3e-3f, .decay = 0.1f, .clip = 1, .warmup = 20, .steps = o->steps,
                        .first = must_allocate(t->count, sizeof(float)),
                        .second = must_allocate(t->count, sizeof(float)), .decays = t->decays};
     model_initialise(&t->model, o->seed, t->parameters, t->decays);
