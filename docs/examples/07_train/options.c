@@ -22,7 +22,7 @@ void options_help(void)
          "      --seed N      of weights and batches (1)\n"
          "      --csv FILE    writes step,train,held_out\n"
          "      --plant WHAT  plants an error where ranks share a sequence: position or label\n"
-         "  -h, --help");
+         "  -h, --help        this text");
 }
 
 static int read_number(const char *name, const char *text, int least, int *number)

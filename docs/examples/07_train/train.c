@@ -317,7 +317,7 @@ int main(int count, char **argument)
     trainer t = {0};
     if (options_read(count, argument, &t.options) != 0) return 2;
     if (t.options.help) return options_help(), 0;
-    if (open_files(&t) != 0) return 1;
+    if (open_files(&t) != 0) return text_free(&t.text), 1;
     allocate(&t);
     printf("%zu parameters, %zu bytes of text, mesh %d x %d, %d data copies, %d x %d tokens a step\n", t.count,
            t.text.training.length + t.text.held_out.length, t.options.ulysses, t.options.ring, t.options.copies,
