@@ -184,6 +184,13 @@ static usp_status cuda_softmax_backward_key(usp_device *device, const usp_softma
     return usp_cuda_softmax_backward_key(softmax, stream);
 }
 
+/* Longer blocks move fewer states through memory, shorter ones give short inputs enough blocks to fill the GPU; the
+ * steps are where the one began to win over the other (docs/performance-log.md). */
+static int64_t cuda_linear_block(usp_device *device, int64_t rows) {
+    (void)device;
+    return rows <= 1024 ? 64 : rows <= 2048 ? 128 : rows <= 8192 ? 256 : 512;
+}
+
 static usp_status cuda_linear_totals(usp_device *device, const usp_linear *linear, usp_stream stream)
 {
     USP_TRY(enter(device));
@@ -243,6 +250,7 @@ static const usp_device_ops cuda_ops = {
     .softmax_delta = cuda_softmax_delta,
     .softmax_backward_query = cuda_softmax_backward_query,
     .softmax_backward_key = cuda_softmax_backward_key,
+    .linear_block = cuda_linear_block,
     .linear_totals = cuda_linear_totals,
     .linear_scan = cuda_linear_scan,
     .linear_output = cuda_linear_output,

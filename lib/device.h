@@ -165,6 +165,9 @@ typedef struct usp_device_ops {
     usp_status (*softmax_delta)(usp_device *, const usp_softmax *, float *delta, usp_stream);
     usp_status (*softmax_backward_query)(usp_device *, const usp_softmax *, usp_stream); /* dq */
     usp_status (*softmax_backward_key)(usp_device *, const usp_softmax *, usp_stream);   /* dk, dv */
+    /* The block length that suits a run of `rows` rows; a function of that alone, so that results do not depend on how
+     * heads are spread. */
+    int64_t (*linear_block)(usp_device *, int64_t rows);
     /* states[block] = sum over the block's rows j of lambda^(n_j + shift) k_j v_j^T, n_j = rows of the block after j
      * (before j if reverse). q is not used. */
     usp_status (*linear_totals)(usp_device *, const usp_linear *, usp_stream);

@@ -192,12 +192,6 @@ static int chunk_by_start(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
-/* Longer blocks move fewer states through memory, shorter ones give small inputs enough parallel work. The rule looks
- * at rows alone, so that results do not depend on how heads are spread. */
-static int64_t block_rows(int64_t rows) {
-    return rows <= 4096 ? 64 : rows <= 8192 ? 128 : rows <= 16384 ? 256 : 512;
-}
-
 static void collect_chunks(usp_schedule *schedule) {
     const usp_ring_side *side = &schedule->query;
     schedule->chunks = 0;
@@ -222,8 +216,8 @@ static void cut_chunk(usp_schedule *schedule, const usp_chunk *chunk, int64_t mo
     }
 }
 
-static void plan_chunks(usp_schedule *schedule) {
-    int64_t most = block_rows(schedule->query.limit);
+static void plan_chunks(usp_device *device, usp_schedule *schedule) {
+    int64_t most = device->ops->linear_block(device, schedule->query.limit);
     collect_chunks(schedule);
     schedule->own_chunks = schedule->blocks = 0;
     for (int64_t c = 0; c < schedule->chunks; c++) {
@@ -244,7 +238,7 @@ static void plan(usp_sequence *sequence, usp_schedule *schedule) {
     plan_side(&schedule->query, &sequence->query, &schedule->shape, schedule->scratch);
     plan_side(&schedule->key, &sequence->key, &schedule->shape, schedule->scratch);
     if (schedule->shape.attention == USP_LINEAR) {
-        plan_chunks(schedule);
+        plan_chunks(sequence->world->device, schedule);
         return;
     }
     work_list list = {schedule->work, schedule->tile, 0, 0};
@@ -317,12 +311,13 @@ static int64_t most_segments(const usp_ring_side *side, int ring) {
 static usp_status allocate_chunks(usp_sequence *sequence, usp_schedule *schedule) {
     usp_status status = USP_OK;
     const usp_host *host = &sequence->world->host;
+    usp_device *device = sequence->world->device;
     int64_t rows = schedule->query.limit;
     schedule->chunk_capacity = sequence->query.capacity;
     schedule->own_chunk_limit = most_segments(&schedule->query, schedule->shape.ring);
     if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT)
         schedule->own_chunk_limit = 2 * sequence->max_documents * schedule->shape.ulysses;
-    schedule->block_capacity = rows / block_rows(rows) + schedule->own_chunk_limit;
+    schedule->block_capacity = rows / device->ops->linear_block(device, rows) + schedule->own_chunk_limit;
     schedule->chunk = allocate(host, schedule->chunk_capacity, sizeof *schedule->chunk, &status);
     schedule->chunk_step = allocate(host, schedule->chunk_capacity, sizeof *schedule->chunk_step, &status);
     schedule->block = allocate(host, schedule->block_capacity, sizeof *schedule->block, &status);

@@ -113,6 +113,12 @@ static usp_status cpu_supports(usp_device *device, const usp_kernel_shape *shape
     return USP_OK;
 }
 
+/* Inside a block the CPU compares all pairs of rows: short blocks cost least. */
+static int64_t cpu_linear_block(usp_device *device, int64_t rows) {
+    (void)device, (void)rows;
+    return 64;
+}
+
 static usp_status cpu_scale(usp_device *device, float *data, int64_t count, float factor, usp_stream stream)
 {
     (void)device, (void)stream;
@@ -147,6 +153,7 @@ static const usp_device_ops cpu_ops = {
     .softmax_delta = usp_cpu_softmax_delta,
     .softmax_backward_query = usp_cpu_softmax_backward_query,
     .softmax_backward_key = usp_cpu_softmax_backward_key,
+    .linear_block = cpu_linear_block,
     .linear_totals = usp_cpu_linear_totals,
     .linear_scan = usp_cpu_linear_scan,
     .linear_output = usp_cpu_linear_output,
