@@ -269,6 +269,73 @@ int usp_body_repeats(usp_rank *rank, void *argument) {
     return 0;
 }
 
+/* ---- shared memory and data copies --------------------------------------------------------------------------------- */
+
+enum { SHARED_BYTES = 1 << 20 };
+
+/* Lets the stage's workspace and saved be two halves of a piece of registered memory, for one run. */
+static int run_in_shared(usp_stage *stage, char *memory, usp_whole *whole) {
+    void *workspace = stage->workspace.device, *saved = stage->saved.device;
+    if (stage->workspace.bytes > SHARED_BYTES / 2 || stage->saved.bytes > SHARED_BYTES / 2)
+        return usp_say(stage->rank, "%zu and %zu bytes are more than were registered", stage->workspace.bytes,
+                       stage->saved.bytes);
+    stage->workspace.device = memory;
+    stage->saved.device = memory + SHARED_BYTES / 2;
+    int failed = usp_stage_forward(stage, 1) || usp_stage_backward(stage) || usp_stage_gather(stage, 1, whole);
+    stage->workspace.device = workspace;
+    stage->saved.device = saved;
+    return failed;
+}
+
+static int shared_case(usp_rank *rank, const usp_case *c, char *memory) {
+    usp_stage stage;
+    usp_whole plain, shared;
+    if (open_and_fill(rank, c, &stage)) return 1;
+    if (usp_stage_forward(&stage, 1) || usp_stage_backward(&stage) || usp_stage_gather(&stage, 1, &plain)) return 1;
+    if (run_in_shared(&stage, memory, &shared)) return 1;
+    if (rank->rank == 0) usp_compare_bits(rank, c, "in registered memory", USP_SAME_ALL, &shared, &plain);
+    usp_whole_free(&plain);
+    usp_whole_free(&shared);
+    usp_stage_close(&stage);
+    usp_count(rank);
+    return 0;
+}
+
+int usp_body_shared_memory(usp_rank *rank, void *argument) {
+    static const usp_case cases[] = {
+        {.tokens = 77, .mask = USP_MASK_CAUSAL, .head_dim = 16, .kv_heads = 2, .return_lse = 1, .deterministic = 1},
+        {.attention = USP_LINEAR,
+         .tokens = 77,
+         .mask = USP_MASK_CAUSAL,
+         .head_dim = 16,
+         .decay = 1,
+         .final_state = 1,
+         .deterministic = 1}};
+    void *memory = NULL;
+    (void)argument;
+    if (usp_world_alloc_shared(rank->world, SHARED_BYTES, &memory) != USP_OK)
+        return usp_say(rank, "%s", usp_last_error());
+    for (int i = 0; i < 2; i++) {
+        usp_case c = cases[i];
+        choose_mesh(rank, &c);
+        if (shared_case(rank, &c, memory)) return 1;
+    }
+    if (usp_world_free_shared(rank->world, memory) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+    return 0;
+}
+
+int usp_body_unlike_copies(usp_rank *rank, void *argument) {
+    int ranks = rank->size / 2, copy = rank->rank / ranks;
+    usp_case c = {.ring = ranks, .copies = 2, .tokens = 61, .mask = USP_MASK_CAUSAL, .head_dim = 16};
+    if (copy == 1) {
+        c.tokens = 40;
+        c.layout = USP_LAYOUT_CONTIGUOUS;
+        c.heads = 2;
+        c.return_lse = 1;
+    }
+    return usp_check_case(rank, &c, argument);
+}
+
 /* ---- parts of a layer -------------------------------------------------------------------------------------------- */
 
 /* The shards of all ranks, to count who holds a head. */

@@ -44,6 +44,11 @@ int usp_body_states(usp_rank *rank, void *argument);
 /* A sequence in two halves, the final state of the first being the initial one of the second, is the whole sequence. */
 int usp_body_continue(usp_rank *rank, void *argument);
 
+/* Workspace and saved in memory that is registered with every rank: bit for bit the same. */
+int usp_body_shared_memory(usp_rank *rank, void *argument);
+/* Two data copies with sequences and layers of their own. argument: usp_references */
+int usp_body_unlike_copies(usp_rank *rank, void *argument);
+
 /* The f32 error against the oracle for ring = world size. argument: usp_growth. */
 typedef struct usp_growth {
     usp_references *references;

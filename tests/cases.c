@@ -28,11 +28,12 @@ usp_case usp_case_complete(usp_case c) {
     return c;
 }
 
-/* A linear layer follows the order of the tokens from rank to rank: where no rank holds runs of them it refuses. */
+/* Only equal lengths have common positions. A linear layer follows the order of the tokens from rank to rank: where no
+ * rank holds runs of them it refuses. */
 usp_expectation usp_case_expectation(const usp_case *c) {
     int linear = c->attention == USP_LINEAR;
     int scattered = c->layout == USP_LAYOUT_STRIPE || c->layout == USP_LAYOUT_CUSTOM;
-    if (c->key_tokens && (linear || c->mask == USP_MASK_CAUSAL)) return USP_MAY_REFUSE;
+    if (c->key_tokens && c->key_tokens != c->tokens && (linear || c->mask == USP_MASK_CAUSAL)) return USP_MUST_REFUSE;
     if (linear && c->ring > 1 && c->layout == USP_LAYOUT_STRIPE && c->mask == USP_MASK_CAUSAL &&
         c->tokens > (int64_t)c->ulysses * c->ring)
         return USP_MUST_REFUSE;
@@ -170,6 +171,8 @@ static const usp_case softmax_cases[] = {
     {.tokens = 97, .key_tokens = 7, .layout = USP_LAYOUT_CONTIGUOUS, .return_lse = 1},
     {.tokens = 1, .key_tokens = 61, .layout = USP_LAYOUT_STRIPE},
     {.tokens = 61, .key_tokens = 1, .heads = 6, .kv_heads = 2, .head_dim = 8, .value_dim = 12},
+    {.tokens = 61, .key_tokens = 33, .mask = USP_MASK_CAUSAL, .return_lse = 1},
+    {.tokens = 33, .key_tokens = 61, .mask = USP_MASK_CAUSAL, .return_lse = 1},
     {.tokens = 0, .key_tokens = 13},
     /* heads: GQA, MQA, not divisible by ulysses, fewer than ulysses, both, more dims of one kind than of the other */
     {.tokens = 61, .mask = USP_MASK_CAUSAL, .heads = 8, .kv_heads = 2, .return_lse = 1},

@@ -30,7 +30,8 @@ typedef struct usp_ranks {
     usp_device_kind device;                    /* auto: CPU */
     int size;                                  /* the environment's knows better */
     int seconds;                               /* time limit; 0: 60 */
-    int watchdog;                              /* as in usp_world_config */
+    int watchdog;           /* as in usp_world_config */
+    int timeout_ms;         /* as in usp_world_config; 0: half of the time limit */
     usp_status (*stream_create)(usp_stream *); /* NULL: the NULL stream */
     void (*stream_destroy)(usp_stream);
 } usp_ranks;

@@ -38,11 +38,21 @@ Test(layer, many_blocks) {
     run_table(&usp_large_table, small_sizes, 4);
 }
 
+Test(layer, wide_heads) {
+    run_table(&usp_wide_table, some_sizes + 1, 1);
+}
+
 Test(layer, data_copies) {
     usp_references references = {0};
     usp_table_run run = {.table = &usp_half_table, .copies = 2, .references = &references};
     usp_expect_ranks(4, SECONDS, usp_body_table, &run);
     run.copies = 3;
     usp_expect_ranks(6, SECONDS, usp_body_table, &run);
+    usp_references_free(&references);
+}
+
+Test(layer, data_copies_that_differ) {
+    usp_references references = {0};
+    for (int size = 2; size <= 6; size += 2) usp_expect_ranks(size, SECONDS, usp_body_unlike_copies, &references);
     usp_references_free(&references);
 }
