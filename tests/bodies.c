@@ -326,12 +326,11 @@ int usp_body_shared_memory(usp_rank *rank, void *argument) {
 
 int usp_body_unlike_copies(usp_rank *rank, void *argument) {
     int ranks = rank->size / 2, copy = rank->rank / ranks;
-    usp_case c = {.ring = ranks, .copies = 2, .tokens = 61, .mask = USP_MASK_CAUSAL, .head_dim = 16};
+    usp_case c = {.ring = ranks, .copies = 2, .tokens = 61, .mask = USP_MASK_CAUSAL, .head_dim = 16, .return_lse = 1};
     if (copy == 1) {
         c.tokens = 40;
         c.layout = USP_LAYOUT_CONTIGUOUS;
         c.heads = 2;
-        c.return_lse = 1;
     }
     return usp_check_case(rank, &c, argument);
 }
