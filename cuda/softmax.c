@@ -28,8 +28,9 @@ usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape)
     }
     size_t shared = usp_softmax_any.shared(shape->dim, shape->value_dim), limit = shared_limit();
     if (shared > limit) {
-        return usp_fail(USP_UNSUPPORTED, "head_dim %d and value_dim %d need %zu bytes of shared memory, this GPU has %zu",
-                        shape->dim, shape->value_dim, shared, limit);
+        return usp_fail(USP_UNSUPPORTED,
+                        "head_dim %d and value_dim %d need %zu bytes of shared memory, this GPU has %zu", shape->dim,
+                        shape->value_dim, shared, limit);
     }
     return USP_OK;
 }
@@ -38,7 +39,8 @@ static usp_status dispatch(const usp_softmax *args, usp_softmax_call call, usp_s
 {
     size_t limit = shared_limit();
     int i = 0;
-    while (i < FAMILIES - 1 && (families[i]->shared(args->dim, args->value_dim) > limit || !families[i]->fits(args, call)))
+    while (i < FAMILIES - 1 &&
+           (families[i]->shared(args->dim, args->value_dim) > limit || !families[i]->fits(args, call)))
         i++;
     return families[i]->call[call](args, stream);
 }

@@ -7,7 +7,7 @@
 
 constexpr float USP_LOG2E = 1.4426950408889634f;
 
-/* ---- jobs -------------------------------------------------------------------------------------------------------------- */
+/* ---- jobs -------------------------------------------------------------------------------------------------------- */
 
 /* Rows [begin, begin + count) of one work item, for one head of one batch entry. */
 struct usp_job {
@@ -15,16 +15,18 @@ struct usp_job {
     int begin, count, head, batch;
 };
 
-/* Heads (of all batch entries) that are worked on side by side. Inside a bundle all heads of one work item come before the
- * next one, heaviest first, so that no heavy job starts late; blocks running together still share columns in the cache. */
+/* Heads (of all batch entries) that are worked on side by side. Inside a bundle all heads of one work item come before
+ * the next one, heaviest first, so that no heavy job starts late; blocks running together still share columns in the
+ * cache. */
 constexpr unsigned USP_BUNDLE = 16;
 
-/* This block's job, one of those that usp_launch_jobs starts. Under a causal mask the last queries and the first keys have
- * most work: `backward` gives out the last rows first. count is not positive if the work item has no such part. */
+/* This block's job, one of those that usp_launch_jobs starts. Under a causal mask the last queries and the first keys
+ * have most work: `backward` gives out the last rows first. count is not positive if the work item has no such part. */
 static __device__ __forceinline__ usp_job usp_take_job(const usp_softmax &args, int heads, int rows, bool backward)
 {
     unsigned parts = USP_WORK_ROWS / rows, items = args.tiles.works * parts, bundle = blockIdx.x / (items * USP_BUNDLE);
-    unsigned inside = blockIdx.x % (items * USP_BUNDLE), width = min(USP_BUNDLE, args.batch * heads - bundle * USP_BUNDLE);
+    unsigned inside = blockIdx.x % (items * USP_BUNDLE),
+             width = min(USP_BUNDLE, args.batch * heads - bundle * USP_BUNDLE);
     unsigned item = inside / width, line = bundle * USP_BUNDLE + inside % width;
     if (backward) item = items - 1 - item;
     const usp_work *work = args.tiles.work + item / parts;
@@ -40,8 +42,8 @@ static inline int64_t usp_jobs(const usp_softmax &args, int heads, int rows)
 
 /* Starts one block per job; none if there is no job. */
 template <typename Kernel>
-static usp_status usp_launch_jobs(const char *what, Kernel kernel, const usp_softmax &args, int heads, int rows, int threads,
-                                  size_t shared, usp_stream stream)
+static usp_status usp_launch_jobs(const char *what, Kernel kernel, const usp_softmax &args, int heads, int rows,
+                                  int threads, size_t shared, usp_stream stream)
 {
     int64_t jobs = usp_jobs(args, heads, rows);
     if (jobs == 0) return USP_OK;
@@ -50,7 +52,7 @@ static usp_status usp_launch_jobs(const char *what, Kernel kernel, const usp_sof
     return usp_cuda_launch(what, kernel, dim3((unsigned)jobs), dim3(threads), shared, stream, args);
 }
 
-/* ---- columns ----------------------------------------------------------------------------------------------------------- */
+/* ---- columns ----------------------------------------------------------------------------------------------------- */
 
 /* Walks the tiles of a work item, `step` columns at a time, `rounds` times over (once for every head that shares the
  * rows). It holds only what every step needs; the rest of a tile is read again where a mask needs it. */
@@ -109,7 +111,8 @@ struct usp_band {
     {
     }
 
-    /* KEY_ROWS: rows are keys and columns queries, else the reverse. Columns before the tile's begin are never asked for. */
+    /* KEY_ROWS: rows are keys and columns queries, else the reverse. Columns before the tile's begin are never asked
+     * for. */
     template <bool KEY_ROWS> __device__ __forceinline__ bool allows(int row, int column) const
     {
         int at_row = usp_position(row_origin, row_stride, row);
@@ -121,7 +124,8 @@ struct usp_band {
 
 /* Sets the elements of pairs that are not allowed; `row` and `column` are those of the accumulator's first element. */
 template <bool KEY_ROWS, int M, int N>
-static __device__ __forceinline__ void usp_mask_pairs(usp_sums<M, N> &c, const usp_band &band, int row, int column, float value)
+static __device__ __forceinline__ void usp_mask_pairs(usp_sums<M, N> &c, const usp_band &band, int row, int column,
+                                                      float value)
 {
 #pragma unroll
     for (int n = 0; n < N; n++) {
@@ -136,7 +140,7 @@ static __device__ __forceinline__ void usp_mask_pairs(usp_sums<M, N> &c, const u
     }
 }
 
-/* ---- online softmax ---------------------------------------------------------------------------------------------------- */
+/* ---- online softmax ---------------------------------------------------------------------------------------------- */
 
 /* Over the four lanes that share a row of an accumulator. */
 static __device__ __forceinline__ float usp_row_max(float x)
@@ -178,8 +182,8 @@ template <int M> struct usp_online {
         }
     }
 
-    /* Takes up row i of `sums`, normalised, with its log-sum-exp. It stands for a weight of 2^USP_SLACK at a score so much
-     * lower: next to a long past, the weights of single keys would lose bits in fp16. */
+    /* Takes up row i of `sums`, normalised, with its log-sum-exp. It stands for a weight of 2^USP_SLACK at a score so
+     * much lower: next to a long past, the weights of single keys would lose bits in fp16. */
     template <int W> __device__ __forceinline__ void resume(int i, usp_sums<M, W> &sums, float lse, float scale)
     {
         constexpr float weight = 1 << USP_SLACK;
@@ -219,8 +223,10 @@ template <int M> struct usp_online {
             for (int n = 0; n < N; n++)
                 best[i] = fmaxf(best[i], fmaxf(scores[i / 2][n][i % 2 * 2], scores[i / 2][n][i % 2 * 2 + 1]));
             best[i] = usp_row_max(best[i]);
-            if ((best[i] - top[i]) * scale2 > USP_SLACK) grown = true;
-            else best[i] = top[i];
+            if ((best[i] - top[i]) * scale2 > USP_SLACK)
+                grown = true;
+            else
+                best[i] = top[i];
         }
         if (!__any_sync(~0u, grown)) return;
 #pragma unroll

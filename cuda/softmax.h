@@ -8,7 +8,7 @@ extern "C" {
 #endif
 #include "device.h"
 
-/* ---- entries, as device.c calls them --------------------------------------------------------------------------------- */
+/* ---- entries, as device.c calls them ----------------------------------------------------------------------------- */
 
 usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape);
 usp_status usp_cuda_softmax_forward(const usp_softmax *args, usp_stream stream);
@@ -16,7 +16,7 @@ usp_status usp_cuda_softmax_delta(const usp_softmax *args, float *delta, usp_str
 usp_status usp_cuda_softmax_backward_query(const usp_softmax *args, usp_stream stream);
 usp_status usp_cuda_softmax_backward_key(const usp_softmax *args, usp_stream stream);
 
-/* ---- families --------------------------------------------------------------------------------------------------------- */
+/* ---- families ---------------------------------------------------------------------------------------------------- */
 
 typedef enum usp_softmax_call { USP_CALL_FORWARD, USP_CALL_BACKWARD_QUERY, USP_CALL_BACKWARD_KEY } usp_softmax_call;
 

@@ -1,5 +1,6 @@
-/* softmax_backward.cu - backward softmax attention on tensor cores (mma.sync, sm_80 and up), 16-bit elements, dims up to
- * 128: dq by work items of queries, dk and dv by work items of keys. No atomics: each row is summed by one block, in order. */
+/* softmax_backward.cu - backward softmax attention on tensor cores (mma.sync, sm_80 and up), 16-bit elements, dims up
+ * to 128: dq by work items of queries, dk and dv by work items of keys. No atomics: each row is summed by one block, in
+ * order. */
 #include "softmax_mma.cuh"
 
 /* P = 2^(score scale2 - base). A row that allows no key has lse -inf: an infinite base makes its weights 0. */
@@ -19,7 +20,7 @@ static __device__ __forceinline__ void usp_deliver(usp_sums<M, N> &c, const usp_
         usp_store(c, running, sum.stride_token, rows, dim);
 }
 
-/* ---- dq ---------------------------------------------------------------------------------------------------------------- */
+/* ---- dq ---------------------------------------------------------------------------------------------------------- */
 
 template <int DIM, typename Shape> struct usp_backward_query_memory {
     static constexpr int step = Shape::step * DIM * 2, rows = Shape::rows * DIM * 2;
@@ -34,7 +35,8 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     using memory = usp_backward_query_memory<DIM, Shape>;
     constexpr int M = Shape::blocks, N = Shape::step / 8, threads = Shape::threads;
     uint32_t base = usp_shared_base();
-    usp_shared_rows<DIM> q = {base + memory::q}, dout = {base + memory::dout}, k = {base + memory::k}, v = {base + memory::v};
+    usp_shared_rows<DIM> q = {base + memory::q}, dout = {base + memory::dout}, k = {base + memory::k},
+                         v = {base + memory::v};
 
     usp_job job = usp_take_job(args, args.heads, Shape::rows, true);
     if (job.count <= 0) return;
@@ -49,8 +51,8 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
                                         args.v.stride_token, at.columns(), args.value_dim);
     };
 
-    usp_fetch<Shape::rows, threads>(q, usp_row<T>(args.q, job.begin, job.batch, job.head), args.q.stride_token, job.count,
-                                    args.dim);
+    usp_fetch<Shape::rows, threads>(q, usp_row<T>(args.q, job.begin, job.batch, job.head), args.q.stride_token,
+                                    job.count, args.dim);
     usp_fetch<Shape::rows, threads>(dout, usp_row<T>(args.dout, job.begin, job.batch, job.head), args.dout.stride_token,
                                     job.count, args.value_dim);
     usp_walk walk(args.tiles, *job.work, 1);
@@ -80,8 +82,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
             x = usp_exp2(fmaf(x, scale2, -row_base[i / (N * 4) * 2 + i % 4 / 2]));
             ds[i / (N * 4)][i / 4 % N][i % 4] = -row_delta[i / (N * 4) * 2 + i % 4 / 2];
         }
-        if (!at.full(Shape::step))
-            usp_mask_pairs<false>(p, usp_band(*job.work, at.tile()), first_row, at.column, 0);
+        if (!at.full(Shape::step)) usp_mask_pairs<false>(p, usp_band(*job.work, at.tile()), first_row, at.column, 0);
         usp_multiply_rows<T>(ds, dout.rows_from(warp_row), v.rows_from(buffer * Shape::step));
 #pragma unroll
         for (int i = 0; i < M * N * 4; i++) ds[i / (N * 4)][i / 4 % N][i % 4] *= p[i / (N * 4)][i / 4 % N][i % 4];
@@ -91,26 +92,28 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     usp_deliver<T>(dq, args, args.dq_sum, args.dq, args.scale, first_row, job.head, job.batch, rows, args.dim);
 }
 
-/* ---- dk, dv ------------------------------------------------------------------------------------------------------------ */
+/* ---- dk, dv ------------------------------------------------------------------------------------------------------ */
 
 template <int DIM, typename Shape> struct usp_backward_key_memory {
     static constexpr int step = Shape::step * DIM * 2, rows = Shape::rows * DIM * 2, line = Shape::step * 4;
     static constexpr int k = 0, v = k + rows, q = v + rows, dout = q + 2 * step;
-    static constexpr int base = dout + 2 * step, delta = base + 2 * line, bytes = delta + 2 * line;
+    static constexpr int lines = dout + 2 * step, bytes = lines + 4 * line; /* [base, delta][buffer][column] */
 };
 
-/* Rows are keys: S^T = k q^T, dv += P^T dout, dP^T = v dout^T, dk += P^T (dP^T - delta) q, over all the query heads that
- * read the key head. */
+/* Rows are keys: S^T = k q^T, dv += P^T dout, dP^T = v dout^T, dk += P^T (dP^T - delta) q, over all the query heads
+ * that read the key head. */
 template <typename T, int DIM, typename Shape>
 static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     usp_softmax_backward_key_kernel(const __grid_constant__ usp_softmax args)
 {
     using memory = usp_backward_key_memory<DIM, Shape>;
     constexpr int M = Shape::blocks, N = Shape::step / 8, threads = Shape::threads, step = Shape::step;
+    static_assert(2 * step <= threads, "one thread for every lse and delta of a step");
     extern __shared__ __align__(1024) unsigned char bytes[];
     uint32_t base = usp_shared_base();
-    usp_shared_rows<DIM> q = {base + memory::q}, dout = {base + memory::dout}, k = {base + memory::k}, v = {base + memory::v};
-    float *lines = reinterpret_cast<float *>(bytes + memory::base); /* [base, delta][buffer][column] */
+    usp_shared_rows<DIM> k = {base + memory::k}, v = {base + memory::v}, q = {base + memory::q},
+                         dout = {base + memory::dout};
+    float *lines = reinterpret_cast<float *>(bytes + memory::lines);
 
     usp_job job = usp_take_job(args, args.key_heads, Shape::rows, false);
     if (job.count <= 0) return;
@@ -135,10 +138,10 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         if (threadIdx.x < 2 * step) lines[(threadIdx.x / step * 2 + buffer) * step + line_column] = value;
     };
 
-    usp_fetch<Shape::rows, threads>(k, usp_row<T>(args.k, job.begin, job.batch, job.head), args.k.stride_token, job.count,
-                                    args.dim);
-    usp_fetch<Shape::rows, threads>(v, usp_row<T>(args.v, job.begin, job.batch, job.head), args.v.stride_token, job.count,
-                                    args.value_dim);
+    usp_fetch<Shape::rows, threads>(k, usp_row<T>(args.k, job.begin, job.batch, job.head), args.k.stride_token,
+                                    job.count, args.dim);
+    usp_fetch<Shape::rows, threads>(v, usp_row<T>(args.v, job.begin, job.batch, job.head), args.v.stride_token,
+                                    job.count, args.value_dim);
     usp_walk walk(args.tiles, *job.work, max(last_head - first_head, 0));
     float line_value = walk.running() ? fetch(walk, 0) : 0;
 
@@ -181,11 +184,11 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     usp_deliver<T>(dv, args, args.dv_sum, args.dv, 1, first_row, job.head, job.batch, rows, args.value_dim);
 }
 
-/* ---- launchers --------------------------------------------------------------------------------------------------------- */
+/* ---- launchers --------------------------------------------------------------------------------------------------- */
 
 struct usp_backward_query_launch {
     static constexpr const char *what = "softmax backward for queries";
-    template <int DIM> using shape = usp_backward_query_shape;
+    template <int DIM> using shape = usp_backward_query_shape<DIM>;
     template <int DIM, typename Shape> using memory = usp_backward_query_memory<DIM, Shape>;
     static int heads(const usp_softmax &args) { return args.heads; }
     template <typename T, int DIM, typename Shape> static auto kernel()
@@ -215,15 +218,9 @@ static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream st
     return usp_start_any<usp_backward_key_launch>(*args, stream);
 }
 
-/* ---- family ------------------------------------------------------------------------------------------------------------ */
+/* ---- family ------------------------------------------------------------------------------------------------------ */
 
-/* The most that one of the kernels takes. */
-static size_t usp_shared(int dim, int value_dim)
-{
-    bool narrow = dim <= 64 && value_dim <= 64;
-    return narrow ? usp_backward_key_memory<64, usp_backward_key_shape<64>>::bytes
-                  : usp_backward_key_memory<128, usp_backward_key_shape<128>>::bytes;
-}
+static size_t usp_shared(int, int) { return USP_LEAST_SHARED; }
 
 /* Pairs of fp32 are written at once. */
 static bool usp_pairs_aligned(const usp_tensor &x)
@@ -239,7 +236,8 @@ static bool usp_result_fits(const usp_softmax &args, const usp_tensor &sum, cons
 static int usp_fits(const usp_softmax *args, usp_softmax_call call)
 {
     const usp_softmax &a = *args;
-    if (a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || a.dim > 128 || a.value_dim > 128 || !(a.scale > 0)) return 0;
+    if (a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || a.dim > 128 || a.value_dim > 128 || !(a.scale > 0))
+        return 0;
     if (!usp_rows_aligned(a.q, 2) || !usp_rows_aligned(a.k, 2) || !usp_rows_aligned(a.v, 2)) return 0;
     if (call == USP_CALL_FORWARD)
         return (!a.last || usp_rows_aligned(a.out, 2)) && reinterpret_cast<uintptr_t>(a.acc) % 8 == 0;

@@ -1,5 +1,5 @@
-/* softmax_forward.cu - forward softmax attention on tensor cores (mma.sync, sm_80 and up), 16-bit elements, dims up to 128.
- * One block folds all keys of one work item into the running sums of its queries; it never meets another block. */
+/* softmax_forward.cu - forward softmax attention on tensor cores (mma.sync, sm_80 and up), 16-bit elements, dims up to
+ * 128. One block folds all keys of one work item into the running sums of its queries; it never meets another block. */
 #include "softmax_mma.cuh"
 
 template <int DIM, typename Shape> struct usp_forward_memory {
@@ -24,13 +24,13 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     auto fetch = [&](const usp_walk &at, int buffer) {
         int64_t column = at.column;
         usp_fetch<Shape::step, threads>(k.rows_from(buffer * Shape::step), keys + column * args.k.stride_token,
-                                       args.k.stride_token, at.columns(), args.dim);
+                                        args.k.stride_token, at.columns(), args.dim);
         usp_fetch<Shape::step, threads>(v.rows_from(buffer * Shape::step), values + column * args.v.stride_token,
-                                       args.v.stride_token, at.columns(), args.value_dim);
+                                        args.v.stride_token, at.columns(), args.value_dim);
     };
 
-    usp_fetch<Shape::rows, threads>(q, usp_row<T>(args.q, job.begin, job.batch, job.head), args.q.stride_token, job.count,
-                                     args.dim);
+    usp_fetch<Shape::rows, threads>(q, usp_row<T>(args.q, job.begin, job.batch, job.head), args.q.stride_token,
+                                    job.count, args.dim);
     usp_walk walk(args.tiles, *job.work, 1);
     if (walk.running()) fetch(walk, 0);
 
@@ -53,10 +53,10 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         usp_fetched();
         __syncthreads();
         usp_walk at = walk;
-        walk.advance(Shape::step);
-        if (walk.running()) fetch(walk, buffer ^ 1);
         usp_sums<M, N> scores = {};
         usp_multiply_rows<T>(scores, q.rows_from(warp_row), k.rows_from(buffer * Shape::step));
+        walk.advance(Shape::step);
+        if (walk.running()) fetch(walk, buffer ^ 1); /* here its addresses are computed in the shade of the products */
         if (!at.full(Shape::step))
             usp_mask_pairs<false>(scores, usp_band(*job.work, at.tile()), first_row, at.column, -INFINITY);
         online.weigh(scores, out, scale2);
@@ -71,17 +71,21 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         if (row < rows && (threadIdx.x & 3) == 0) lse[row] = value;
     }
     if (args.last)
-        usp_store(out, usp_row<T>(args.out, first_row, job.batch, job.head), args.out.stride_token, rows, args.value_dim);
+        usp_store(out, usp_row<T>(args.out, first_row, job.batch, job.head), args.out.stride_token, rows,
+                  args.value_dim);
     else
         usp_store(out, acc, acc_stride, rows, args.value_dim);
 }
 
 struct usp_forward_launch {
     static constexpr const char *what = "softmax forward";
-    template <int DIM> using shape = usp_forward_shape;
+    template <int DIM> using shape = usp_forward_shape<DIM>;
     template <int DIM, typename Shape> using memory = usp_forward_memory<DIM, Shape>;
     static int heads(const usp_softmax &args) { return args.heads; }
-    template <typename T, int DIM, typename Shape> static auto kernel() { return usp_softmax_forward_kernel<T, DIM, Shape>; }
+    template <typename T, int DIM, typename Shape> static auto kernel()
+    {
+        return usp_softmax_forward_kernel<T, DIM, Shape>;
+    }
 };
 
 extern "C" usp_status usp_softmax_mma_forward(const usp_softmax *args, usp_stream stream)

@@ -3,7 +3,7 @@
 #include "softmax.cuh"
 
 constexpr int USP_ANY_WARPS = 4, USP_ANY_ROWS = 4, USP_ANY_BLOCK = USP_ANY_WARPS * USP_ANY_ROWS;
-constexpr int USP_ANY_WIDTH = USP_SOFTMAX_MAX_DIM / 32;      /* sums of one row that a lane keeps at most */
+constexpr int USP_ANY_WIDTH = USP_SOFTMAX_MAX_DIM / 32; /* sums of one row that a lane keeps at most */
 
 /* Elements of a row in shared memory; the rest up to here is zero. */
 static __host__ __device__ __forceinline__ int usp_padded(int dim) { return (dim + 31) / 32 * 32; }
@@ -37,7 +37,8 @@ static __device__ void usp_dots(float (&s)[USP_ANY_ROWS], const float *rows, con
 using usp_any_sums = float[USP_ANY_ROWS][USP_ANY_WIDTH];
 
 /* sums += p times columns: p is held by lanes, one column each. */
-static __device__ void usp_add_weighted(usp_any_sums &sums, const float (&p)[USP_ANY_ROWS], const float *columns, int dim)
+static __device__ void usp_add_weighted(usp_any_sums &sums, const float (&p)[USP_ANY_ROWS], const float *columns,
+                                        int dim)
 {
     for (int j = 0; j < 32; j++) {
         float weight[USP_ANY_ROWS];
@@ -67,16 +68,18 @@ static __device__ __forceinline__ usp_any_rows usp_rows_of_warp(const usp_job &j
 
 /* row = row * factor (+ sum), to dtype if last, else into the sum. */
 template <typename T>
-static __device__ void usp_deliver_any(const float (&row)[USP_ANY_WIDTH], float *sum, T *result, float factor, int first,
-                                       int last, int dim)
+static __device__ void usp_deliver_any(const float (&row)[USP_ANY_WIDTH], float *sum, T *result, float factor,
+                                       int first, int last, int dim)
 {
 #pragma unroll
     for (int i = 0; i < USP_ANY_WIDTH; i++) {
         int d = i * 32 + threadIdx.x % 32;
         if (d >= dim) break;
         float x = row[i] * factor + (first ? 0 : sum[d]);
-        if (last) result[d] = usp_from_float<T>(x);
-        else sum[d] = x;
+        if (last)
+            result[d] = usp_from_float<T>(x);
+        else
+            sum[d] = x;
     }
 }
 
@@ -92,7 +95,7 @@ static __device__ __forceinline__ float usp_warp_max(float x)
     return x;
 }
 
-/* ---- forward ----------------------------------------------------------------------------------------------------------- */
+/* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 /* The state of one row: weights are exp(scale score - top). */
 struct usp_any_online {
@@ -126,8 +129,8 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
     float *acc = args.acc + (((int64_t)rows.first * args.batch + job.batch) * args.heads + job.head) * args.value_dim;
     int64_t acc_stride = (int64_t)args.batch * args.heads * args.value_dim;
 
-    usp_stage(q, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.q, job.begin, job.batch, job.head), args.q.stride_token,
-              job.count, args.dim);
+    usp_stage(q, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.q, job.begin, job.batch, job.head),
+              args.q.stride_token, job.count, args.dim);
     usp_any_sums out = {};
     usp_any_online online[USP_ANY_ROWS];
 #pragma unroll
@@ -145,8 +148,8 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
         int column = at.column + threadIdx.x % 32;
         float p[USP_ANY_ROWS];
         __syncthreads();
-        usp_stage(columns, usp_pitch(args.dim), 32, usp_row<T>(args.k, at.column, job.batch, key_head), args.k.stride_token,
-                  at.columns(), args.dim);
+        usp_stage(columns, usp_pitch(args.dim), 32, usp_row<T>(args.k, at.column, job.batch, key_head),
+                  args.k.stride_token, at.columns(), args.dim);
         __syncthreads();
         usp_dots(p, q + threadIdx.x / 32 * USP_ANY_ROWS * usp_padded(args.dim), columns, args.dim);
         for (int r = 0; r < USP_ANY_ROWS; r++) {
@@ -164,12 +167,13 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
         if (r >= rows.count) break;
         float sum = online[r].sum;
         if (threadIdx.x % 32 == 0) args.lse[line + r] = sum > 0 ? online[r].top + logf(sum) : -INFINITY;
-        usp_deliver_any(out[r], acc + r * acc_stride, args.last ? usp_row<T>(args.out, rows.first + r, job.batch, job.head)
-                        : nullptr, sum > 0 ? 1 / sum : 0, 1, args.last, args.value_dim);
+        usp_deliver_any(out[r], acc + r * acc_stride,
+                        args.last ? usp_row<T>(args.out, rows.first + r, job.batch, job.head) : nullptr,
+                        sum > 0 ? 1 / sum : 0, 1, args.last, args.value_dim);
     }
 }
 
-/* ---- backward ---------------------------------------------------------------------------------------------------------- */
+/* ---- backward ---------------------------------------------------------------------------------------------------- */
 
 /* exp(scale score - lse), 0 for a pair that is not allowed or a query without keys. */
 static __device__ __forceinline__ float usp_weight_any(bool allowed, float score, float lse)
@@ -191,8 +195,8 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
     int key_head = usp_mapped_head(args.kv, job.head), warp_row = threadIdx.x / 32 * USP_ANY_ROWS;
     int64_t line = ((int64_t)job.batch * args.heads + job.head) * args.queries + rows.first;
 
-    usp_stage(q, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.q, job.begin, job.batch, job.head), args.q.stride_token,
-              job.count, args.dim);
+    usp_stage(q, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.q, job.begin, job.batch, job.head),
+              args.q.stride_token, job.count, args.dim);
     usp_stage(dout, usp_padded(args.value_dim), USP_ANY_BLOCK, usp_row<T>(args.dout, job.begin, job.batch, job.head),
               args.dout.stride_token, job.count, args.value_dim);
     usp_any_sums dq = {};
@@ -206,8 +210,8 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
         __syncthreads();
         usp_dots(ds, dout + warp_row * usp_padded(args.value_dim), columns, args.value_dim);
         __syncthreads();
-        usp_stage(columns, usp_pitch(args.dim), 32, usp_row<T>(args.k, at.column, job.batch, key_head), args.k.stride_token,
-                  at.columns(), args.dim);
+        usp_stage(columns, usp_pitch(args.dim), 32, usp_row<T>(args.k, at.column, job.batch, key_head),
+                  args.k.stride_token, at.columns(), args.dim);
         __syncthreads();
         usp_dots(s, q + warp_row * usp_padded(args.dim), columns, args.dim);
         for (int r = 0; r < USP_ANY_ROWS; r++) {
@@ -241,8 +245,8 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
     int first_head = max(job.head * args.kv.group - args.kv.offset, 0);
     int last_head = min((job.head + 1) * args.kv.group - args.kv.offset, args.heads);
 
-    usp_stage(k, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.k, job.begin, job.batch, job.head), args.k.stride_token,
-              job.count, args.dim);
+    usp_stage(k, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.k, job.begin, job.batch, job.head),
+              args.k.stride_token, job.count, args.dim);
     usp_stage(v, usp_padded(args.value_dim), USP_ANY_BLOCK, usp_row<T>(args.v, job.begin, job.batch, job.head),
               args.v.stride_token, job.count, args.value_dim);
     usp_any_sums dk = {}, dv = {};
@@ -278,11 +282,12 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
                         usp_row<T>(args.dk, rows.first + r, job.batch, job.head), args.scale, args.first, args.last,
                         args.dim);
         usp_deliver_any(dv[r], usp_row<float>(args.dv_sum, rows.first + r, job.batch, job.head),
-                        usp_row<T>(args.dv, rows.first + r, job.batch, job.head), 1, args.first, args.last, args.value_dim);
+                        usp_row<T>(args.dv, rows.first + r, job.batch, job.head), 1, args.first, args.last,
+                        args.value_dim);
     }
 }
 
-/* ---- delta ------------------------------------------------------------------------------------------------------------- */
+/* ---- delta ------------------------------------------------------------------------------------------------------- */
 
 constexpr int USP_DELTA_WARPS = 8;
 
@@ -304,7 +309,7 @@ static __global__ void __launch_bounds__(USP_DELTA_WARPS * 32)
     }
 }
 
-/* ---- launchers --------------------------------------------------------------------------------------------------------- */
+/* ---- launchers --------------------------------------------------------------------------------------------------- */
 
 /* The kernel among three that serves a dtype. */
 template <typename Kernel> static Kernel usp_of_dtype(usp_dtype dtype, Kernel f32, Kernel f16, Kernel bf16)
@@ -323,8 +328,8 @@ static int usp_fits(const usp_softmax *, usp_softmax_call) { return 1; }
 
 static usp_status usp_launch_forward(const usp_softmax *args, usp_stream stream)
 {
-    auto kernel = usp_of_dtype(args->dtype, usp_softmax_forward_any_kernel<float>, usp_softmax_forward_any_kernel<__half>,
-                               usp_softmax_forward_any_kernel<__nv_bfloat16>);
+    auto kernel = usp_of_dtype(args->dtype, usp_softmax_forward_any_kernel<float>,
+                               usp_softmax_forward_any_kernel<__half>, usp_softmax_forward_any_kernel<__nv_bfloat16>);
     return usp_launch_jobs("softmax forward", kernel, *args, args->heads, USP_ANY_BLOCK, USP_ANY_WARPS * 32,
                            usp_shared(args->dim, args->value_dim), stream);
 }
@@ -334,17 +339,17 @@ static usp_status usp_launch_backward_query(const usp_softmax *args, usp_stream 
     auto kernel = usp_of_dtype(args->dtype, usp_softmax_backward_query_any_kernel<float>,
                                usp_softmax_backward_query_any_kernel<__half>,
                                usp_softmax_backward_query_any_kernel<__nv_bfloat16>);
-    return usp_launch_jobs("softmax backward for queries", kernel, *args, args->heads, USP_ANY_BLOCK, USP_ANY_WARPS * 32,
-                           usp_shared(args->dim, args->value_dim), stream);
+    return usp_launch_jobs("softmax backward for queries", kernel, *args, args->heads, USP_ANY_BLOCK,
+                           USP_ANY_WARPS * 32, usp_shared(args->dim, args->value_dim), stream);
 }
 
 static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream stream)
 {
-    auto kernel = usp_of_dtype(args->dtype, usp_softmax_backward_key_any_kernel<float>,
-                               usp_softmax_backward_key_any_kernel<__half>,
-                               usp_softmax_backward_key_any_kernel<__nv_bfloat16>);
-    return usp_launch_jobs("softmax backward for keys", kernel, *args, args->key_heads, USP_ANY_BLOCK, USP_ANY_WARPS * 32,
-                           usp_shared(args->dim, args->value_dim), stream);
+    auto kernel =
+        usp_of_dtype(args->dtype, usp_softmax_backward_key_any_kernel<float>,
+                     usp_softmax_backward_key_any_kernel<__half>, usp_softmax_backward_key_any_kernel<__nv_bfloat16>);
+    return usp_launch_jobs("softmax backward for keys", kernel, *args, args->key_heads, USP_ANY_BLOCK,
+                           USP_ANY_WARPS * 32, usp_shared(args->dim, args->value_dim), stream);
 }
 
 const usp_softmax_family usp_softmax_any = {

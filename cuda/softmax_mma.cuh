@@ -4,7 +4,7 @@
 #define USP_CUDA_SOFTMAX_MMA_CUH
 #include "softmax.cuh"
 
-/* The block's dynamic shared memory, which tiles need on a 1024-byte boundary. */
+/* The block's dynamic shared memory, which tiles need on a 256-byte boundary. */
 static __device__ __forceinline__ uint32_t usp_shared_base()
 {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -27,8 +27,10 @@ static usp_status usp_start(const usp_softmax &args, usp_stream stream)
         if (usp_too_few<Shape>(args, Launch::heads(args)))
             return usp_start<Launch, T, DIM, usp_half_shape<Shape>>(args, stream);
     }
-    return usp_launch_jobs(Launch::what, Launch::template kernel<T, DIM, Shape>(), args, Launch::heads(args), Shape::rows,
-                           Shape::threads, Launch::template memory<DIM, Shape>::bytes, stream);
+    constexpr int bytes = Launch::template memory<DIM, Shape>::bytes;
+    static_assert(bytes <= USP_LEAST_SHARED, "tiles must fit every GPU");
+    return usp_launch_jobs(Launch::what, Launch::template kernel<T, DIM, Shape>(), args, Launch::heads(args),
+                           Shape::rows, Shape::threads, bytes, stream);
 }
 
 /* DIM is 64 or 128, whichever is the first to hold both dims; what is beyond the dims is zeros. */
@@ -39,7 +41,8 @@ template <typename Launch, typename T> static usp_status usp_start_type(const us
     return usp_start<Launch, T, 128, typename Launch::template shape<128>>(args, stream);
 }
 
-/* Launch describes a kernel template: what (for errors), shape<DIM>, memory<DIM, Shape>, heads, kernel<T, DIM, Shape>. */
+/* Launch describes a kernel template: what (for errors), shape<DIM>, memory<DIM, Shape>, heads and
+ * kernel<T, DIM, Shape>. */
 template <typename Launch> static usp_status usp_start_any(const usp_softmax &args, usp_stream stream)
 {
     if (args.dtype == USP_F16) return usp_start_type<Launch, __half>(args, stream);

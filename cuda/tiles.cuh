@@ -1,15 +1,15 @@
-/* tiles.cuh - verbs on tiles of 2-byte elements in shared memory (fetch, multiply) and on fp32 accumulators in registers.
- * It knows no kind of attention; the sizes of tiles that kernels choose stand in one place at the end. */
+/* tiles.cuh - verbs on tiles of 2-byte elements in shared memory (fetch, multiply) and on fp32 accumulators in
+ * registers. It knows no kind of attention; the sizes of tiles that kernels choose stand in one place at the end. */
 #ifndef USP_CUDA_TILES_CUH
 #define USP_CUDA_TILES_CUH
 #include <type_traits>
 
 #include "common.cuh"
 
-/* ---- shared memory ----------------------------------------------------------------------------------------------------- */
+/* ---- shared memory ----------------------------------------------------------------------------------------------- */
 
-/* Rows of DIM elements in shared memory. The 16-byte chunk c of row r lies at place c ^ (r & 7), so that the eight rows of
- * one chunk, which ldmatrix reads together, never share a bank. A tile begins at a multiple of 1024 bytes. */
+/* Rows of DIM elements in shared memory. The 16-byte chunk c of row r lies at place c ^ (r & 7), so that the eight rows
+ * of one chunk, which ldmatrix reads together, never share a bank. A tile begins at a multiple of 256 bytes. */
 template <int DIM> struct usp_shared_rows {
     static constexpr int bytes = DIM * 2;
     uint32_t base;
@@ -30,8 +30,17 @@ template <int DIM> static __device__ __forceinline__ uint32_t usp_lane_address(u
     return rows.base + (lane & 15) * rows.bytes + (((lane >> 4) ^ (lane & 7)) << 4);
 }
 
+/* The same for the right operand of a product with rows: the two middle quarters change places, so that each half of
+ * the fragment is one register pair, as mma wants it. */
+template <int DIM> static __device__ __forceinline__ uint32_t usp_lane_address_right(usp_shared_rows<DIM> rows)
+{
+    int lane = threadIdx.x & 31;
+    return rows.base + ((lane & 7) + (lane >> 4) * 8) * rows.bytes + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
+}
+
 /* A column block is two chunks, so moving by blocks is a plain xor of the address; row blocks keep r & 7. */
-template <int DIM> static __device__ __forceinline__ uint32_t usp_block_at(uint32_t lane_address, int row16, int column16)
+template <int DIM>
+static __device__ __forceinline__ uint32_t usp_block_at(uint32_t lane_address, int row16, int column16)
 {
     return (lane_address ^ (column16 << 5)) + row16 * 16 * DIM * 2;
 }
@@ -56,9 +65,11 @@ static __device__ __forceinline__ usp_fragment usp_load_block_transposed(uint32_
     return f;
 }
 
-/* Starts copying ROWS rows; rows from `rows` on and elements from `dim` on become zero. `from` is the first row. */
+/* Starts copying ROWS rows; rows from `rows` on and elements from `dim` on become zero (a copy of 0 bytes reads
+ * nothing). `from` is the first row. */
 template <int ROWS, int THREADS, int DIM, typename T>
-static __device__ __forceinline__ void usp_fetch(usp_shared_rows<DIM> to, const T *from, int64_t stride, int rows, int dim)
+static __device__ __forceinline__ void usp_fetch(usp_shared_rows<DIM> to, const T *from, int64_t stride, int rows,
+                                                 int dim)
 {
     constexpr int chunks = DIM / 8, pass = THREADS / chunks;
     static_assert(ROWS % pass == 0 && pass % 8 == 0, "a thread keeps its chunk and its row & 7");
@@ -69,7 +80,7 @@ static __device__ __forceinline__ void usp_fetch(usp_shared_rows<DIM> to, const 
 #pragma unroll
     for (int row = 0; row < ROWS; row += pass) {
         asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address + row * to.bytes),
-                     "l"(row < live ? source : from), "r"(row < live ? 16 : 0)
+                     "l"(source), "r"(row < live ? 16 : 0)
                      : "memory");
         source += pass * stride;
     }
@@ -78,7 +89,7 @@ static __device__ __forceinline__ void usp_fetch(usp_shared_rows<DIM> to, const 
 /* Waits for everything this thread has fetched; a barrier must follow. */
 static __device__ __forceinline__ void usp_fetched() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-/* ---- products ---------------------------------------------------------------------------------------------------------- */
+/* ---- products ---------------------------------------------------------------------------------------------------- */
 
 /* c (16 x 8, fp32) += a (16 x 16) b (16 x 8). */
 template <typename T>
@@ -87,17 +98,17 @@ static __device__ __forceinline__ void usp_mma(float (&c)[4], const usp_fragment
 template <>
 __device__ __forceinline__ void usp_mma<__nv_bfloat16>(float (&c)[4], const usp_fragment &a, uint32_t b0, uint32_t b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b0), "r"(b1));
 }
 
 template <>
 __device__ __forceinline__ void usp_mma<__half>(float (&c)[4], const usp_fragment &a, uint32_t b0, uint32_t b1)
 {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b0), "r"(b1));
 }
 
 /* A warp's accumulator of M * 16 rows and N * 8 columns: this lane holds, of row block m and column block n, elements
@@ -106,9 +117,10 @@ template <int M, int N> using usp_sums = float[M][N][4];
 
 /* c[M * 16 rows][N * 8] += a b^T: both operands have DIM columns, b has N * 8 rows. */
 template <typename T, int DIM, int M, int N>
-static __device__ __forceinline__ void usp_multiply_rows(usp_sums<M, N> &c, usp_shared_rows<DIM> a, usp_shared_rows<DIM> b)
+static __device__ __forceinline__ void usp_multiply_rows(usp_sums<M, N> &c, usp_shared_rows<DIM> a,
+                                                         usp_shared_rows<DIM> b)
 {
-    uint32_t a_lane = usp_lane_address(a), b_lane = usp_lane_address(b);
+    uint32_t a_lane = usp_lane_address(a), b_lane = usp_lane_address_right(b);
 #pragma unroll
     for (int k = 0; k < DIM / 16; k++) {
         usp_fragment left[M];
@@ -119,8 +131,8 @@ static __device__ __forceinline__ void usp_multiply_rows(usp_sums<M, N> &c, usp_
             usp_fragment right = usp_load_block(usp_block_at<DIM>(b_lane, n, k));
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                usp_mma<T>(c[m][2 * n], left[m], right.part[0], right.part[2]);
-                usp_mma<T>(c[m][2 * n + 1], left[m], right.part[1], right.part[3]);
+                usp_mma<T>(c[m][2 * n], left[m], right.part[0], right.part[1]);
+                usp_mma<T>(c[m][2 * n + 1], left[m], right.part[2], right.part[3]);
             }
         }
     }
@@ -155,10 +167,13 @@ static __device__ __forceinline__ void usp_multiply_columns(usp_sums<M, DIM / 8>
     }
 }
 
-/* ---- accumulators ------------------------------------------------------------------------------------------------------ */
+/* ---- accumulators ------------------------------------------------------------------------------------------------ */
 
 /* Row, inside the warp's rows, of this lane's elements 2 * half and 2 * half + 1 of row block m. */
-static __device__ __forceinline__ int usp_lane_row(int m, int half) { return m * 16 + half * 8 + (threadIdx.x & 31) / 4; }
+static __device__ __forceinline__ int usp_lane_row(int m, int half)
+{
+    return m * 16 + half * 8 + (threadIdx.x & 31) / 4;
+}
 
 /* Column of this lane's first element of column block n; the second is the next. */
 static __device__ __forceinline__ int usp_lane_column(int n) { return n * 8 + 2 * (threadIdx.x & 3); }
@@ -208,7 +223,7 @@ static __device__ __forceinline__ void usp_store(const usp_sums<M, N> &c, T *to,
     }
 }
 
-/* ---- sizes ------------------------------------------------------------------------------------------------------------- */
+/* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
 /* One block of threads has WARPS warps of BLOCKS row blocks of 16, takes STEP columns at a time, and shares its
  * multiprocessor with RESIDENT - 1 others like it. */
@@ -217,21 +232,29 @@ template <int WARPS, int BLOCKS, int STEP, int RESIDENT> struct usp_tile_shape {
     static constexpr int threads = WARPS * 32, rows = WARPS * BLOCKS * 16;
 };
 
-/* Two row blocks a warp use every fragment of the column side twice, which halves the reads of shared memory, the bound of
- * mma.sync on Hopper; 128 + 64 accumulators a lane leave room for two resident blocks of 255 registers. */
-using usp_forward_shape = usp_tile_shape<4, 2, 64, 2>;
+/* Shared memory that a block may have on every GPU from sm_80 on. */
+constexpr int USP_LEAST_SHARED = 99 * 1024;
 
-/* As forward, with half the columns a step: dq, S and dP take 128 + 32 + 32 accumulators a lane at dim 128, and q, dout,
- * two steps of k and of v 96 KB, so that two blocks are resident. */
-using usp_backward_query_shape = usp_tile_shape<4, 2, 32, 2>;
+/* The shape for dim 128 or that for dim 64: the largest whose sums fit 255 registers a thread, with two blocks
+ * resident. Two row blocks a warp use every fragment of the column side twice, which halves the reads of shared memory,
+ * the bound of mma.sync on Hopper; a longer step has fewer barriers and less to do beside the products. */
+template <int DIM, typename Shape128, typename Shape64>
+using usp_shape_of_dim = std::conditional_t<DIM == 128, Shape128, Shape64>;
 
-/* dk and dv together: at dim 128 only one row block a warp fits the registers (64 + 64 + 32 + 32 accumulators), and blocks
- * of 64 rows let two be resident (96 KB each). At dim 64 two row blocks fit, with half the columns a step. */
+/* Forward: out and scores are 128 + 64 sums a lane at dim 128, 64 + 128 at dim 64. */
 template <int DIM>
-using usp_backward_key_shape = std::conditional_t<DIM == 128, usp_tile_shape<4, 1, 64, 2>, usp_tile_shape<4, 2, 32, 2>>;
+using usp_forward_shape = usp_shape_of_dim<DIM, usp_tile_shape<4, 2, 64, 2>, usp_tile_shape<4, 2, 128, 2>>;
 
-/* Where a grid of such blocks would leave multiprocessors idle, the same kernels run with half the rows a block. Rows are
- * summed in the same steps either way, so results do not depend on the choice. */
+/* dq: dq, S and dP are 128 + 32 + 32 at dim 128, 64 + 64 + 64 at dim 64. */
+template <int DIM>
+using usp_backward_query_shape = usp_shape_of_dim<DIM, usp_tile_shape<4, 2, 32, 2>, usp_tile_shape<4, 2, 64, 2>>;
+
+/* dk, dv: dk, dv, S and dP are 64 + 64 + 32 + 32 at dim 128, with one row block a warp, and at dim 64. */
+template <int DIM>
+using usp_backward_key_shape = usp_shape_of_dim<DIM, usp_tile_shape<4, 1, 64, 2>, usp_tile_shape<4, 2, 32, 2>>;
+
+/* Where a grid of such blocks would leave multiprocessors idle, the same kernels run with half the rows a block. Rows
+ * are summed in the same steps either way, so results do not depend on the choice. */
 template <typename Shape>
 using usp_half_shape = usp_tile_shape<Shape::warps, Shape::blocks / 2, Shape::step, Shape::resident>;
 
