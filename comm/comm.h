@@ -1,9 +1,9 @@
 /* comm.h - the communication table: moves bytes between ranks and never looks inside them.
  *
  * One data entry, exchange: lists of sends and receives of any sizes, zero allowed (a zero-byte message is skipped on
- * both sides). All-to-all, ring step, chain and gather are lists. Between two ranks the k-th send of an exchange matches
- * the k-th receive of the other's same exchange. No message goes to the rank itself. One thread uses a comm at a time,
- * except poll and abort, which any thread may call. */
+ * both sides). All-to-all, ring step, chain and gather are lists. Between two ranks the k-th send of an exchange
+ * matches the k-th receive of the other's same exchange. No message goes to the rank itself. One thread uses a comm at
+ * a time, except poll and abort, which any thread may call. */
 #ifndef USP_COMM_H
 #define USP_COMM_H
 #include "device.h"

@@ -4,9 +4,10 @@
  * data-parallel copies beside it. A sequence says which rank owns which token. A layer is one attention operator
  * planned for a mesh, a sequence and a shape, and run many times. The caller owns tensors, workspace and saved.
  *
- * "Collective" means: every rank of the world makes the call, in the same order; all ranks return the same status.
- * Everything not marked collective is local. A call that fails changes nothing and leaves nothing allocated; one
- * sentence of why is in usp_last_error(). No call exits, prints, or waits for ever: see usp_world_config.timeout_ms.
+ * "Collective" means: every rank of the world makes the call, in the same order, and all succeed or all fail: a rank
+ * with its own reason, the others with PEER_FAILED. Everything not marked collective is local. A call that fails
+ * changes nothing and leaves nothing allocated; one sentence of why is in usp_last_error(). No call exits, prints, or
+ * waits for ever: see usp_world_config.timeout_ms.
  *
  * Structs begin with struct_size, which the caller sets to sizeof the struct; all other bytes zero means "the default".
  * Fields are only ever appended, so a program built against an older header keeps working; a newer program's unknown
@@ -307,9 +308,9 @@ typedef struct usp_forward {
     usp_tensor k;               /* [batch, local_key_tokens, kv_heads, head_dim] */
     usp_tensor v;               /* [batch, local_key_tokens, kv or value_heads, value_dim] */
     usp_tensor out;             /* [batch, local_tokens, H, value_dim] */
-    float *lse;                 /* [batch, heads, local_tokens] natural logarithm; iff return_lse */
-    const float *initial_state; /* iff config.initial_state */
-    float *final_state;         /* iff config.final_state */
+    float *lse;                 /* [batch, heads, local_tokens] natural logarithm; if return_lse */
+    const float *initial_state; /* if config.initial_state */
+    float *final_state;         /* if config.final_state */
     void *saved;                /* kept for backward; NULL: no backward will follow */
 } usp_forward;
 
@@ -318,10 +319,10 @@ typedef struct usp_forward {
 typedef struct usp_backward {
     size_t struct_size;
     usp_tensor q, k, v, out, dout, dq, dk, dv;
-    const float *dfinal_state;  /* iff config.final_state */
-    float *dinitial_state;      /* iff config.initial_state */
+    const float *dfinal_state;  /* if config.final_state */
+    float *dinitial_state;      /* if config.initial_state */
     const void *saved;          /* what forward wrote */
-    const float *initial_state; /* iff config.initial_state: as in forward */
+    const float *initial_state; /* if config.initial_state: as in forward */
 } usp_backward;
 
 typedef struct usp_sizes {

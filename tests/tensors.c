@@ -222,10 +222,14 @@ void usp_whole_fill(usp_dtype dtype, double *whole, int64_t count, uint64_t seed
 
 /* ---- errors ------------------------------------------------------------------------------------------------------ */
 
-/* Inputs are about N(0,1). A tensor far below that is the difference of large terms (the gradient of a softmax over one
- * key is 0), and is measured against the terms. */
+/* Inputs are about N(0,1). A tensor far below that is the difference of large terms, and is measured against them: one
+ * that is nothing but rounding (the gradient of a softmax over one key is 0) against 1. */
 enum { FEW_ELEMENTS = 4096 };
-static const double FLOOR = 0.1;
+static const double FLOOR = 0.1, NOTHING = 1e-12;
+
+static double yardstick(double true_rms) {
+    return true_rms < NOTHING ? 1 : fmax(true_rms, FLOOR);
+}
 
 static double difference(double given, double truth) {
     if (isinf(truth) || isinf(given)) return given == truth ? 0 : INFINITY;
@@ -245,7 +249,7 @@ usp_error usp_error_of(const float *given, const double *truth, int64_t count) {
             error.max = d;
         }
     }
-    if (count > 0) error.rms = sqrt(squares / (double)count) / fmax(sqrt(true_squares / (double)count), FLOOR);
+    if (count > 0) error.rms = sqrt(squares / (double)count) / yardstick(sqrt(true_squares / (double)count));
     return error;
 }
 
