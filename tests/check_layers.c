@@ -3,12 +3,17 @@
  * thread-ranks.
  *
  *   check_layers [N]             N thread-ranks (default 4)
- *   RANK=... check_layers        one process of a launcher's, over sockets */
+ *   RANK=... check_layers        one process of a launcher's, over sockets
+ *   mpirun check_layers --mpi    one process of mpirun's, over MPI (where the build has it) */
 #include "bodies.h"
 #include "costs.h"
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#ifdef USP_HAVE_MPI
+#include <mpi.h>
+#endif
 
 enum { SECONDS = 280, DEFAULT_RANKS = 4 };
 
@@ -26,15 +31,40 @@ static int run_all(usp_rank *rank, void *argument) {
     return usp_body_costs(rank, (void *)(uintptr_t)&usp_half_table);
 }
 
-int main(int argc, char **argv) {
-    int size = argc > 1 ? atoi(argv[1]) : DEFAULT_RANKS, launched = getenv("RANK") != NULL;
-    const usp_ranks ranks = {
-        .kind = launched ? USP_RANKS_ENVIRONMENT : USP_RANKS_THREADS, .size = size, .seconds = SECONDS};
+static int run_as(const usp_ranks *ranks) {
     usp_references references = {0};
     usp_report report;
-    int failed = usp_ranks_run(&ranks, run_all, &references, &report) || report.done == 0;
+    int failed = usp_ranks_run(ranks, run_all, &references, &report) || report.done == 0;
     usp_references_free(&references);
     printf("check_layers: %d done, %d refused, %d failures\n%s", report.done, report.refused, report.failures,
            report.text);
     return failed;
+}
+
+#ifdef USP_HAVE_MPI
+static usp_status create_mpi(const usp_world_config *config, usp_world **world) {
+    return usp_world_create_mpi(config, (int)MPI_Comm_c2f(MPI_COMM_WORLD), world);
+}
+
+/* The runner makes the world in another thread than this one. */
+static int run_mpi(int argc, char **argv) {
+    int provided = 0;
+    MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided);
+    int failed = run_as(&(usp_ranks){.kind = USP_RANKS_PROCESS, .seconds = SECONDS, .create = create_mpi});
+    MPI_Finalize();
+    return failed;
+}
+#else
+static int run_mpi(int argc, char **argv) {
+    (void)argc, (void)argv;
+    puts("this build has no MPI");
+    return 77;
+}
+#endif
+
+int main(int argc, char **argv) {
+    if (argc > 1 && strcmp(argv[1], "--mpi") == 0) return run_mpi(argc, argv);
+    int size = argc > 1 ? atoi(argv[1]) : DEFAULT_RANKS, launched = getenv("RANK") != NULL;
+    return run_as(
+        &(usp_ranks){.kind = launched ? USP_RANKS_PROCESS : USP_RANKS_THREADS, .size = size, .seconds = SECONDS});
 }

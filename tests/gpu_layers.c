@@ -218,7 +218,7 @@ int main(int argc, char **argv) {
         return SKIPPED;
     }
     if (strcmp(mode, "--processes") == 0 && argc > 2) return run_processes(gpus, argv[2], argv[0]);
-    if (launched) failed += run_world(USP_RANKS_ENVIRONMENT, 1, "process", &references);
+    if (launched) failed += run_world(USP_RANKS_PROCESS, 1, "process", &references);
     if (strcmp(mode, "--threads") == 0 || strcmp(mode, "--all") == 0)
         failed += run_threads(number > 0 ? number : SHARED_RANKS, &references);
     if (strcmp(mode, "--nccl") == 0 || strcmp(mode, "--all") == 0)

@@ -77,7 +77,8 @@ static usp_status create_world(usp_run *run, int rank, usp_world **world) {
     config.watchdog = run->how.watchdog;
     if (run->how.timeout_ms) config.timeout_ms = run->how.timeout_ms;
     usp_heap_configure(run->rank[rank].heap, &config);
-    if (run->how.kind == USP_RANKS_ENVIRONMENT) return usp_world_create_env(&config, world);
+    if (run->how.kind == USP_RANKS_PROCESS)
+        return run->how.create ? run->how.create(&config, world) : usp_world_create_env(&config, world);
     usp_status status = usp_device_select(run->how.device, gpu);
     if (status != USP_OK) return status;
     if (run->how.kind == USP_RANKS_NCCL) return usp_world_create_nccl_id(&config, &run->id, run->how.size, rank, world);
@@ -175,7 +176,7 @@ static int run_process(usp_run *run) {
 }
 
 static usp_run *run_create(const usp_ranks *ranks, usp_body body, void *argument) {
-    int size = ranks->kind == USP_RANKS_ENVIRONMENT ? 1 : ranks->size;
+    int size = ranks->kind == USP_RANKS_PROCESS ? 1 : ranks->size;
     usp_run *run = calloc(1, sizeof *run + (size_t)size * sizeof run->rank[0]);
     if (run) run->thread = calloc((size_t)size, sizeof *run->thread);
     if (run) run->heap = calloc((size_t)size, sizeof *run->heap);
@@ -205,7 +206,7 @@ int usp_ranks_run(const usp_ranks *ranks, usp_body body, void *argument, usp_rep
     if (meet(run) != USP_OK)
         usp_say(&run->rank[0], "meeting: %s", usp_last_error());
     else
-        ended = ranks->kind == USP_RANKS_ENVIRONMENT ? run_process(run) : run_threads(run);
+        ended = ranks->kind == USP_RANKS_PROCESS ? run_process(run) : run_threads(run);
     pthread_mutex_lock(&run->lock);
     *report = run->report;
     pthread_mutex_unlock(&run->lock);

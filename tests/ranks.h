@@ -20,19 +20,20 @@ typedef struct usp_rank {
 typedef int (*usp_body)(usp_rank *rank, void *argument);
 
 typedef enum usp_ranks_kind {
-    USP_RANKS_THREADS = 0,    /* usp_world_create_threads; on CUDA all share GPU 0 */
-    USP_RANKS_NCCL = 1,       /* usp_world_create_nccl_id, a thread a GPU */
-    USP_RANKS_ENVIRONMENT = 2 /* usp_world_create_env: this process is one rank */
+    USP_RANKS_THREADS = 0, /* usp_world_create_threads; on CUDA all share GPU 0 */
+    USP_RANKS_NCCL = 1,    /* usp_world_create_nccl_id, a thread a GPU */
+    USP_RANKS_PROCESS = 2  /* this process is one rank: `create`, or usp_world_create_env */
 } usp_ranks_kind;
 
 typedef struct usp_ranks {
     usp_ranks_kind kind;
-    usp_device_kind device;                    /* auto: CPU */
-    int size;                                  /* the environment's knows better */
-    int seconds;                               /* time limit; 0: 60 */
+    usp_device_kind device; /* auto: CPU */
+    int size;               /* the environment's knows better */
+    int seconds;            /* time limit; 0: 60 */
     int watchdog;           /* as in usp_world_config */
     int timeout_ms;         /* as in usp_world_config; 0: half of the time limit */
-    usp_status (*stream_create)(usp_stream *); /* NULL: the NULL stream */
+    usp_status (*create)(const usp_world_config *, usp_world **); /* processes; NULL: from the environment */
+    usp_status (*stream_create)(usp_stream *);                    /* NULL: the NULL stream */
     void (*stream_destroy)(usp_stream);
 } usp_ranks;
 
