@@ -62,7 +62,7 @@ void model_initialise(const model_config *config, uint64_t seed, float *paramete
     initialiser to = {seed, parameters, decays};
     size_t width = (size_t)config->width, hidden = (size_t)config->hidden;
     double in = 1 / sqrt((double)width), residual = 1 / sqrt(2.0 * config->layers);
-    set_matrix(&to, layout.embed, MODEL_VOCABULARY * width, 0.5);
+    set_matrix(&to, layout.embed, MODEL_VOCABULARY * width, 1);
     for (int i = 0; i < config->layers; i++) {
         const model_block *block = &layout.block[i];
         set_gain(&to, block->norm1, width);
