@@ -12,7 +12,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-enum { STRETCH = 2048, HELD_OUT_EVERY = 8, TEXT_LEAST = 32768, PATH_MOST = 4096 };
+enum { STRETCH = 2048, HELD_OUT_EVERY = 8, TEXT_LEAST = 16384, PATH_MOST = 4096 };
 
 static int append(text_part *part, const unsigned char *bytes, size_t length)
 {

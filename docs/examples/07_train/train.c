@@ -266,7 +266,7 @@ static int open_files(trainer *t)
 {
     int error = text_load(t->options.text, t->options.texts, &t->text);
     if (error) {
-        fprintf(stderr, "train: no text from '%s': %s (32 KiB of *.md are the least)\n", t->options.text[0],
+        fprintf(stderr, "train: no text from '%s': %s (16 KiB of *.md are the least)\n", t->options.text[0],
                 strerror(error));
         return -1;
     }
