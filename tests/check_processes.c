@@ -338,7 +338,7 @@ static void usp_set_environment(const usp_cast *cast) {
     usp_set_number("WORLD_SIZE", cast->size);
     usp_set_number("LOCAL_RANK", cast->rank);
     usp_set_number("MASTER_PORT", cast->port);
-    setenv("MASTER_ADDR", "localhost", 1);
+    setenv("MASTER_ADDR", "127.0.0.1", 1);
 }
 
 /* Talks nonsense to the meeting, some of it in the right form, and stays. */
