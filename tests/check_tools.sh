@@ -208,7 +208,8 @@ expect 64 "$bench" -t 2 -g 2
 expect 64 "$bench" --kind quadratic
 expect 0 "$bench" --info
 if [ -n "$corrupt" ]; then
-    expect 1 env LD_PRELOAD="$corrupt" ASAN_OPTIONS=verify_asan_link_order=0 \
+    cp "$corrupt" corrupt.so # LD_PRELOAD cannot name a folder with a space
+    expect 1 env LD_PRELOAD=./corrupt.so ASAN_OPTIONS=verify_asan_link_order=0 \
         "$bench" --device cpu -n 3 -m 1 --heads 2 --head-dim 16 -b 64 -e 64 --pass fwd
     grep -q 'FAILED' log || fail "a wrong result was not reported"
 fi
