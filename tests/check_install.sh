@@ -43,6 +43,9 @@ export PKG_CONFIG_PATH="$libdir/pkgconfig" PKG_CONFIG_SYSROOT_DIR="$work/stage"
 flags=$(pkg-config --cflags --libs usp)
 cc -std=c99 -pedantic -Wall -Werror "$work/user.c" $flags -o "$work/user"
 LD_LIBRARY_PATH="$libdir${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" "$work/user" >/dev/null || fail "the shared library's user"
+others=$(PKG_CONFIG_SYSROOT_DIR='' pkg-config --libs --static usp | sed 's/-lusp//')
+cc -std=c99 "$work/user.c" $(pkg-config --cflags usp) "$libdir/libusp.a" $others -o "$work/user_static" &&
+    "$work/user_static" >/dev/null || fail "the static library's user"
 c++ -std=c++17 -pedantic -Wall -Werror "$work/user.cc" $flags -o "$work/user_cc" 2>/dev/null &&
     LD_LIBRARY_PATH="$libdir${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" "$work/user_cc" >/dev/null || fail "the C++ user"
 
