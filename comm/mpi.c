@@ -1,6 +1,7 @@
 /* mpi.c - ranks of an MPI program that exchange host memory over a duplicate of the caller's communicator.
  * MPI alone moves the tensors; liveness, time-outs and host gathers are the control channel's. */
 #define _POSIX_C_SOURCE 200809L
+#include <limits.h>
 #include <mpi.h>
 #include <sched.h>
 #include <stdio.h>
@@ -52,8 +53,10 @@ static int64_t now_ms(void) {
 
 static void pause_for(int round) {
     const struct timespec nap = {.tv_nsec = 50000};
-    if (round < 500) sched_yield();
-    else nanosleep(&nap, NULL);
+    if (round < 500)
+        sched_yield();
+    else
+        nanosleep(&nap, NULL);
 }
 
 /* ---- failures ---------------------------------------------------------------------------------------------------- */
@@ -81,7 +84,7 @@ static int chunks_of(size_t bytes) {
 }
 
 /* Room for `count` requests. */
-static usp_status reserve(usp_mpi *self, int count) {
+static usp_status reserve(usp_mpi *self, int64_t count) {
     const size_t each = sizeof(MPI_Request) + sizeof(MPI_Status) + sizeof(usp_transfer) + sizeof(int);
     void *lists = NULL;
     if (count <= self->capacity) return USP_OK;
@@ -92,7 +95,7 @@ static usp_status reserve(usp_mpi *self, int count) {
     self->statuses = (MPI_Status *)(self->requests + count);
     self->transfers = (usp_transfer *)(self->statuses + count);
     self->finished = (int *)(self->transfers + count);
-    self->capacity = count;
+    self->capacity = (int)count;
     return USP_OK;
 }
 
@@ -101,9 +104,8 @@ static int post_one(usp_mpi *self, const usp_transfer *transfer, void *data) {
     int tag = (int)(messages[transfer->peer]++ % TAGS);
     MPI_Request *request = &self->requests[self->count];
     self->transfers[self->count] = *transfer;
-    int code = transfer->is_recv
-                   ? MPI_Irecv(data, transfer->bytes, MPI_BYTE, transfer->peer, tag, self->comm, request)
-                   : MPI_Isend(data, transfer->bytes, MPI_BYTE, transfer->peer, tag, self->comm, request);
+    int code = transfer->is_recv ? MPI_Irecv(data, transfer->bytes, MPI_BYTE, transfer->peer, tag, self->comm, request)
+                                 : MPI_Isend(data, transfer->bytes, MPI_BYTE, transfer->peer, tag, self->comm, request);
     if (code == MPI_SUCCESS) self->count++;
     return code;
 }
@@ -193,6 +195,14 @@ static void cancel(usp_mpi *self) {
         MPI_Testsome(self->count, self->requests, &ended, self->finished, self->statuses);
 }
 
+/* Every message is one request for each chunk of it, the last of which need not be full. */
+static usp_status mpi_prepare(usp_comm *comm, int64_t messages, size_t bytes) {
+    int64_t requests = messages + (int64_t)(bytes / CHUNK_BYTES);
+    USP_REQUIRE(requests <= INT_MAX, "an exchange of %lld messages is more than MPI requests can be counted",
+                (long long)requests);
+    return reserve(mpi_of(comm), requests);
+}
+
 static usp_status mpi_exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
                                int recv_count, usp_stream stream) {
     usp_mpi *self = mpi_of(comm);
@@ -250,8 +260,10 @@ static void mpi_destroy(usp_comm *comm) {
     if (comm == NULL) return;
     usp_mpi *self = mpi_of(comm);
     MPI_Finalized(&finalized);
-    if (!finalized && self->control != NULL && mpi_poll(comm) == USP_OK) MPI_Comm_free(&self->comm);
-    else usp_host_log(comm->host, 2, "rank %d: the MPI communicator of a failed world is left to MPI", comm->rank);
+    if (!finalized && self->control != NULL && mpi_poll(comm) == USP_OK)
+        MPI_Comm_free(&self->comm);
+    else
+        usp_host_log(comm->host, 2, "rank %d: the MPI communicator of a failed world is left to MPI", comm->rank);
     usp_control_destroy(self->control);
     usp_host_free(comm->host, self->lists);
     usp_host_free(comm->host, self->sent);
@@ -260,6 +272,7 @@ static void mpi_destroy(usp_comm *comm) {
 
 static const usp_comm_ops mpi_ops = {
     .name = "mpi",
+    .prepare = mpi_prepare,
     .exchange = mpi_exchange,
     .allgather = mpi_allgather,
     .alloc_shared = mpi_alloc_shared,

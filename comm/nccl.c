@@ -87,8 +87,10 @@ static int64_t now_ms(void) {
 /* Between two looks at something: short at first, since most of NCCL's answers take microseconds. */
 static void pause_for(int round) {
     struct timespec nap = {.tv_nsec = round < 2000 ? 20000 : 500000};
-    if (round < 500) sched_yield();
-    else nanosleep(&nap, NULL);
+    if (round < 500)
+        sched_yield();
+    else
+        nanosleep(&nap, NULL);
 }
 
 static int lock_within(usp_nccl *self, int milliseconds) {
@@ -104,10 +106,13 @@ static int lock_within(usp_nccl *self, int milliseconds) {
 
 static usp_status status_of(ncclResult_t result) {
     switch (result) {
-    case ncclUnhandledCudaError: return USP_DEVICE;
+    case ncclUnhandledCudaError:
+        return USP_DEVICE;
     case ncclInvalidArgument:
-    case ncclInvalidUsage: return USP_INVALID;
-    default: return USP_COMM;
+    case ncclInvalidUsage:
+        return USP_INVALID;
+    default:
+        return USP_COMM;
     }
 }
 
@@ -123,8 +128,10 @@ static void start_release(usp_nccl *self, int forced);
  * where kernels may be waiting for ranks that are gone. Does not wait. */
 static usp_status check_ranks(usp_nccl *self) {
     usp_status status = self->early;
-    if (self->control != NULL) status = usp_control_poll(self->control);
-    else if (status != USP_OK) usp_fail(status, "%s", self->sentence);
+    if (self->control != NULL)
+        status = usp_control_poll(self->control);
+    else if (status != USP_OK)
+        usp_fail(status, "%s", self->sentence);
     if (status != USP_OK) start_release(self, 1);
     return status;
 }
@@ -144,8 +151,8 @@ static usp_status give_up(usp_nccl *self, usp_status status) {
 static usp_status give_up_late(usp_nccl *self, const char *what) {
     usp_status status = self->control != NULL ? usp_control_overdue(self->control, -1) : USP_OK;
     if (status == USP_OK)
-        status = usp_fail(USP_TIMEOUT, "rank %d: %s did not end within %d ms", self->base.rank, what,
-                          self->base.timeout_ms);
+        status =
+            usp_fail(USP_TIMEOUT, "rank %d: %s did not end within %d ms", self->base.rank, what, self->base.timeout_ms);
     return give_up(self, status);
 }
 
@@ -214,10 +221,14 @@ static void revoke(usp_release *release) {
 static void *release_main(void *argument) {
     usp_release *release = argument;
     int flushed = 0;
-    if (atomic_load(&release->forced)) revoke(release);
-    else flushed = await_release(release, ncclCommFinalize(release->comm), -1) == ncclSuccess;
-    if (flushed) ncclCommDestroy(release->comm);
-    else ncclCommAbort(release->comm);
+    if (atomic_load(&release->forced))
+        revoke(release);
+    else
+        flushed = await_release(release, ncclCommFinalize(release->comm), -1) == ncclSuccess;
+    if (flushed)
+        ncclCommDestroy(release->comm);
+    else
+        ncclCommAbort(release->comm);
     atomic_store(&release->stage, RELEASE_DONE);
     return NULL;
 }
@@ -275,8 +286,7 @@ static void nccl_abort(usp_comm *comm) {
     give_up(self, usp_fail(USP_COMM, "rank %d gave the world up", comm->rank));
     if (!wait_release(self->release, RELEASE_MS))
         usp_host_log(comm->host, 1, "rank %d: NCCL is still aborting after %d ms", comm->rank, RELEASE_MS);
-    if (atomic_load(&self->release->revoked))
-        usp_host_log(comm->host, 3, "rank %d: NCCL revoked its work", comm->rank);
+    if (atomic_load(&self->release->revoked)) usp_host_log(comm->host, 3, "rank %d: NCCL revoked its work", comm->rank);
 }
 
 /* ---- exchange ---------------------------------------------------------------------------------------------------- */
@@ -376,6 +386,11 @@ static usp_status nccl_exchange(usp_comm *comm, const usp_send *sends, int send_
     USP_TRY(settle(self, result, "the exchange"));
     usp_status status = set_probe(self, stream);
     return status == USP_OK ? USP_OK : give_up(self, status);
+}
+
+static usp_status nccl_prepare(usp_comm *comm, int64_t messages, size_t bytes) {
+    (void)comm, (void)messages, (void)bytes;
+    return USP_OK;
 }
 
 static usp_status nccl_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank) {
@@ -575,6 +590,7 @@ static void nccl_destroy(usp_comm *comm) {
 
 static const usp_comm_ops nccl_ops = {
     .name = "nccl",
+    .prepare = nccl_prepare,
     .exchange = nccl_exchange,
     .allgather = nccl_allgather,
     .alloc_shared = nccl_alloc_shared,
@@ -804,8 +820,10 @@ static usp_status finish_split(usp_nccl *self, usp_split *split) {
     }
     pthread_join(split->thread, NULL);
     usp_status status = USP_OK;
-    if (split->result == ncclSuccess) self->comm = split->child;
-    else status = fail_nccl(self->base.rank, "ncclCommSplit", split->result);
+    if (split->result == ncclSuccess)
+        self->comm = split->child;
+    else
+        status = fail_nccl(self->base.rank, "ncclCommSplit", split->result);
     usp_host_free(self->base.host, split);
     return status;
 }
@@ -853,8 +871,7 @@ usp_status usp_nccl_unique_id(usp_unique_id *id) {
     _Static_assert(sizeof id->bytes == sizeof(ncclUniqueId), "usp_unique_id holds an ncclUniqueId");
     ncclUniqueId made;
     ncclResult_t result = ncclGetUniqueId(&made);
-    if (result != ncclSuccess)
-        return usp_fail(USP_COMM, "ncclGetUniqueId failed: %s", ncclGetErrorString(result));
+    if (result != ncclSuccess) return usp_fail(USP_COMM, "ncclGetUniqueId failed: %s", ncclGetErrorString(result));
     memcpy(id->bytes, &made, sizeof made);
     return USP_OK;
 }

@@ -191,6 +191,11 @@ static usp_status usp_socket_exchange(usp_comm *comm, const usp_send *sends, int
 
 /* ---- the rest of the table --------------------------------------------------------------------------------------- */
 
+static usp_status usp_socket_prepare(usp_comm *comm, int64_t messages, size_t bytes) {
+    (void)comm, (void)messages, (void)bytes;
+    return USP_OK;
+}
+
 static usp_status usp_socket_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank) {
     return usp_control_allgather(((usp_socket_comm *)comm)->control, mine, all, bytes_per_rank);
 }
@@ -238,6 +243,7 @@ static void usp_socket_destroy(usp_comm *comm) {
 
 static const usp_comm_ops usp_socket_ops = {
     .name = "socket",
+    .prepare = usp_socket_prepare,
     .exchange = usp_socket_exchange,
     .allgather = usp_socket_allgather,
     .alloc_shared = usp_socket_alloc_shared,

@@ -380,6 +380,11 @@ static usp_status usp_gather_locked(usp_thread_comm *self, const void *mine, voi
     return status;
 }
 
+static usp_status usp_threads_prepare(usp_comm *comm, int64_t messages, size_t bytes) {
+    (void)comm, (void)messages, (void)bytes;
+    return USP_OK;
+}
+
 static usp_status usp_threads_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank) {
     usp_thread_comm *self = (usp_thread_comm *)comm;
     pthread_mutex_lock(&self->meeting->mutex);
@@ -460,6 +465,7 @@ static void usp_threads_destroy(usp_comm *comm) {
 
 static const usp_comm_ops usp_threads_ops = {
     .name = "threads",
+    .prepare = usp_threads_prepare,
     .exchange = usp_threads_exchange,
     .allgather = usp_threads_allgather,
     .alloc_shared = usp_threads_alloc_shared,

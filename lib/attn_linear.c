@@ -29,7 +29,8 @@ typedef struct flow {
 typedef struct buffers {
     float *blocks[2], *totals[2], *slots[2], *carry[2], *incoming[2], *edge[2]; /* of the flows S and D */
     float *seed;                                                                /* D's initial state */
-    float *acc, *heads; /* fp32 output: before the incoming state is applied; of shared heads before they are summed */
+    float *acc, *keys,
+        *heads; /* fp32 rows of a product: before the incoming state is applied, or shared heads summed */
 } buffers;
 
 static int64_t state_elements(const usp_layer *layer) {
@@ -68,6 +69,7 @@ static buffers carve(const usp_layer *layer, usp_pass pass, usp_arena *arena) {
     }
     b.acc = carve_rows(layer, arena);
     if (pass == USP_PASS_FORWARD) return b;
+    b.keys = layer->config.recompute_state ? carve_rows(layer, arena) : b.acc; /* dq is done before dk begins */
     b.heads = carve_rows(layer, arena);
     b.seed = carve_states(layer, 1, arena);
     return b;
@@ -544,29 +546,24 @@ static usp_status finish_product(usp_layer *layer, const usp_inner *inner, const
     return gather_heads(layer, inner, p, rows);
 }
 
-/* dq needs the forward states only. */
-static usp_status backward_dq(usp_layer *layer, const usp_inner *inner, const flow *s, const buffers *b) {
-    product dq = dq_product(layer, inner, s);
-    int again = exchanges_again(layer);
-    if (is_causal(layer)) USP_TRY(run_intra(layer, inner, &dq, b->acc, !again));
-    if (again) {
-        USP_TRY(travel_flow(layer, s));
-        USP_TRY(end_flow(layer, inner, s));
+/* dq, dk, dv: everything inside the chunks, then the travel of states, then what these add. dq is done at once where
+ * the forward states were kept. */
+static usp_status backward_products(usp_layer *layer, const usp_inner *inner, const flow *s, const flow *d,
+                                    const buffers *b) {
+    product products[3] = {dq_product(layer, inner, s), dk_product(layer, inner, d), dv_product(layer, inner, d)};
+    float *rows[3] = {b->acc, b->keys, b->heads};
+    int causal = is_causal(layer), again = exchanges_again(layer), shared = !is_alone(layer);
+    const int waits[3] = {again, shared, shared};
+    for (int i = 0; i < 3; i++) {
+        if (causal) USP_TRY(run_intra(layer, inner, &products[i], rows[i], !waits[i]));
+        if (!waits[i]) USP_TRY(finish_product(layer, inner, &products[i], rows[i], !causal));
     }
-    return finish_product(layer, inner, &dq, b->acc, !is_causal(layer) || again);
-}
-
-/* dk and dv within the chunks while the adjoint states travel, then what these add. */
-static usp_status backward_keys(usp_layer *layer, const usp_inner *inner, const flow *d, const buffers *b) {
-    product products[2] = {dk_product(layer, inner, d), dv_product(layer, inner, d)};
-    float *rows[2] = {b->acc, b->heads};
-    int alone = is_alone(layer);
-    for (int i = 0; i < 2 && is_causal(layer); i++) USP_TRY(run_intra(layer, inner, &products[i], rows[i], alone));
-    if (!alone) {
-        USP_TRY(travel_flow(layer, d));
-        USP_TRY(end_flow(layer, inner, d));
-    }
-    for (int i = 0; i < 2; i++) USP_TRY(finish_product(layer, inner, &products[i], rows[i], !alone));
+    if (again) USP_TRY(travel_flow(layer, s));
+    if (shared) USP_TRY(travel_flow(layer, d));
+    if (again) USP_TRY(end_flow(layer, inner, s));
+    if (shared) USP_TRY(end_flow(layer, inner, d));
+    for (int i = 0; i < 3; i++)
+        if (waits[i]) USP_TRY(finish_product(layer, inner, &products[i], rows[i], 1));
     return USP_OK;
 }
 
@@ -586,8 +583,7 @@ static usp_status backward(usp_layer *layer, usp_inner *inner) {
     }
     USP_TRY(begin_adjoint(layer, inner, &d));
     USP_TRY(begin_forward_states(layer, inner, &s));
-    USP_TRY(backward_dq(layer, inner, &s, &b));
-    USP_TRY(backward_keys(layer, inner, &d, &b));
+    USP_TRY(backward_products(layer, inner, &s, &d, &b));
     if (!inner->dinitial) return USP_OK;
     USP_TRY(copy_state(layer, inner->dinitial, d.final, inner->stream));
     return scale_state(layer, inner, inner->dinitial, layer->config.scale);

@@ -62,17 +62,32 @@ static usp_status check_sequence(const usp_mesh *mesh, const usp_sequence *seque
     return USP_OK;
 }
 
+/* Buffers are counted in 64 bits: far fewer than 64 of them, each of one number for every element of a whole tensor or
+ * of all states, must fit. */
+static usp_status check_size(const usp_sequence *sequence, const usp_layer_config *c) {
+    double most = (double)(c->head_dim > c->value_dim ? c->head_dim : c->value_dim), states = 0;
+    double tokens = (double)sequence->max_tokens + (double)sequence->key.tokens;
+    if (c->attention == USP_LINEAR)
+        states = (tokens + (double)sequence->query.capacity + 1) * c->head_dim * c->value_dim;
+    double bytes = 64 * sizeof(float) * (tokens * most + states) * c->batch * usp_layer_config_heads(c);
+    if (bytes < (double)INT64_MAX) return USP_OK;
+    return usp_fail(USP_UNSUPPORTED,
+                    "usp_layer_config: batch %d x heads %d x head_dim %d x value_dim %d x %lld tokens "
+                    "are more than 64 bits count",
+                    c->batch, usp_layer_config_heads(c), c->head_dim, c->value_dim, (long long)sequence->max_tokens);
+}
+
 static usp_status check_kernels(const usp_mesh *mesh, const usp_layer_config *c) {
     usp_device *device = mesh->world->device;
     return device->ops->supports(device, &(usp_kernel_shape){c->attention, c->dtype, c->head_dim, c->value_dim});
 }
 
-/* Most messages of any one exchange: two bundles to and from all peers, or all states to all. */
+/* Most messages of any one exchange: two bundles and a state to and from all peers, or all states to all. */
 static int64_t message_capacity(const usp_layer *layer) {
     int64_t queries = layer->schedule->query.capacity, keys = layer->schedule->key.capacity;
     int64_t segments = queries > keys ? queries : keys, ring = layer->mesh.ring;
     int64_t states = layer->schedule->own_chunk_limit * ring + layer->schedule->chunk_capacity;
-    return 2 * layer->mesh.ulysses * segments + states + ring + 8;
+    return 2 * layer->mesh.ulysses * segments + states + layer->mesh.ulysses + ring + 8;
 }
 
 static usp_status allocate_messages(usp_layer *layer) {
@@ -82,6 +97,14 @@ static usp_status allocate_messages(usp_layer *layer) {
     layer->messages.send = layer->message_memory;
     layer->messages.recv = (usp_recv *)(layer->messages.send + capacity);
     return USP_OK;
+}
+
+/* No exchange moves more than a workspace and what is saved hold. */
+static usp_status prepare_transport(usp_layer *layer) {
+    usp_comm *comm = layer->world->comm;
+    size_t forward = usp_run_workspace(layer, USP_PASS_FORWARD), backward = usp_run_workspace(layer, USP_PASS_BACKWARD);
+    size_t most = (forward > backward ? forward : backward) + usp_run_saved(layer);
+    return comm->ops->prepare(comm, 2 * message_capacity(layer), most);
 }
 
 static usp_status upload_decay(usp_layer *layer, const float *decay) {
@@ -103,6 +126,7 @@ static usp_status build(usp_layer *layer, const float *decay) {
     usp_shape shape = {mesh->ulysses, mesh->ring, mesh->u, mesh->r, layer->config.attention, layer->config.mask};
     USP_TRY(usp_schedule_acquire(layer->sequence, &shape, &layer->schedule));
     USP_TRY(allocate_messages(layer));
+    USP_TRY(prepare_transport(layer));
     return upload_decay(layer, decay);
 }
 
@@ -113,6 +137,7 @@ usp_status usp_layer_create(const usp_mesh *mesh, usp_sequence *sequence, const 
     USP_REQUIRE(mesh, "mesh is NULL");
     usp_status status = usp_layer_config_resolve(given, &config);
     if (status == USP_OK) status = check_sequence(mesh, sequence, &config);
+    if (status == USP_OK) status = check_size(sequence, &config);
     if (status == USP_OK) status = check_kernels(mesh, &config);
     if (status == USP_OK && !out) status = usp_fail(USP_INVALID, "layer is NULL");
     if (status == USP_OK) status = usp_host_alloc(&mesh->world->host, sizeof(usp_layer), "layer", &memory);

@@ -14,6 +14,10 @@ static usp_trace *trace_of(usp_comm *comm) {
     return (usp_trace *)comm;
 }
 
+static usp_status prepare(usp_comm *comm, int64_t messages, size_t bytes) {
+    return trace_of(comm)->inside->ops->prepare(trace_of(comm)->inside, messages, bytes);
+}
+
 static usp_status exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs, int recv_count,
                            usp_stream stream) {
     usp_trace *trace = trace_of(comm);
@@ -59,8 +63,8 @@ static void destroy(usp_comm *comm) {
     free(trace_of(comm));
 }
 
-static const usp_comm_ops ops = {"trace",       exchange, allgather, alloc_shared, free_shared, split,
-                                 split_destroy, poll,     overdue,   give_up,      destroy};
+static const usp_comm_ops ops = {"trace", prepare,       exchange, allgather, alloc_shared, free_shared,
+                                 split,   split_destroy, poll,     overdue,   give_up,      destroy};
 
 usp_trace *usp_trace_insert(usp_world *world) {
     usp_trace *trace = calloc(1, sizeof *trace);
