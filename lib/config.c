@@ -108,11 +108,10 @@ usp_status usp_layer_config_resolve(const usp_layer_config *given, usp_layer_con
 usp_status usp_layer_config_agree(const usp_mesh *mesh, usp_status mine, const usp_layer_config *config,
                                   const usp_sequence *sequence) {
     struct record {
+        int32_t ranks, ulysses, ring, padding;
         unsigned char config[offsetof(usp_layer_config, decay)];
-        uint64_t decay_hash;
-        int32_t ulysses, ring;
-        int64_t tokens;
-    } record = {.ulysses = mesh->ulysses, .ring = mesh->ring};
+        uint64_t decay_hash, sequence;
+    } record = {mesh->ranks, mesh->ulysses, mesh->ring, 0, {0}, 0, 0};
     static const struct {
         const char *name;
         size_t offset;
@@ -134,14 +133,21 @@ usp_status usp_layer_config_agree(const usp_mesh *mesh, usp_status mine, const u
                  {"final_state", offsetof(usp_layer_config, final_state)}};
     enum { NAMES = sizeof names / sizeof names[0] };
     usp_field fields[NAMES + 3];
-    for (int i = 0; i < NAMES; i++) fields[i] = (usp_field){names[i].name, names[i].offset, sizeof(int)};
-    fields[NAMES] = (usp_field){"decay", offsetof(struct record, decay_hash), sizeof(uint64_t)};
-    fields[NAMES + 1] = (usp_field){"mesh", offsetof(struct record, ulysses), 2 * sizeof(int32_t)};
-    fields[NAMES + 2] = (usp_field){"sequence", offsetof(struct record, tokens), sizeof(int64_t)};
+    fields[0] = (usp_field){"mesh", 0, 3 * sizeof(int32_t)};
+    for (int i = 0; i < NAMES; i++)
+        fields[1 + i] = (usp_field){names[i].name, offsetof(struct record, config) + names[i].offset, sizeof(int)};
+    fields[NAMES + 1] = (usp_field){"decay", offsetof(struct record, decay_hash), sizeof(uint64_t)};
+    fields[NAMES + 2] = (usp_field){"sequence", offsetof(struct record, sequence), sizeof(uint64_t)};
     memcpy(record.config, config, sizeof record.config);
     if (mine == USP_OK && config->decay)
         record.decay_hash = usp_hash(1, config->decay, (size_t)usp_layer_config_heads(config) * sizeof(float));
-    record.tokens = sequence ? sequence->query.tokens : -1;
+    if (mine == USP_OK) record.sequence = usp_sequence_identity(sequence);
     return usp_world_agree(mesh->world, mine,
-                           &(usp_agreement){"layer", mesh->copy, &record, sizeof record, fields, NAMES + 3});
+                           &(usp_agreement){.what = "layer",
+                                            .group = mesh->copy,
+                                            .record = &record,
+                                            .size = sizeof record,
+                                            .fields = fields,
+                                            .field_count = NAMES + 3,
+                                            .common = sizeof(int32_t)});
 }

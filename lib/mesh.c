@@ -7,7 +7,7 @@ static usp_status check_arguments(const usp_world *world, int ulysses, int ring,
     USP_REQUIRE(out, "mesh is NULL");
     USP_REQUIRE(ulysses >= 1, "ulysses is %d: must be at least 1", ulysses);
     USP_REQUIRE(ring >= 1, "ring is %d: must be at least 1", ring);
-    USP_REQUIRE(ulysses <= size && ring <= size && size % (ulysses * ring) == 0,
+    USP_REQUIRE(ulysses <= size && ring <= size / ulysses && size % (ulysses * ring) == 0,
                 "ulysses %d x ring %d does not divide the world's %d ranks", ulysses, ring, size);
     return USP_OK;
 }
@@ -28,7 +28,7 @@ usp_status usp_mesh_create(usp_world *world, int ulysses, int ring, usp_mesh **o
     usp_status status = check_arguments(world, ulysses, ring, out);
     if (status == USP_OK) status = usp_host_alloc(&world->host, sizeof(usp_mesh), "mesh", &memory);
     int record[2] = {ulysses, ring};
-    status = usp_world_agree(world, status, &(usp_agreement){"mesh", 0, record, sizeof record, fields, 2});
+    status = usp_world_agree(world, status, &(usp_agreement){"mesh", 0, record, sizeof record, fields, 2, 0});
     if (status != USP_OK) {
         usp_host_free(&world->host, memory);
         return status;
@@ -59,7 +59,7 @@ static int axis_colour(const usp_mesh *mesh, usp_axis axis) {
 }
 
 usp_status usp_mesh_axis_comm(usp_mesh *mesh, usp_axis axis, struct ncclComm **comm) {
-    int rank, size;
+    int rank = 0, size = 0;
     USP_REQUIRE(comm, "comm is NULL");
     USP_TRY(usp_mesh_axis(mesh, axis, &rank, &size));
     if (!mesh->axis_comm[axis]) {

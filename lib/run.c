@@ -145,8 +145,7 @@ size_t usp_run_workspace(const usp_layer *layer, usp_pass pass) {
 
 /* ---- arguments --------------------------------------------------------------------------------------------------- */
 
-static usp_status check_workspace(const usp_layer *layer, const void *workspace, size_t bytes, size_t needed) {
-    (void)layer;
+static usp_status check_workspace(const void *workspace, size_t bytes, size_t needed) {
     if (bytes < needed) return usp_fail(USP_WORKSPACE, "workspace has %zu bytes, this call needs %zu", bytes, needed);
     if (needed && !workspace) return usp_fail(USP_WORKSPACE, "workspace is NULL, this call needs %zu bytes", needed);
     if ((uintptr_t)workspace % USP_ALIGNMENT)
@@ -388,7 +387,7 @@ static usp_status run_forward(usp_layer *layer, const usp_forward *given, void *
     USP_TRY(usp_world_poll(layer->world));
     USP_TRY(usp_abi_read(&args, sizeof args, given, "usp_forward"));
     USP_TRY(check_forward(layer, &args, inner));
-    USP_TRY(check_workspace(layer, workspace, bytes, usp_run_workspace(layer, USP_PASS_FORWARD)));
+    USP_TRY(check_workspace(workspace, bytes, usp_run_workspace(layer, USP_PASS_FORWARD)));
     usp_arena arena = {workspace, 0}, saved = {args.saved, 0};
     saved_buffers kept = carve_saved(layer, args.saved ? &saved : &arena);
     if (exchanges(layer) && !inner) return forward_exchanged(layer, &args, &kept, arena, stream);
@@ -524,7 +523,7 @@ static usp_status run_backward(usp_layer *layer, const usp_backward *given, void
     USP_TRY(usp_world_poll(layer->world));
     USP_TRY(usp_abi_read(&args, sizeof args, given, "usp_backward"));
     USP_TRY(check_backward(layer, &args, inner));
-    USP_TRY(check_workspace(layer, workspace, bytes, usp_run_workspace(layer, USP_PASS_BACKWARD)));
+    USP_TRY(check_workspace(workspace, bytes, usp_run_workspace(layer, USP_PASS_BACKWARD)));
     usp_arena arena = {workspace, 0}, saved = {(void *)(uintptr_t)args.saved, 0};
     saved_buffers kept = carve_saved(layer, &saved);
     if (exchanges(layer) && !inner) return backward_exchanged(layer, &args, &kept, arena, stream);
@@ -569,7 +568,7 @@ static usp_status check_exchange(const usp_layer *layer, usp_operand operand, co
     extents here = whole_extents(layer, 0), there = whole_extents(layer, 1);
     USP_TRY(check_tensor(layer, tokens, keys ? here.keys : here.queries, here.heads[operand], "tokens"));
     USP_TRY(check_tensor(layer, heads, keys ? there.keys : there.queries, there.heads[operand], "heads"));
-    return check_workspace(layer, workspace, bytes, usp_run_exchange_workspace(layer));
+    return check_workspace(workspace, bytes, usp_run_exchange_workspace(layer));
 }
 
 /* Between the packed block and the caller's tensor of own heads. */

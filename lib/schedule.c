@@ -281,10 +281,15 @@ static void allocate_side(const usp_host *host, const usp_sharding *sharding, co
 }
 
 /* Room for any documents: a document adds at most one work item a segment, and any two segments may share a tile. */
-static void bound_works(const usp_sequence *sequence, usp_schedule *schedule) {
-    int64_t segments = sequence->query.capacity, ring = schedule->shape.ring;
-    schedule->work_capacity = 2 * ring * (sequence->max_tokens / USP_WORK_ROWS + 2 * segments + 2);
-    schedule->tile_capacity = schedule->work_capacity * (segments / ring + 2);
+static usp_status bound_works(const usp_sequence *sequence, usp_schedule *schedule) {
+    int64_t chunks = 2 * sequence->max_documents * schedule->shape.ulysses, rows = schedule->query.limit;
+    int64_t segments = chunks < rows ? chunks : rows;
+    schedule->work_capacity = 2 * schedule->shape.ring * (rows / USP_WORK_ROWS + segments);
+    if (segments && schedule->work_capacity > INT32_MAX / segments)
+        return usp_fail(USP_NO_MEMORY, "usp_sequence_config.max_documents is %lld: the tiles cannot be counted",
+                        (long long)sequence->max_documents);
+    schedule->tile_capacity = schedule->work_capacity * segments;
+    return USP_OK;
 }
 
 static usp_status allocate_works(usp_sequence *sequence, usp_schedule *schedule) {
@@ -295,7 +300,7 @@ static usp_status allocate_works(usp_sequence *sequence, usp_schedule *schedule)
     plan(sequence, schedule); /* counts, the arrays being NULL */
     schedule->work_capacity = schedule->works;
     schedule->tile_capacity = schedule->tiles;
-    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) bound_works(sequence, schedule);
+    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) USP_TRY(bound_works(sequence, schedule));
     schedule->work = allocate(host, schedule->work_capacity, sizeof *schedule->work, &status);
     schedule->tile = allocate(host, schedule->tile_capacity, sizeof *schedule->tile, &status);
     return status;

@@ -177,6 +177,8 @@ static usp_status check_config(const usp_sequence_config *config) {
                 config->max_documents);
     USP_REQUIRE(config->documents >= 0, "usp_sequence_config.documents is %lld: must not be negative",
                 (long long)config->documents);
+    USP_REQUIRE(config->documents || !config->document_ends,
+                "usp_sequence_config.documents is 0 while document_ends is given");
     USP_REQUIRE(documents || (!config->documents && !config->max_documents && !config->document_ends),
                 "usp_sequence_config.documents (or document_ends, max_documents) is set: only the per-document layout "
                 "takes documents");
@@ -196,7 +198,9 @@ static usp_status check_config(const usp_sequence_config *config) {
     return custom ? check_segments(config) : USP_OK;
 }
 
-static usp_status allocate_sharding(const usp_host *host, usp_sharding *sharding, int64_t capacity) {
+/* Room for `segments`, or for as many as there are tokens: none is empty. */
+static usp_status allocate_sharding(const usp_host *host, usp_sharding *sharding, int64_t segments) {
+    int64_t capacity = segments < sharding->tokens ? segments : sharding->tokens;
     void *first = NULL, *local = NULL, *segment = NULL;
     size_t ranks = (size_t)sharding->ranks;
     usp_status status = usp_host_alloc(host, (ranks + 1) * sizeof(int64_t), "sequence", &first);
@@ -217,12 +221,12 @@ static void free_sharding(const usp_host *host, usp_sharding *sharding) {
 
 static usp_status allocate_arrays(usp_sequence *sequence, int64_t most) {
     const usp_host *host = &sequence->world->host;
-    int64_t per_rank = sequence->layout == USP_LAYOUT_CUSTOM ? most : 2 * sequence->max_documents;
+    int64_t segments = (sequence->layout == USP_LAYOUT_CUSTOM ? most : 2 * sequence->max_documents) * sequence->ranks;
     void *ends = NULL;
     USP_TRY(usp_host_alloc(host, (size_t)sequence->max_documents * sizeof(int64_t), "documents", &ends));
     sequence->document_ends = ends;
-    USP_TRY(allocate_sharding(host, &sequence->query, per_rank * sequence->ranks));
-    if (sequence->cross) USP_TRY(allocate_sharding(host, &sequence->key, per_rank * sequence->ranks));
+    USP_TRY(allocate_sharding(host, &sequence->query, segments));
+    if (sequence->cross) USP_TRY(allocate_sharding(host, &sequence->key, segments));
     return USP_OK;
 }
 
@@ -269,26 +273,32 @@ static usp_status fill_custom_layout(usp_sequence *sequence, const usp_sequence_
     return status;
 }
 
-/* What must be equal on all ranks of a data copy. The custom layout's segments are each rank's own. */
+/* What must be equal on all ranks of a data copy, and the first two everywhere: a custom layout takes more collective
+ * steps. Its segments are each rank's own. */
 typedef struct agreed_fields {
-    int64_t layout, tokens, key_tokens, max_documents, documents, ends_hash, mesh_ranks;
+    int64_t mesh_ranks, custom, layout, tokens, key_tokens, max_documents, documents, ends_hash;
 } agreed_fields;
 
 static usp_status agree_on_config(const usp_mesh *mesh, usp_status mine, const usp_sequence_config *config) {
     enum { WORD = sizeof(int64_t) };
-    static const usp_field fields[] = {{"layout", 0, WORD},
-                                       {"tokens", WORD, WORD},
-                                       {"key_tokens", 2 * WORD, WORD},
-                                       {"max_documents", 3 * WORD, WORD},
-                                       {"documents", 4 * WORD, WORD},
-                                       {"document_ends", 5 * WORD, WORD},
-                                       {"mesh", 6 * WORD, WORD}};
-    agreed_fields record = {
-        config->layout, config->tokens, config->key_tokens, config->max_documents, config->documents, 0, mesh->ranks};
+    static const usp_field fields[] = {{"mesh", 0, WORD},
+                                       {"layout", WORD, 2 * WORD},
+                                       {"tokens", 3 * WORD, WORD},
+                                       {"key_tokens", 4 * WORD, WORD},
+                                       {"max_documents", 5 * WORD, WORD},
+                                       {"documents", 6 * WORD, WORD},
+                                       {"document_ends", 7 * WORD, WORD}};
+    agreed_fields record = {.mesh_ranks = mesh->ranks,
+                            .custom = config->layout == USP_LAYOUT_CUSTOM,
+                            .layout = config->layout,
+                            .tokens = config->tokens,
+                            .key_tokens = config->key_tokens,
+                            .max_documents = config->max_documents,
+                            .documents = config->documents};
     if (mine == USP_OK && config->documents)
         record.ends_hash = (int64_t)usp_hash(0, config->document_ends, (size_t)config->documents * sizeof(int64_t));
     return usp_world_agree(mesh->world, mine,
-                           &(usp_agreement){"sequence", mesh->copy, &record, sizeof record, fields, 7});
+                           &(usp_agreement){"sequence", mesh->copy, &record, sizeof record, fields, 7, 2 * WORD});
 }
 
 static usp_status build(usp_sequence *sequence, const usp_sequence_config *config) {
@@ -348,6 +358,18 @@ usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const 
     fill(&sequence->query, sequence);
     sequence->key = sequence->query;
     return usp_schedule_replan(sequence, stream);
+}
+
+static uint64_t hash_segments(uint64_t seed, const usp_sharding *sharding) {
+    size_t ranks = (size_t)sharding->ranks, segments = (size_t)sharding->first[ranks];
+    uint64_t hash = usp_hash(seed, sharding->first, (ranks + 1) * sizeof *sharding->first);
+    return usp_hash(hash, sharding->segment, segments * sizeof *sharding->segment);
+}
+
+uint64_t usp_sequence_identity(const usp_sequence *sequence) {
+    const int64_t extents[] = {sequence->layout, sequence->max_tokens, sequence->max_documents, sequence->cross};
+    uint64_t hash = usp_hash(0, extents, sizeof extents);
+    return hash_segments(hash_segments(hash, &sequence->query), &sequence->key);
 }
 
 void usp_sequence_destroy(usp_sequence *sequence) {
@@ -497,31 +519,57 @@ usp_status usp_sequence_scatter(const usp_sequence *sequence, int64_t batch, siz
     return USP_OK;
 }
 
+/* Bytes of the largest local part of this data copy; every whole tensor must be countable. */
+static usp_status size_parts(const usp_sequence *sequence, int64_t batch, size_t token_bytes, int64_t *bytes) {
+    int64_t most = 0;
+    for (int rank = 0; rank < sequence->ranks; rank++)
+        if (sequence->query.local[rank] > most) most = sequence->query.local[rank];
+    USP_REQUIRE(batch >= 0, "batch is %lld: must not be negative", (long long)batch);
+    double total = (double)most * (double)batch * (double)token_bytes * sequence->world->comm->size;
+    USP_REQUIRE(total < (double)INT64_MAX / 2, "batch is %lld: no memory holds so many tokens of %zu bytes",
+                (long long)batch, token_bytes);
+    *bytes = most * batch * (int64_t)token_bytes;
+    return USP_OK;
+}
+
+/* Collective: the ranks of a data copy gather tensors of one size. */
+static usp_status agree_on_gather(const usp_sequence *sequence, usp_status mine, int64_t batch, size_t token_bytes) {
+    enum { WORD = sizeof(uint64_t) };
+    static const usp_field fields[] = {{"batch", 0, WORD}, {"token_bytes", WORD, WORD}};
+    const uint64_t record[] = {(uint64_t)batch, token_bytes};
+    return usp_world_agree(sequence->world, mine,
+                           &(usp_agreement){"gather", sequence->copy, record, sizeof record, fields, 2, 0});
+}
+
+/* Brings all ranks' parts together: [world size][piece]. */
+static usp_status gather_parts(const usp_sequence *sequence, size_t own, const void *local, size_t piece, void **all) {
+    usp_world *world = sequence->world;
+    void *mine = NULL;
+    usp_status status = usp_host_alloc(&world->host, piece, "gather", &mine);
+    if (status == USP_OK) status = usp_host_alloc(&world->host, piece * (size_t)world->comm->size, "gather", all);
+    status = usp_world_agree(world, status, &(usp_agreement){.what = "gather"});
+    if (status == USP_OK && own) memcpy(mine, local, own);
+    if (status == USP_OK) status = world->comm->ops->allgather(world->comm, mine, *all, piece);
+    usp_host_free(&world->host, mine);
+    return status;
+}
+
 usp_status usp_sequence_gather(const usp_sequence *sequence, int64_t batch, size_t token_bytes, const void *local,
                                void *whole) {
     USP_REQUIRE(sequence, "sequence is NULL");
-    usp_world *world = sequence->world;
-    const usp_sharding *sharding = &sequence->query;
-    int64_t most = 0, own = sharding->local[sequence->rank];
-    for (int rank = 0; rank < sharding->ranks; rank++)
-        if (sharding->local[rank] > most) most = sharding->local[rank];
-    int64_t bytes = batch > 0 ? most * batch * (int64_t)token_bytes : 0;
-    USP_TRY(largest(world, bytes, &bytes)); /* data copies may hold different sequences */
-    size_t piece = (size_t)bytes;
-    void *mine = NULL, *all = NULL;
-    usp_status status = batch < 0 || (piece && (!whole || (own && !local)))
-                            ? usp_fail(USP_INVALID, "whole or local is NULL, or batch is negative")
-                            : USP_OK;
-    if (status == USP_OK) status = usp_host_alloc(&world->host, piece, "gather", &mine);
-    if (status == USP_OK) status = usp_host_alloc(&world->host, piece * (size_t)world->comm->size, "gather", &all);
-    status = usp_world_agree(world, status, &(usp_agreement){.what = "gather"});
-    if (status == USP_OK && own && piece) memcpy(mine, local, (size_t)own * (size_t)batch * token_bytes);
-    if (status == USP_OK) status = world->comm->ops->allgather(world->comm, mine, all, piece);
-    if (status == USP_OK)
-        for (int rank = 0; rank < sharding->ranks; rank++)
-            copy_tokens(sharding, rank, batch, token_bytes, whole,
-                        (char *)all + piece * (size_t)(sequence->copy * sharding->ranks + rank), 0);
-    usp_host_free(&world->host, mine);
-    usp_host_free(&world->host, all);
+    const usp_host *host = &sequence->world->host;
+    int64_t bytes = 0, piece = 0;
+    void *all = NULL;
+    usp_status status = size_parts(sequence, batch, token_bytes, &bytes);
+    size_t own = status == USP_OK && bytes ? (size_t)(sequence->query.local[sequence->rank] * batch) * token_bytes : 0;
+    if (status == USP_OK && ((bytes && !whole) || (own && !local)))
+        status = usp_fail(USP_INVALID, "whole or local is NULL");
+    USP_TRY(agree_on_gather(sequence, status, batch, token_bytes));
+    USP_TRY(largest(sequence->world, bytes, &piece)); /* data copies may hold different sequences */
+    status = gather_parts(sequence, own, local, (size_t)piece, &all);
+    for (int rank = 0; rank < sequence->ranks && status == USP_OK && bytes; rank++)
+        copy_tokens(&sequence->query, rank, batch, token_bytes, whole,
+                    (char *)all + piece * (sequence->copy * sequence->ranks + rank), 0);
+    usp_host_free(host, all);
     return status;
 }

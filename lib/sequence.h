@@ -28,6 +28,9 @@ struct usp_sequence {
     struct usp_schedule *schedules;
 };
 
+/* The same on all ranks of one sequence, and another for other tokens on any rank. */
+uint64_t usp_sequence_identity(const usp_sequence *sequence);
+
 /* Segments that rank p owns of a sharding. */
 static inline int64_t usp_sharding_count(const usp_sharding *sharding, int p) {
     return sharding->first[p + 1] - sharding->first[p];

@@ -44,7 +44,8 @@ static usp_status compare_pair(const usp_agreement *agreement, const ballot *a, 
         return usp_fail(USP_MISMATCH, "rank %d is creating a %s while rank %d is creating a %s", rank_a, a->what,
                         rank_b, b->what);
     int whole = a->status == USP_OK && b->status == USP_OK; /* a rank that failed may not have read its configuration */
-    if (whole && a->group == b->group && (a->size != b->size || memcmp(a->record, b->record, sizeof a->record) != 0))
+    size_t bytes = a->group == b->group ? sizeof a->record : agreement->common;
+    if (whole && (a->size != b->size || memcmp(a->record, b->record, bytes) != 0))
         return name_difference(agreement, a, b, rank_a, rank_b);
     return USP_OK;
 }
@@ -174,7 +175,7 @@ static usp_status finish_world(const usp_world_config *config, usp_status status
     if (status == USP_OK) {
         int record[2] = {(int)world->device->ops->kind, world->timeout_ms};
         usp_status mine = config->watchdog ? start_watchdog(world) : USP_OK;
-        status = usp_world_agree(world, mine, &(usp_agreement){"world", 0, record, sizeof record, fields, 2});
+        status = usp_world_agree(world, mine, &(usp_agreement){"world", 0, record, sizeof record, fields, 2, 0});
     }
     if (status != USP_OK) {
         usp_world_destroy(world);
@@ -200,9 +201,8 @@ usp_status usp_world_create_threads(const usp_world_config *given, usp_rendezvou
                                     usp_world **out) {
     usp_world_config config;
     usp_world *world = NULL;
-    USP_REQUIRE(out, "world is NULL");
     USP_REQUIRE(rendezvous, "rendezvous is NULL");
-    usp_status status = read_config(given, &config);
+    usp_status status = out ? read_config(given, &config) : usp_fail(USP_INVALID, "world is NULL");
     if (status == USP_OK) status = begin_world(&config, &world);
     if (status != USP_OK) {
         usp_rendezvous_leave(rendezvous, rank);
@@ -403,7 +403,7 @@ usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory)
     USP_REQUIRE(world, "world is NULL");
     USP_REQUIRE(memory, "memory is NULL");
     uint64_t record = bytes;
-    USP_TRY(usp_world_agree(world, USP_OK, &(usp_agreement){"shared memory", 0, &record, sizeof record, fields, 1}));
+    USP_TRY(usp_world_agree(world, USP_OK, &(usp_agreement){"shared memory", 0, &record, sizeof record, fields, 1, 0}));
     void *piece = NULL;
     usp_status status = world->comm->ops->alloc_shared(world->comm, bytes, &piece);
     usp_status verdict = usp_world_agree(world, status, &(usp_agreement){.what = "shared memory"});

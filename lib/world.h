@@ -33,14 +33,16 @@ typedef struct usp_field {
 
 enum { USP_AGREE_BYTES = 192 };
 
-/* What a rank brings to a collective create. Ranks of different `group` (data copies) may bring different records. */
+/* What a rank brings to a collective create. Ranks of different `group` (data copies) may bring different records, but
+ * for the first `common` bytes: what says which ranks make a group, and which collective steps follow. */
 typedef struct usp_agreement {
     const char *what; /* "mesh", "layer", ... */
     int group;
     const void *record; /* at most USP_AGREE_BYTES; NULL: none */
     size_t size;
-    const usp_field *fields;
+    const usp_field *fields; /* common ones first */
     int field_count;
+    size_t common;
 } usp_agreement;
 
 /* Collective over the world. Where `mine` failed: it, with its sentence; where only others failed: PEER_FAILED; else

@@ -432,7 +432,41 @@ static int disagree_on_objects(bench *b, int odd) {
     if (usp_sequence_create(b->mesh, &longer, &other) != USP_OK) return usp_say(b->rank, "%s", usp_last_error());
     judge(b->rank, &what, "layer", usp_layer_create(b->mesh, me ? other : b->sequence, &config, &layer));
     usp_sequence_destroy(other);
+    longer.tokens -= 8;
+    longer.layout = USP_LAYOUT_CONTIGUOUS;
+    if (usp_sequence_create(b->mesh, &longer, &other) != USP_OK) return usp_say(b->rank, "%s", usp_last_error());
+    judge(b->rank, &what, "layer", usp_layer_create(b->mesh, me ? other : b->sequence, &config, &layer));
+    usp_sequence_destroy(other);
     return mesh || layer || check_unharmed(b, "object");
+}
+
+/* Data copies may hold other tokens, but must be the same copies for all ranks and take the same steps. */
+static int disagree_between_copies(bench *b) {
+    static const wrong copies = {"mesh", 0, INT, 0, USP_MISMATCH, NULL};
+    static const wrong steps = {"layout", 0, INT, 0, USP_MISMATCH, NULL};
+    static const usp_segment all = {0, TOKENS, 1};
+    usp_sequence_config config = good_sequence(), custom = good_sequence();
+    usp_mesh *alone = NULL;
+    usp_sequence *sequence = NULL;
+    int second = b->rank->rank >= b->rank->size / 2;
+    custom.layout = USP_LAYOUT_CUSTOM;
+    custom.segments = 1;
+    custom.segment = &all;
+    if (usp_mesh_create(b->rank->world, 1, 1, &alone) != USP_OK) return usp_say(b->rank, "%s", usp_last_error());
+    judge(b->rank, &copies, "copies", usp_sequence_create(second ? alone : b->mesh, &config, &sequence));
+    judge(b->rank, &steps, "copies", usp_sequence_create(alone, second ? &custom : &config, &sequence));
+    usp_mesh_destroy(alone);
+    return sequence || check_unharmed(b, "copies");
+}
+
+static int disagree_on_gathers(bench *b, int odd) {
+    static const wrong batch = {"batch", 0, INT, 0, USP_MISMATCH, NULL},
+                       bytes = {"token_bytes", 0, INT, 0, USP_MISMATCH, NULL};
+    char local[4 * TOKENS] = {0}, whole[4 * TOKENS];
+    int me = b->rank->rank == odd;
+    judge(b->rank, &batch, "gather", usp_sequence_gather(b->sequence, me ? 2 : 1, 2, local, whole));
+    judge(b->rank, &bytes, "gather", usp_sequence_gather(b->sequence, 1, me ? 2 : 1, local, whole));
+    return check_unharmed(b, "gather");
 }
 
 static int disagree(usp_rank *rank, void *argument) {
@@ -454,7 +488,8 @@ static int disagree(usp_rank *rank, void *argument) {
                                            (int)(sizeof other_sequence / sizeof other_sequence[0]), odd) ||
                      disagree_on_sequences(&b, documents, other_documents,
                                            (int)(sizeof other_documents / sizeof other_documents[0]), odd) ||
-                     disagree_on_meshes(&b, odd) || disagree_on_objects(&b, odd);
+                     disagree_on_meshes(&b, odd) || disagree_on_objects(&b, odd) || disagree_between_copies(&b) ||
+                     disagree_on_gathers(&b, odd);
         if (failed) return usp_say(rank, "cannot go on");
     }
     close_bench(&b);
@@ -474,6 +509,7 @@ typedef struct maker {
     usp_world_config config;
     usp_heap heap;
     int rank;
+    int nowhere; /* gives no place for the world */
     usp_status status;
     char sentence[256];
 } maker;
@@ -482,7 +518,7 @@ static void *make_world(void *argument) {
     maker *m = argument;
     usp_world *world = NULL;
     usp_heap_configure(&m->heap, &m->config);
-    m->status = usp_world_create_threads(&m->config, m->rendezvous, m->rank, &world);
+    m->status = usp_world_create_threads(&m->config, m->rendezvous, m->rank, m->nowhere ? NULL : &world);
     strncpy(m->sentence, usp_last_error(), sizeof m->sentence - 1);
     usp_world_destroy(world);
     return NULL;
@@ -514,6 +550,18 @@ Test(api, worlds_disagree, .timeout = 60) {
     for (int i = 0; i < 2; i++)
         cr_expect(makers[i].status == USP_MISMATCH && strstr(makers[i].sentence, "timeout_ms"), "rank %d: %s, \"%s\"",
                   i, usp_status_string(makers[i].status), makers[i].sentence);
+    free(makers);
+}
+
+/* The others must not wait for a rank that cannot come. */
+Test(api, no_place_for_a_world, .timeout = 60) {
+    maker *makers = calloc(2, sizeof *makers);
+    makers[1].nowhere = 1;
+    make_pair(makers);
+    cr_expect(makers[0].status == USP_PEER_FAILED && strstr(makers[0].sentence, "rank 1"), "rank 0: %s, \"%s\"",
+              usp_status_string(makers[0].status), makers[0].sentence);
+    cr_expect(makers[1].status == USP_INVALID && strstr(makers[1].sentence, "world"), "rank 1: %s, \"%s\"",
+              usp_status_string(makers[1].status), makers[1].sentence);
     free(makers);
 }
 
@@ -1004,6 +1052,8 @@ static int wrong_helpers(usp_rank *rank, void *argument) {
                                   usp_sequence_scatter(b.sequence, -1, 4, &count, &count),
                                   usp_sequence_gather(b.sequence, 1, 4, NULL, NULL),
                                   usp_sequence_gather(b.sequence, -1, 4, &count, &count),
+                                  usp_sequence_gather(b.sequence, INT64_MAX, 1, &count, &count),
+                                  usp_sequence_gather(b.sequence, 1, SIZE_MAX, &count, &count),
                                   usp_sequence_replan(b.sequence, 1, ends, NULL)};
     for (int i = 0; i < (int)(sizeof results / sizeof results[0]); i++)
         if (results[i] != USP_INVALID) usp_say(rank, "helper call %d: %s", i, usp_status_string(results[i]));
@@ -1020,4 +1070,34 @@ static int wrong_helpers(usp_rank *rank, void *argument) {
 Test(api, wrong_helpers) {
     usp_expect_ranks(1, SECONDS, wrong_helpers, NULL);
     usp_expect_ranks(4, SECONDS, wrong_helpers, NULL);
+}
+
+/* ---- sizes beyond 64 bits ---------------------------------------------------------------------------------------- */
+
+static int countless(usp_rank *rank, void *argument) {
+    static const wrong size = {"batch", 0, INT, 65536, USP_UNSUPPORTED, NULL};
+    usp_sequence_config longest = good_sequence();
+    usp_layer_config configs[] = {good_softmax(), good_linear()};
+    bench b;
+    (void)argument;
+    longest.tokens = INT32_MAX - 1;
+    longest.layout = USP_LAYOUT_CONTIGUOUS;
+    if (open_bench(rank, 1, &b)) return 1;
+    usp_sequence_destroy(b.sequence);
+    if (usp_sequence_create(b.mesh, &longest, &b.sequence) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+    for (int i = 0; i < 2; i++) {
+        usp_layer *layer = NULL;
+        configs[i].batch = 65536;
+        configs[i].heads = configs[i].kv_heads = configs[i].value_heads = 65536;
+        configs[i].head_dim = configs[i].value_dim = 256;
+        judge(rank, &size, "layer", usp_layer_create(b.mesh, b.sequence, &configs[i], &layer));
+        usp_layer_destroy(layer);
+    }
+    close_bench(&b);
+    usp_count(rank);
+    return 0;
+}
+
+Test(api, sizes_beyond_64_bits) {
+    usp_expect_ranks(2, SECONDS, countless, NULL);
 }

@@ -51,6 +51,24 @@ Test(layer, data_copies) {
     usp_references_free(&references);
 }
 
+/* No token and no segment, yet a state from every rank to every other. */
+static int without_tokens(usp_rank *rank, void *argument) {
+    const usp_case c = {.attention = USP_LINEAR,
+                        .layout = USP_LAYOUT_CUSTOM,
+                        .ulysses = rank->size,
+                        .heads = rank->size,
+                        .initial_state = 1,
+                        .final_state = 1,
+                        .mask = USP_MASK_CAUSAL};
+    return usp_check_case(rank, &c, argument);
+}
+
+Test(layer, many_ranks_without_tokens) {
+    usp_references references = {0};
+    usp_expect_ranks(24, SECONDS, without_tokens, &references);
+    usp_references_free(&references);
+}
+
 Test(layer, data_copies_that_differ) {
     usp_references references = {0};
     for (int size = 2; size <= 6; size += 2) usp_expect_ranks(size, SECONDS, usp_body_unlike_copies, &references);
