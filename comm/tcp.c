@@ -20,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { USP_BACKLOG = 1024, USP_CALLERS = 16, USP_CARD_IPS = 8 };
+enum { USP_BACKLOG = 1024, USP_CALLERS = 16, USP_PATIENCE_MS = 500, USP_CARD_IPS = 8 };
 
 static const char usp_magic[8] = {'u', 's', 'p', ' ', 't', 'c', 'p', '1'};
 
@@ -238,6 +238,7 @@ usp_status usp_tcp_connect(const usp_ip *ip, int port, const usp_token *token, i
 /* Somebody who has connected and not yet said who it is. */
 typedef struct usp_caller {
     int descriptor; /* -1: free */
+    int64_t since;
     size_t heard;
     usp_hello hello;
 } usp_caller;
@@ -247,7 +248,6 @@ typedef struct usp_reception {
     int rank, first, size;
     int *connections;
     usp_caller callers[USP_CALLERS];
-    int next; /* the caller that makes room for a new one */
 } usp_reception;
 
 static void usp_dismiss(usp_caller *caller) {
@@ -282,14 +282,24 @@ static void usp_listen_to_caller(usp_reception *reception, usp_caller *caller) {
     if (caller->heard == sizeof caller->hello) usp_seat_caller(reception, caller);
 }
 
-static void usp_take_call(usp_reception *reception, int listener) {
+/* A free place, or that of the one who has been here for longest, if that was time enough to say who it is; NULL: none
+ * yet. Many ranks may call at once, and each may be slow to speak. */
+static usp_caller *usp_find_place(usp_reception *reception) {
+    usp_caller *oldest = &reception->callers[0];
+    for (int i = 0; i < USP_CALLERS; i++) {
+        usp_caller *caller = &reception->callers[i];
+        if (caller->descriptor < 0) return caller;
+        if (caller->since < oldest->since) oldest = caller;
+    }
+    return usp_tcp_now() - oldest->since >= USP_PATIENCE_MS ? oldest : NULL;
+}
+
+static void usp_take_call(usp_caller *place, int listener) {
     int descriptor = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK), one = 1;
     if (descriptor < 0) return;
     setsockopt(descriptor, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    usp_caller *caller = &reception->callers[reception->next];
-    reception->next = (reception->next + 1) % USP_CALLERS;
-    usp_dismiss(caller);
-    *caller = (usp_caller){.descriptor = descriptor};
+    usp_dismiss(place);
+    *place = (usp_caller){.descriptor = descriptor, .since = usp_tcp_now()};
 }
 
 static int usp_count_missing(const usp_reception *reception) {
@@ -310,18 +320,21 @@ static usp_status usp_name_missing(const usp_reception *reception) {
 /* One round of whatever has come. */
 static void usp_receive_calls(usp_reception *reception, int listener, int64_t deadline) {
     struct pollfd polls[USP_CALLERS + 1];
+    usp_caller *place = usp_find_place(reception);
+    int left = usp_tcp_left(deadline);
+    if (!place && (left < 0 || left > USP_PATIENCE_MS)) left = USP_PATIENCE_MS;
     for (int i = 0; i < USP_CALLERS; i++)
         polls[i] = (struct pollfd){.fd = reception->callers[i].descriptor, .events = POLLIN};
-    polls[USP_CALLERS] = (struct pollfd){.fd = listener, .events = POLLIN};
-    if (poll(polls, USP_CALLERS + 1, usp_tcp_left(deadline)) <= 0) return;
+    polls[USP_CALLERS] = (struct pollfd){.fd = place ? listener : -1, .events = POLLIN};
+    if (poll(polls, USP_CALLERS + 1, left) <= 0) return;
     for (int i = 0; i < USP_CALLERS; i++)
         if (polls[i].revents) usp_listen_to_caller(reception, &reception->callers[i]);
-    if (polls[USP_CALLERS].revents) usp_take_call(reception, listener);
+    if (polls[USP_CALLERS].revents) usp_take_call(place, listener);
 }
 
 usp_status usp_tcp_accept(int listener, const usp_token *token, int rank, int first, int size, int64_t deadline,
                           int *connections) {
-    usp_reception reception = {token, rank, first, size, connections, {{0}}, 0};
+    usp_reception reception = {token, rank, first, size, connections, {{0}}};
     for (int i = 0; i < USP_CALLERS; i++) reception.callers[i].descriptor = -1;
     while (usp_count_missing(&reception) > 0 && usp_tcp_left(deadline) != 0)
         usp_receive_calls(&reception, listener, deadline);

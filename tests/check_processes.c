@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "conformance.h"
 #include "environment.h"
+#include "tcp.h"
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <pthread.h>
@@ -17,7 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { USP_MOST = 6, USP_SECONDS = 60, USP_CHILD_SECONDS = 20 };
+enum { USP_MOST = 6, USP_CROWD = 40, USP_SECONDS = 60, USP_CHILD_SECONDS = 20 };
 
 /* What one rank of a play knows. */
 typedef struct usp_cast {
@@ -381,6 +382,53 @@ static int usp_scene_environment(const usp_cast *cast, usp_host *host, usp_devic
     return wrong;
 }
 
+/* More callers at once than a reception hears out at a time, all slow to say who they are. */
+typedef struct usp_crowd {
+    int descriptor[USP_CROWD];
+    usp_token token;
+} usp_crowd;
+
+static void *usp_speak(void *argument) {
+    const usp_crowd *crowd = argument;
+    usp_rest(100);
+    for (int i = 0; i < USP_CROWD; i++) {
+        struct {
+            char magic[8];
+            usp_token token;
+            int32_t from, to;
+        } hello = {"usp tcp", crowd->token, i + 1, 0};
+        hello.magic[7] = '1';
+        send(crowd->descriptor[i], &hello, sizeof hello, MSG_NOSIGNAL);
+        usp_rest(2);
+    }
+    return NULL;
+}
+
+static int usp_scene_crowd(const usp_cast *cast, usp_host *host, usp_device *device) {
+    const usp_ip loopback = {{[10] = 0xff, [11] = 0xff, [12] = 127, [15] = 1}};
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    usp_crowd crowd = {.token = {"a world"}};
+    int listener, port, connections[USP_CROWD + 1];
+    pthread_t speaker;
+    (void)host, (void)device;
+    if (usp_check(NULL, usp_tcp_listen(&loopback, 0, &listener, &port) == USP_OK, "%s", usp_last_error())) return 1;
+    address.sin_port = htons((uint16_t)port);
+    for (int i = 0; i < USP_CROWD; i++) {
+        crowd.descriptor[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (connect(crowd.descriptor[i], (struct sockaddr *)&address, sizeof address) != 0) exit(1);
+    }
+    memset(connections, -1, sizeof connections);
+    if (pthread_create(&speaker, NULL, usp_speak, &crowd) != 0) exit(1);
+    int64_t deadline = usp_tcp_deadline(cast->timeout_ms);
+    usp_status status = usp_tcp_accept(listener, &crowd.token, 0, 1, USP_CROWD + 1, deadline, connections);
+    int wrong = usp_check(NULL, status == USP_OK, "a crowd: %s", usp_last_error());
+    pthread_join(speaker, NULL);
+    usp_tcp_close(connections, USP_CROWD + 1);
+    usp_tcp_close(crowd.descriptor, USP_CROWD);
+    close(listener);
+    return wrong;
+}
+
 /* The odd rank and the one after it never come. */
 static int usp_scene_environment_absent(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_environment *environment;
@@ -521,6 +569,9 @@ static int usp_check_others(double *struck) {
     cast.size = 1;
     cast.odd = 0;
     wrong += usp_play(usp_scene_environment, cast) + usp_play(usp_scene_variables, cast);
+    cast.timeout_ms = 5000;
+    wrong += usp_play(usp_scene_crowd, cast);
+    cast.timeout_ms = 500;
     cast.size = 3;
     cast.signal = SIGSTOP;
     cast.struck = struck;
