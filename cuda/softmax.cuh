@@ -238,12 +238,12 @@ template <int M> struct usp_online {
         }
     }
 
-    /* Normalises row i of `sums`; returns its log-sum-exp. */
+    /* Normalises row i of `sums`; returns its log-sum-exp. A NaN stays one: only a row without keys has sum 0. */
     template <int W> __device__ __forceinline__ float finish(int i, usp_sums<M, W> &sums, float scale)
     {
         float total = usp_row_sum(sum[i]);
-        multiply(i, sums, total > 0 ? 1 / total : 0);
-        return total > 0 ? top[i] * scale + logf(total) : -INFINITY;
+        multiply(i, sums, total == 0 ? 0 : 1 / total);
+        return total == 0 ? -INFINITY : top[i] * scale + logf(total);
     }
 
     template <int W> static __device__ __forceinline__ void multiply(int i, usp_sums<M, W> &sums, float factor)

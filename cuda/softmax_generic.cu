@@ -102,12 +102,11 @@ struct usp_any_online {
     float top, sum;
 };
 
-/* Turns this lane's score into its weight; -inf is no key. */
+/* Turns this lane's score into its weight; -inf is no key, and a NaN, which no maximum sees, stays one. */
 static __device__ float usp_weigh_any(usp_any_online &row, float (&sums)[USP_ANY_WIDTH], float score)
 {
-    float top = fmaxf(row.top, usp_warp_max(score));
-    if (top == -INFINITY) return 0;
-    float factor = expf(row.top - top), weight = expf(score - top);
+    float top = fmaxf(row.top, usp_warp_max(score)), base = top == -INFINITY ? 0 : top;
+    float factor = expf(row.top - base), weight = expf(score - base);
     row.top = top;
     row.sum = row.sum * factor + usp_warp_sum(weight);
     for (int i = 0; i < USP_ANY_WIDTH; i++) sums[i] *= factor;
@@ -166,10 +165,10 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
     for (int r = 0; r < USP_ANY_ROWS; r++) {
         if (r >= rows.count) break;
         float sum = online[r].sum;
-        if (threadIdx.x % 32 == 0) args.lse[line + r] = sum > 0 ? online[r].top + logf(sum) : -INFINITY;
+        if (threadIdx.x % 32 == 0) args.lse[line + r] = sum == 0 ? -INFINITY : online[r].top + logf(sum);
         usp_deliver_any(out[r], acc + r * acc_stride,
                         args.last ? usp_row<T>(args.out, rows.first + r, job.batch, job.head) : nullptr,
-                        sum > 0 ? 1 / sum : 0, 1, args.last, args.value_dim);
+                        sum == 0 ? 0 : 1 / sum, 1, args.last, args.value_dim);
     }
 }
 
@@ -217,7 +216,7 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
         for (int r = 0; r < USP_ANY_ROWS; r++) {
             bool allowed = r < rows.count && band.allows<false>(rows.first + r, column);
             float p = allowed ? usp_weight_any(true, s[r] * args.scale, args.lse[line + r]) : 0;
-            ds[r] = p > 0 ? p * (ds[r] - args.delta[line + r]) : 0;
+            ds[r] = p == 0 ? 0 : p * (ds[r] - args.delta[line + r]);
         }
         usp_add_weighted(dq, ds, columns, args.dim);
     }
@@ -269,7 +268,7 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
         __syncthreads();
         usp_dots(ds, v + warp_row * usp_padded(args.value_dim), columns, args.value_dim);
         usp_add_weighted(dv, p, columns, args.value_dim);
-        for (int r = 0; r < USP_ANY_ROWS; r++) ds[r] = p[r] > 0 ? p[r] * (ds[r] - delta) : 0;
+        for (int r = 0; r < USP_ANY_ROWS; r++) ds[r] = p[r] == 0 ? 0 : p[r] * (ds[r] - delta);
         __syncthreads();
         usp_stage(columns, usp_pitch(args.dim), 32, queries, args.q.stride_token, at.columns(), args.dim);
         __syncthreads();

@@ -2,6 +2,7 @@
  * device. */
 #include "bodies.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -573,6 +574,49 @@ int usp_body_continue(usp_rank *rank, void *argument) {
     usp_stage_close(&second);
     usp_stage_close(&first);
     usp_count(rank);
+    return 0;
+}
+
+/* ---- not a number ------------------------------------------------------------------------------------------------ */
+
+static int all_nan(usp_rank *rank, const usp_case *c, const char *name, const float *numbers, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (!isnan(numbers[i])) {
+            char text[400];
+            usp_case_print(c, text, sizeof text);
+            return usp_say(rank, "%s: %s[%lld] is %g where keys are NaN", text, name, (long long)i, (double)numbers[i]);
+        }
+    return 0;
+}
+
+static int spoil_and_run(usp_rank *rank, const usp_case *c) {
+    usp_stage stage;
+    usp_whole whole;
+    if (open_and_fill(rank, c, &stage)) return 1;
+    if (stage.p == 0 && usp_stage_spoil(&stage, USP_K)) return 1;
+    if (usp_stage_forward(&stage, 1) || usp_stage_backward(&stage) || usp_stage_gather(&stage, 1, &whole)) return 1;
+    if (rank->rank == 0) {
+        all_nan(rank, &stage.c, "out", whole.out, whole.out_count);
+        all_nan(rank, &stage.c, "lse", whole.lse, whole.lse_count);
+        all_nan(rank, &stage.c, "dq", whole.dq, whole.dq_count);
+    }
+    usp_whole_free(&whole);
+    usp_stage_close(&stage);
+    usp_count(rank);
+    return 0;
+}
+
+/* Rank 0 meets nothing but NaN in its first step; what comes later must not make it forget. */
+int usp_body_not_a_number(usp_rank *rank, void *argument) {
+    static const usp_dtype dtypes[] = {USP_F32, USP_F16, USP_BF16};
+    (void)argument;
+    for (int i = 0; i < 6; i++) {
+        usp_case c = {.tokens = 96, .layout = USP_LAYOUT_CONTIGUOUS, .head_dim = 16, .return_lse = 1};
+        c.dtype = dtypes[i % 3];
+        c.ulysses = i / 3 && rank->size % 2 == 0 ? 2 : 1;
+        c.ring = rank->size / c.ulysses;
+        if (spoil_and_run(rank, &c)) return 1;
+    }
     return 0;
 }
 

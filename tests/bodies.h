@@ -27,6 +27,8 @@ typedef struct usp_across {
 int usp_body_across_ulysses(usp_rank *rank, void *argument);
 void usp_across_free(usp_across *across);
 
+/* Keys of one rank that are NaN, in whichever step of the ring they are met: every result of softmax is NaN. */
+int usp_body_not_a_number(usp_rank *rank, void *argument);
 /* Packed and other arrangements: bit for bit as [B,S,H,D]. */
 int usp_body_arrangements(usp_rank *rank, void *argument);
 /* Twice, with layers between and without saved: bit for bit the same. */

@@ -129,15 +129,17 @@ static int run_tables(usp_rank *rank, usp_references *references) {
 
 /* A body that cannot go on says so; one that finds wrong results does too, and the next one runs. */
 static int run_everything(usp_rank *rank, void *argument) {
-    static const usp_body properties[] = {
-        usp_body_arrangements, usp_body_repeats, usp_body_round_trip, usp_body_parts,       usp_body_linearity,
-        usp_body_switch,       usp_body_states,  usp_body_continue,   usp_body_independent, usp_body_shared_memory};
-    static const char *const names[] = {"arrangements", "repeats", "round trip", "parts",       "linearity",
-                                        "switch",       "states",  "continue",   "independent", "shared memory"};
+    static const usp_body properties[] = {usp_body_arrangements,  usp_body_repeats,     usp_body_round_trip,
+                                          usp_body_parts,         usp_body_linearity,   usp_body_switch,
+                                          usp_body_states,        usp_body_continue,    usp_body_independent,
+                                          usp_body_shared_memory, usp_body_not_a_number};
+    static const char *const names[] = {"arrangements", "repeats",       "round trip",  "parts",
+                                        "linearity",    "switch",        "states",      "continue",
+                                        "independent",  "shared memory", "not a number"};
     const everything *all = argument;
     if (rank->device != USP_DEVICE_CUDA) return usp_say(rank, "the world is not on a GPU");
     if (run_tables(rank, all->references)) return usp_say(rank, "... in the tables");
-    for (int i = 0; i < 10; i++)
+    for (int i = 0; i < 11; i++)
         if (properties[i](rank, NULL)) return usp_say(rank, "... in %s", names[i]);
     if (all->graphs && graphs(rank, NULL)) return usp_say(rank, "... in graphs");
     if (usp_body_costs(rank, (void *)(uintptr_t)&usp_half_table)) return usp_say(rank, "... in costs");

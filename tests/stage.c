@@ -226,6 +226,12 @@ int usp_stage_set_states(usp_stage *stage, const float *initial, const float *df
     return fail(stage, "upload", upload_states(stage));
 }
 
+int usp_stage_spoil(usp_stage *stage, usp_part part) {
+    usp_view_poison(&stage->view[part], &stage->memory[stage->holder[part]]);
+    stage->input_hash = hash_inputs(stage);
+    return fail(stage, "upload", upload_all(stage));
+}
+
 int usp_stage_feed(usp_stage *stage, usp_stage *from) {
     usp_status status = usp_buffer_download(&from->memory[USP_O]);
     for (int part = USP_Q; part <= USP_V && status == USP_OK; part++) {

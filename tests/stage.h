@@ -41,6 +41,8 @@ int usp_stage_fill(usp_stage *stage);
 int usp_stage_mix_values(usp_stage *stage, double first, double second);
 /* Other states than the case's; NULL: as they are. */
 int usp_stage_set_states(usp_stage *stage, const float *initial, const float *dfinal);
+/* Makes this rank's part of an input NaN. */
+int usp_stage_spoil(usp_stage *stage, usp_part part);
 /* Makes q, k and v the other's out, which has the same shape. */
 int usp_stage_feed(usp_stage *stage, usp_stage *from);
 int usp_stage_forward(usp_stage *stage, int keep); /* keep: with saved */

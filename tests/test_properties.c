@@ -40,6 +40,10 @@ Test(properties, same_bits_in_any_arrangement) {
     on_sizes(sizes, 3, usp_body_arrangements);
 }
 
+Test(properties, nan_is_never_forgotten) {
+    on_sizes(sizes, 4, usp_body_not_a_number);
+}
+
 Test(properties, same_bits_again) {
     on_sizes(sizes, 4, usp_body_repeats);
 }

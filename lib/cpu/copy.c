@@ -33,7 +33,8 @@ static void copy_row(const usp_panel *panel, const usp_copy *a, const char *from
 usp_status usp_cpu_copy_rows(usp_device *device, const usp_copy *a, usp_stream stream)
 {
     const usp_panel *panel = usp_cpu_panel(device);
-    int dense = a->from.stride_head == a->dim && a->to.stride_head == a->dim; /* then all heads are one row */
+    int dense = a->from.stride_head == a->dim && a->to.stride_head == a->dim && /* then all heads are one row */
+                (int64_t)a->heads * a->dim <= INT32_MAX;
     int heads = dense ? 1 : a->heads, dim = dense ? a->heads * a->dim : a->dim;
     (void)stream;
     for (int64_t t = 0; t < a->tokens; t++)

@@ -216,15 +216,16 @@ static void forward_step(usp_strip *s, const usp_step *step)
     multiply_totals(s, s->score[0], 1, step->count);
 }
 
+/* Only a row without keys has sum 0: a NaN, which no maximum sees, stays one. */
 static void forward_end(usp_strip *s)
 {
     const usp_softmax *a = s->args;
-    for (int i = 0; i < s->width; i++) s->factor[i] = s->max[i] == -INFINITY ? 0 : 1 / s->sum[i];
+    for (int i = 0; i < s->width; i++) s->factor[i] = s->sum[i] == 0 ? 0 : 1 / s->sum[i];
     s->panel->scale(s->total[1], s->factor, s->width, s->value_dim);
     for (int i = 0; i < s->count; i++) {
         int64_t query = s->begin + i;
         const float *row = s->total[1] + i * s->value_dim;
-        a->lse[stat_at(s, s->head, query)] = s->max[i] == -INFINITY ? -INFINITY : s->max[i] + logf(s->sum[i]);
+        a->lse[stat_at(s, s->head, query)] = s->sum[i] == 0 ? -INFINITY : s->max[i] + logf(s->sum[i]);
         if (a->last)
             s->panel->store(a->dtype, row, usp_cpu_row(&a->out, a->dtype, query, s->batch, s->head), a->value_dim);
         else
