@@ -100,7 +100,7 @@ typedef struct usp_world_config {
     usp_device_kind device; /* auto: CUDA where a GPU is usable, else the CPU. CUDA takes the thread's current device */
     int timeout_ms;         /* longest wait for another rank; 0: 600000, -1: no limit */
     int watchdog;           /* 1: a thread of the library polls; 0: the caller does, by usp_world_poll or synchronize */
-    int node;               /* identity of this host, for choosing transports; 0: found out. Set it to emulate hosts */
+    int node;               /* identity of this host, > 0; 0: found out. Set it to emulate hosts */
     void (*log)(void *user, int level, const char *text); /* NULL: silent. level: 1 warning, 2 info, 3 trace */
     void *log_user;
     void *(*host_alloc)(void *user, size_t bytes); /* both or neither; NULL: malloc and free. 16-byte aligned */
@@ -111,9 +111,12 @@ typedef struct usp_world_config {
 typedef struct usp_world_info {
     size_t struct_size;
     int rank, size;
-    usp_device_kind device; /* what auto became */
-    int timeout_ms;         /* what 0 became */
-    char transport[16];     /* "threads", "socket", "nccl" or "mpi" */
+    usp_device_kind device;     /* what auto became */
+    int timeout_ms;             /* what 0 became */
+    char transport[16];         /* "threads", "socket", "nccl" or "mpi" */
+    int nodes;                  /* hosts, by usp_world_config.node */
+    int local_rank, local_size; /* this rank among those of its host */
+    int watchdog;
 } usp_world_info;
 
 /* Where the thread-ranks of one process meet: one per world, made by any thread, destroyed after its worlds. */
@@ -132,7 +135,9 @@ typedef int (*usp_allgather_fn)(void *user, const void *mine, void *all, size_t 
 
 /* Six ways to make a world; all collective among the ranks of the new world. `config` NULL means all defaults.
  * Errors: INVALID, UNSUPPORTED (no such backend here), NO_MEMORY, MISMATCH (device or timeout differ between ranks),
- * PEER_FAILED, TIMEOUT, COMM. Multi-process worlds open TCP connections between all ranks for liveness. */
+ * PEER_FAILED, TIMEOUT, COMM. Multi-process worlds open TCP connections between all ranks for liveness. A rank whose
+ * own arguments are wrong tells the others, except where there is no channel yet (nccl, nccl_id, mpi): there they wait
+ * for the time limit. */
 
 /* Ranks are threads of this process, each making the call with its own rank. CPU, or CUDA with any number of ranks a
  * GPU. */
@@ -214,7 +219,7 @@ typedef struct usp_sequence_config {
     size_t struct_size;
     usp_layout layout;
     int max_documents;  /* room for usp_sequence_replan; 0: as many as given now */
-    int64_t tokens;     /* S: global query length, 0 .. 2^31 - 1; the maximum where documents are re-planned */
+    int64_t tokens;     /* S: global query length, 0 .. 2^31 - 2; the maximum where documents are re-planned */
     int64_t key_tokens; /* global key length where keys are another tensor (cross-attention); 0: as queries */
     int64_t documents;  /* number of documents; 0: one */
     const int64_t *document_ends; /* documents ascending ends, the last one = tokens; NULL: one document */
@@ -262,7 +267,7 @@ typedef struct usp_layer usp_layer;
 
 /* How linear attention carries its state over the ring axis. */
 typedef enum usp_state_exchange {
-    USP_STATE_AUTO = 0,  /* gather up to 8 chunks or ranks, else chain */
+    USP_STATE_AUTO = 0,  /* gather on rings of up to 8 ranks, else chain */
     USP_STATE_CHAIN = 1, /* point to point, chunk after chunk (LASP, arXiv 2404.02882) */
     USP_STATE_GATHER = 2 /* every chunk's state to every rank at once (LASP-2, arXiv 2502.07563) */
 } usp_state_exchange;
@@ -281,7 +286,7 @@ typedef struct usp_layer_config {
     int value_heads;                   /* linear only; 0: kv_heads */
     int head_dim;                      /* of q and k */
     int value_dim;                     /* of v and out; 0: head_dim */
-    float scale;                       /* 0: 1 / sqrt(head_dim) for softmax, 1 for linear */
+    float scale;                       /* > 0; 0: 1 / sqrt(head_dim) for softmax, 1 for linear */
     int return_lse;                    /* softmax: 1: forward writes the log-sum-exp of own tokens */
     int deterministic;                 /* 1: never choose a kernel whose result depends on timing */
     usp_state_exchange state_exchange; /* linear */
@@ -334,7 +339,8 @@ typedef struct usp_sizes {
 /* What this rank does in one pass. Bytes are exact: what the transport is given. */
 typedef struct usp_cost {
     size_t struct_size;
-    double flops;      /* softmax: 4 or 10 x allowed pairs x head_dim-like terms; linear: by blocks, see docs */
+    double flops;      /* softmax: 4 or 10 x allowed pairs x head_dim-like terms; linear: 4 or 10 x
+                          tokens x heads x head_dim x value_dim, as the recurrence counts */
     double flops_max;  /* of the busiest rank of the mesh: flops_max / mean is the imbalance */
     double flops_mean; /* over the ranks of the mesh */
     int64_t ulysses_send, ulysses_recv, ring_send, ring_recv;

@@ -5,6 +5,7 @@
 #include "abi.h"
 #include "environment.h"
 #include "error.h"
+#include "node.h"
 #include <string.h>
 #include <time.h>
 
@@ -177,6 +178,7 @@ static usp_status finish_world(const usp_world_config *config, usp_status status
         usp_status mine = config->watchdog ? start_watchdog(world) : USP_OK;
         status = usp_world_agree(world, mine, &(usp_agreement){"world", 0, record, sizeof record, fields, 2, 0});
     }
+    if (status == USP_OK) status = usp_node_find(world, config->node);
     if (status != USP_OK) {
         usp_world_destroy(world);
         return status;
@@ -253,7 +255,7 @@ usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm,
 
 /* Ranks tell each other how their own preparation went, before a transport is built on ranks that are not coming. */
 static usp_status agree_to_begin(const usp_bootstrap *bootstrap, usp_status mine) {
-    enum { FEW = 64 };
+    enum { FEW = 1024 };
     int local[FEW], status = (int)mine;
     if (bootstrap->size > FEW) return mine;
     if (bootstrap->allgather(bootstrap->user, &status, local, sizeof status) != 0)
@@ -266,45 +268,55 @@ static usp_status agree_to_begin(const usp_bootstrap *bootstrap, usp_status mine
     return USP_OK;
 }
 
-static usp_status create_over(const usp_bootstrap *bootstrap, const usp_world_config *given, usp_world **out) {
-    usp_world_config config;
+/* `mine`: how this rank's own arguments are. */
+static usp_status create_over(const usp_bootstrap *bootstrap, usp_status mine, const usp_world_config *config,
+                              usp_world **out) {
     usp_world *world = NULL;
-    usp_status status = read_config(given, &config);
-    if (status == USP_OK) status = begin_world(&config, &world);
+    usp_status status = mine == USP_OK ? begin_world(config, &world) : mine;
     status = agree_to_begin(bootstrap, status);
     if (status != USP_OK) {
         usp_world_destroy(world);
         return status;
     }
-    usp_comm_config settings = comm_config(&config, world);
+    usp_comm_config settings = comm_config(config, world);
     if (world->device->ops->kind == USP_DEVICE_CUDA)
         status = usp_comm_create_nccl(&settings, bootstrap, &world->comm);
     else
         status = usp_comm_create_socket(&settings, bootstrap, &world->comm);
-    return finish_world(&config, status, world, out);
+    return finish_world(config, status, world, out);
 }
 
-usp_status usp_world_create_callback(const usp_world_config *config, usp_allgather_fn allgather, void *user, int size,
-                                     int rank, usp_world **out) {
+static usp_status check_call(const usp_world_config *given, usp_world_config *config, usp_world **out) {
+    *config = (usp_world_config){0};
     USP_REQUIRE(out, "world is NULL");
+    return read_config(given, config);
+}
+
+usp_status usp_world_create_callback(const usp_world_config *given, usp_allgather_fn allgather, void *user, int size,
+                                     int rank, usp_world **out) {
+    usp_world_config config;
     USP_REQUIRE(allgather, "allgather is NULL");
     USP_TRY(check_rank(rank, size));
-    return create_over(&(usp_bootstrap){allgather, user, rank, size}, config, out);
+    usp_status mine = check_call(given, &config, out);
+    return create_over(&(usp_bootstrap){allgather, user, rank, size}, mine, &config, out);
+}
+
+/* A process for each GPU, by its place on the host. */
+static usp_status select_local_gpu(const usp_world_config *config, const usp_environment *environment) {
+    int gpus = config->device == USP_DEVICE_CPU ? 0 : usp_device_count_cuda();
+    return gpus > 0 ? usp_device_select_cuda(usp_environment_local_rank(environment) % gpus) : USP_OK;
 }
 
 usp_status usp_world_create_env(const usp_world_config *given, usp_world **out) {
     usp_world_config config;
     usp_environment *environment = NULL;
-    USP_REQUIRE(out, "world is NULL");
-    USP_TRY(read_config(given, &config));
+    usp_status mine = check_call(given, &config, out);
     usp_host host = usp_host_from_config(&config);
-    int timeout_ms = config.timeout_ms ? config.timeout_ms : DEFAULT_TIMEOUT_MS;
+    int timeout_ms = mine == USP_OK && config.timeout_ms ? config.timeout_ms : DEFAULT_TIMEOUT_MS;
     USP_TRY(usp_environment_open(&host, timeout_ms, &environment));
+    if (mine == USP_OK) mine = select_local_gpu(&config, environment);
     usp_bootstrap bootstrap = usp_environment_bootstrap(environment);
-    usp_status status = USP_OK;
-    int gpus = config.device == USP_DEVICE_CPU ? 0 : usp_device_count_cuda();
-    if (gpus > 0) status = usp_device_select_cuda(usp_environment_local_rank(environment) % gpus);
-    if (status == USP_OK) status = create_over(&bootstrap, &config, out);
+    usp_status status = create_over(&bootstrap, mine, &config, out);
     usp_environment_close(environment);
     return status;
 }
@@ -316,7 +328,11 @@ usp_status usp_world_get_info(const usp_world *world, usp_world_info *info) {
     usp_world_info known = {.rank = world->comm->rank,
                             .size = world->comm->size,
                             .device = world->device->ops->kind,
-                            .timeout_ms = world->timeout_ms};
+                            .timeout_ms = world->timeout_ms,
+                            .nodes = world->nodes,
+                            .local_rank = world->local_rank,
+                            .local_size = world->local_size,
+                            .watchdog = world->watching};
     strncpy(known.transport, world->comm->ops->name, sizeof known.transport - 1);
     return usp_abi_write(&known, sizeof known, info, "usp_world_info");
 }
@@ -401,9 +417,9 @@ usp_status usp_world_copy(usp_world *world, void *to, const void *from, size_t b
 usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory) {
     static const usp_field fields[] = {{"bytes", 0, sizeof(uint64_t)}};
     USP_REQUIRE(world, "world is NULL");
-    USP_REQUIRE(memory, "memory is NULL");
+    usp_status mine = memory ? USP_OK : usp_fail(USP_INVALID, "memory is NULL");
     uint64_t record = bytes;
-    USP_TRY(usp_world_agree(world, USP_OK, &(usp_agreement){"shared memory", 0, &record, sizeof record, fields, 1, 0}));
+    USP_TRY(usp_world_agree(world, mine, &(usp_agreement){"shared memory", 0, &record, sizeof record, fields, 1, 0}));
     void *piece = NULL;
     usp_status status = world->comm->ops->alloc_shared(world->comm, bytes, &piece);
     usp_status verdict = usp_world_agree(world, status, &(usp_agreement){.what = "shared memory"});

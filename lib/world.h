@@ -13,8 +13,9 @@ struct usp_world {
     usp_event *event;    /* the moving end of fork */
     void *ballots;       /* [size], for usp_world_agree */
     int timeout_ms;      /* -1: no limit */
-    int watching;        /* the watchdog runs */
-    atomic_int stop;     /* asks the watchdog to end */
+    int nodes, local_rank, local_size;
+    int watching;    /* the watchdog runs */
+    atomic_int stop; /* asks the watchdog to end */
     pthread_t watchdog;
 };
 
