@@ -18,6 +18,7 @@ install_missing() {
     pkg-config --exists criterion 2>/dev/null || missing="$missing libcriterion-dev"
     command -v mpicc >/dev/null 2>&1 || missing="$missing libopenmpi-dev openmpi-bin"
     command -v help2man >/dev/null 2>&1 || missing="$missing help2man"
+    command -v cmake >/dev/null 2>&1 || missing="$missing cmake"
     [ -n "$missing" ] || return 0
     root=
     [ "$(id -u)" = 0 ] || root=sudo
