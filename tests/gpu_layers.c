@@ -157,7 +157,7 @@ static int run_world(usp_ranks_kind kind, int size, const char *name, usp_refere
                              .stream_destroy = stream_destroy};
     everything all = {.references = references, .graphs = kind != USP_RANKS_THREADS || size == 1};
     usp_report report;
-    int failed = usp_ranks_run(&ranks, run_everything, &all, &report);
+    int failed = usp_ranks_run(&ranks, run_everything, &all, &report) || report.done == 0;
     printf("%s (%d here): %d done, %d refused, %d failures\n%s", name, size, report.done, report.refused,
            report.failures, report.text);
     fflush(stdout);
