@@ -166,3 +166,173 @@ int usp_body_formulas(usp_rank *rank, void *argument) {
     }
     return 0;
 }
+
+/* ---- how states travel ------------------------------------------------------------------------------------------- */
+
+/* States that ring rank r of R sends and receives while a state goes through all chunks, forwards or in reverse. */
+typedef struct travel {
+    int64_t send, recv;
+} travel;
+
+/* Zigzag: two chunks a rank, but for the last, whose two are one piece. */
+static int64_t own_chunks(const usp_case *c, int r) {
+    return c->layout == USP_LAYOUT_ZIGZAG && r < c->ring - 1 ? 2 : 1;
+}
+
+static travel gathered(const usp_case *c, int r) {
+    int64_t own = own_chunks(c, r), all = c->layout == USP_LAYOUT_ZIGZAG ? 2 * c->ring - 1 : c->ring;
+    return (travel){own * (c->ring - 1), all - own};
+}
+
+/* Contiguous: R - 1 hops, one way. Zigzag: R - 1 hops one way and R - 1 back, the turn being inside the last rank. */
+static travel chained(const usp_stage *stage, int r, int reverse) {
+    int up = r > 0, down = r < stage->c.ring - 1;
+    if (stage->c.layout == USP_LAYOUT_ZIGZAG) return (travel){up + down, up + down};
+    return reverse ? (travel){up, down} : (travel){down, up};
+}
+
+/* The state after the last chunk goes from its rank to all others where all want it. */
+static travel spread(const usp_stage *stage, int r, int reverse) {
+    int last = !reverse && stage->c.layout == USP_LAYOUT_CONTIGUOUS ? stage->c.ring - 1 : 0;
+    int wanted = stage->c.mask == USP_MASK_FULL || (reverse ? stage->c.initial_state : stage->c.final_state);
+    if (!wanted) return (travel){0, 0};
+    return r == last ? (travel){stage->c.ring - 1, 0} : (travel){0, 1};
+}
+
+static travel flow(const usp_stage *stage, int reverse) {
+    int r = stage->p / stage->c.ulysses;
+    if (stage->c.state_exchange == USP_STATE_GATHER) return gathered(&stage->c, r);
+    travel hops = chained(stage, r, reverse), end = spread(stage, r, reverse);
+    return (travel){hops.send + end.send, hops.recv + end.recv};
+}
+
+static int64_t state_bytes(const usp_case *c) {
+    return (int64_t)c->batch * (c->heads / c->ulysses) * c->head_dim * c->value_dim * 4;
+}
+
+static void expect_travel(usp_stage *stage, const char *pass, const usp_traffic *traffic, travel expected) {
+    char name[256];
+    by_axis seen = sort_traffic(stage, traffic);
+    int64_t one = state_bytes(&stage->c);
+    if (seen.ring_send == expected.send * one && seen.ring_recv == expected.recv * one) return;
+    usp_case_print(&stage->c, name, sizeof name);
+    usp_say(stage->rank, "%s: %s: %lld and %lld bytes on the ring, not %lld and %lld states of %lld", name, pass,
+            (long long)seen.ring_send, (long long)seen.ring_recv, (long long)expected.send, (long long)expected.recv,
+            (long long)one);
+}
+
+static int check_travel(usp_rank *rank, const usp_case *c, usp_trace *trace, size_t *saved) {
+    usp_stage stage;
+    usp_traffic forward, backward;
+    if (usp_stage_open(rank, c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+    if (run_traced(&stage, trace, &forward, &backward)) return 1;
+    travel there = flow(&stage, 0), back = flow(&stage, 1);
+    if (c->recompute_state) back = (travel){back.send + there.send, back.recv + there.recv};
+    expect_travel(&stage, "forward", &forward, there);
+    expect_travel(&stage, "backward", &backward, back);
+    check_bytes(&stage, USP_PASS_FORWARD, &forward);
+    check_bytes(&stage, USP_PASS_BACKWARD, &backward);
+    *saved = stage.sizes.saved;
+    usp_stage_close(&stage);
+    usp_count(rank);
+    return 0;
+}
+
+/* What is kept for backward is the state before each own chunk (room for the most that a rank has), or no state. */
+static int check_kept(usp_rank *rank, usp_case c, usp_trace *trace) {
+    size_t kept, again, alignment = 256;
+    usp_case complete = usp_case_complete(c);
+    size_t states = (size_t)(state_bytes(&complete) * own_chunks(&c, 0));
+    if (check_travel(rank, &c, trace, &kept)) return 1;
+    c.recompute_state = 1;
+    if (check_travel(rank, &c, trace, &again)) return 1;
+    states = (states + alignment - 1) / alignment * alignment;
+    if (kept != again + states || (c.ulysses == 1 && again != 0))
+        return usp_say(rank, "%zu bytes saved, and %zu without states of %zu bytes", kept, again, states);
+    return 0;
+}
+
+int usp_body_travel(usp_rank *rank, void *argument) {
+    enum { TOKENS = 96, WAYS = 24 };
+    usp_trace *trace = usp_trace_insert(rank->world);
+    (void)argument;
+    for (int i = 0; i < WAYS; i++) {
+        size_t saved;
+        usp_case c = {.attention = USP_LINEAR,
+                      .mask = i / 4 % 3 == 2 ? USP_MASK_FULL : USP_MASK_CAUSAL,
+                      .layout = i % 2 ? USP_LAYOUT_ZIGZAG : USP_LAYOUT_CONTIGUOUS,
+                      .state_exchange = i / 2 % 2 ? USP_STATE_CHAIN : USP_STATE_GATHER,
+                      .batch = 2,
+                      .value_dim = 12,
+                      .tokens = TOKENS,
+                      .ulysses = i >= WAYS / 2 && rank->size % 2 == 0 ? 2 : 1};
+        c.ring = rank->size / c.ulysses;
+        if (check_kept(rank, c, trace)) return 1;
+        c.final_state = 1;
+        c.initial_state = i / 4 % 3 == 1;
+        if (check_travel(rank, &c, trace, &saved)) return 1;
+    }
+    return 0;
+}
+
+/* ---- floating-point operations ----------------------------------------------------------------------------------- */
+
+/* Pairs of a query of ring rank r, contiguous, and a key that it may see. */
+static double allowed_pairs(const usp_case *c, int r) {
+    double rows = (double)c->tokens / c->ring, first = rows * r;
+    return c->mask == USP_MASK_CAUSAL ? rows * first + rows * (rows + 1) / 2 : rows * (double)c->tokens;
+}
+
+static double rank_flops(const usp_case *c, usp_pass pass, int r) {
+    int forward = pass == USP_PASS_FORWARD, d = c->head_dim, e = c->value_dim;
+    double heads = (double)c->batch * c->heads / c->ulysses;
+    if (c->attention == USP_LINEAR) return heads * (double)c->tokens / c->ring * (forward ? 4 : 10) * d * e;
+    return heads * allowed_pairs(c, r) * (forward ? 2 * (d + e) : 2 * (3 * d + 2 * e));
+}
+
+static int is_near(double a, double b) {
+    return a > 0.999999 * b && a < 1.000001 * b;
+}
+
+static void expect_flops(usp_stage *stage, usp_pass pass) {
+    char name[256];
+    double most = 0, sum = 0, own = rank_flops(&stage->c, pass, stage->p / stage->c.ulysses);
+    usp_cost cost = {.struct_size = sizeof cost};
+    for (int r = 0; r < stage->c.ring; r++) {
+        double flops = rank_flops(&stage->c, pass, r);
+        sum += flops / stage->c.ring;
+        if (flops > most) most = flops;
+    }
+    usp_layer_get_cost(stage->layer, pass, &cost);
+    if (is_near(cost.flops, own) && is_near(cost.flops_max, most) && is_near(cost.flops_mean, sum)) return;
+    usp_case_print(&stage->c, name, sizeof name);
+    usp_say(stage->rank, "%s: pass %d: %.9g flops, most %.9g, mean %.9g; not %.9g, %.9g, %.9g", name, (int)pass,
+            cost.flops, cost.flops_max, cost.flops_mean, own, most, sum);
+}
+
+int usp_body_flops(usp_rank *rank, void *argument) {
+    enum { TOKENS = 96, HEADS = 8 };
+    (void)argument;
+    for (int i = 0; i < 4 * USP_SPLITS; i++) {
+        usp_stage stage;
+        usp_split split = usp_splits[i / 4];
+        usp_case c = {.attention = i % 2 ? USP_LINEAR : USP_SOFTMAX,
+                      .mask = i % 4 < 2 ? USP_MASK_CAUSAL : USP_MASK_FULL,
+                      .layout = USP_LAYOUT_CONTIGUOUS,
+                      .batch = 2,
+                      .heads = HEADS,
+                      .kv_heads = 2,
+                      .head_dim = 16,
+                      .value_dim = 12,
+                      .tokens = TOKENS,
+                      .ulysses = split.ulysses,
+                      .ring = split.ring};
+        if (split.ulysses * split.ring != rank->size || HEADS % split.ulysses != 0) continue;
+        if (usp_stage_open(rank, &c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+        expect_flops(&stage, USP_PASS_FORWARD);
+        expect_flops(&stage, USP_PASS_BACKWARD);
+        usp_stage_close(&stage);
+        usp_count(rank);
+    }
+    return 0;
+}

@@ -10,5 +10,10 @@ int usp_body_costs(usp_rank *rank, void *argument);
 int usp_body_constant_traffic(usp_rank *rank, void *argument);
 /* Costs of even shapes against the formulas of the literature. argument: none. */
 int usp_body_formulas(usp_rank *rank, void *argument);
+/* Linear attention: the states that each rank sends and receives, by chain and by gather, and what is kept for
+ * backward. argument: none. */
+int usp_body_travel(usp_rank *rank, void *argument);
+/* Floating-point operations of every rank, forward and backward, both kinds. argument: none. */
+int usp_body_flops(usp_rank *rank, void *argument);
 
 #endif

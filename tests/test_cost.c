@@ -30,3 +30,11 @@ Test(cost, linear_traffic_does_not_depend_on_length) {
 Test(cost, formulas) {
     on_sizes(usp_body_formulas, NULL);
 }
+
+Test(cost, states_travel_by_chain_or_gather) {
+    on_sizes(usp_body_travel, NULL);
+}
+
+Test(cost, flops) {
+    on_sizes(usp_body_flops, NULL);
+}
