@@ -132,9 +132,9 @@ static int usp_scene_late(const usp_crew *crew, usp_comm *comm) {
     double start = usp_seconds();
     usp_status status = USP_OK;
     for (int i = 0; i < 5 && status == USP_OK; i++) status = usp_ring_step(comm);
-    if (comm->rank == crew->odd) usp_rest(3 * crew->timeout_ms);
+    if (comm->rank == crew->odd) usp_rest(2 * crew->timeout_ms);
     status = usp_run_ring(comm);
-    double limit = 1e-3 * (comm->rank == crew->odd ? 5 : 2) * crew->timeout_ms + 1.0;
+    double limit = 1e-3 * (comm->rank == crew->odd ? 4 : 2) * crew->timeout_ms + 1.0;
     int wrong = usp_check_failure(comm, status, USP_TIMEOUT, odd);
     wrong += usp_check(comm, usp_seconds() - start < limit, "took too long");
     return wrong + usp_check_failure(comm, comm->ops->poll(comm), USP_TIMEOUT, odd);
@@ -156,7 +156,7 @@ static int usp_scene_chain(const usp_crew *crew, usp_comm *comm) {
 static int usp_scene_late_gather(const usp_crew *crew, usp_comm *comm) {
     char odd[32], all[USP_MOST];
     usp_words(odd, crew->odd);
-    if (comm->rank == crew->odd) usp_rest(3 * crew->timeout_ms);
+    if (comm->rank == crew->odd) usp_rest(2 * crew->timeout_ms);
     return usp_check_failure(comm, comm->ops->allgather(comm, odd, all, 1), USP_TIMEOUT, odd);
 }
 
@@ -288,7 +288,7 @@ static void *usp_join_in_vain(void *argument) {
 }
 
 static int usp_check_absent(void) {
-    usp_crew crew = {.size = 4, .timeout_ms = 100};
+    usp_crew crew = {.size = 4, .timeout_ms = 500};
     usp_actor actors[3];
     int wrong = 0;
     if (usp_rendezvous_create(crew.size, &crew.rendezvous) != USP_OK) return 1;
@@ -314,9 +314,10 @@ static int usp_check_arguments(void) {
 
 /* ---- all of it --------------------------------------------------------------------------------------------------- */
 
+/* 300 ms: on a busy host, also a rank that is all right may not run for a tenth of a second. */
 static int usp_check_failures(int size, int odd) {
-    int wrong = usp_play(usp_scene_late, size, 150, odd);
-    wrong += usp_play(usp_scene_late_gather, size, 150, odd);
+    int wrong = usp_play(usp_scene_late, size, 300, odd);
+    wrong += usp_play(usp_scene_late_gather, size, 300, odd);
     wrong += usp_play(usp_scene_left, size, 20000, odd);
     wrong += usp_play(usp_scene_left_gather, size, 20000, odd);
     wrong += usp_play(usp_scene_overdue, size, 20000, odd);
@@ -334,7 +335,7 @@ static int usp_check_storms(void) {
 }
 
 int main(void) {
-    alarm(110);
+    alarm(170);
     int wrong = usp_check_arguments() + usp_check_absent();
     for (int size = 1; size <= USP_MOST; size++) wrong += usp_play(usp_scene_conformance, size, 20000, 0);
     for (int size = 2; size <= 6; size += 2) wrong += usp_check_failures(size, size / 2);
