@@ -223,9 +223,9 @@ static void plan_chunks(usp_device *device, usp_schedule *schedule) {
     for (int64_t c = 0; c < schedule->chunks; c++) {
         usp_chunk *chunk = &schedule->chunk[c];
         schedule->chunk_step[c] = (usp_scan_step){(int32_t)chunk->count, 0};
-        chunk->own_index = 0;
-        for (int64_t before = 0; before < c; before++)
-            chunk->own_index += schedule->chunk[before].owner == chunk->owner;
+        int64_t before = c - 1; /* the owner's last one: a few chunks back, as ranks take turns */
+        while (before >= 0 && schedule->chunk[before].owner != chunk->owner) before--;
+        chunk->own_index = before >= 0 ? schedule->chunk[before].own_index + 1 : 0;
         if (chunk->owner != schedule->shape.r) continue;
         schedule->own_chunks++;
         cut_chunk(schedule, chunk, most);

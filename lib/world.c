@@ -108,7 +108,8 @@ static usp_status read_config(const usp_world_config *given, usp_world_config *c
 static usp_status create_device(const usp_host *host, usp_device_kind kind, usp_device **device) {
     if (kind == USP_DEVICE_CPU) return usp_device_create_cpu(host, device);
     if (kind == USP_DEVICE_CUDA) return usp_device_create_cuda(host, device);
-    if (usp_device_count_cuda() > 0) return usp_device_create_cuda(host, device);
+    usp_status status = usp_device_count_cuda() > 0 ? usp_device_create_cuda(host, device) : USP_UNSUPPORTED;
+    if (status != USP_UNSUPPORTED) return status; /* else there is no GPU, or one that is too old */
     usp_host_log(host, 2, "no usable GPU: the world runs on the CPU");
     return usp_device_create_cpu(host, device);
 }
@@ -286,10 +287,11 @@ static usp_status create_over(const usp_bootstrap *bootstrap, usp_status mine, c
     return finish_world(config, status, world, out);
 }
 
+/* A config that is refused is replaced: half an allocator must not be used to tell the others. */
 static usp_status check_call(const usp_world_config *given, usp_world_config *config, usp_world **out) {
-    *config = (usp_world_config){0};
-    USP_REQUIRE(out, "world is NULL");
-    return read_config(given, config);
+    usp_status status = out ? read_config(given, config) : usp_fail(USP_INVALID, "world is NULL");
+    if (status != USP_OK) *config = (usp_world_config){0};
+    return status;
 }
 
 usp_status usp_world_create_callback(const usp_world_config *given, usp_allgather_fn allgather, void *user, int size,

@@ -292,20 +292,34 @@ static const wrong world_fields[] = {
     {"host_free", offsetof(usp_world_config, host_free), POINTER, 0, USP_INVALID, NULL},
 };
 
+static int gather_alone(void *user, const void *mine, void *all, size_t bytes) {
+    (void)user;
+    memcpy(all, mine, bytes);
+    return 0;
+}
+
+static usp_status create_alone(int way, const usp_world_config *config, usp_world **world) {
+    usp_rendezvous *rendezvous = NULL;
+    if (way == 0) return usp_world_create_env(config, world); /* no launcher: a world of one */
+    if (way == 1) return usp_world_create_callback(config, gather_alone, NULL, 1, 0, world);
+    if (usp_rendezvous_create(1, &rendezvous) != USP_OK) return USP_INTERNAL;
+    usp_status status = usp_world_create_threads(config, rendezvous, 0, world);
+    usp_rendezvous_destroy(rendezvous);
+    return status;
+}
+
 Test(api, wrong_worlds) {
-    for (int i = 0; i < (int)(sizeof world_fields / sizeof world_fields[0]); i++) {
+    for (int i = 0; i < 3 * (int)(sizeof world_fields / sizeof world_fields[0]); i++) {
+        const wrong *w = &world_fields[i / 3];
         usp_heap heap = {0};
         usp_world *world = NULL;
-        usp_rendezvous *rendezvous = NULL;
         usp_world_config config = {.struct_size = sizeof config, .device = USP_DEVICE_CPU};
         usp_heap_configure(&heap, &config);
-        set_field(&config, &world_fields[i]);
-        cr_assert(usp_rendezvous_create(1, &rendezvous) == USP_OK);
-        usp_status status = usp_world_create_threads(&config, rendezvous, 0, &world);
-        cr_expect(status == world_fields[i].status && !world && says(world_fields[i].name), "%s = %g: %s, \"%s\"",
-                  world_fields[i].name, world_fields[i].value, usp_status_string(status), usp_last_error());
+        set_field(&config, w);
+        usp_status status = create_alone(i % 3, &config, &world);
+        cr_expect(status == w->status && !world && says(w->name), "%s = %g: %s, \"%s\"", w->name, w->value,
+                  usp_status_string(status), usp_last_error());
         cr_expect(atomic_load(&heap.live) == 0);
-        usp_rendezvous_destroy(rendezvous);
     }
 }
 
