@@ -22,10 +22,14 @@ install_missing() {
     [ -n "$missing" ] || return 0
     root=
     [ "$(id -u)" = 0 ] || root=sudo
+    if ! command -v apt-get >/dev/null 2>&1 || { [ -n "$root" ] && ! command -v sudo >/dev/null 2>&1; }; then
+        echo "run.sh: please install$missing, then run this again" >&2
+        exit 1
+    fi
     echo "== installing:$missing"
-    export DEBIAN_FRONTEND=noninteractive
     $root apt-get update -qq
-    $root apt-get install -y -qq --no-install-recommends $missing >"$logs/install" 2>&1 || { cat "$logs/install"; exit 1; }
+    $root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >"$logs/install" 2>&1 ||
+        { cat "$logs/install"; exit 1; }
 }
 
 # build FOLDER OPTIONS...: configures once, then builds.
