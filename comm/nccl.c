@@ -70,6 +70,7 @@ typedef struct usp_nccl {
     ncclComm_t child; /* where NCCL writes the communicator of a split */
     void *scratch;    /* device memory and stream of `gather` */
     usp_stream stream;
+    int verdicts[]; /* [size], for `agree`: a rank must be able to say that it has no memory */
 } usp_nccl;
 
 static usp_nccl *nccl_of(usp_comm *comm) {
@@ -457,16 +458,12 @@ static void free_piece(usp_nccl *self, usp_shared *piece) {
 /* The same verdict on every rank: its own failure, PEER_FAILED for another's, or OK. */
 static usp_status agree(usp_nccl *self, usp_status mine, const char *what) {
     char sentence[256];
-    int own = (int)mine, *all = NULL;
-    void *memory = NULL;
+    int own = (int)mine;
     snprintf(sentence, sizeof sentence, "%s", usp_last_error());
-    USP_TRY(usp_host_alloc(self->base.host, sizeof(int) * (size_t)self->base.size, what, &memory));
-    all = memory;
-    usp_status status = nccl_allgather(&self->base, &own, all, sizeof own);
+    usp_status status = nccl_allgather(&self->base, &own, self->verdicts, sizeof own);
     if (status == USP_OK && mine != USP_OK) status = usp_fail(mine, "%s", sentence);
     for (int rank = 0; status == USP_OK && rank < self->base.size; rank++)
-        if (all[rank] != USP_OK) status = usp_fail(USP_PEER_FAILED, "rank %d failed: %s", rank, what);
-    usp_host_free(self->base.host, memory);
+        if (self->verdicts[rank] != USP_OK) status = usp_fail(USP_PEER_FAILED, "rank %d failed: %s", rank, what);
     return status;
 }
 
@@ -484,20 +481,27 @@ static usp_status register_piece(usp_nccl *self, size_t bytes, usp_shared *piece
     return USP_OK;
 }
 
+/* Rounded up to what NCCL registers; what is more than there can be stays so. */
+static size_t whole_bytes(size_t bytes) {
+    const size_t unit = NCCL_WIN_REQUIRED_ALIGNMENT, most = SIZE_MAX / unit;
+    size_t units = bytes / unit + (bytes % unit != 0);
+    return unit * (units < 1 ? 1 : units < most ? units : most);
+}
+
 /* A piece whose registration failed stays in the list: NCCL may still hold it, and destroy knows when it does not. */
 static usp_status nccl_alloc_shared(usp_comm *comm, size_t bytes, void **memory) {
     usp_nccl *self = nccl_of(comm);
     usp_shared *piece = NULL;
-    size_t whole = bytes > 0 ? (bytes + NCCL_WIN_REQUIRED_ALIGNMENT - 1) / NCCL_WIN_REQUIRED_ALIGNMENT : 1;
+    size_t whole = whole_bytes(bytes);
     USP_TRY(check_ranks(self));
-    usp_status status = agree(self, alloc_piece(self, whole * NCCL_WIN_REQUIRED_ALIGNMENT, &piece), "shared memory");
+    usp_status status = agree(self, alloc_piece(self, whole, &piece), "shared memory");
     if (status != USP_OK) {
         free_piece(self, piece);
         return status;
     }
     piece->next = self->shared;
     self->shared = piece;
-    USP_TRY(register_piece(self, whole * NCCL_WIN_REQUIRED_ALIGNMENT, piece));
+    USP_TRY(register_piece(self, whole, piece));
     *memory = piece->memory;
     return USP_OK;
 }
@@ -629,7 +633,8 @@ static usp_status begin(const usp_comm_config *config, int size, int rank, usp_n
     void *memory = NULL, *release = NULL;
     int gpu = 0;
     USP_TRY(check_backend(config, &gpu));
-    USP_TRY(usp_host_alloc(config->host, sizeof(usp_nccl), "the NCCL transport", &memory));
+    size_t bytes = sizeof(usp_nccl) + (size_t)size * sizeof(int);
+    USP_TRY(usp_host_alloc(config->host, bytes, "the NCCL transport", &memory));
     usp_status status = usp_host_alloc(config->host, sizeof(usp_release), "the NCCL transport", &release);
     if (status != USP_OK) {
         usp_host_free(config->host, memory);
