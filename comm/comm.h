@@ -24,7 +24,7 @@ typedef struct usp_recv {
 
 typedef struct usp_comm_ops {
     const char *name;
-    /* Local. Makes room for exchanges of at most `messages` messages and `bytes` bytes, so that they allocate nothing. */
+    /* Local. Makes room for exchanges of at most `messages` messages and `bytes` bytes: they then allocate nothing. */
     usp_status (*prepare)(usp_comm *, int64_t messages, size_t bytes);
     /* Enqueues on `stream` where memory is the device's, else returns when done. Waits for other ranks on the host only
      * where ranks are threads or memory is the host's, and then at most timeout_ms. */
