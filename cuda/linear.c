@@ -36,8 +36,12 @@ static int serves(const usp_linear_family *family, const usp_linear *args, usp_l
 static usp_status dispatch(const usp_linear *args, usp_linear_call call, usp_stream stream)
 {
     size_t limit = shared_limit();
+    int64_t places = (int64_t)args->batch * args->heads;
     int i = 0;
-    if (args->blocks == 0 || args->batch == 0 || args->heads == 0) return USP_OK;
+    if (args->blocks == 0 || places == 0) return USP_OK;
+    if (places > INT32_MAX / args->blocks)
+        return usp_fail(USP_UNSUPPORTED, "linear attention: %d blocks of %lld heads are more than one launch takes",
+                        args->blocks, (long long)places);
     while (i < FAMILIES - 1 && !serves(families[i], args, call, limit)) i++;
     return families[i]->call[call](args, stream);
 }

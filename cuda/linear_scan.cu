@@ -5,6 +5,7 @@
 
 static constexpr unsigned threads_per_block = 128;
 static constexpr int ahead = 8; /* states read before the first of them is needed */
+static constexpr int most_groups = 65535; /* of one launch: what a grid takes in y */
 
 /* The first step whose group is not before `group`. */
 static __device__ __forceinline__ int group_begin(const usp_scan &scan, int group)
@@ -47,14 +48,17 @@ static __device__ __forceinline__ void read_batch(batch<V> &to, const V *data, c
     }
 }
 
-/* V: float, or float4 where the elements of a state are a multiple of four. Grid: (elements of a state, group). */
-template <typename V> static __global__ void __launch_bounds__(threads_per_block) scan_states(usp_scan scan)
+/* V: float, or float4 where the elements of a state are a multiple of four. Grid: (elements of a state, groups from
+ * `first_group` on). */
+template <typename V>
+static __global__ void __launch_bounds__(threads_per_block) scan_states(usp_scan scan, int first_group)
 {
     int64_t vectors = scan.elements / static_cast<int64_t>(sizeof(V) / sizeof(float)); /* of one head */
     int64_t state = vectors * scan.heads * scan.batch, at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at >= state) return;
     float log2_decay = usp_log2_decay(scan.log_decay, static_cast<int>(at / vectors % scan.heads));
-    int group = blockIdx.y, begin = group_begin(scan, group), count = group_begin(scan, group + 1) - begin;
+    int group = first_group + blockIdx.y, begin = group_begin(scan, group);
+    int count = group_begin(scan, group + 1) - begin;
     int index = scan.reverse ? begin + count - 1 : begin, direction = scan.reverse ? -1 : 1;
     V *data = reinterpret_cast<V *>(scan.data) + at, x = {};
     batch<V> now, next;
@@ -82,10 +86,14 @@ usp_status usp_cuda_linear_scan(const usp_scan *scan, usp_stream stream)
 {
     bool four = scan->elements % 4 == 0 && aligned(scan->data) && aligned(scan->initial) && aligned(scan->final);
     int64_t units = scan->elements * scan->heads * scan->batch / (four ? 4 : 1);
-    if (units == 0 || scan->groups == 0) return USP_OK;
-    dim3 grid(static_cast<unsigned>((units + threads_per_block - 1) / threads_per_block), scan->groups);
-    return usp_cuda_launch("linear_scan", four ? scan_states<float4> : scan_states<float>, grid,
-                           dim3(threads_per_block), 0, stream, *scan);
+    if (units == 0) return USP_OK;
+    for (int first = 0; first < scan->groups; first += most_groups) {
+        int groups = scan->groups - first < most_groups ? scan->groups - first : most_groups;
+        dim3 grid(static_cast<unsigned>((units + threads_per_block - 1) / threads_per_block), groups);
+        USP_TRY(usp_cuda_launch("linear_scan", four ? scan_states<float4> : scan_states<float>, grid,
+                                dim3(threads_per_block), 0, stream, *scan, first));
+    }
+    return USP_OK;
 }
 
 /* ---- scaling a state --------------------------------------------------------------------------------------------- */
