@@ -48,7 +48,7 @@ done
 expect 0 -n 2 -t 20 true
 
 # A signal is passed on to the ranks.
-"$launch" -n 2 sh -c 'trap "exit 5" TERM; touch "$0.$RANK"; for i in $(seq 300); do sleep 0.1; done' "$work/ready" 2>"$work/err" &
+"$launch" -n 2 -t 10 sh -c 'trap "exit 5" TERM; touch "$0.$RANK"; for i in $(seq 300); do sleep 0.1; done' "$work/ready" 2>"$work/err" &
 process=$!
 for i in $(seq 100); do
     if [ -e "$work/ready.0" ] && [ -e "$work/ready.1" ]; then break; fi
