@@ -75,7 +75,7 @@ int usp_buffer_is_poison(const usp_buffer *buffer);
 void usp_whole_fill(usp_dtype dtype, double *whole, int64_t count, uint64_t seed, uint64_t tensor);
 
 typedef struct usp_error {
-    double rms;      /* of the difference, over that of the true tensor (at least 0.1: see tensors.c) */
+    double rms;      /* of the difference, over that of the true tensor; of one that is 0 in truth: over 1 */
     double max;      /* largest difference */
     double true_max; /* largest absolute value of the true tensor */
     int64_t worst;   /* where */
@@ -83,10 +83,17 @@ typedef struct usp_error {
 
 /* Infinities must agree; a NaN is an infinite error. */
 usp_error usp_error_of(const float *given, const double *truth, int64_t count);
+/* The same, over at least `floor`. */
+usp_error usp_error_over(const float *given, const double *truth, int64_t count, double floor);
 
 /* 0 if `given` is good: f32: RMS error at most 1e-5; else max error at most twice that of `plain`, a plain computation
- * in the same precision, + 1e-5 of the largest value. Otherwise says why, in `why`. */
+ * in the same precision, + 1e-5 of the largest value (of a tensor that is 0 in truth: + 1e-5). Otherwise says why, in
+ * `why`. */
 int usp_within_budget(const char *name, usp_dtype dtype, const float *given, const double *truth, const double *plain,
                       int64_t count, char *why, size_t capacity);
+/* The same for kernels whose small tensors are the difference of large terms: measured against an RMS of at least
+ * `floor` and a largest value of at least 10 * floor. */
+int usp_within_budget_over(const char *name, usp_dtype dtype, const float *given, const double *truth,
+                           const double *plain, int64_t count, double floor, char *why, size_t capacity);
 
 #endif
