@@ -57,7 +57,7 @@ find_package(usp 0.1 REQUIRED CONFIG)
 add_executable(user user.c)
 target_link_libraries(user usp::usp)
 END
-    cmake -S "$work" -B "$work/cmake" -Dusp_DIR="$libdir/cmake/usp" >"$work/cmake.log" 2>&1 &&
+    cmake -G Ninja -S "$work" -B "$work/cmake" -Dusp_DIR="$libdir/cmake/usp" >"$work/cmake.log" 2>&1 &&
         cmake --build "$work/cmake" >>"$work/cmake.log" 2>&1 || { cat "$work/cmake.log"; fail "the CMake user"; }
     LD_LIBRARY_PATH="$libdir${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" "$work/cmake/user" >/dev/null || fail "the CMake user does not run"
 fi
