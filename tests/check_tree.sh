@@ -9,10 +9,21 @@ none() { # what, lines that should not be there
     [ -z "$2" ] || complain "$1" "$2"
 }
 
-none "lib/ includes a CUDA, NCCL or MPI header" "$(grep -rnE '#include *[<"](cuda|nccl|mpi)[a-z_]*\.h' lib include || true)"
-none "comm/ includes cuda/, or the reverse" "$(
-    for name in $(ls cuda | grep -E '\.(h|cuh)$'); do grep -rn "#include \"$name\"" comm || true; done
-    for name in $(ls comm | grep '\.h$'); do grep -rn "#include \"$name\"" cuda || true; done)"
+# includes FOLDER...: its #include lines, as FILE:LINE:#include "NAME", without folders in front of the name.
+includes() { grep -rnE '^ *# *include' "$@" --include='*.[ch]' --include='*.cu' --include='*.cuh' | sed -E 's@[<"]([^<">]*/)?([^<">/]+)[>"]@"\2"@'; }
+none "lib/ includes a CUDA, NCCL or MPI header" "$(includes lib include | grep -E '"(cuda|cublas|nccl|mpi)[A-Za-z0-9_]*\.h' || true)"
+none "lib/ or comm/ includes cuda/, or cuda/ includes comm/" "$(
+    for name in $(ls cuda | grep -E '\.(h|cuh)$'); do includes lib comm | grep "\"$name\"" || true; done
+    for name in $(ls comm | grep '\.h$'); do includes cuda | grep "\"$name\"" || true; done)"
+
+# A .cu file: kernels, what they call, and launchers. All it shows to others is named usp_; it owns no memory, stream or
+# event and waits for nothing.
+none "a .cu file shows a name that is not usp_" "$(
+    grep -nE '^[A-Za-z_].*[(=]' cuda/*.cu | grep -vE '^[^:]*:[0-9]+:(static|constexpr|template|typedef|using|struct) ?' |
+    grep -vE '[ *]usp_[a-z0-9_]+(\(| = )' || true)"
+none "a .cu file does more than to launch kernels" "$(
+    grep -nE 'cuda(Malloc|Free|Memcpy|Memset|Stream[A-Z]|Event|Host|DeviceSync|Set|Graph)|\b(malloc|calloc|free|new|delete|std::)\b' cuda/*.cu |
+    grep -vE 'std::is_|^[^:]*:[0-9]+: *(//|/?\*)' || true)"
 none "a constructor of a backend is called outside lib/world.c" "$(
     grep -rnE 'usp_(comm_create|device_create)_[a-z_]+\(' lib comm cuda --include='*.c' |
     grep -vE '^lib/world\.c|^[^:]*:[0-9]+:(usp_status|void)|^lib/absent\.c' || true)"
@@ -31,9 +42,15 @@ for header in include/usp.h; do
         c++ -std=c++17 -Wall -Wextra -pedantic -Werror -fsyntax-only -x c++ "$header" || bad=1
     fi
 done
-for header in lib/*.h lib/cpu/*.h comm/*.h; do
+for header in lib/*.h lib/cpu/*.h comm/*.h cuda/*.h bench/*.h tests/*.h; do
+    flags=
+    case $header in
+    cuda/*) flags=-Icuda ;;
+    bench/*) flags=-Ibench ;;
+    tests/expect.h) echo '#include <criterion/criterion.h>' | cc -fsyntax-only -x c - 2>/dev/null || continue ;;
+    esac
     printf '#include "%s"\n' "$header" |
-        cc -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -fsyntax-only -Iinclude -Ilib -Icomm -I. -x c - || bad=1
+        cc -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -fsyntax-only -Iinclude -Ilib -Icomm $flags -Itests -I. -x c - || bad=1
 done
 [ "$bad" = 0 ] && echo "tree: ok"
 exit "$bad"
