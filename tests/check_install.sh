@@ -24,6 +24,16 @@ declared=$(sed -n 's/^USP_API.*[ *]\(usp_[a-z_]*\)(.*/\1/p' "$source/include/usp
 exported=$(nm -D --defined-only "$libdir/libusp.so" | awk '{ print $3 }' | sort)
 [ "$declared" = "$exported" ] || fail "usp.h declares and libusp.so exports different functions:
 $(printf '%s\n' "$declared" >"$work/a"; printf '%s\n' "$exported" >"$work/b"; diff "$work/a" "$work/b")"
+# Every tool has its page, where help2man was there to make them.
+if grep -q 'usp_[a-z]*\.1' "$build/build.ninja"; then
+    for tool in "$root"/bin/usp_*; do
+        page=$root/share/man/man1/$(basename "$tool").1
+        for part in NAME SYNOPSIS DESCRIPTION; do
+            grep -qs "^\.SH $part" "$page" || fail "$page is not a manual page: it has no $part"
+        done
+        grep -qs -- '\\-\\-help' "$page" || fail "$page does not tell the options"
+    done
+fi
 if objdump -p "$libdir/libusp.so" | grep -Eq 'NEEDED *lib(cuda\.so|cublas)'; then fail "libusp.so needs the driver or cuBLAS"; fi
 
 cat >"$work/user.c" <<'END'
@@ -46,6 +56,7 @@ LD_LIBRARY_PATH="$libdir${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" "$work/user" >/de
 others=$(PKG_CONFIG_SYSROOT_DIR='' pkg-config --libs --static usp | sed 's/-lusp//')
 cc -std=c99 "$work/user.c" $(pkg-config --cflags usp) "$libdir/libusp.a" $others -o "$work/user_static" &&
     "$work/user_static" >/dev/null || fail "the static library's user"
+if objdump -p "$work/user_static" | grep -q 'NEEDED *libusp'; then fail "the static library's user needs the shared one"; fi
 c++ -std=c++17 -pedantic -Wall -Werror "$work/user.cc" $flags -o "$work/user_cc" 2>/dev/null &&
     LD_LIBRARY_PATH="$libdir${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" "$work/user_cc" >/dev/null || fail "the C++ user"
 
