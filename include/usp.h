@@ -101,7 +101,8 @@ typedef struct usp_world_config {
     int timeout_ms;         /* longest wait for another rank; 0: 600000, -1: no limit */
     int watchdog;           /* 1: a thread of the library polls; 0: the caller does, by usp_world_poll or synchronize */
     int node;               /* identity of this host, > 0; 0: found out. Set it to emulate hosts */
-    void (*log)(void *user, int level, const char *text); /* NULL: silent. level: 1 warning, 2 info, 3 trace */
+    void (*log)(void *user, int level, const char *text); /* NULL: silent; also from the library's threads.
+                                                               level: 1 warning, 2 info, 3 trace */
     void *log_user;
     void *(*host_alloc)(void *user, size_t bytes); /* both or neither; NULL: malloc and free. 16-byte aligned */
     void (*host_free)(void *user, void *memory);
@@ -306,7 +307,8 @@ typedef struct usp_tensor {
 } usp_tensor;
 
 /* All tensors hold this rank's own tokens, in local order. States are fp32 [batch, H, head_dim, value_dim], the same on
- * every rank of the mesh, and always the state after a token. */
+ * every rank of the mesh, and always the state after a token. Strides may be any numbers under which no two elements of
+ * an output share a place; out must not overlap q, k or v. */
 typedef struct usp_forward {
     size_t struct_size;
     usp_tensor q;               /* [batch, local_tokens, heads, head_dim] */
