@@ -15,6 +15,7 @@
 /* One direction of the state. A state is fp32 [batch][heads][head_dim][value_dim], for own heads. */
 typedef struct flow {
     int reverse;
+    int again;       /* forward states in backward: the final one is no output any more */
     usp_tensor k, v; /* what makes the totals: k and v, or q and dout */
     usp_head_map k_map, v_map;
     float *blocks;   /* [blocks]: the state before each block of the own chunks */
@@ -240,7 +241,7 @@ static void post_hop(const usp_layer *layer, const flow *f, int64_t i, int recei
 
 /* The state after the last chunk is everybody's where it is an output, or where there is no mask. */
 static int spreads_final(const usp_layer *layer, const flow *f) {
-    int wanted = f->reverse ? layer->config.initial_state : layer->config.final_state;
+    int wanted = f->reverse ? layer->config.initial_state : layer->config.final_state && !f->again;
     return layer->schedule->chunks > 0 && (wanted || !is_causal(layer));
 }
 
@@ -576,6 +577,7 @@ static usp_status begin_adjoint(usp_layer *layer, const usp_inner *inner, const 
 static usp_status backward(usp_layer *layer, usp_inner *inner) {
     buffers b = carve(layer, USP_PASS_BACKWARD, &inner->arena);
     flow s = forward_flow(layer, inner, &b), d = backward_flow(layer, inner, &b);
+    s.again = 1;
     if (inner->dfinal) {
         USP_TRY(copy_state(layer, b.seed, inner->dfinal, inner->stream));
         USP_TRY(scale_state(layer, inner, b.seed, 1 / layer->config.scale));
@@ -611,7 +613,7 @@ static double token_flops(const usp_layer *layer, usp_pass pass) {
 
 static void cost(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
     usp_messages count = {0};
-    flow s = {.reverse = 0}, d = {.reverse = 1};
+    flow s = {.again = pass == USP_PASS_BACKWARD}, d = {.reverse = 1};
     int ring = layer->mesh.ring, ulysses = layer->mesh.ulysses;
     if (pass == USP_PASS_BACKWARD) count_flow(layer, &d, &count);
     if (pass == USP_PASS_FORWARD || layer->config.recompute_state) count_flow(layer, &s, &count);
