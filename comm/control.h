@@ -27,7 +27,7 @@ usp_status usp_control_gone(usp_control *, int peer);
 usp_status usp_control_fail(usp_control *, usp_status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 /* A descriptor that becomes readable, and stays so, once the control has failed: to be polled beside others. */
 int usp_control_descriptor(const usp_control *);
-void usp_control_abort(usp_control *); /* tells all ranks; any thread; idempotent */
+void usp_control_abort(usp_control *);   /* tells all ranks; any thread; idempotent */
 void usp_control_destroy(usp_control *); /* NULL is fine */
 
 #endif

@@ -11,8 +11,7 @@ struct copy_unit {
     unsigned token, batch, head, column;
 };
 
-static __device__ __forceinline__ copy_unit find_unit(const usp_copy &copy, unsigned x, unsigned columns)
-{
+static __device__ __forceinline__ copy_unit find_unit(const usp_copy &copy, unsigned x, unsigned columns) {
     copy_unit unit;
     unsigned row = x / columns;
     unit.column = x - row * columns;
@@ -25,8 +24,7 @@ static __device__ __forceinline__ copy_unit find_unit(const usp_copy &copy, unsi
 
 /* A row is `columns` vectors. */
 static __global__ void __launch_bounds__(threads_per_block)
-    copy_vectors(usp_copy copy, unsigned units, unsigned columns)
-{
+    copy_vectors(usp_copy copy, unsigned units, unsigned columns) {
     for (unsigned x = blockIdx.x * blockDim.x + threadIdx.x; x < units; x += gridDim.x * blockDim.x) {
         copy_unit unit = find_unit(copy, x, columns);
         size_t skip = unit.column * sizeof(uint4);
@@ -38,8 +36,7 @@ static __global__ void __launch_bounds__(threads_per_block)
 
 template <typename From, typename To>
 static __global__ void __launch_bounds__(threads_per_block)
-    copy_elements(usp_copy copy, unsigned units, unsigned columns)
-{
+    copy_elements(usp_copy copy, unsigned units, unsigned columns) {
     for (unsigned x = blockIdx.x * blockDim.x + threadIdx.x; x < units; x += gridDim.x * blockDim.x) {
         copy_unit unit = find_unit(copy, x, columns);
         float value = usp_to_float(usp_row<From>(copy.from, unit.token, unit.batch, unit.head)[unit.column]);
@@ -52,30 +49,26 @@ static __global__ void __launch_bounds__(threads_per_block)
 
 typedef void (*copy_kernel)(usp_copy, unsigned units, unsigned columns);
 
-template <typename From> static copy_kernel element_kernel(usp_dtype to)
-{
+template <typename From> static copy_kernel element_kernel(usp_dtype to) {
     if (to == USP_F32) return copy_elements<From, float>;
     if (to == USP_F16) return copy_elements<From, __half>;
     return copy_elements<From, __nv_bfloat16>;
 }
 
-static copy_kernel choose_kernel(const usp_copy *copy, bool vectors)
-{
+static copy_kernel choose_kernel(const usp_copy *copy, bool vectors) {
     if (vectors) return copy_vectors;
     if (copy->from_dtype == USP_F32) return element_kernel<float>(copy->to_dtype);
     if (copy->from_dtype == USP_F16) return element_kernel<__half>(copy->to_dtype);
     return element_kernel<__nv_bfloat16>(copy->to_dtype);
 }
 
-static bool whole_vectors(const usp_copy *copy)
-{
+static bool whole_vectors(const usp_copy *copy) {
     size_t element = usp_dtype_size(copy->from_dtype);
     return copy->from_dtype == copy->to_dtype && !copy->accumulate && copy->dim * element % sizeof(uint4) == 0 &&
            usp_rows_aligned(copy->from, element) && usp_rows_aligned(copy->to, element);
 }
 
-usp_status usp_cuda_copy_rows(const usp_copy *copy, usp_stream stream)
-{
+usp_status usp_cuda_copy_rows(const usp_copy *copy, usp_stream stream) {
     bool vectors = whole_vectors(copy);
     copy_kernel kernel = choose_kernel(copy, vectors);
     int64_t columns = vectors ? copy->dim * usp_dtype_size(copy->from_dtype) / sizeof(uint4) : copy->dim;

@@ -15,28 +15,24 @@ typedef struct usp_cuda_device {
 /* ---- errors ------------------------------------------------------------------------------------------------------ */
 
 /* Records what failed and forgets CUDA's own note of it, which a later launch would take for its own. */
-static usp_status fail(const char *what, cudaError_t error)
-{
+static usp_status fail(const char *what, cudaError_t error) {
     usp_status status = error == cudaErrorMemoryAllocation ? USP_NO_MEMORY : USP_DEVICE;
     cudaGetLastError();
     return usp_fail(status, "%s failed: %s", what, cudaGetErrorString(error));
 }
 
-static usp_status check(const char *what, cudaError_t error)
-{
+static usp_status check(const char *what, cudaError_t error) {
     return error == cudaSuccess ? USP_OK : fail(what, error);
 }
 
 /* Ranks may be threads on several GPUs, and the current GPU belongs to the thread: every entry begins here. */
-static usp_status enter(const usp_device *device)
-{
+static usp_status enter(const usp_device *device) {
     return check("cudaSetDevice", cudaSetDevice(((const usp_cuda_device *)device)->index));
 }
 
 /* ---- memory ------------------------------------------------------------------------------------------------------ */
 
-static usp_status cuda_alloc(usp_device *device, size_t bytes, void **memory)
-{
+static usp_status cuda_alloc(usp_device *device, size_t bytes, void **memory) {
     USP_TRY(enter(device));
     cudaError_t error = cudaMalloc(memory, bytes > 0 ? bytes : 1);
     if (error == cudaSuccess) return USP_OK;
@@ -46,20 +42,17 @@ static usp_status cuda_alloc(usp_device *device, size_t bytes, void **memory)
                     cudaGetErrorString(error));
 }
 
-static void cuda_free(usp_device *device, void *memory)
-{
+static void cuda_free(usp_device *device, void *memory) {
     if (enter(device) == USP_OK) cudaFree(memory);
 }
 
-static usp_status cuda_copy(usp_device *device, void *to, const void *from, size_t bytes, usp_stream stream)
-{
+static usp_status cuda_copy(usp_device *device, void *to, const void *from, size_t bytes, usp_stream stream) {
     if (bytes == 0) return USP_OK;
     USP_TRY(enter(device));
     return check("cudaMemcpyAsync", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
 }
 
-static usp_status cuda_zero(usp_device *device, void *memory, size_t bytes, usp_stream stream)
-{
+static usp_status cuda_zero(usp_device *device, void *memory, size_t bytes, usp_stream stream) {
     if (bytes == 0) return USP_OK;
     USP_TRY(enter(device));
     return check("cudaMemsetAsync", cudaMemsetAsync(memory, 0, bytes, stream));
@@ -68,22 +61,18 @@ static usp_status cuda_zero(usp_device *device, void *memory, size_t bytes, usp_
 /* ---- streams and events ------------------------------------------------------------------------------------------ */
 
 /* For transfers: they should start before the kernels that fill the GPU, and never wait for the default stream. */
-static usp_status cuda_stream_create(usp_device *device, usp_stream *stream)
-{
+static usp_status cuda_stream_create(usp_device *device, usp_stream *stream) {
     int lowest, highest;
     USP_TRY(enter(device));
     USP_TRY(check("cudaDeviceGetStreamPriorityRange", cudaDeviceGetStreamPriorityRange(&lowest, &highest)));
-    return check("cudaStreamCreateWithPriority",
-                 cudaStreamCreateWithPriority(stream, cudaStreamNonBlocking, highest));
+    return check("cudaStreamCreateWithPriority", cudaStreamCreateWithPriority(stream, cudaStreamNonBlocking, highest));
 }
 
-static void cuda_stream_destroy(usp_device *device, usp_stream stream)
-{
+static void cuda_stream_destroy(usp_device *device, usp_stream stream) {
     if (enter(device) == USP_OK) cudaStreamDestroy(stream);
 }
 
-static usp_status busy_status(const char *what, cudaError_t error, int *busy)
-{
+static usp_status busy_status(const char *what, cudaError_t error, int *busy) {
     *busy = error == cudaErrorNotReady;
     if (*busy) {
         cudaGetLastError();
@@ -93,8 +82,7 @@ static usp_status busy_status(const char *what, cudaError_t error, int *busy)
 }
 
 /* A query may come from a watchdog while another thread captures a graph, which it must not spoil: hence relaxed. */
-static usp_status cuda_query(usp_device *device, usp_stream stream, int *busy)
-{
+static usp_status cuda_query(usp_device *device, usp_stream stream, int *busy) {
     enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     USP_TRY(enter(device));
     USP_TRY(check("cudaThreadExchangeStreamCaptureMode", cudaThreadExchangeStreamCaptureMode(&mode)));
@@ -103,32 +91,26 @@ static usp_status cuda_query(usp_device *device, usp_stream stream, int *busy)
     return status;
 }
 
-static usp_status cuda_event_create(usp_device *device, usp_event **event)
-{
+static usp_status cuda_event_create(usp_device *device, usp_event **event) {
     USP_TRY(enter(device));
-    return check("cudaEventCreateWithFlags",
-                 cudaEventCreateWithFlags((cudaEvent_t *)event, cudaEventDisableTiming));
+    return check("cudaEventCreateWithFlags", cudaEventCreateWithFlags((cudaEvent_t *)event, cudaEventDisableTiming));
 }
 
-static void cuda_event_destroy(usp_device *device, usp_event *event)
-{
+static void cuda_event_destroy(usp_device *device, usp_event *event) {
     if (enter(device) == USP_OK) cudaEventDestroy((cudaEvent_t)event);
 }
 
-static usp_status cuda_event_record(usp_device *device, usp_event *event, usp_stream stream)
-{
+static usp_status cuda_event_record(usp_device *device, usp_event *event, usp_stream stream) {
     USP_TRY(enter(device));
     return check("cudaEventRecord", cudaEventRecord((cudaEvent_t)event, stream));
 }
 
-static usp_status cuda_event_wait(usp_device *device, usp_event *event, usp_stream stream)
-{
+static usp_status cuda_event_wait(usp_device *device, usp_event *event, usp_stream stream) {
     USP_TRY(enter(device));
     return check("cudaStreamWaitEvent", cudaStreamWaitEvent(stream, (cudaEvent_t)event, 0));
 }
 
-static usp_status cuda_event_query(usp_device *device, usp_event *event, int *busy)
-{
+static usp_status cuda_event_query(usp_device *device, usp_event *event, int *busy) {
     enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     USP_TRY(enter(device));
     USP_TRY(check("cudaThreadExchangeStreamCaptureMode", cudaThreadExchangeStreamCaptureMode(&mode)));
@@ -137,8 +119,7 @@ static usp_status cuda_event_query(usp_device *device, usp_event *event, int *bu
     return status;
 }
 
-static usp_status cuda_capturing(usp_device *device, usp_stream stream, int *yes)
-{
+static usp_status cuda_capturing(usp_device *device, usp_stream stream, int *yes) {
     enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     USP_TRY(enter(device));
     USP_TRY(check("cudaStreamIsCapturing", cudaStreamIsCapturing(stream, &capture)));
@@ -148,38 +129,32 @@ static usp_status cuda_capturing(usp_device *device, usp_stream stream, int *yes
 
 /* ---- kernels ----------------------------------------------------------------------------------------------------- */
 
-static usp_status cuda_supports(usp_device *device, const usp_kernel_shape *shape)
-{
+static usp_status cuda_supports(usp_device *device, const usp_kernel_shape *shape) {
     USP_TRY(enter(device));
     return shape->attention == USP_LINEAR ? usp_cuda_linear_supports(shape) : usp_cuda_softmax_supports(shape);
 }
 
-static usp_status cuda_copy_rows(usp_device *device, const usp_copy *copy, usp_stream stream)
-{
+static usp_status cuda_copy_rows(usp_device *device, const usp_copy *copy, usp_stream stream) {
     USP_TRY(enter(device));
     return usp_cuda_copy_rows(copy, stream);
 }
 
-static usp_status cuda_softmax_forward(usp_device *device, const usp_softmax *softmax, usp_stream stream)
-{
+static usp_status cuda_softmax_forward(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
     USP_TRY(enter(device));
     return usp_cuda_softmax_forward(softmax, stream);
 }
 
-static usp_status cuda_softmax_delta(usp_device *device, const usp_softmax *softmax, float *delta, usp_stream stream)
-{
+static usp_status cuda_softmax_delta(usp_device *device, const usp_softmax *softmax, float *delta, usp_stream stream) {
     USP_TRY(enter(device));
     return usp_cuda_softmax_delta(softmax, delta, stream);
 }
 
-static usp_status cuda_softmax_backward_query(usp_device *device, const usp_softmax *softmax, usp_stream stream)
-{
+static usp_status cuda_softmax_backward_query(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
     USP_TRY(enter(device));
     return usp_cuda_softmax_backward_query(softmax, stream);
 }
 
-static usp_status cuda_softmax_backward_key(usp_device *device, const usp_softmax *softmax, usp_stream stream)
-{
+static usp_status cuda_softmax_backward_key(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
     USP_TRY(enter(device));
     return usp_cuda_softmax_backward_key(softmax, stream);
 }
@@ -191,40 +166,34 @@ static int64_t cuda_linear_block(usp_device *device, int64_t rows) {
     return rows <= 1024 ? 64 : rows <= 2048 ? 128 : rows <= 8192 ? 256 : 512;
 }
 
-static usp_status cuda_linear_totals(usp_device *device, const usp_linear *linear, usp_stream stream)
-{
+static usp_status cuda_linear_totals(usp_device *device, const usp_linear *linear, usp_stream stream) {
     USP_TRY(enter(device));
     return usp_cuda_linear_totals(linear, stream);
 }
 
-static usp_status cuda_linear_scan(usp_device *device, const usp_scan *scan, usp_stream stream)
-{
+static usp_status cuda_linear_scan(usp_device *device, const usp_scan *scan, usp_stream stream) {
     USP_TRY(enter(device));
     return usp_cuda_linear_scan(scan, stream);
 }
 
-static usp_status cuda_linear_output(usp_device *device, const usp_linear *linear, usp_stream stream)
-{
+static usp_status cuda_linear_output(usp_device *device, const usp_linear *linear, usp_stream stream) {
     USP_TRY(enter(device));
     return usp_cuda_linear_output(linear, stream);
 }
 
-static usp_status cuda_linear_apply(usp_device *device, const usp_linear *linear, usp_stream stream)
-{
+static usp_status cuda_linear_apply(usp_device *device, const usp_linear *linear, usp_stream stream) {
     USP_TRY(enter(device));
     return usp_cuda_linear_apply(linear, stream);
 }
 
-static usp_status cuda_scale(usp_device *device, float *data, int64_t count, float factor, usp_stream stream)
-{
+static usp_status cuda_scale(usp_device *device, float *data, int64_t count, float factor, usp_stream stream) {
     USP_TRY(enter(device));
     return usp_cuda_scale(data, count, factor, stream);
 }
 
 /* ---- the table --------------------------------------------------------------------------------------------------- */
 
-static void cuda_destroy(usp_device *device)
-{
+static void cuda_destroy(usp_device *device) {
     if (device != NULL) usp_host_free(device->host, device);
 }
 
@@ -260,8 +229,7 @@ static const usp_device_ops cuda_ops = {
 };
 
 /* UNSUPPORTED with the reason unless a GPU that the kernels are built for is there. */
-static usp_status current_gpu(int *index)
-{
+static usp_status current_gpu(int *index) {
     int major = 0, minor = 0;
     cudaError_t error = cudaGetDevice(index);
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, *index);
@@ -274,8 +242,7 @@ static usp_status current_gpu(int *index)
     return usp_fail(USP_UNSUPPORTED, "GPU %d has compute capability %d.%d; the kernels need 8.0", *index, major, minor);
 }
 
-usp_status usp_device_create_cuda(const usp_host *host, usp_device **device)
-{
+usp_status usp_device_create_cuda(const usp_host *host, usp_device **device) {
     int index = 0;
     void *memory = NULL;
     USP_TRY(current_gpu(&index));
@@ -288,16 +255,14 @@ usp_status usp_device_create_cuda(const usp_host *host, usp_device **device)
     return USP_OK;
 }
 
-int usp_device_count_cuda(void)
-{
+int usp_device_count_cuda(void) {
     int count = 0;
     if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
     cudaGetLastError();
     return 0;
 }
 
-usp_status usp_device_select_cuda(int index)
-{
+usp_status usp_device_select_cuda(int index) {
     int count = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess) {

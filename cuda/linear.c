@@ -12,29 +12,25 @@ static const usp_linear_family *const families[] = {&usp_linear_mma, &usp_linear
 enum { FAMILIES = sizeof families / sizeof *families };
 
 /* Shared memory that one block may have on the current GPU; 0 if the GPU does not answer. */
-static size_t shared_limit(void)
-{
+static size_t shared_limit(void) {
     int device = 0, bytes = 0;
     if (cudaGetDevice(&device) != cudaSuccess) return 0;
     if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
     return (size_t)bytes;
 }
 
-usp_status usp_cuda_linear_supports(const usp_kernel_shape *shape)
-{
+usp_status usp_cuda_linear_supports(const usp_kernel_shape *shape) {
     int widest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
     if (widest <= USP_LINEAR_MAX_DIM) return USP_OK;
     return usp_fail(USP_UNSUPPORTED, "linear attention on a GPU takes head_dim and value_dim up to %d, not %d",
                     USP_LINEAR_MAX_DIM, widest);
 }
 
-static int serves(const usp_linear_family *family, const usp_linear *args, usp_linear_call call, size_t limit)
-{
+static int serves(const usp_linear_family *family, const usp_linear *args, usp_linear_call call, size_t limit) {
     return family->shared(args->dim, args->value_dim) <= limit && family->fits(args, call);
 }
 
-static usp_status dispatch(const usp_linear *args, usp_linear_call call, usp_stream stream)
-{
+static usp_status dispatch(const usp_linear *args, usp_linear_call call, usp_stream stream) {
     size_t limit = shared_limit();
     int64_t places = (int64_t)args->batch * args->heads;
     int i = 0;
@@ -46,17 +42,14 @@ static usp_status dispatch(const usp_linear *args, usp_linear_call call, usp_str
     return families[i]->call[call](args, stream);
 }
 
-usp_status usp_cuda_linear_totals(const usp_linear *linear, usp_stream stream)
-{
+usp_status usp_cuda_linear_totals(const usp_linear *linear, usp_stream stream) {
     return dispatch(linear, USP_CALL_TOTALS, stream);
 }
 
-usp_status usp_cuda_linear_output(const usp_linear *linear, usp_stream stream)
-{
+usp_status usp_cuda_linear_output(const usp_linear *linear, usp_stream stream) {
     return dispatch(linear, USP_CALL_OUTPUT, stream);
 }
 
-usp_status usp_cuda_linear_apply(const usp_linear *linear, usp_stream stream)
-{
+usp_status usp_cuda_linear_apply(const usp_linear *linear, usp_stream stream) {
     return dispatch(linear, USP_CALL_APPLY, stream);
 }

@@ -6,27 +6,26 @@
 #include "linear.h"
 
 /* lambda^rows = exp2(rows * this). The bound keeps lambda = 0 from making 0 * infinity of no rows at all. */
-static __device__ __forceinline__ float usp_log2_decay(const float *log_decay, int head)
-{
+static __device__ __forceinline__ float usp_log2_decay(const float *log_decay, int head) {
     return log_decay ? fmaxf(log_decay[head] * 1.4426950408889634f, -1e30f) : 0.0f;
 }
 
-static __device__ __forceinline__ float usp_decay(float log2_decay, int rows) { return exp2f(log2_decay * rows); }
+static __device__ __forceinline__ float usp_decay(float log2_decay, int rows) {
+    return exp2f(log2_decay * rows);
+}
 
 /* The block, batch and head of a thread block. Heads run fastest, so that heads that share k or v meet in the cache. */
 struct usp_place {
     int block, batch, head;
 };
 
-static __device__ __forceinline__ usp_place usp_find_place(const usp_linear &linear)
-{
+static __device__ __forceinline__ usp_place usp_find_place(const usp_linear &linear) {
     unsigned row = blockIdx.x / linear.heads;
     return {static_cast<int>(row / linear.batch), static_cast<int>(row % linear.batch),
             static_cast<int>(blockIdx.x % linear.heads)};
 }
 
-static inline dim3 usp_place_grid(const usp_linear *linear, unsigned parts)
-{
+static inline dim3 usp_place_grid(const usp_linear *linear, unsigned parts) {
     return dim3(static_cast<unsigned>(linear->blocks) * linear->batch * linear->heads, parts);
 }
 
@@ -36,34 +35,29 @@ struct usp_time {
     int step, count;
 };
 
-static __device__ __forceinline__ usp_time usp_block_time(const usp_linear &linear, const usp_block &block)
-{
+static __device__ __forceinline__ usp_time usp_block_time(const usp_linear &linear, const usp_block &block) {
     if (linear.reverse) return {block.begin + block.count - 1, -1, block.count};
     return {block.begin, 1, block.count};
 }
 
 /* Rows of the chunk before the first row in time of the block. */
-static __device__ __forceinline__ int usp_chunk_rows_before(const usp_linear &linear, const usp_block &block)
-{
+static __device__ __forceinline__ int usp_chunk_rows_before(const usp_linear &linear, const usp_block &block) {
     return linear.reverse ? block.chunk_rows - block.distance - block.count : block.distance;
 }
 
 /* State `index` of one batch and head. */
-static __device__ __forceinline__ float *usp_state(const usp_linear &linear, int index, const usp_place &place)
-{
+static __device__ __forceinline__ float *usp_state(const usp_linear &linear, int index, const usp_place &place) {
     int64_t slot = (static_cast<int64_t>(index) * linear.batch + place.batch) * linear.heads + place.head;
     return linear.states + slot * linear.dim * linear.value_dim;
 }
 
 /* Element [d][e] of a state, however it is stored. */
-static __device__ __forceinline__ int usp_state_index(const usp_linear &linear, int d, int e)
-{
+static __device__ __forceinline__ int usp_state_index(const usp_linear &linear, int d, int e) {
     return linear.transposed ? e * linear.dim + d : d * linear.value_dim + e;
 }
 
 /* The running sums of one token. */
-static __device__ __forceinline__ float *usp_sums_row(const usp_linear &linear, int64_t token, const usp_place &place)
-{
+static __device__ __forceinline__ float *usp_sums_row(const usp_linear &linear, int64_t token, const usp_place &place) {
     return linear.acc + ((token * linear.batch + place.batch) * linear.heads + place.head) * linear.value_dim;
 }
 

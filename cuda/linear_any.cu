@@ -10,15 +10,12 @@ static constexpr int state_tile = 32; /* a thread block makes state_tile x state
 static constexpr int value_tile = 64; /* ... or value_tile columns of the output */
 
 /* A tile of `ROWS` rows of `depth` dims in fp32, padded against bank conflicts. */
-template <int ROWS> struct tile {
-    float at[ROWS][depth + 1];
-};
+template <int ROWS> struct tile { float at[ROWS][depth + 1]; };
 
 /* Rows first .. first + ROWS in time, dims from `column` on; zero outside the block and the row. */
 template <typename T, int ROWS>
 static __device__ void load_tile(tile<ROWS> &to, const usp_tensor &x, const usp_time &time, int first, int column,
-                                 int dim, int batch, int head)
-{
+                                 int dim, int batch, int head) {
     for (int i = threadIdx.x; i < ROWS * depth; i += threads_per_block) {
         int row = i / depth, c = i % depth, t = first + row;
         bool live = t < time.count && column + c < dim;
@@ -29,8 +26,7 @@ static __device__ void load_tile(tile<ROWS> &to, const usp_tensor &x, const usp_
 /* ---- totals ------------------------------------------------------------------------------------------------------ */
 
 /* sum[i][j] += weighted k[., d] v[., e] over the `depth` rows of the tiles, for this thread's d and e. */
-static __device__ void add_products(float (&sum)[2][2], const tile<depth> &k, const tile<depth> &v, int y, int x)
-{
+static __device__ void add_products(float (&sum)[2][2], const tile<depth> &k, const tile<depth> &v, int y, int x) {
 #pragma unroll
     for (int row = 0; row < depth; row++) {
         for (int i = 0; i < 4; i++) sum[i / 2][i % 2] += k.at[row][y + i / 2 * side] * v.at[row][x + i % 2 * side];
@@ -38,8 +34,7 @@ static __device__ void add_products(float (&sum)[2][2], const tile<depth> &k, co
 }
 
 /* Grid: (places, state tiles). */
-template <typename T> static __global__ void __launch_bounds__(threads_per_block) totals(usp_linear linear)
-{
+template <typename T> static __global__ void __launch_bounds__(threads_per_block) totals(usp_linear linear) {
     __shared__ tile<depth> k, v;
     usp_place place = usp_find_place(linear);
     usp_time time = usp_block_time(linear, linear.block[place.block]);
@@ -84,8 +79,7 @@ struct output_work {
 /* sum = q^T state for this thread's row and columns. */
 template <typename T>
 static __device__ void multiply_state(float (&sum)[value_columns], tile<side> &q, const usp_linear &linear,
-                                      const output_work &work, const float *state)
-{
+                                      const output_work &work, const float *state) {
     int y = threadIdx.x / side, x = threadIdx.x % side;
     for (int d = 0; d < linear.dim; d += depth) {
         load_tile<T>(q, linear.q, work.time, work.row, d, linear.dim, work.place.batch, work.q_head);
@@ -102,8 +96,7 @@ static __device__ void multiply_state(float (&sum)[value_columns], tile<side> &q
 /* q . k of this thread's pair of rows: row y of the queries at work.row, row x of the keys at `key`. */
 template <typename T>
 static __device__ float multiply_pair(tile<side> &q, tile<side> &k, const usp_linear &linear, const output_work &work,
-                                      int key)
-{
+                                      int key) {
     int y = threadIdx.x / side, x = threadIdx.x % side;
     float sum = 0;
     for (int d = 0; d < linear.dim; d += depth) {
@@ -119,8 +112,7 @@ static __device__ float multiply_pair(tile<side> &q, tile<side> &k, const usp_li
 /* sum += decayed (q . k) v over the rows of the block that are not after this thread's row in time. */
 template <typename T>
 static __device__ void add_pairs(float (&sum)[value_columns], tile<side> &q, tile<side> &k, const usp_linear &linear,
-                                 const output_work &work)
-{
+                                 const output_work &work) {
     __shared__ float pair[side][side + 1];
     int y = threadIdx.x / side, x = threadIdx.x % side;
     for (int key = 0; key <= work.row; key += side) {
@@ -141,8 +133,7 @@ static __device__ void add_pairs(float (&sum)[value_columns], tile<side> &q, til
 }
 
 template <typename T>
-static __device__ void put_row(const float (&sum)[value_columns], const usp_linear &linear, const output_work &work)
-{
+static __device__ void put_row(const float (&sum)[value_columns], const usp_linear &linear, const output_work &work) {
     int t = work.row + threadIdx.x / side;
     if (t >= work.time.count) return;
     int64_t token = work.time.first + t * work.time.step;
@@ -152,14 +143,16 @@ static __device__ void put_row(const float (&sum)[value_columns], const usp_line
         int e = work.column + threadIdx.x % side + c * side;
         if (e >= linear.value_dim) break;
         float value = linear.scale * sum[c] + (linear.first ? 0.0f : acc[e]);
-        if (linear.last) out[e] = usp_from_float<T>(value);
-        else acc[e] = value;
+        if (linear.last)
+            out[e] = usp_from_float<T>(value);
+        else
+            acc[e] = value;
     }
 }
 
 /* Grid: (places, value tiles). PAIRS: the products inside the block and the state before it; else the chunk's state. */
-template <typename T, bool PAIRS> static __global__ void __launch_bounds__(threads_per_block) output(usp_linear linear)
-{
+template <typename T, bool PAIRS>
+static __global__ void __launch_bounds__(threads_per_block) output(usp_linear linear) {
     __shared__ tile<side> q, k;
     output_work work;
     work.place = usp_find_place(linear);
@@ -186,30 +179,28 @@ template <typename T, bool PAIRS> static __global__ void __launch_bounds__(threa
 
 typedef void (*linear_kernel)(usp_linear);
 
-static linear_kernel by_dtype(usp_dtype dtype, linear_kernel f32, linear_kernel f16, linear_kernel bf16)
-{
+static linear_kernel by_dtype(usp_dtype dtype, linear_kernel f32, linear_kernel f16, linear_kernel bf16) {
     return dtype == USP_F32 ? f32 : dtype == USP_F16 ? f16 : bf16;
 }
 
-static unsigned parts(int size, int tile) { return static_cast<unsigned>((size + tile - 1) / tile); }
+static unsigned parts(int size, int tile) {
+    return static_cast<unsigned>((size + tile - 1) / tile);
+}
 
-static usp_status launch_totals(const usp_linear *linear, usp_stream stream)
-{
+static usp_status launch_totals(const usp_linear *linear, usp_stream stream) {
     linear_kernel kernel = by_dtype(linear->dtype, totals<float>, totals<__half>, totals<__nv_bfloat16>);
     dim3 grid = usp_place_grid(linear, parts(linear->dim, state_tile) * parts(linear->value_dim, state_tile));
     return usp_cuda_launch("linear_totals", kernel, grid, dim3(threads_per_block), 0, stream, *linear);
 }
 
-static usp_status launch_output(const usp_linear *linear, usp_stream stream)
-{
+static usp_status launch_output(const usp_linear *linear, usp_stream stream) {
     linear_kernel kernel =
         by_dtype(linear->dtype, output<float, true>, output<__half, true>, output<__nv_bfloat16, true>);
     dim3 grid = usp_place_grid(linear, parts(linear->value_dim, value_tile));
     return usp_cuda_launch("linear_output", kernel, grid, dim3(threads_per_block), 0, stream, *linear);
 }
 
-static usp_status launch_apply(const usp_linear *linear, usp_stream stream)
-{
+static usp_status launch_apply(const usp_linear *linear, usp_stream stream) {
     linear_kernel kernel =
         by_dtype(linear->dtype, output<float, false>, output<__half, false>, output<__nv_bfloat16, false>);
     dim3 grid = usp_place_grid(linear, parts(linear->value_dim, value_tile));
@@ -218,9 +209,13 @@ static usp_status launch_apply(const usp_linear *linear, usp_stream stream)
 
 /* ---- the family -------------------------------------------------------------------------------------------------- */
 
-static size_t no_shared(int, int) { return 0; }
+static size_t no_shared(int, int) {
+    return 0;
+}
 
-static int fits_all(const usp_linear *, usp_linear_call) { return 1; }
+static int fits_all(const usp_linear *, usp_linear_call) {
+    return 1;
+}
 
 extern "C" const usp_linear_family usp_linear_any = {
     "any", no_shared, fits_all, {launch_totals, launch_output, launch_apply}};

@@ -13,8 +13,8 @@
 #include "tiles.cuh"
 #include <type_traits>
 
-static constexpr int rows = 64;                 /* of one step */
-static constexpr int row_blocks = rows / 16;    /* a fragment is 16 rows or columns */
+static constexpr int rows = 64;              /* of one step */
+static constexpr int row_blocks = rows / 16; /* a fragment is 16 rows or columns */
 static constexpr int pair_bytes = rows * rows * 2;
 static constexpr int table_bytes = 1024; /* of decays[0 .. rows], and up to where a tile may begin */
 
@@ -31,8 +31,7 @@ struct work {
 /* Starts fetching the `rows` rows from `first` on in time; rows after the block become zero. */
 template <typename T, int DIM, int THREADS>
 static __device__ __forceinline__ void fetch(usp_shared_rows<DIM> to, const usp_tensor &x, const work &work, int first,
-                                             int head)
-{
+                                             int head) {
     int64_t token = work.time.first + static_cast<int64_t>(first) * work.time.step;
     usp_fetch<rows, THREADS, DIM>(to, usp_row<const T>(x, token, work.place.batch, head),
                                   work.time.step * x.stride_token, work.time.count - first, DIM);
@@ -45,8 +44,7 @@ template <int DIM> using state_sums = usp_sums<1, DIM / 8>;
 
 /* Calls body(element, index in the stored state). */
 template <int DIM, typename Body>
-static __device__ __forceinline__ void for_state(state_sums<DIM> &state, const usp_linear &linear, Body body)
-{
+static __device__ __forceinline__ void for_state(state_sums<DIM> &state, const usp_linear &linear, Body body) {
     int value = threadIdx.x / 32 * 16;
 #pragma unroll
     for (int n = 0; n < DIM / 8; n++) {
@@ -60,8 +58,7 @@ static __device__ __forceinline__ void for_state(state_sums<DIM> &state, const u
  * shared memory. */
 template <int DIM, bool TRANSPOSED>
 static __device__ __forceinline__ void load_pair(usp_fragment (&to)[2], uint32_t lane, int row, int column, int down,
-                                                 int right)
-{
+                                                 int right) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         uint32_t at = usp_block_at<DIM>(lane, row + i * down, column + i * right);
@@ -72,8 +69,7 @@ static __device__ __forceinline__ void load_pair(usp_fragment (&to)[2], uint32_t
 /* Rows r * 16 .. + 16 of the step as left operand v^T, each times its weight; `low` is what `high` leaves of it. */
 template <typename T, int VALUE>
 static __device__ __forceinline__ void weigh_values(usp_fragment &high, usp_fragment &low, uint32_t v_lane, int r,
-                                                    const float *decays, int last, float factor)
-{
+                                                    const float *decays, int last, float factor) {
     usp_fragment loaded = usp_load_block_transposed(usp_block_at<VALUE>(v_lane, r, threadIdx.x / 32));
 #pragma unroll
     for (int i = 0; i < 4; i++) { /* quarters: values by i % 2, rows by i / 2 */
@@ -91,8 +87,7 @@ static __device__ __forceinline__ void weigh_values(usp_fragment &high, usp_frag
  * SPLIT: with weights and rows in more than the precision of T. */
 template <typename T, int DIM, int VALUE, bool SPLIT>
 static __device__ __forceinline__ void add_rows(state_sums<DIM> &state, usp_shared_rows<DIM> k,
-                                                usp_shared_rows<VALUE> v, const float *decays, int last, float factor)
-{
+                                                usp_shared_rows<VALUE> v, const float *decays, int last, float factor) {
     constexpr int turns = DIM / 32; /* of two blocks of dims, for each block of rows */
     uint32_t k_lane = usp_lane_address(k), v_lane = usp_lane_address(v);
     usp_fragment high, low, right[2], next[2];
@@ -102,8 +97,7 @@ static __device__ __forceinline__ void add_rows(state_sums<DIM> &state, usp_shar
         int r = turn / turns, n = turn % turns * 4, after = turn + 1;
         if (n == 0) weigh_values<T, VALUE>(high, low, v_lane, r, decays, last, factor);
         right[0] = next[0], right[1] = next[1];
-        if (after < row_blocks * turns)
-            load_pair<DIM, true>(next, k_lane, after / turns, after % turns * 2, 0, 1);
+        if (after < row_blocks * turns) load_pair<DIM, true>(next, k_lane, after / turns, after % turns * 2, 0, 1);
 #pragma unroll
         for (int i = 0; i < 4; i++)
             usp_mma<T>(state[0][n + i], high, right[i / 2].part[i % 2 * 2], right[i / 2].part[i % 2 * 2 + 1]);
@@ -114,8 +108,7 @@ static __device__ __forceinline__ void add_rows(state_sums<DIM> &state, usp_shar
 }
 
 /* A power of two that brings the warp's state well inside T's range; bf16 has fp32's. */
-template <typename T, int DIM> static __device__ __forceinline__ float state_unit(const state_sums<DIM> &state)
-{
+template <typename T, int DIM> static __device__ __forceinline__ float state_unit(const state_sums<DIM> &state) {
     if (std::is_same<T, __nv_bfloat16>::value) return 1;
     float largest = 0;
 #pragma unroll
@@ -136,8 +129,7 @@ using out_sums = usp_sums<row_blocks, 2>;
 /* Dims 16 d .. + 16 of the state as right operand: high + low = state / unit. */
 template <typename T, int DIM>
 static __device__ __forceinline__ void split_state(uint32_t (&high)[2][2], uint32_t (&low)[2][2],
-                                                   const state_sums<DIM> &state, int d, float per_unit)
-{
+                                                   const state_sums<DIM> &state, int d, float per_unit) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float *pair = &state[0][2 * d + i % 2][i / 2 * 2];
@@ -151,8 +143,7 @@ static __device__ __forceinline__ void split_state(uint32_t (&high)[2][2], uint3
 /* out = q (state / unit). */
 template <typename T, int DIM>
 static __device__ __forceinline__ void multiply_state(out_sums &out, usp_shared_rows<DIM> q,
-                                                      const state_sums<DIM> &state, float per_unit)
-{
+                                                      const state_sums<DIM> &state, float per_unit) {
     uint32_t q_lane = usp_lane_address(q);
 #pragma unroll
     for (int m = 0; m < row_blocks; m++) {
@@ -177,8 +168,7 @@ static __device__ __forceinline__ void multiply_state(out_sums &out, usp_shared_
 }
 
 /* out *= factor decay^row. */
-static __device__ __forceinline__ void weigh_rows(out_sums &out, float factor, const float *decays)
-{
+static __device__ __forceinline__ void weigh_rows(out_sums &out, float factor, const float *decays) {
 #pragma unroll
     for (int i = 0; i < row_blocks * 2; i++) {
         float weight = factor * decays[usp_lane_row(i / 2, i % 2)];
@@ -193,8 +183,7 @@ static __device__ __forceinline__ void weigh_rows(out_sums &out, float factor, c
 /* The decayed products q.k of 16 rows and 32 keys of the step, zero where the key is later, into shared memory. */
 template <typename T, int DIM>
 static __device__ __forceinline__ void make_pairs(unsigned char *pairs, usp_shared_rows<DIM> q, usp_shared_rows<DIM> k,
-                                                  int row_block, int half, float scale, const float *decays)
-{
+                                                  int row_block, int half, float scale, const float *decays) {
     usp_sums<1, 4> product = {};
     usp_multiply_rows<T, DIM, 1, 4>(product, q.rows_from(row_block * 16), k.rows_from(half * 32));
 #pragma unroll
@@ -213,8 +202,7 @@ static __device__ __forceinline__ void make_pairs(unsigned char *pairs, usp_shar
 
 /* out += pairs v; blocks above the diagonal hold nothing. */
 template <typename T, int VALUE>
-static __device__ __forceinline__ void add_pairs(out_sums &out, usp_shared_rows<rows> pairs, usp_shared_rows<VALUE> v)
-{
+static __device__ __forceinline__ void add_pairs(out_sums &out, usp_shared_rows<rows> pairs, usp_shared_rows<VALUE> v) {
     uint32_t pair_lane = usp_lane_address(pairs), v_lane = usp_lane_address(v);
 #pragma unroll
     for (int key = 0; key < row_blocks; key++) {
@@ -230,8 +218,7 @@ static __device__ __forceinline__ void add_pairs(out_sums &out, usp_shared_rows<
 
 /* Writes 16 columns of a row as T: lanes swap halves with their neighbour, so that four lanes fill 32 bytes at once. */
 template <typename T>
-static __device__ __forceinline__ void put_values(T *to, const float *left, const float *right, bool live)
-{
+static __device__ __forceinline__ void put_values(T *to, const float *left, const float *right, bool live) {
     int lane = threadIdx.x & 3, odd = lane & 1;
     uint32_t first = usp_pack<T>(left[0], left[1]), second = usp_pack<T>(right[0], right[1]);
     uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
@@ -241,8 +228,7 @@ static __device__ __forceinline__ void put_values(T *to, const float *left, cons
 
 /* Adds what was there, and writes the rows of the step from `first` on in time. */
 template <typename T>
-static __device__ __forceinline__ void put_rows(out_sums &out, const usp_linear &linear, const work &work, int first)
-{
+static __device__ __forceinline__ void put_rows(out_sums &out, const usp_linear &linear, const work &work, int first) {
     int value = threadIdx.x / 32 * 16;
     T *out_row = usp_row<T>(linear.out, work.time.first, work.place.batch, work.place.head) + value;
     float *acc_row = usp_sums_row(linear, work.time.first, work.place) + value + usp_lane_column(0);
@@ -269,8 +255,7 @@ static __device__ __forceinline__ void put_rows(out_sums &out, const usp_linear 
 /* ---- kernels ----------------------------------------------------------------------------------------------------- */
 
 /* A barrier must follow before the decays are read. */
-static __device__ __forceinline__ work find_work(const usp_linear &linear, float *decays, bool decaying)
-{
+static __device__ __forceinline__ work find_work(const usp_linear &linear, float *decays, bool decaying) {
     usp_place place = usp_find_place(linear);
     float log2_decay = decaying ? usp_log2_decay(linear.log_decay, place.head) : 0;
     if (threadIdx.x <= rows) decays[threadIdx.x] = usp_decay(log2_decay, threadIdx.x);
@@ -281,9 +266,8 @@ static __device__ __forceinline__ work find_work(const usp_linear &linear, float
 static constexpr int threads_per_value = 2;
 
 template <typename T, int DIM, int VALUE>
-static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
-    totals(const __grid_constant__ usp_linear linear)
-{
+static __global__ void __launch_bounds__(threads_per_value *VALUE, 2)
+    totals(const __grid_constant__ usp_linear linear) {
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int stage = rows * (DIM + VALUE) * 2, threads = threads_per_value * VALUE;
     uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + table_bytes;
@@ -314,9 +298,8 @@ static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
 }
 
 template <typename T, int DIM, int VALUE>
-static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
-    output(const __grid_constant__ usp_linear linear)
-{
+static __global__ void __launch_bounds__(threads_per_value *VALUE, 2)
+    output(const __grid_constant__ usp_linear linear) {
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int q_bytes = rows * DIM * 2, stage = rows * (2 * DIM + VALUE) * 2, threads = threads_per_value * VALUE;
     uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + table_bytes + pair_bytes;
@@ -362,9 +345,7 @@ static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
 }
 
 template <typename T, int DIM, int VALUE>
-static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
-    apply(const __grid_constant__ usp_linear linear)
-{
+static __global__ void __launch_bounds__(threads_per_value *VALUE, 2) apply(const __grid_constant__ usp_linear linear) {
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int stage = rows * DIM * 2, threads = threads_per_value * VALUE;
     uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + table_bytes;
@@ -398,58 +379,54 @@ static __global__ void __launch_bounds__(threads_per_value * VALUE, 2)
 
 typedef void (*linear_kernel)(usp_linear);
 
-template <typename T, int DIM, int VALUE> static linear_kernel choose_call(usp_linear_call call)
-{
+template <typename T, int DIM, int VALUE> static linear_kernel choose_call(usp_linear_call call) {
     if (call == USP_CALL_TOTALS) return totals<T, DIM, VALUE>;
     if (call == USP_CALL_OUTPUT) return output<T, DIM, VALUE>;
     return apply<T, DIM, VALUE>;
 }
 
-template <typename T> static linear_kernel choose_dims(const usp_linear *linear, usp_linear_call call)
-{
+template <typename T> static linear_kernel choose_dims(const usp_linear *linear, usp_linear_call call) {
     bool narrow = linear->value_dim == 64;
     if (linear->dim == 64) return narrow ? choose_call<T, 64, 64>(call) : choose_call<T, 64, 128>(call);
     return narrow ? choose_call<T, 128, 64>(call) : choose_call<T, 128, 128>(call);
 }
 
-static size_t shared_bytes(usp_linear_call call, int dim, int value_dim)
-{
+static size_t shared_bytes(usp_linear_call call, int dim, int value_dim) {
     size_t columns[] = {static_cast<size_t>(dim + value_dim), static_cast<size_t>(2 * dim + value_dim),
                         static_cast<size_t>(dim)};
     return table_bytes + 2 * rows * columns[call] * 2 + (call == USP_CALL_OUTPUT ? pair_bytes : 0);
 }
 
-static usp_status launch(const char *what, const usp_linear *linear, usp_linear_call call, usp_stream stream)
-{
-    linear_kernel kernel = linear->dtype == USP_F16 ? choose_dims<__half>(linear, call)
-                                                    : choose_dims<__nv_bfloat16>(linear, call);
+static usp_status launch(const char *what, const usp_linear *linear, usp_linear_call call, usp_stream stream) {
+    linear_kernel kernel =
+        linear->dtype == USP_F16 ? choose_dims<__half>(linear, call) : choose_dims<__nv_bfloat16>(linear, call);
     return usp_cuda_launch(what, kernel, usp_place_grid(linear, 1), dim3(threads_per_value * linear->value_dim),
                            shared_bytes(call, linear->dim, linear->value_dim), stream, *linear);
 }
 
-static usp_status launch_totals(const usp_linear *linear, usp_stream stream)
-{
+static usp_status launch_totals(const usp_linear *linear, usp_stream stream) {
     return launch("linear_totals", linear, USP_CALL_TOTALS, stream);
 }
 
-static usp_status launch_output(const usp_linear *linear, usp_stream stream)
-{
+static usp_status launch_output(const usp_linear *linear, usp_stream stream) {
     return launch("linear_output", linear, USP_CALL_OUTPUT, stream);
 }
 
-static usp_status launch_apply(const usp_linear *linear, usp_stream stream)
-{
+static usp_status launch_apply(const usp_linear *linear, usp_stream stream) {
     return launch("linear_apply", linear, USP_CALL_APPLY, stream);
 }
 
 /* ---- the family -------------------------------------------------------------------------------------------------- */
 
-static size_t most_shared(int dim, int value_dim) { return shared_bytes(USP_CALL_OUTPUT, dim, value_dim); }
+static size_t most_shared(int dim, int value_dim) {
+    return shared_bytes(USP_CALL_OUTPUT, dim, value_dim);
+}
 
-static bool whole_dim(int dim) { return dim == 64 || dim == 128; }
+static bool whole_dim(int dim) {
+    return dim == 64 || dim == 128;
+}
 
-static int fits(const usp_linear *linear, usp_linear_call call)
-{
+static int fits(const usp_linear *linear, usp_linear_call call) {
     bool reads_q = call != USP_CALL_TOTALS, reads_kv = call != USP_CALL_APPLY, writes = reads_q && linear->last;
     return linear->dtype != USP_F32 && whole_dim(linear->dim) && whole_dim(linear->value_dim) &&
            (!reads_q || usp_rows_aligned(linear->q, 2)) && (!writes || usp_rows_aligned(linear->out, 2)) &&

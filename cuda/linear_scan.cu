@@ -4,25 +4,27 @@
 #include "linear.cuh"
 
 static constexpr unsigned threads_per_block = 128;
-static constexpr int ahead = 8; /* states read before the first of them is needed */
+static constexpr int ahead = 8;           /* states read before the first of them is needed */
 static constexpr int most_groups = 65535; /* of one launch: what a grid takes in y */
 
 /* The first step whose group is not before `group`. */
-static __device__ __forceinline__ int group_begin(const usp_scan &scan, int group)
-{
+static __device__ __forceinline__ int group_begin(const usp_scan &scan, int group) {
     int low = 0, high = scan.states;
     while (low < high) {
         int middle = (low + high) / 2;
-        if (scan.step[middle].group < group) low = middle + 1;
-        else high = middle;
+        if (scan.step[middle].group < group)
+            low = middle + 1;
+        else
+            high = middle;
     }
     return low;
 }
 
-static __device__ __forceinline__ void step(float &x, float decay, float total) { x = decay * x + total; }
+static __device__ __forceinline__ void step(float &x, float decay, float total) {
+    x = decay * x + total;
+}
 
-static __device__ __forceinline__ void step(float4 &x, float decay, const float4 &total)
-{
+static __device__ __forceinline__ void step(float4 &x, float decay, const float4 &total) {
     step(x.x, decay, total.x);
     step(x.y, decay, total.y);
     step(x.z, decay, total.z);
@@ -38,8 +40,7 @@ template <typename V> struct batch {
 /* States first, first + direction, ... of which `left` are left. */
 template <typename V>
 static __device__ __forceinline__ void read_batch(batch<V> &to, const V *data, const usp_scan_step *step, int64_t state,
-                                                  int first, int direction, int left)
-{
+                                                  int first, int direction, int left) {
 #pragma unroll
     for (int j = 0; j < ahead; j++) {
         if (j >= left) break;
@@ -51,8 +52,7 @@ static __device__ __forceinline__ void read_batch(batch<V> &to, const V *data, c
 /* V: float, or float4 where the elements of a state are a multiple of four. Grid: (elements of a state, groups from
  * `first_group` on). */
 template <typename V>
-static __global__ void __launch_bounds__(threads_per_block) scan_states(usp_scan scan, int first_group)
-{
+static __global__ void __launch_bounds__(threads_per_block) scan_states(usp_scan scan, int first_group) {
     int64_t vectors = scan.elements / static_cast<int64_t>(sizeof(V) / sizeof(float)); /* of one head */
     int64_t state = vectors * scan.heads * scan.batch, at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at >= state) return;
@@ -80,10 +80,11 @@ static __global__ void __launch_bounds__(threads_per_block) scan_states(usp_scan
 
 /* ---- launcher ---------------------------------------------------------------------------------------------------- */
 
-static bool aligned(const void *memory) { return (reinterpret_cast<uintptr_t>(memory) & 15) == 0; }
+static bool aligned(const void *memory) {
+    return (reinterpret_cast<uintptr_t>(memory) & 15) == 0;
+}
 
-usp_status usp_cuda_linear_scan(const usp_scan *scan, usp_stream stream)
-{
+usp_status usp_cuda_linear_scan(const usp_scan *scan, usp_stream stream) {
     bool four = scan->elements % 4 == 0 && aligned(scan->data) && aligned(scan->initial) && aligned(scan->final);
     int64_t units = scan->elements * scan->heads * scan->batch / (four ? 4 : 1);
     if (units == 0) return USP_OK;
@@ -98,14 +99,12 @@ usp_status usp_cuda_linear_scan(const usp_scan *scan, usp_stream stream)
 
 /* ---- scaling a state --------------------------------------------------------------------------------------------- */
 
-static __global__ void __launch_bounds__(threads_per_block) scale_floats(float *data, int64_t count, float factor)
-{
+static __global__ void __launch_bounds__(threads_per_block) scale_floats(float *data, int64_t count, float factor) {
     int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at < count) data[at] *= factor;
 }
 
-usp_status usp_cuda_scale(float *data, int64_t count, float factor, usp_stream stream)
-{
+usp_status usp_cuda_scale(float *data, int64_t count, float factor, usp_stream stream) {
     if (count == 0) return USP_OK;
     dim3 grid(static_cast<unsigned>((count + threads_per_block - 1) / threads_per_block));
     return usp_cuda_launch("scale", scale_floats, grid, dim3(threads_per_block), 0, stream, data, count, factor);

@@ -11,16 +11,14 @@ static const usp_softmax_family *const families[] = {&usp_softmax_mma, &usp_soft
 enum { FAMILIES = sizeof families / sizeof *families };
 
 /* Shared memory that one block may have on the current GPU; 0 if the GPU does not answer. */
-static size_t shared_limit(void)
-{
+static size_t shared_limit(void) {
     int device = 0, bytes = 0;
     if (cudaGetDevice(&device) != cudaSuccess) return 0;
     if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
     return (size_t)bytes;
 }
 
-usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape)
-{
+usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape) {
     int widest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
     if (widest > USP_SOFTMAX_MAX_DIM) {
         return usp_fail(USP_UNSUPPORTED, "softmax attention on a GPU takes head_dim and value_dim up to %d, not %d",
@@ -35,8 +33,7 @@ usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape)
     return USP_OK;
 }
 
-static usp_status dispatch(const usp_softmax *args, usp_softmax_call call, usp_stream stream)
-{
+static usp_status dispatch(const usp_softmax *args, usp_softmax_call call, usp_stream stream) {
     size_t limit = shared_limit();
     int i = 0;
     while (i < FAMILIES - 1 &&
@@ -45,17 +42,14 @@ static usp_status dispatch(const usp_softmax *args, usp_softmax_call call, usp_s
     return families[i]->call[call](args, stream);
 }
 
-usp_status usp_cuda_softmax_forward(const usp_softmax *args, usp_stream stream)
-{
+usp_status usp_cuda_softmax_forward(const usp_softmax *args, usp_stream stream) {
     return dispatch(args, USP_CALL_FORWARD, stream);
 }
 
-usp_status usp_cuda_softmax_backward_query(const usp_softmax *args, usp_stream stream)
-{
+usp_status usp_cuda_softmax_backward_query(const usp_softmax *args, usp_stream stream) {
     return dispatch(args, USP_CALL_BACKWARD_QUERY, stream);
 }
 
-usp_status usp_cuda_softmax_backward_key(const usp_softmax *args, usp_stream stream)
-{
+usp_status usp_cuda_softmax_backward_key(const usp_softmax *args, usp_stream stream) {
     return dispatch(args, USP_CALL_BACKWARD_KEY, stream);
 }

@@ -22,8 +22,7 @@ constexpr unsigned USP_BUNDLE = 16;
 
 /* This block's job, one of those that usp_launch_jobs starts. Under a causal mask the last queries and the first keys
  * have most work: `backward` gives out the last rows first. count is not positive if the work item has no such part. */
-static __device__ __forceinline__ usp_job usp_take_job(const usp_softmax &args, int heads, int rows, bool backward)
-{
+static __device__ __forceinline__ usp_job usp_take_job(const usp_softmax &args, int heads, int rows, bool backward) {
     unsigned parts = USP_WORK_ROWS / rows, items = args.tiles.works * parts, bundle = blockIdx.x / (items * USP_BUNDLE);
     unsigned inside = blockIdx.x % (items * USP_BUNDLE),
              width = min(USP_BUNDLE, args.batch * heads - bundle * USP_BUNDLE);
@@ -35,16 +34,14 @@ static __device__ __forceinline__ usp_job usp_take_job(const usp_softmax &args, 
 }
 
 /* How many blocks the jobs of a call take: one for every `rows` rows of a work item at most, head and batch entry. */
-static inline int64_t usp_jobs(const usp_softmax &args, int heads, int rows)
-{
+static inline int64_t usp_jobs(const usp_softmax &args, int heads, int rows) {
     return (int64_t)args.tiles.works * (USP_WORK_ROWS / rows) * heads * args.batch;
 }
 
 /* Starts one block per job; none if there is no job. */
 template <typename Kernel>
 static usp_status usp_launch_jobs(const char *what, Kernel kernel, const usp_softmax &args, int heads, int rows,
-                                  int threads, size_t shared, usp_stream stream)
-{
+                                  int threads, size_t shared, usp_stream stream) {
     int64_t jobs = usp_jobs(args, heads, rows);
     if (jobs == 0) return USP_OK;
     if (jobs > INT32_MAX / USP_BUNDLE)
@@ -63,25 +60,30 @@ struct usp_walk {
     int index, tiles, round, rounds;
 
     __device__ __forceinline__ usp_walk(const usp_tiles &all, const usp_work &work, int rounds_)
-        : list(all.tile + work.first_tile), index(-1), tiles(work.tiles), round(0), rounds(tiles > 0 ? rounds_ : 0)
-    {
+        : list(all.tile + work.first_tile), index(-1), tiles(work.tiles), round(0), rounds(tiles > 0 ? rounds_ : 0) {
         if (rounds > 0) next_tile();
     }
 
-    __device__ __forceinline__ bool running() const { return round < rounds; }
-    __device__ __forceinline__ const usp_tile &tile() const { return list[index]; }
-    __device__ __forceinline__ int columns() const { return end - column; }
+    __device__ __forceinline__ bool running() const {
+        return round < rounds;
+    }
+    __device__ __forceinline__ const usp_tile &tile() const {
+        return list[index];
+    }
+    __device__ __forceinline__ int columns() const {
+        return end - column;
+    }
     /* Every pair of the step is allowed, whichever the row. */
-    __device__ __forceinline__ bool full(int step) const { return column >= full_begin && column + step <= full_end; }
+    __device__ __forceinline__ bool full(int step) const {
+        return column >= full_begin && column + step <= full_end;
+    }
 
-    __device__ __forceinline__ void advance(int step)
-    {
+    __device__ __forceinline__ void advance(int step) {
         column += step;
         if (column >= end) next_tile();
     }
 
-    __device__ __forceinline__ void next_tile()
-    {
+    __device__ __forceinline__ void next_tile() {
         do {
             if (++index == tiles) {
                 index = 0;
@@ -96,8 +98,7 @@ struct usp_walk {
 };
 
 /* A position is right modulo 2^32 at every step of this sum. */
-static __device__ __forceinline__ int usp_position(int origin, int stride, int i)
-{
+static __device__ __forceinline__ int usp_position(int origin, int stride, int i) {
     return (int)((unsigned)origin + (unsigned)stride * (unsigned)i);
 }
 
@@ -107,14 +108,12 @@ struct usp_band {
 
     __device__ __forceinline__ usp_band(const usp_work &work, const usp_tile &tile)
         : row_origin(work.origin), row_stride(work.stride), column_origin(tile.origin), column_stride(tile.stride),
-          end(tile.end), low(tile.low), high(tile.high)
-    {
+          end(tile.end), low(tile.low), high(tile.high) {
     }
 
     /* KEY_ROWS: rows are keys and columns queries, else the reverse. Columns before the tile's begin are never asked
      * for. */
-    template <bool KEY_ROWS> __device__ __forceinline__ bool allows(int row, int column) const
-    {
+    template <bool KEY_ROWS> __device__ __forceinline__ bool allows(int row, int column) const {
         int at_row = usp_position(row_origin, row_stride, row);
         int at_column = usp_position(column_origin, column_stride, column);
         int offset = KEY_ROWS ? at_row - at_column : at_column - at_row;
@@ -125,8 +124,7 @@ struct usp_band {
 /* Sets the elements of pairs that are not allowed; `row` and `column` are those of the accumulator's first element. */
 template <bool KEY_ROWS, int M, int N>
 static __device__ __forceinline__ void usp_mask_pairs(usp_sums<M, N> &c, const usp_band &band, int row, int column,
-                                                      float value)
-{
+                                                      float value) {
 #pragma unroll
     for (int n = 0; n < N; n++) {
 #pragma unroll
@@ -143,21 +141,18 @@ static __device__ __forceinline__ void usp_mask_pairs(usp_sums<M, N> &c, const u
 /* ---- online softmax ---------------------------------------------------------------------------------------------- */
 
 /* Over the four lanes that share a row of an accumulator. */
-static __device__ __forceinline__ float usp_row_max(float x)
-{
+static __device__ __forceinline__ float usp_row_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-static __device__ __forceinline__ float usp_row_sum(float x)
-{
+static __device__ __forceinline__ float usp_row_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
 /* 2^-inf is 0, so a row without any allowed key so far weighs nothing as soon as it gets one. */
-static __device__ __forceinline__ float usp_exp2(float x)
-{
+static __device__ __forceinline__ float usp_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
@@ -173,8 +168,7 @@ template <int M> struct usp_online {
     float sum[M * 2]; /* this lane's share of the row's weights */
 
     /* Rows that have seen no key yet. */
-    __device__ __forceinline__ usp_online()
-    {
+    __device__ __forceinline__ usp_online() {
 #pragma unroll
         for (int i = 0; i < M * 2; i++) {
             top[i] = -INFINITY;
@@ -184,8 +178,7 @@ template <int M> struct usp_online {
 
     /* Takes up row i of `sums`, normalised, with its log-sum-exp. It stands for a weight of 2^USP_SLACK at a score so
      * much lower: next to a long past, the weights of single keys would lose bits in fp16. */
-    template <int W> __device__ __forceinline__ void resume(int i, usp_sums<M, W> &sums, float lse, float scale)
-    {
+    template <int W> __device__ __forceinline__ void resume(int i, usp_sums<M, W> &sums, float lse, float scale) {
         constexpr float weight = 1 << USP_SLACK;
         top[i] = (lse - USP_SLACK / USP_LOG2E) / scale;
         sum[i] = (threadIdx.x & 3) == 0 ? weight : 0;
@@ -194,8 +187,7 @@ template <int M> struct usp_online {
 
     /* Turns scores into weights, and brings `sums`, what was weighed so far, to the same base. */
     template <int N, int W>
-    __device__ __forceinline__ void weigh(usp_sums<M, N> &scores, usp_sums<M, W> &sums, float scale2)
-    {
+    __device__ __forceinline__ void weigh(usp_sums<M, N> &scores, usp_sums<M, W> &sums, float scale2) {
         raise(scores, sums, scale2);
 #pragma unroll
         for (int i = 0; i < M * 2; i++) {
@@ -212,8 +204,7 @@ template <int M> struct usp_online {
 
     /* Raises `top` where a score is far above it. Each row decides alone; the warp only agrees to look. */
     template <int N, int W>
-    __device__ __forceinline__ void raise(const usp_sums<M, N> &scores, usp_sums<M, W> &sums, float scale2)
-    {
+    __device__ __forceinline__ void raise(const usp_sums<M, N> &scores, usp_sums<M, W> &sums, float scale2) {
         float best[M * 2];
         bool grown = false;
 #pragma unroll
@@ -239,15 +230,13 @@ template <int M> struct usp_online {
     }
 
     /* Normalises row i of `sums`; returns its log-sum-exp. A NaN stays one: only a row without keys has sum 0. */
-    template <int W> __device__ __forceinline__ float finish(int i, usp_sums<M, W> &sums, float scale)
-    {
+    template <int W> __device__ __forceinline__ float finish(int i, usp_sums<M, W> &sums, float scale) {
         float total = usp_row_sum(sum[i]);
         multiply(i, sums, total == 0 ? 0 : 1 / total);
         return total == 0 ? -INFINITY : top[i] * scale + logf(total);
     }
 
-    template <int W> static __device__ __forceinline__ void multiply(int i, usp_sums<M, W> &sums, float factor)
-    {
+    template <int W> static __device__ __forceinline__ void multiply(int i, usp_sums<M, W> &sums, float factor) {
 #pragma unroll
         for (int n = 0; n < W; n++) {
             sums[i / 2][n][i % 2 * 2] *= factor;

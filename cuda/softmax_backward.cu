@@ -4,14 +4,15 @@
 #include "softmax_mma.cuh"
 
 /* P = 2^(score scale2 - base). A row that allows no key has lse -inf: an infinite base makes its weights 0. */
-static __device__ __forceinline__ float usp_base_of(float lse) { return lse == -INFINITY ? INFINITY : lse * USP_LOG2E; }
+static __device__ __forceinline__ float usp_base_of(float lse) {
+    return lse == -INFINITY ? INFINITY : lse * USP_LOG2E;
+}
 
 /* to = factor * c (+ sum), as dtype to `result` if last, else into the sum. */
 template <typename T, int M, int N>
 static __device__ __forceinline__ void usp_deliver(usp_sums<M, N> &c, const usp_softmax &args, const usp_tensor &sum,
                                                    const usp_tensor &result, float factor, int64_t first_row, int head,
-                                                   int batch, int rows, int dim)
-{
+                                                   int batch, int rows, int dim) {
     float *running = args.first && args.last ? nullptr : usp_row<float>(sum, first_row, batch, head);
     usp_scale_add(c, factor, args.first ? nullptr : running, sum.stride_token, rows, dim);
     if (args.last)
@@ -30,8 +31,7 @@ template <int DIM, typename Shape> struct usp_backward_query_memory {
 /* Rows are queries: S = q k^T, dP = dout v^T, dq += P (dP - delta) k. */
 template <typename T, int DIM, typename Shape>
 static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
-    usp_softmax_backward_query_kernel(const __grid_constant__ usp_softmax args)
-{
+    usp_softmax_backward_query_kernel(const __grid_constant__ usp_softmax args) {
     using memory = usp_backward_query_memory<DIM, Shape>;
     constexpr int M = Shape::blocks, N = Shape::step / 8, threads = Shape::threads;
     uint32_t base = usp_shared_base();
@@ -104,8 +104,7 @@ template <int DIM, typename Shape> struct usp_backward_key_memory {
  * that read the key head. */
 template <typename T, int DIM, typename Shape>
 static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
-    usp_softmax_backward_key_kernel(const __grid_constant__ usp_softmax args)
-{
+    usp_softmax_backward_key_kernel(const __grid_constant__ usp_softmax args) {
     using memory = usp_backward_key_memory<DIM, Shape>;
     constexpr int M = Shape::blocks, N = Shape::step / 8, threads = Shape::threads, step = Shape::step;
     static_assert(2 * step <= threads, "one thread for every lse and delta of a step");
@@ -190,9 +189,10 @@ struct usp_backward_query_launch {
     static constexpr const char *what = "softmax backward for queries";
     template <int DIM> using shape = usp_backward_query_shape<DIM>;
     template <int DIM, typename Shape> using memory = usp_backward_query_memory<DIM, Shape>;
-    static int heads(const usp_softmax &args) { return args.heads; }
-    template <typename T, int DIM, typename Shape> static auto kernel()
-    {
+    static int heads(const usp_softmax &args) {
+        return args.heads;
+    }
+    template <typename T, int DIM, typename Shape> static auto kernel() {
         return usp_softmax_backward_query_kernel<T, DIM, Shape>;
     }
 };
@@ -201,40 +201,38 @@ struct usp_backward_key_launch {
     static constexpr const char *what = "softmax backward for keys";
     template <int DIM> using shape = usp_backward_key_shape<DIM>;
     template <int DIM, typename Shape> using memory = usp_backward_key_memory<DIM, Shape>;
-    static int heads(const usp_softmax &args) { return args.key_heads; }
-    template <typename T, int DIM, typename Shape> static auto kernel()
-    {
+    static int heads(const usp_softmax &args) {
+        return args.key_heads;
+    }
+    template <typename T, int DIM, typename Shape> static auto kernel() {
         return usp_softmax_backward_key_kernel<T, DIM, Shape>;
     }
 };
 
-static usp_status usp_launch_backward_query(const usp_softmax *args, usp_stream stream)
-{
+static usp_status usp_launch_backward_query(const usp_softmax *args, usp_stream stream) {
     return usp_start_any<usp_backward_query_launch>(*args, stream);
 }
 
-static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream stream)
-{
+static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream stream) {
     return usp_start_any<usp_backward_key_launch>(*args, stream);
 }
 
 /* ---- family ------------------------------------------------------------------------------------------------------ */
 
-static size_t usp_shared(int, int) { return USP_LEAST_SHARED; }
+static size_t usp_shared(int, int) {
+    return USP_LEAST_SHARED;
+}
 
 /* Pairs of fp32 are written at once. */
-static bool usp_pairs_aligned(const usp_tensor &x)
-{
+static bool usp_pairs_aligned(const usp_tensor &x) {
     return ((x.stride_token | x.stride_batch | x.stride_head) % 2 == 0) && reinterpret_cast<uintptr_t>(x.data) % 8 == 0;
 }
 
-static bool usp_result_fits(const usp_softmax &args, const usp_tensor &sum, const usp_tensor &result)
-{
+static bool usp_result_fits(const usp_softmax &args, const usp_tensor &sum, const usp_tensor &result) {
     return (!args.last || usp_rows_aligned(result, 2)) && ((args.first && args.last) || usp_pairs_aligned(sum));
 }
 
-static int usp_fits(const usp_softmax *args, usp_softmax_call call)
-{
+static int usp_fits(const usp_softmax *args, usp_softmax_call call) {
     const usp_softmax &a = *args;
     if (a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || a.dim > 128 || a.value_dim > 128 || !(a.scale > 0))
         return 0;

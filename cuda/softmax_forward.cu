@@ -9,8 +9,7 @@ template <int DIM, typename Shape> struct usp_forward_memory {
 
 template <typename T, int DIM, typename Shape>
 static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
-    usp_softmax_forward_kernel(const __grid_constant__ usp_softmax args)
-{
+    usp_softmax_forward_kernel(const __grid_constant__ usp_softmax args) {
     constexpr int M = Shape::blocks, N = Shape::step / 8, W = DIM / 8, threads = Shape::threads;
     using memory = usp_forward_memory<DIM, Shape>;
     uint32_t base = usp_shared_base();
@@ -81,14 +80,14 @@ struct usp_forward_launch {
     static constexpr const char *what = "softmax forward";
     template <int DIM> using shape = usp_forward_shape<DIM>;
     template <int DIM, typename Shape> using memory = usp_forward_memory<DIM, Shape>;
-    static int heads(const usp_softmax &args) { return args.heads; }
-    template <typename T, int DIM, typename Shape> static auto kernel()
-    {
+    static int heads(const usp_softmax &args) {
+        return args.heads;
+    }
+    template <typename T, int DIM, typename Shape> static auto kernel() {
         return usp_softmax_forward_kernel<T, DIM, Shape>;
     }
 };
 
-extern "C" usp_status usp_softmax_mma_forward(const usp_softmax *args, usp_stream stream)
-{
+extern "C" usp_status usp_softmax_mma_forward(const usp_softmax *args, usp_stream stream) {
     return usp_start_any<usp_forward_launch>(*args, stream);
 }

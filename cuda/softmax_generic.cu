@@ -6,15 +6,18 @@ constexpr int USP_ANY_WARPS = 4, USP_ANY_ROWS = 4, USP_ANY_BLOCK = USP_ANY_WARPS
 constexpr int USP_ANY_WIDTH = USP_SOFTMAX_MAX_DIM / 32; /* sums of one row that a lane keeps at most */
 
 /* Elements of a row in shared memory; the rest up to here is zero. */
-static __host__ __device__ __forceinline__ int usp_padded(int dim) { return (dim + 31) / 32 * 32; }
+static __host__ __device__ __forceinline__ int usp_padded(int dim) {
+    return (dim + 31) / 32 * 32;
+}
 
 /* Columns lie one element further apart, so that 32 lanes reading 32 columns use 32 banks. */
-static __host__ __device__ __forceinline__ int usp_pitch(int dim) { return usp_padded(dim) + 1; }
+static __host__ __device__ __forceinline__ int usp_pitch(int dim) {
+    return usp_padded(dim) + 1;
+}
 
 /* Copies `count` rows as fp32; rows from `rows` on are zero. All warps take part. */
 template <typename T>
-static __device__ void usp_stage(float *to, int pitch, int count, const T *from, int64_t stride, int rows, int dim)
-{
+static __device__ void usp_stage(float *to, int pitch, int count, const T *from, int64_t stride, int rows, int dim) {
     for (int row = threadIdx.x / 32; row < count; row += USP_ANY_WARPS) {
         for (int d = threadIdx.x % 32; d < usp_padded(dim); d += 32)
             to[row * pitch + d] = row < rows && d < dim ? usp_to_float(from[row * stride + d]) : 0;
@@ -22,8 +25,7 @@ static __device__ void usp_stage(float *to, int pitch, int count, const T *from,
 }
 
 /* Products of this warp's rows with this lane's column. */
-static __device__ void usp_dots(float (&s)[USP_ANY_ROWS], const float *rows, const float *columns, int dim)
-{
+static __device__ void usp_dots(float (&s)[USP_ANY_ROWS], const float *rows, const float *columns, int dim) {
     const float *column = columns + threadIdx.x % 32 * usp_pitch(dim);
     for (int r = 0; r < USP_ANY_ROWS; r++) s[r] = 0;
 #pragma unroll 4
@@ -38,8 +40,7 @@ using usp_any_sums = float[USP_ANY_ROWS][USP_ANY_WIDTH];
 
 /* sums += p times columns: p is held by lanes, one column each. */
 static __device__ void usp_add_weighted(usp_any_sums &sums, const float (&p)[USP_ANY_ROWS], const float *columns,
-                                        int dim)
-{
+                                        int dim) {
     for (int j = 0; j < 32; j++) {
         float weight[USP_ANY_ROWS];
 #pragma unroll
@@ -60,8 +61,7 @@ struct usp_any_rows {
     int first, count;
 };
 
-static __device__ __forceinline__ usp_any_rows usp_rows_of_warp(const usp_job &job)
-{
+static __device__ __forceinline__ usp_any_rows usp_rows_of_warp(const usp_job &job) {
     int skipped = threadIdx.x / 32 * USP_ANY_ROWS;
     return {job.begin + skipped, min(job.count - skipped, USP_ANY_ROWS)};
 }
@@ -69,8 +69,7 @@ static __device__ __forceinline__ usp_any_rows usp_rows_of_warp(const usp_job &j
 /* row = row * factor (+ sum), to dtype if last, else into the sum. */
 template <typename T>
 static __device__ void usp_deliver_any(const float (&row)[USP_ANY_WIDTH], float *sum, T *result, float factor,
-                                       int first, int last, int dim)
-{
+                                       int first, int last, int dim) {
 #pragma unroll
     for (int i = 0; i < USP_ANY_WIDTH; i++) {
         int d = i * 32 + threadIdx.x % 32;
@@ -83,14 +82,12 @@ static __device__ void usp_deliver_any(const float (&row)[USP_ANY_WIDTH], float 
     }
 }
 
-static __device__ __forceinline__ float usp_warp_sum(float x)
-{
+static __device__ __forceinline__ float usp_warp_sum(float x) {
     for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
     return x;
 }
 
-static __device__ __forceinline__ float usp_warp_max(float x)
-{
+static __device__ __forceinline__ float usp_warp_max(float x) {
     for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
     return x;
 }
@@ -103,8 +100,7 @@ struct usp_any_online {
 };
 
 /* Turns this lane's score into its weight; -inf is no key, and a NaN, which no maximum sees, stays one. */
-static __device__ float usp_weigh_any(usp_any_online &row, float (&sums)[USP_ANY_WIDTH], float score)
-{
+static __device__ float usp_weigh_any(usp_any_online &row, float (&sums)[USP_ANY_WIDTH], float score) {
     float top = fmaxf(row.top, usp_warp_max(score)), base = top == -INFINITY ? 0 : top;
     float factor = expf(row.top - base), weight = expf(score - base);
     row.top = top;
@@ -115,8 +111,7 @@ static __device__ float usp_weigh_any(usp_any_online &row, float (&sums)[USP_ANY
 
 template <typename T>
 static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
-    usp_softmax_forward_any_kernel(const __grid_constant__ usp_softmax args)
-{
+    usp_softmax_forward_any_kernel(const __grid_constant__ usp_softmax args) {
     extern __shared__ float shared[];
     float *q = shared, *columns = q + USP_ANY_BLOCK * usp_padded(args.dim);
     usp_job job = usp_take_job(args, args.heads, USP_ANY_BLOCK, true);
@@ -175,15 +170,13 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
 /* ---- backward ---------------------------------------------------------------------------------------------------- */
 
 /* exp(scale score - lse), 0 for a pair that is not allowed or a query without keys. */
-static __device__ __forceinline__ float usp_weight_any(bool allowed, float score, float lse)
-{
+static __device__ __forceinline__ float usp_weight_any(bool allowed, float score, float lse) {
     return allowed && lse != -INFINITY ? expf(score - lse) : 0;
 }
 
 template <typename T>
 static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
-    usp_softmax_backward_query_any_kernel(const __grid_constant__ usp_softmax args)
-{
+    usp_softmax_backward_query_any_kernel(const __grid_constant__ usp_softmax args) {
     extern __shared__ float shared[];
     float *q = shared, *dout = q + USP_ANY_BLOCK * usp_padded(args.dim);
     float *columns = dout + USP_ANY_BLOCK * usp_padded(args.value_dim);
@@ -231,8 +224,7 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
 
 template <typename T>
 static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
-    usp_softmax_backward_key_any_kernel(const __grid_constant__ usp_softmax args)
-{
+    usp_softmax_backward_key_any_kernel(const __grid_constant__ usp_softmax args) {
     extern __shared__ float shared[];
     float *k = shared, *v = k + USP_ANY_BLOCK * usp_padded(args.dim);
     float *columns = v + USP_ANY_BLOCK * usp_padded(args.value_dim);
@@ -293,8 +285,7 @@ constexpr int USP_DELTA_WARPS = 8;
 /* A warp for one row of one head of one batch entry, heads running fastest as they usually do in memory. */
 template <typename T>
 static __global__ void __launch_bounds__(USP_DELTA_WARPS * 32)
-    usp_softmax_delta_kernel(const __grid_constant__ usp_softmax args, float *delta)
-{
+    usp_softmax_delta_kernel(const __grid_constant__ usp_softmax args, float *delta) {
     int64_t rows = args.queries * args.batch * args.heads, stride = (int64_t)gridDim.x * USP_DELTA_WARPS;
     for (int64_t row = (int64_t)blockIdx.x * USP_DELTA_WARPS + threadIdx.x / 32; row < rows; row += stride) {
         int head = (int)(row % args.heads), batch = (int)(row / args.heads % args.batch);
@@ -311,30 +302,28 @@ static __global__ void __launch_bounds__(USP_DELTA_WARPS * 32)
 /* ---- launchers --------------------------------------------------------------------------------------------------- */
 
 /* The kernel among three that serves a dtype. */
-template <typename Kernel> static Kernel usp_of_dtype(usp_dtype dtype, Kernel f32, Kernel f16, Kernel bf16)
-{
+template <typename Kernel> static Kernel usp_of_dtype(usp_dtype dtype, Kernel f32, Kernel f16, Kernel bf16) {
     return dtype == USP_F32 ? f32 : dtype == USP_F16 ? f16 : bf16;
 }
 
 /* Two sets of rows and one of columns: what backward takes, and more than forward does. */
-static size_t usp_shared(int dim, int value_dim)
-{
+static size_t usp_shared(int dim, int value_dim) {
     int rows = USP_ANY_BLOCK * (usp_padded(dim) + usp_padded(value_dim));
     return sizeof(float) * (rows + 32 * usp_pitch(dim > value_dim ? dim : value_dim));
 }
 
-static int usp_fits(const usp_softmax *, usp_softmax_call) { return 1; }
+static int usp_fits(const usp_softmax *, usp_softmax_call) {
+    return 1;
+}
 
-static usp_status usp_launch_forward(const usp_softmax *args, usp_stream stream)
-{
+static usp_status usp_launch_forward(const usp_softmax *args, usp_stream stream) {
     auto kernel = usp_of_dtype(args->dtype, usp_softmax_forward_any_kernel<float>,
                                usp_softmax_forward_any_kernel<__half>, usp_softmax_forward_any_kernel<__nv_bfloat16>);
     return usp_launch_jobs("softmax forward", kernel, *args, args->heads, USP_ANY_BLOCK, USP_ANY_WARPS * 32,
                            usp_shared(args->dim, args->value_dim), stream);
 }
 
-static usp_status usp_launch_backward_query(const usp_softmax *args, usp_stream stream)
-{
+static usp_status usp_launch_backward_query(const usp_softmax *args, usp_stream stream) {
     auto kernel = usp_of_dtype(args->dtype, usp_softmax_backward_query_any_kernel<float>,
                                usp_softmax_backward_query_any_kernel<__half>,
                                usp_softmax_backward_query_any_kernel<__nv_bfloat16>);
@@ -342,8 +331,7 @@ static usp_status usp_launch_backward_query(const usp_softmax *args, usp_stream 
                            USP_ANY_WARPS * 32, usp_shared(args->dim, args->value_dim), stream);
 }
 
-static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream stream)
-{
+static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream stream) {
     auto kernel =
         usp_of_dtype(args->dtype, usp_softmax_backward_key_any_kernel<float>,
                      usp_softmax_backward_key_any_kernel<__half>, usp_softmax_backward_key_any_kernel<__nv_bfloat16>);
@@ -354,8 +342,7 @@ static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream st
 const usp_softmax_family usp_softmax_any = {
     "any", usp_shared, usp_fits, {usp_launch_forward, usp_launch_backward_query, usp_launch_backward_key}};
 
-extern "C" usp_status usp_cuda_softmax_delta(const usp_softmax *args, float *delta, usp_stream stream)
-{
+extern "C" usp_status usp_cuda_softmax_delta(const usp_softmax *args, float *delta, usp_stream stream) {
     int64_t rows = args->queries * args->batch * args->heads, blocks = (rows + USP_DELTA_WARPS - 1) / USP_DELTA_WARPS;
     if (rows == 0) return USP_OK;
     auto kernel = usp_of_dtype(args->dtype, usp_softmax_delta_kernel<float>, usp_softmax_delta_kernel<__half>,

@@ -5,15 +5,13 @@
 #include "softmax.cuh"
 
 /* The block's dynamic shared memory, which tiles need on a 256-byte boundary. */
-static __device__ __forceinline__ uint32_t usp_shared_base()
-{
+static __device__ __forceinline__ uint32_t usp_shared_base() {
     extern __shared__ __align__(1024) unsigned char memory[];
     return (uint32_t)__cvta_generic_to_shared(memory);
 }
 
 /* Would blocks of the shape leave multiprocessors idle? */
-template <typename Shape> static bool usp_too_few(const usp_softmax &args, int heads)
-{
+template <typename Shape> static bool usp_too_few(const usp_softmax &args, int heads) {
     int device = 0, processors = 0;
     if (cudaGetDevice(&device) != cudaSuccess) return false;
     if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return false;
@@ -21,8 +19,7 @@ template <typename Shape> static bool usp_too_few(const usp_softmax &args, int h
 }
 
 template <typename Launch, typename T, int DIM, typename Shape>
-static usp_status usp_start(const usp_softmax &args, usp_stream stream)
-{
+static usp_status usp_start(const usp_softmax &args, usp_stream stream) {
     if constexpr (Shape::blocks > 1) {
         if (usp_too_few<Shape>(args, Launch::heads(args)))
             return usp_start<Launch, T, DIM, usp_half_shape<Shape>>(args, stream);
@@ -34,8 +31,7 @@ static usp_status usp_start(const usp_softmax &args, usp_stream stream)
 }
 
 /* DIM is 64 or 128, whichever is the first to hold both dims; what is beyond the dims is zeros. */
-template <typename Launch, typename T> static usp_status usp_start_type(const usp_softmax &args, usp_stream stream)
-{
+template <typename Launch, typename T> static usp_status usp_start_type(const usp_softmax &args, usp_stream stream) {
     if (args.dim <= 64 && args.value_dim <= 64)
         return usp_start<Launch, T, 64, typename Launch::template shape<64>>(args, stream);
     return usp_start<Launch, T, 128, typename Launch::template shape<128>>(args, stream);
@@ -43,8 +39,7 @@ template <typename Launch, typename T> static usp_status usp_start_type(const us
 
 /* Launch describes a kernel template: what (for errors), shape<DIM>, memory<DIM, Shape>, heads and
  * kernel<T, DIM, Shape>. */
-template <typename Launch> static usp_status usp_start_any(const usp_softmax &args, usp_stream stream)
-{
+template <typename Launch> static usp_status usp_start_any(const usp_softmax &args, usp_stream stream) {
     if (args.dtype == USP_F16) return usp_start_type<Launch, __half>(args, stream);
     return usp_start_type<Launch, __nv_bfloat16>(args, stream);
 }

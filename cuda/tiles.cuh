@@ -14,7 +14,9 @@ template <int DIM> struct usp_shared_rows {
     static constexpr int bytes = DIM * 2;
     uint32_t base;
 
-    __device__ __forceinline__ usp_shared_rows rows_from(int row) const { return {base + row * bytes}; }
+    __device__ __forceinline__ usp_shared_rows rows_from(int row) const {
+        return {base + row * bytes};
+    }
 };
 
 /* 16 x 16 elements as ldmatrix deals them to a warp: quarters (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15),
@@ -24,29 +26,25 @@ struct usp_fragment {
 };
 
 /* The address this lane gives to ldmatrix for the first 16 x 16 block; usp_block_at moves it to another block. */
-template <int DIM> static __device__ __forceinline__ uint32_t usp_lane_address(usp_shared_rows<DIM> rows)
-{
+template <int DIM> static __device__ __forceinline__ uint32_t usp_lane_address(usp_shared_rows<DIM> rows) {
     int lane = threadIdx.x & 31;
     return rows.base + (lane & 15) * rows.bytes + (((lane >> 4) ^ (lane & 7)) << 4);
 }
 
 /* The same for the right operand of a product with rows: the two middle quarters change places, so that each half of
  * the fragment is one register pair, as mma wants it. */
-template <int DIM> static __device__ __forceinline__ uint32_t usp_lane_address_right(usp_shared_rows<DIM> rows)
-{
+template <int DIM> static __device__ __forceinline__ uint32_t usp_lane_address_right(usp_shared_rows<DIM> rows) {
     int lane = threadIdx.x & 31;
     return rows.base + ((lane & 7) + (lane >> 4) * 8) * rows.bytes + (((lane >> 3 & 1) ^ (lane & 7)) << 4);
 }
 
 /* A column block is two chunks, so moving by blocks is a plain xor of the address; row blocks keep r & 7. */
 template <int DIM>
-static __device__ __forceinline__ uint32_t usp_block_at(uint32_t lane_address, int row16, int column16)
-{
+static __device__ __forceinline__ uint32_t usp_block_at(uint32_t lane_address, int row16, int column16) {
     return (lane_address ^ (column16 << 5)) + row16 * 16 * DIM * 2;
 }
 
-static __device__ __forceinline__ usp_fragment usp_load_block(uint32_t address)
-{
+static __device__ __forceinline__ usp_fragment usp_load_block(uint32_t address) {
     usp_fragment f;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(f.part[0]), "=r"(f.part[1]), "=r"(f.part[2]), "=r"(f.part[3])
@@ -55,8 +53,7 @@ static __device__ __forceinline__ usp_fragment usp_load_block(uint32_t address)
     return f;
 }
 
-static __device__ __forceinline__ usp_fragment usp_load_block_transposed(uint32_t address)
-{
+static __device__ __forceinline__ usp_fragment usp_load_block_transposed(uint32_t address) {
     usp_fragment f;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(f.part[0]), "=r"(f.part[1]), "=r"(f.part[2]), "=r"(f.part[3])
@@ -69,8 +66,7 @@ static __device__ __forceinline__ usp_fragment usp_load_block_transposed(uint32_
  * nothing). `from` is the first row. */
 template <int ROWS, int THREADS, int DIM, typename T>
 static __device__ __forceinline__ void usp_fetch(usp_shared_rows<DIM> to, const T *from, int64_t stride, int rows,
-                                                 int dim)
-{
+                                                 int dim) {
     constexpr int chunks = DIM / 8, pass = THREADS / chunks;
     static_assert(ROWS % pass == 0 && pass % 8 == 0, "a thread keeps its chunk and its row & 7");
     int chunk = threadIdx.x % chunks, first = threadIdx.x / chunks;
@@ -87,7 +83,9 @@ static __device__ __forceinline__ void usp_fetch(usp_shared_rows<DIM> to, const 
 }
 
 /* Waits for everything this thread has fetched; a barrier must follow. */
-static __device__ __forceinline__ void usp_fetched() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+static __device__ __forceinline__ void usp_fetched() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
 
 /* ---- products ---------------------------------------------------------------------------------------------------- */
 
@@ -96,16 +94,14 @@ template <typename T>
 static __device__ __forceinline__ void usp_mma(float (&c)[4], const usp_fragment &a, uint32_t b0, uint32_t b1);
 
 template <>
-__device__ __forceinline__ void usp_mma<__nv_bfloat16>(float (&c)[4], const usp_fragment &a, uint32_t b0, uint32_t b1)
-{
+__device__ __forceinline__ void usp_mma<__nv_bfloat16>(float (&c)[4], const usp_fragment &a, uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b0), "r"(b1));
 }
 
 template <>
-__device__ __forceinline__ void usp_mma<__half>(float (&c)[4], const usp_fragment &a, uint32_t b0, uint32_t b1)
-{
+__device__ __forceinline__ void usp_mma<__half>(float (&c)[4], const usp_fragment &a, uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b0), "r"(b1));
@@ -118,8 +114,7 @@ template <int M, int N> using usp_sums = float[M][N][4];
 /* c[M * 16 rows][N * 8] += a b^T: both operands have DIM columns, b has N * 8 rows. */
 template <typename T, int DIM, int M, int N>
 static __device__ __forceinline__ void usp_multiply_rows(usp_sums<M, N> &c, usp_shared_rows<DIM> a,
-                                                         usp_shared_rows<DIM> b)
-{
+                                                         usp_shared_rows<DIM> b) {
     uint32_t a_lane = usp_lane_address(a), b_lane = usp_lane_address_right(b);
 #pragma unroll
     for (int k = 0; k < DIM / 16; k++) {
@@ -141,8 +136,7 @@ static __device__ __forceinline__ void usp_multiply_rows(usp_sums<M, N> &c, usp_
 /* c[M * 16 rows][DIM] += p b: p is an accumulator of K * 8 columns, rounded to T here, and b has K * 8 rows. */
 template <typename T, int DIM, int M, int K>
 static __device__ __forceinline__ void usp_multiply_columns(usp_sums<M, DIM / 8> &c, const usp_sums<M, K> &p,
-                                                            usp_shared_rows<DIM> b)
-{
+                                                            usp_shared_rows<DIM> b) {
     uint32_t b_lane = usp_lane_address(b);
 #pragma unroll
     for (int k = 0; k < K / 2; k++) {
@@ -170,19 +164,19 @@ static __device__ __forceinline__ void usp_multiply_columns(usp_sums<M, DIM / 8>
 /* ---- accumulators ------------------------------------------------------------------------------------------------ */
 
 /* Row, inside the warp's rows, of this lane's elements 2 * half and 2 * half + 1 of row block m. */
-static __device__ __forceinline__ int usp_lane_row(int m, int half)
-{
+static __device__ __forceinline__ int usp_lane_row(int m, int half) {
     return m * 16 + half * 8 + (threadIdx.x & 31) / 4;
 }
 
 /* Column of this lane's first element of column block n; the second is the next. */
-static __device__ __forceinline__ int usp_lane_column(int n) { return n * 8 + 2 * (threadIdx.x & 3); }
+static __device__ __forceinline__ int usp_lane_column(int n) {
+    return n * 8 + 2 * (threadIdx.x & 3);
+}
 
 /* c = c * factor + from, for `rows` rows of `dim` elements; from NULL: c = c * factor. */
 template <int M, int N>
 static __device__ __forceinline__ void usp_scale_add(usp_sums<M, N> &c, float factor, const float *from, int64_t stride,
-                                                     int rows, int dim)
-{
+                                                     int rows, int dim) {
 #pragma unroll
     for (int i = 0; i < M * 2; i++) {
         int row = usp_lane_row(i / 2, i % 2);
@@ -198,20 +192,17 @@ static __device__ __forceinline__ void usp_scale_add(usp_sums<M, N> &c, float fa
     }
 }
 
-static __device__ __forceinline__ void usp_put_pair(float *to, const float *pair)
-{
+static __device__ __forceinline__ void usp_put_pair(float *to, const float *pair) {
     *reinterpret_cast<float2 *>(to) = make_float2(pair[0], pair[1]);
 }
 
-template <typename T> static __device__ __forceinline__ void usp_put_pair(T *to, const float *pair)
-{
+template <typename T> static __device__ __forceinline__ void usp_put_pair(T *to, const float *pair) {
     *reinterpret_cast<uint32_t *>(to) = usp_pack<T>(pair[0], pair[1]);
 }
 
 /* Writes `rows` rows of `dim` elements, converted to T. */
 template <typename T, int M, int N>
-static __device__ __forceinline__ void usp_store(const usp_sums<M, N> &c, T *to, int64_t stride, int rows, int dim)
-{
+static __device__ __forceinline__ void usp_store(const usp_sums<M, N> &c, T *to, int64_t stride, int rows, int dim) {
 #pragma unroll
     for (int i = 0; i < M * 2; i++) {
         int row = usp_lane_row(i / 2, i % 2);

@@ -20,8 +20,7 @@ typedef struct check {
     double worst_f32; /* largest relative RMS error of an f32 result */
 } check;
 
-static void verdict(check *c, int good, const char *format, ...)
-{
+static void verdict(check *c, int good, const char *format, ...) {
     c->checks++;
     if (good) return;
     c->failures++;
@@ -33,26 +32,22 @@ static void verdict(check *c, int good, const char *format, ...)
     va_end(args);
 }
 
-static uint64_t draw(check *c)
-{
+static uint64_t draw(check *c) {
     c->random ^= c->random << 13;
     c->random ^= c->random >> 7;
     c->random ^= c->random << 17;
     return c->random * 0x2545f4914f6cdd1dull >> 11;
 }
 
-static int pick(check *c, int n)
-{
+static int pick(check *c, int n) {
     return (int)(draw(c) % (uint64_t)n);
 }
 
-static double uniform(check *c)
-{
+static double uniform(check *c) {
     return (double)draw(c) / 4503599627370496.0 - 1; /* -1 .. 1 */
 }
 
-static void *memory(size_t bytes)
-{
+static void *memory(size_t bytes) {
     void *p = malloc(bytes ? bytes : 1);
     if (!p) exit(99);
     return p;
@@ -60,8 +55,7 @@ static void *memory(size_t bytes)
 
 /* ---- 16-bit numbers, by arithmetic ------------------------------------------------------------------------------- */
 
-static double decode(usp_dtype dtype, uint16_t bits)
-{
+static double decode(usp_dtype dtype, uint16_t bits) {
     int mantissa_bits = dtype == USP_F16 ? 10 : 7, bias = dtype == USP_F16 ? 15 : 127;
     int exponent_mask = dtype == USP_F16 ? 31 : 255;
     int exponent = bits >> mantissa_bits & exponent_mask, mantissa = bits & ((1 << mantissa_bits) - 1);
@@ -71,8 +65,7 @@ static double decode(usp_dtype dtype, uint16_t bits)
     return sign * ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
 }
 
-static uint16_t encode(usp_dtype dtype, double value)
-{
+static uint16_t encode(usp_dtype dtype, double value) {
     int mantissa_bits = dtype == USP_F16 ? 10 : 7, bias = dtype == USP_F16 ? 15 : 127;
     uint16_t sign = signbit(value) ? 0x8000 : 0, infinity = dtype == USP_F16 ? 0x7c00 : 0x7f80;
     double size = fabs(value);
@@ -84,8 +77,7 @@ static uint16_t encode(usp_dtype dtype, double value)
     return (uint16_t)(sign | (bits > infinity ? infinity : bits));
 }
 
-static void check_pattern(check *c, usp_dtype dtype, uint16_t bits)
-{
+static void check_pattern(check *c, usp_dtype dtype, uint16_t bits) {
     float value = dtype == USP_F16 ? usp_half_to_float(bits) : usp_bfloat_to_float(bits);
     uint16_t back = dtype == USP_F16 ? usp_float_to_half(value) : usp_float_to_bfloat(value);
     double truth = decode(dtype, bits);
@@ -100,8 +92,7 @@ static void check_pattern(check *c, usp_dtype dtype, uint16_t bits)
 }
 
 /* Halfway between a number and the next one, and its neighbours: where rounding goes wrong. */
-static void check_rounding(check *c, usp_dtype dtype, uint16_t bits)
-{
+static void check_rounding(check *c, usp_dtype dtype, uint16_t bits) {
     double low = decode(dtype, bits), high = decode(dtype, (uint16_t)(bits + 1));
     if (isnan(low) || isnan(high) || isinf(low)) return;
     if (isinf(high)) high = low + (low - decode(dtype, (uint16_t)(bits - 1)));
@@ -114,8 +105,7 @@ static void check_rounding(check *c, usp_dtype dtype, uint16_t bits)
     }
 }
 
-static void check_halves(check *c)
-{
+static void check_halves(check *c) {
     for (int dtype = USP_F16; dtype <= USP_BF16; dtype++)
         for (uint32_t bits = 0; bits < 65536; bits++) {
             check_pattern(c, (usp_dtype)dtype, (uint16_t)bits);
@@ -134,14 +124,12 @@ typedef struct tensor {
     double *truth; /* [tokens][batch][heads][dim] */
 } tensor;
 
-static size_t tensor_count(const tensor *t)
-{
+static size_t tensor_count(const tensor *t) {
     return (size_t)t->tokens * (size_t)t->batch * (size_t)t->heads * (size_t)t->dim;
 }
 
 /* Dimensions in random order with random gaps, at any address; all bytes 255, which is NaN. */
-static tensor tensor_make(check *c, usp_dtype dtype, int tokens, int batch, int heads, int dim)
-{
+static tensor tensor_make(check *c, usp_dtype dtype, int tokens, int batch, int heads, int dim) {
     tensor t = {.dtype = dtype, .tokens = tokens, .batch = batch, .heads = heads, .dim = dim};
     int64_t *stride[3] = {&t.view.stride_token, &t.view.stride_batch, &t.view.stride_head};
     int64_t extent[3] = {tokens, batch, heads};
@@ -161,27 +149,23 @@ static tensor tensor_make(check *c, usp_dtype dtype, int tokens, int batch, int 
     return t;
 }
 
-static void tensor_free(tensor *t)
-{
+static void tensor_free(tensor *t) {
     free(t->bytes);
     free(t->truth);
 }
 
-static double *truth_at(const tensor *t, int token, int b, int h)
-{
+static double *truth_at(const tensor *t, int token, int b, int h) {
     return t->truth + (((size_t)token * (size_t)t->batch + (size_t)b) * (size_t)t->heads + (size_t)h) * (size_t)t->dim;
 }
 
-static void write_element(const tensor *t, int token, int b, int h, int i, double value)
-{
+static void write_element(const tensor *t, int token, int b, int h, int i, double value) {
     char *at = (char *)usp_cpu_row(&t->view, t->dtype, token, b, h) + (size_t)i * usp_dtype_size(t->dtype);
     float single = (float)value;
     uint16_t half = t->dtype == USP_F32 ? 0 : encode(t->dtype, value);
     memcpy(at, t->dtype == USP_F32 ? (void *)&single : (void *)&half, usp_dtype_size(t->dtype));
 }
 
-static double read_element(const tensor *t, int token, int b, int h, int i)
-{
+static double read_element(const tensor *t, int token, int b, int h, int i) {
     const char *at = (char *)usp_cpu_row(&t->view, t->dtype, token, b, h) + (size_t)i * usp_dtype_size(t->dtype);
     float single = 0;
     uint16_t half = 0;
@@ -191,32 +175,27 @@ static double read_element(const tensor *t, int token, int b, int h, int i)
 
 typedef double (*element_fn)(check *, const tensor *, int token, int b, int h, int i, double size);
 
-static void tensor_each(check *c, const tensor *t, element_fn visit, double size)
-{
+static void tensor_each(check *c, const tensor *t, element_fn visit, double size) {
     for (int token = 0; token < t->tokens; token++)
         for (int b = 0; b < t->batch; b++)
             for (int h = 0; h < t->heads; h++)
-                for (int i = 0; i < t->dim; i++)
-                    truth_at(t, token, b, h)[i] = visit(c, t, token, b, h, i, size);
+                for (int i = 0; i < t->dim; i++) truth_at(t, token, b, h)[i] = visit(c, t, token, b, h, i, size);
 }
 
 /* Roughly normal; the truth is what the dtype can hold. */
-static double random_element(check *c, const tensor *t, int token, int b, int h, int i, double size)
-{
+static double random_element(check *c, const tensor *t, int token, int b, int h, int i, double size) {
     write_element(t, token, b, h, i, size * (uniform(c) + uniform(c) + uniform(c)));
     return read_element(t, token, b, h, i);
 }
 
-static tensor tensor_random(check *c, usp_dtype dtype, int tokens, int batch, int heads, int dim, double size)
-{
+static tensor tensor_random(check *c, usp_dtype dtype, int tokens, int batch, int heads, int dim, double size) {
     tensor t = tensor_make(c, dtype, tokens, batch, heads, dim);
     tensor_each(c, &t, random_element, size);
     return t;
 }
 
 /* An output: poisoned, its truth zero until a reference adds to it. */
-static tensor tensor_output(check *c, usp_dtype dtype, int tokens, int batch, int heads, int dim)
-{
+static tensor tensor_output(check *c, usp_dtype dtype, int tokens, int batch, int heads, int dim) {
     tensor t = tensor_make(c, dtype, tokens, batch, heads, dim);
     memset(t.truth, 0, tensor_count(&t) * sizeof(double));
     return t;
@@ -230,8 +209,7 @@ typedef struct error {
 } error;
 
 /* A tensor counts as at least 0.01 large: gradients of rows with one key cancel to nothing. */
-static void error_add(error *e, double got, double truth)
-{
+static void error_add(error *e, double got, double truth) {
     e->floor += 1e-4;
     if (truth == got) {
         e->truth += isfinite(truth) ? truth * truth : 0;
@@ -242,24 +220,21 @@ static void error_add(error *e, double got, double truth)
     e->truth += truth * truth;
 }
 
-static void error_judge(check *c, const error *e, usp_dtype dtype, const char *what)
-{
+static void error_judge(check *c, const error *e, usp_dtype dtype, const char *what) {
     const double limit[] = {2e-6, 6e-4, 5e-3};
     double rms = e->square > 0 ? sqrt(e->square / fmax(e->truth, e->floor)) : 0;
     if (dtype == USP_F32 && rms > c->worst_f32) c->worst_f32 = rms;
     verdict(c, !e->bad && rms <= limit[dtype], "%s: relative RMS error %.3g, %d not finite", what, rms, e->bad);
 }
 
-static int untouched(const tensor *t)
-{
+static int untouched(const tensor *t) {
     for (size_t i = 0; i < t->size; i++)
         if (t->bytes[i] != 255) return 0;
     return 1;
 }
 
 /* Compares an output with its truth, then poisons its elements again: every other byte must still be poison. */
-static void compare(check *c, const tensor *t, const char *what)
-{
+static void compare(check *c, const tensor *t, const char *what) {
     error e = {0, 0, 0, 0};
     for (int token = 0; token < t->tokens; token++)
         for (int b = 0; b < t->batch; b++)
@@ -272,15 +247,13 @@ static void compare(check *c, const tensor *t, const char *what)
     verdict(c, untouched(t), "%s: bytes beside the tensor were written", what);
 }
 
-static void compare_floats(check *c, const float *got, const double *truth, size_t n, const char *what)
-{
+static void compare_floats(check *c, const float *got, const double *truth, size_t n, const char *what) {
     error e = {0, 0, 0, 0};
     for (size_t i = 0; i < n; i++) error_add(&e, (double)got[i], truth[i]);
     error_judge(c, &e, USP_F32, what);
 }
 
-static float *poisoned(size_t n)
-{
+static float *poisoned(size_t n) {
     float *p = memory(n * sizeof *p);
     memset(p, 255, n * sizeof *p);
     return p;
@@ -289,15 +262,13 @@ static float *poisoned(size_t n)
 /* ---- copy -------------------------------------------------------------------------------------------------------- */
 
 /* A copy has one right answer, bit for bit. */
-static double exact_element(check *c, const tensor *t, int token, int b, int h, int i, double size)
-{
+static double exact_element(check *c, const tensor *t, int token, int b, int h, int i, double size) {
     double got = read_element(t, token, b, h, i), truth = truth_at(t, token, b, h)[i] + size;
     verdict(c, got == truth, "copied element %d is %g, not %g", i, got, truth);
     return truth;
 }
 
-static void check_copy(check *c)
-{
+static void check_copy(check *c) {
     usp_dtype from_dtype = (usp_dtype)pick(c, 3), to_dtype = (usp_dtype)pick(c, 3);
     const int dims[] = {1, 5, 16, 17, 64, 300};
     int accumulate = to_dtype == USP_F32 && pick(c, 2);
@@ -324,12 +295,11 @@ enum { SEGMENTS = 3 };
 
 typedef struct side {
     int segments, tokens;
-    int begin[SEGMENTS + 1]; /* index of each segment's first token */
+    int begin[SEGMENTS + 1];                /* index of each segment's first token */
     int origin[SEGMENTS], stride[SEGMENTS]; /* position = origin + index * stride */
 } side;
 
-static side side_random(check *c, int tokens)
-{
+static side side_random(check *c, int tokens) {
     side s = {.segments = 1 + pick(c, SEGMENTS), .tokens = tokens};
     int position = pick(c, 9);
     for (int i = 0; i < s.segments; i++) {
@@ -343,8 +313,7 @@ static side side_random(check *c, int tokens)
     return s;
 }
 
-static int position_of(const side *s, int index, int *segment)
-{
+static int position_of(const side *s, int index, int *segment) {
     int i = 0;
     while (index >= s->begin[i + 1]) i++;
     if (segment) *segment = i;
@@ -355,8 +324,7 @@ typedef struct band {
     int32_t low, high;
 } band;
 
-static band band_random(check *c)
-{
+static band band_random(check *c) {
     const band kinds[] = {{INT32_MIN, 0}, {INT32_MIN, INT32_MAX}, {-pick(c, 90), pick(c, 40)},
                           {-40, -10},     {INT32_MIN, -1},        {1, INT32_MAX}};
     return kinds[pick(c, 6)];
@@ -373,21 +341,18 @@ typedef struct problem {
     usp_tile *tile;
 } problem;
 
-static int allowed(const problem *p, int query, int key)
-{
+static int allowed(const problem *p, int query, int key) {
     int qs, ks;
     int offset = -position_of(&p->query, query, &qs) + position_of(&p->key, key, &ks);
     return offset >= p->band[qs][ks].low && offset <= p->band[qs][ks].high;
 }
 
-static int pair_allowed(const problem *p, int rows_are_keys, int row, int column)
-{
+static int pair_allowed(const problem *p, int rows_are_keys, int row, int column) {
     return rows_are_keys ? allowed(p, column, row) : allowed(p, row, column);
 }
 
 /* How many rows of [begin, begin + count) may be paired with the column. */
-static int allowed_rows(const problem *p, int rows_are_keys, int begin, int count, int column)
-{
+static int allowed_rows(const problem *p, int rows_are_keys, int begin, int count, int column) {
     int sum = 0;
     for (int i = begin; i < begin + count; i++) sum += pair_allowed(p, rows_are_keys, i, column);
     return sum;
@@ -395,8 +360,7 @@ static int allowed_rows(const problem *p, int rows_are_keys, int begin, int coun
 
 /* The tile of a work item and a segment of columns within [from, to); 0 if no pair is allowed. */
 static int make_tile(check *c, const problem *p, int rows_are_keys, const usp_work *work, int segment, int from, int to,
-                     usp_tile *tile)
-{
+                     usp_tile *tile) {
     const side *columns = rows_are_keys ? &p->query : &p->key;
     int row_segment, begin = to, end = from, full = 0, best = 0;
     position_of(rows_are_keys ? &p->key : &p->query, work->begin, &row_segment);
@@ -417,8 +381,7 @@ static int make_tile(check *c, const problem *p, int rows_are_keys, const usp_wo
 }
 
 /* All tiles of one work item over the columns [from, to), some of them cut in two. */
-static void make_work(check *c, problem *p, int rows_are_keys, usp_work *work, int from, int to)
-{
+static void make_work(check *c, problem *p, int rows_are_keys, usp_work *work, int from, int to) {
     const side *columns = rows_are_keys ? &p->query : &p->key;
     for (int s = 0; s < columns->segments; s++) {
         int begin = columns->begin[s] > from ? columns->begin[s] : from;
@@ -431,15 +394,17 @@ static void make_work(check *c, problem *p, int rows_are_keys, usp_work *work, i
     }
 }
 
-static void make_tiles(check *c, problem *p, int rows_are_keys, int from, int to)
-{
+static void make_tiles(check *c, problem *p, int rows_are_keys, int from, int to) {
     const side *rows = rows_are_keys ? &p->key : &p->query;
     int works = 0, tiles = 0;
     for (int s = 0; s < rows->segments; s++)
         for (int begin = rows->begin[s]; begin < rows->begin[s + 1]; begin += p->work[works - 1].count) {
             int left = rows->begin[s + 1] - begin, count = 1 + pick(c, USP_WORK_ROWS);
-            usp_work work = {.begin = begin, .count = left < count ? left : count, .origin = rows->origin[s],
-                             .stride = rows->stride[s], .first_tile = tiles};
+            usp_work work = {.begin = begin,
+                             .count = left < count ? left : count,
+                             .origin = rows->origin[s],
+                             .stride = rows->stride[s],
+                             .first_tile = tiles};
             make_work(c, p, rows_are_keys, &work, from, to);
             tiles += work.tiles;
             p->work[works++] = work;
@@ -449,30 +414,25 @@ static void make_tiles(check *c, problem *p, int rows_are_keys, int from, int to
 
 /* ---- softmax: reference ------------------------------------------------------------------------------------------ */
 
-static double dot(const double *a, const double *b, int n)
-{
+static double dot(const double *a, const double *b, int n) {
     double sum = 0;
     for (int i = 0; i < n; i++) sum += a[i] * b[i];
     return sum;
 }
 
-static int key_head(const problem *p, int h)
-{
+static int key_head(const problem *p, int h) {
     return (h + p->args.kv.offset) / p->args.kv.group;
 }
 
-static double score(const problem *p, int b, int h, int query, int key)
-{
+static double score(const problem *p, int b, int h, int query, int key) {
     return (double)p->args.scale * dot(truth_at(&p->q, query, b, h), truth_at(&p->k, key, b, key_head(p, h)), p->q.dim);
 }
 
-static size_t stat(const problem *p, int b, int h, int query)
-{
+static size_t stat(const problem *p, int b, int h, int query) {
     return ((size_t)b * (size_t)p->q.heads + (size_t)h) * (size_t)p->q.tokens + (size_t)query;
 }
 
-static void reference_forward(problem *p, int b, int h, int query)
-{
+static void reference_forward(problem *p, int b, int h, int query) {
     double max = -(double)INFINITY, sum = 0, *out = truth_at(&p->out, query, b, h);
     for (int j = 0; j < p->k.tokens; j++)
         if (allowed(p, query, j)) max = fmax(max, score(p, b, h, query, j));
@@ -487,8 +447,7 @@ static void reference_forward(problem *p, int b, int h, int query)
     p->delta[stat(p, b, h, query)] = dot(out, truth_at(&p->dout, query, b, h), p->v.dim);
 }
 
-static void reference_backward(problem *p, int b, int h, int query)
-{
+static void reference_backward(problem *p, int b, int h, int query) {
     double lse = p->lse[stat(p, b, h, query)], delta = p->delta[stat(p, b, h, query)], scale = (double)p->args.scale;
     const double *dout = truth_at(&p->dout, query, b, h), *q = truth_at(&p->q, query, b, h);
     double *dq = truth_at(&p->dq, query, b, h);
@@ -504,8 +463,7 @@ static void reference_backward(problem *p, int b, int h, int query)
 
 /* ---- softmax: problems ------------------------------------------------------------------------------------------- */
 
-static void problem_tensors(check *c, problem *p, int heads, int key_heads)
-{
+static void problem_tensors(check *c, problem *p, int heads, int key_heads) {
     const usp_softmax *a = &p->args;
     int queries = p->query.tokens, keys = p->key.tokens;
     p->q = tensor_random(c, a->dtype, queries, a->batch, heads, a->dim, 1);
@@ -521,8 +479,7 @@ static void problem_tensors(check *c, problem *p, int heads, int key_heads)
     p->dv_sum = tensor_output(c, USP_F32, keys, a->batch, key_heads, a->value_dim);
 }
 
-static void problem_args(problem *p)
-{
+static void problem_args(problem *p) {
     usp_softmax *a = &p->args;
     a->q = p->q.view, a->k = p->k.view, a->v = p->v.view, a->out = p->out.view, a->dout = p->dout.view;
     a->dq = p->dq.view, a->dk = p->dk.view, a->dv = p->dv.view;
@@ -530,8 +487,7 @@ static void problem_args(problem *p)
     a->lse = p->lse_single, a->delta = p->delta_single, a->acc = p->acc;
 }
 
-static problem problem_make(check *c, usp_dtype dtype, int dim, int value_dim, int queries, int keys)
-{
+static problem problem_make(check *c, usp_dtype dtype, int dim, int value_dim, int queries, int keys) {
     problem p = {.query = side_random(c, queries), .key = side_random(c, keys)};
     usp_softmax *a = &p.args;
     int group = 1 + pick(c, 3), heads = 1 + pick(c, 4);
@@ -550,8 +506,7 @@ static problem problem_make(check *c, usp_dtype dtype, int dim, int value_dim, i
     return p;
 }
 
-static void problem_free(problem *p)
-{
+static void problem_free(problem *p) {
     tensor *all[] = {&p->q,  &p->k,  &p->v,      &p->out,    &p->dout,  &p->dq,
                      &p->dk, &p->dv, &p->dq_sum, &p->dk_sum, &p->dv_sum};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) tensor_free(all[i]);
@@ -559,8 +514,7 @@ static void problem_free(problem *p)
     free(p->work), free(p->tile);
 }
 
-static void problem_reference(problem *p)
-{
+static void problem_reference(problem *p) {
     for (int b = 0; b < p->args.batch; b++)
         for (int h = 0; h < p->args.heads; h++)
             for (int t = 0; t < p->q.tokens; t++) {
@@ -574,8 +528,7 @@ static void problem_reference(problem *p)
 typedef usp_status (*softmax_fn)(usp_device *, const usp_softmax *, usp_stream);
 
 /* Folds the columns in `calls` calls, cut anywhere. */
-static void run_softmax(check *c, problem *p, softmax_fn run, int rows_are_keys, int calls)
-{
+static void run_softmax(check *c, problem *p, softmax_fn run, int rows_are_keys, int calls) {
     int columns = rows_are_keys ? p->q.tokens : p->k.tokens, from = 0;
     for (int i = 0; i < calls; i++) {
         int to = i + 1 == calls ? columns : from + pick(c, columns - from + 1);
@@ -586,8 +539,7 @@ static void run_softmax(check *c, problem *p, softmax_fn run, int rows_are_keys,
     }
 }
 
-static void check_forward(check *c, problem *p, int calls)
-{
+static void check_forward(check *c, problem *p, int calls) {
     size_t stats = (size_t)(p->args.batch * p->args.heads) * (size_t)p->q.tokens;
     memset(p->lse_single, 255, stats * sizeof(float));
     run_softmax(c, p, c->device->ops->softmax_forward, 0, calls);
@@ -596,8 +548,7 @@ static void check_forward(check *c, problem *p, int calls)
 }
 
 /* The running sum (acc) rather than the result, and that head h does not depend on the heads beside it. */
-static void check_head_alone(check *c, problem *p)
-{
+static void check_head_alone(check *c, problem *p) {
     size_t rows = (size_t)(p->q.tokens * p->args.batch), dim = (size_t)p->v.dim, heads = (size_t)p->args.heads;
     int h = pick(c, p->args.heads), same = 1;
     float *acc = poisoned(rows * dim), *lse = poisoned(rows);
@@ -619,8 +570,7 @@ static void check_head_alone(check *c, problem *p)
     free(acc), free(lse);
 }
 
-static void check_delta(check *c, problem *p)
-{
+static void check_delta(check *c, problem *p) {
     size_t n = (size_t)(p->args.batch * p->args.heads) * (size_t)p->q.tokens;
     double *truth = memory(n * sizeof(double));
     float *delta = poisoned(n);
@@ -637,8 +587,7 @@ static void check_delta(check *c, problem *p)
     free(truth), free(delta);
 }
 
-static void check_backward(check *c, problem *p, int calls)
-{
+static void check_backward(check *c, problem *p, int calls) {
     size_t n = (size_t)(p->args.batch * p->args.heads) * (size_t)p->q.tokens;
     for (size_t i = 0; i < n; i++) p->lse_single[i] = (float)p->lse[i], p->delta_single[i] = (float)p->delta[i];
     run_softmax(c, p, c->device->ops->softmax_backward_query, 0, calls);
@@ -648,8 +597,7 @@ static void check_backward(check *c, problem *p, int calls)
     compare(c, &p->dv, "dv");
 }
 
-static void check_softmax(check *c, usp_dtype dtype, int dim, int value_dim, int queries, int keys)
-{
+static void check_softmax(check *c, usp_dtype dtype, int dim, int value_dim, int queries, int keys) {
     problem p = problem_make(c, dtype, dim, value_dim, queries, keys);
     problem_reference(&p);
     for (int calls = 1; calls <= 3; calls++) {
@@ -675,8 +623,7 @@ typedef struct linear {
 } linear;
 
 /* Chunks one after the other, each cut into blocks of any lengths, a few of them empty. */
-static void linear_blocks(check *c, linear *l, int tokens)
-{
+static void linear_blocks(check *c, linear *l, int tokens) {
     int begin = 0, first = 0, distance = 0;
     for (int i = 0; i < BLOCKS; i++) {
         int count = i + 1 == BLOCKS ? tokens - begin : pick(c, 4) * pick(c, (tokens - begin) / 3 + 1);
@@ -689,35 +636,29 @@ static void linear_blocks(check *c, linear *l, int tokens)
     }
 }
 
-static size_t state_size(const linear *l)
-{
+static size_t state_size(const linear *l) {
     return (size_t)l->args.dim * (size_t)l->args.value_dim;
 }
 
-static size_t states_size(const linear *l)
-{
+static size_t states_size(const linear *l) {
     return (size_t)(BLOCKS * l->args.batch * l->args.heads) * state_size(l);
 }
 
-static double *state_truth(const linear *l, int index, int b, int h)
-{
+static double *state_truth(const linear *l, int index, int b, int h) {
     return l->truth + (size_t)((index * l->args.batch + b) * l->args.heads + h) * state_size(l);
 }
 
-static size_t state_element(const linear *l, int i, int e)
-{
+static size_t state_element(const linear *l, int i, int e) {
     return (size_t)(l->args.transposed ? e * l->args.dim + i : i * l->args.value_dim + e);
 }
 
-static void linear_decay(check *c, linear *l)
-{
+static void linear_decay(check *c, linear *l) {
     l->log_decay = memory((size_t)l->args.heads * sizeof(float));
     for (int h = 0; h < l->args.heads; h++) l->log_decay[h] = pick(c, 4) ? -(float)pow(10, -3 * fabs(uniform(c))) : 0;
     l->args.log_decay = pick(c, 4) ? l->log_decay : NULL;
 }
 
-static linear linear_make(check *c, usp_dtype dtype, int dim, int value_dim, int tokens)
-{
+static linear linear_make(check *c, usp_dtype dtype, int dim, int value_dim, int tokens) {
     linear l = {.args = {.dtype = dtype, .dim = dim, .value_dim = value_dim, .tokens = tokens, .causal = 1}};
     usp_linear *a = &l.args;
     int group = 1 + pick(c, 3);
@@ -737,33 +678,28 @@ static linear linear_make(check *c, usp_dtype dtype, int dim, int value_dim, int
     return l;
 }
 
-static void linear_args(linear *l)
-{
+static void linear_args(linear *l) {
     usp_linear *a = &l->args;
     a->q = l->q.view, a->k = l->k.view, a->v = l->v.view, a->out = l->out.view;
     a->block = l->block, a->states = l->states, a->acc = l->acc;
 }
 
-static void linear_free(linear *l)
-{
+static void linear_free(linear *l) {
     tensor_free(&l->q), tensor_free(&l->k), tensor_free(&l->v), tensor_free(&l->out);
     free(l->states), free(l->acc), free(l->log_decay), free(l->truth);
 }
 
-static double decay(const linear *l, int h, int64_t n)
-{
+static double decay(const linear *l, int h, int64_t n) {
     return l->args.log_decay ? exp((double)l->log_decay[h] * (double)n) : 1;
 }
 
-static const double *mapped(const tensor *t, usp_head_map map, int token, int b, int h)
-{
+static const double *mapped(const tensor *t, usp_head_map map, int token, int b, int h) {
     return truth_at(t, token, b, (h + map.offset) / map.group);
 }
 
 /* ---- linear: checks ---------------------------------------------------------------------------------------------- */
 
-static void check_totals(check *c, linear *l)
-{
+static void check_totals(check *c, linear *l) {
     const usp_linear *a = &l->args;
     memset(l->truth, 0, states_size(l) * sizeof(double));
     for (int n = 0; n < BLOCKS * a->batch * a->heads; n++) {
@@ -783,16 +719,14 @@ static void check_totals(check *c, linear *l)
 }
 
 /* row += scale * weight * q_i^T state. */
-static void add_state(const linear *l, double *row, int token, int b, int h, int index, double weight)
-{
+static void add_state(const linear *l, double *row, int token, int b, int h, int index, double weight) {
     const double *q = mapped(&l->q, l->args.q_map, token, b, h), *state = state_truth(l, index, b, h);
     for (int i = 0; i < l->args.dim; i++)
         for (int e = 0; e < l->args.value_dim; e++)
             row[e] += (double)l->args.scale * weight * q[i] * state[state_element(l, i, e)];
 }
 
-static void reference_output(const linear *l, double *row, int token, int b, int h, const usp_block *block)
-{
+static void reference_output(const linear *l, double *row, int token, int b, int h, const usp_block *block) {
     const usp_linear *a = &l->args;
     int first = a->reverse ? token : block->begin, end = a->reverse ? block->begin + block->count : token + 1;
     int before = a->reverse ? block->begin + block->count - 1 - token : token - block->begin;
@@ -804,8 +738,7 @@ static void reference_output(const linear *l, double *row, int token, int b, int
     add_state(l, row, token, b, h, (int)(block - l->block), decay(l, h, before + a->shift));
 }
 
-static void reference_apply(const linear *l, double *row, int token, int b, int h, const usp_block *block)
-{
+static void reference_apply(const linear *l, double *row, int token, int b, int h, const usp_block *block) {
     int before = block->distance + token - block->begin;
     if (l->args.reverse) before = block->chunk_rows - 1 - before;
     add_state(l, row, token, b, h, block->chunk, l->args.causal ? decay(l, h, before + l->args.shift) : 1);
@@ -814,8 +747,7 @@ static void reference_apply(const linear *l, double *row, int token, int b, int 
 typedef void (*output_fn)(const linear *, double *row, int token, int b, int h, const usp_block *block);
 
 /* Runs an entry on random states, and on a random running sum unless `first`, into the result or the running sum. */
-static void check_output(check *c, linear *l, output_fn reference, int apply, int first, int last)
-{
+static void check_output(check *c, linear *l, output_fn reference, int apply, int first, int last) {
     const usp_device_ops *ops = c->device->ops;
     for (size_t i = 0; i < states_size(l); i++) l->states[i] = (float)uniform(c), l->truth[i] = (double)l->states[i];
     for (size_t i = 0; i < tensor_count(&l->out); i++) {
@@ -835,8 +767,7 @@ static void check_output(check *c, linear *l, output_fn reference, int apply, in
         compare_floats(c, l->acc, l->out.truth, tensor_count(&l->out), apply ? "apply to acc" : "output to acc");
 }
 
-static void check_linear(check *c, usp_dtype dtype, int dim, int value_dim, int tokens)
-{
+static void check_linear(check *c, usp_dtype dtype, int dim, int value_dim, int tokens) {
     linear l = linear_make(c, dtype, dim, value_dim, tokens);
     linear_args(&l);
     check_totals(c, &l);
@@ -852,8 +783,7 @@ static void check_linear(check *c, usp_dtype dtype, int dim, int value_dim, int 
 enum { STATES = 9, GROUPS = 4 };
 
 static void reference_scan(const usp_scan *a, const float *data, double *truth, double *final, size_t row,
-                           size_t stride)
-{
+                           size_t stride) {
     double log_decay = a->log_decay ? (double)a->log_decay[row / (size_t)a->elements % (size_t)a->heads] : 0;
     for (int g = 0; g < a->groups; g++) {
         double x = a->initial ? (double)a->initial[(size_t)g * stride + row] : 0;
@@ -867,8 +797,7 @@ static void reference_scan(const usp_scan *a, const float *data, double *truth, 
     }
 }
 
-static void check_scan(check *c)
-{
+static void check_scan(check *c) {
     const int elements[] = {1, 7, 64, 1500};
     usp_scan a = {.batch = 1 + pick(c, 2), .heads = 1 + pick(c, 3), .elements = elements[pick(c, 4)]};
     size_t stride = (size_t)(a.batch * a.heads) * (size_t)a.elements;
@@ -893,8 +822,7 @@ static void check_scan(check *c)
 
 /* ---- device ------------------------------------------------------------------------------------------------------ */
 
-static void check_device(check *c)
-{
+static void check_device(check *c) {
     const usp_device_ops *ops = c->device->ops;
     usp_kernel_shape good = {USP_SOFTMAX, USP_BF16, 512, 1}, bad = {USP_LINEAR, USP_F32, 64, 513};
     void *a = NULL, *b = NULL, *none = NULL;
@@ -915,8 +843,7 @@ static void check_device(check *c)
 }
 
 /* The panel's exponential, through weigh with lse 0: nothing for -inf, NaN for NaN, else within 1.5e-7. */
-static void check_exponential(check *c)
-{
+static void check_exponential(check *c) {
     _Alignas(64) float score[USP_CPU_LANE], slope[USP_CPU_LANE] = {0}, zero[USP_CPU_LANE] = {0};
     usp_scores scores = {score, 1, USP_CPU_LANE};
     for (int round = 0; round < 20000; round++) {
@@ -933,24 +860,21 @@ static void check_exponential(check *c)
 
 /* ---- speed ------------------------------------------------------------------------------------------------------- */
 
-static double seconds(void)
-{
+static double seconds(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 /* Billions of operations a second of one entry over `pairs` pairs a head, each `products` products of length dim. */
-static double speed(check *c, problem *p, softmax_fn run, double pairs, int products)
-{
+static double speed(check *c, problem *p, softmax_fn run, double pairs, int products) {
     double begin = seconds(), end = begin;
     int runs = 0;
     for (; end - begin < 0.2; runs++, end = seconds()) run(c->device, &p->args, NULL);
     return 2e-9 * products * pairs * p->args.dim * p->args.heads * p->args.batch * runs / (end - begin);
 }
 
-static void print_speed(check *c, usp_dtype dtype, int dim, int causal)
-{
+static void print_speed(check *c, usp_dtype dtype, int dim, int causal) {
     const usp_device_ops *ops = c->device->ops;
     const int tokens = 1024;
     problem p = problem_make(c, dtype, dim, dim, tokens, tokens);
@@ -968,8 +892,7 @@ static void print_speed(check *c, usp_dtype dtype, int dim, int causal)
     problem_free(&p);
 }
 
-static void print_linear_speed(check *c, int dim)
-{
+static void print_linear_speed(check *c, int dim) {
     const usp_device_ops *ops = c->device->ops;
     usp_status (*const entry[2])(usp_device *, const usp_linear *, usp_stream) = {ops->linear_totals,
                                                                                   ops->linear_output};
@@ -991,8 +914,7 @@ static void print_linear_speed(check *c, int dim)
 
 /* ---- main -------------------------------------------------------------------------------------------------------- */
 
-static void check_panel(check *c, int rounds)
-{
+static void check_panel(check *c, int rounds) {
     const int dims[] = {5, 17, 64, 128, 1, 80, 200, 512};
     check_device(c);
     check_exponential(c);
@@ -1010,8 +932,7 @@ static void check_panel(check *c, int rounds)
     check_linear(c, USP_F32, 512, 64, 100);
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     usp_host host = usp_host_from_config(NULL);
     const usp_panel *panels[] = {usp_panel_portable(), usp_panel_avx2(), usp_panel_avx512()};
     int rounds = argc > 1 ? atoi(argv[1]) : 24, seed = argc > 2 ? atoi(argv[2]) : 1, quiet = argc > 3;

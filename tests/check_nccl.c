@@ -99,12 +99,12 @@ static void nap(void) {
 /* Messages between every two ranks, each of its own size, in one block of memory a direction. */
 typedef struct usp_traffic {
     usp_comm *comm;
-    char *out, *in;   /* device memory */
+    char *out, *in; /* device memory */
     size_t out_bytes, in_bytes;
     usp_send sends[MOST_RANKS];
     usp_recv recvs[MOST_RANKS];
     int count;
-    char *host;       /* of both sizes, one after the other */
+    char *host; /* of both sizes, one after the other */
 } usp_traffic;
 
 static size_t message_bytes(int from, int to) {
@@ -153,8 +153,7 @@ static int fill(usp_player *player, usp_traffic *traffic, int round) {
         for (size_t j = 0; j < traffic->sends[i].bytes; j++)
             *at++ = message_byte(player->rank, traffic->sends[i].peer, j, round);
     return cudaMemcpy(traffic->out, traffic->host, traffic->out_bytes, cudaMemcpyHostToDevice) == cudaSuccess &&
-           cudaMemset(traffic->in, 0xee, traffic->in_bytes) == cudaSuccess &&
-           cudaDeviceSynchronize() == cudaSuccess;
+           cudaMemset(traffic->in, 0xee, traffic->in_bytes) == cudaSuccess && cudaDeviceSynchronize() == cudaSuccess;
 }
 
 /* Every byte that arrived is the one that was sent in `round`. */
@@ -258,10 +257,14 @@ static int create(usp_player *player, usp_way way, int timeout_ms, ncclComm_t bo
     usp_unique_id id;
     double begin = now();
     usp_status status = USP_OK;
-    if (way == BY_BOOTSTRAP) status = usp_comm_create_nccl(&config, &player->bootstrap, comm);
-    else if (way != BY_ID) status = usp_comm_create_nccl_borrowed(&config, borrowed, comm);
-    else if (!share_id(player, &id)) return 0;
-    else status = usp_comm_create_nccl_id(&config, &id, player->size, player->rank, comm);
+    if (way == BY_BOOTSTRAP)
+        status = usp_comm_create_nccl(&config, &player->bootstrap, comm);
+    else if (way != BY_ID)
+        status = usp_comm_create_nccl_borrowed(&config, borrowed, comm);
+    else if (!share_id(player, &id))
+        return 0;
+    else
+        status = usp_comm_create_nccl_id(&config, &id, player->size, player->rank, comm);
     if (!good(player, status, way_name(way))) return 0;
     report(player, "%s: created in %.0f ms", way_name(way), (now() - begin) * 1e3);
     return 1;
@@ -365,9 +368,11 @@ static int print_times(usp_player *player, usp_comm *comm, char *plain, char *sh
             if (time[i] < 0) return complain(player, "timing: %s", usp_last_error());
         }
         double gb = (double)(mb << 20) * 1e-9;
-        report(player, "%2zu MB: ring %6.1f us %5.1f GB/s, shared %6.1f us %5.1f GB/s; all %6.1f us %5.1f GB/s, "
-               "shared %6.1f us %5.1f GB/s; call %.1f us", mb, time[0] * 1e6, gb / time[0], time[1] * 1e6,
-               gb / time[1], time[2] * 1e6, gb / time[2], time[3] * 1e6, gb / time[3], host * 1e6);
+        report(player,
+               "%2zu MB: ring %6.1f us %5.1f GB/s, shared %6.1f us %5.1f GB/s; all %6.1f us %5.1f GB/s, "
+               "shared %6.1f us %5.1f GB/s; call %.1f us",
+               mb, time[0] * 1e6, gb / time[0], time[1] * 1e6, gb / time[1], time[2] * 1e6, gb / time[2], time[3] * 1e6,
+               gb / time[3], host * 1e6);
     }
     return 1;
 }
@@ -444,8 +449,10 @@ static int check_abort(usp_player *player) {
     usp_traffic traffic;
     if (!create(player, BY_BOOTSTRAP, TIMEOUT_MS, NULL, &comm)) return 0;
     int fine = check_exchange(player, comm, 1) && open_traffic(player, comm, &traffic);
-    if (player->rank == 0) comm->ops->abort(comm);
-    else if (fine) send_all(player, &traffic);
+    if (player->rank == 0)
+        comm->ops->abort(comm);
+    else if (fine)
+        send_all(player, &traffic);
     fine = fine && await_failure(player, comm, DEATH_MS, USP_COMM, 0) && check_freed(player, comm);
     comm->ops->destroy(comm);
     if (fine) close_traffic(player, &traffic);

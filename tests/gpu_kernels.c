@@ -16,15 +16,13 @@ typedef struct copy_test {
     int accumulate;
 } copy_test;
 
-static usp_tensor typed_tensor(const usp_gpu_world *w, const usp_gpu_view *v, usp_dtype dtype)
-{
+static usp_tensor typed_tensor(const usp_gpu_world *w, const usp_gpu_view *v, usp_dtype dtype) {
     usp_gpu_world typed = *w;
     typed.dtype = dtype;
     return usp_gpu_tensor(&typed, v);
 }
 
-static usp_status copy_rows(const usp_gpu_world *w, const void *args)
-{
+static usp_status copy_rows(const usp_gpu_world *w, const void *args) {
     const copy_test *c = args;
     usp_copy a = {.tokens = c->from.tokens,
                   .batch = c->from.batch,
@@ -39,8 +37,7 @@ static usp_status copy_rows(const usp_gpu_world *w, const void *args)
 }
 
 /* Copies agree to the last bit; `before` of the GPU is the plain slab, which the CPU has changed meanwhile. */
-static void check_copy(usp_gpu_test *t, const copy_test *c)
-{
+static void check_copy(usp_gpu_test *t, const copy_test *c) {
     memcpy(t->before, t->plain.base, t->used);
     if (copy_rows(&t->plain, c) != USP_OK) usp_gpu_fail(t, "copy_rows", usp_last_error());
     if (!usp_gpu_run_alone(t, "copy_rows", copy_rows, c, t->after)) return;
@@ -48,8 +45,7 @@ static void check_copy(usp_gpu_test *t, const copy_test *c)
     if (memcmp(t->plain.base, t->after, t->used) != 0) usp_gpu_fail(t, "copy_rows", "differs from the CPU's");
 }
 
-static void check_copies(usp_gpu_test *t, usp_gpu_arrangement how, usp_dtype from, usp_dtype to)
-{
+static void check_copies(usp_gpu_test *t, usp_gpu_arrangement how, usp_dtype from, usp_dtype to) {
     static const int dims[] = {1, 5, 64, 96};
     for (size_t i = 0; i < sizeof dims / sizeof *dims; i++) {
         for (int accumulate = 0; accumulate <= (to == USP_F32); accumulate++) {
@@ -68,8 +64,7 @@ static void check_copies(usp_gpu_test *t, usp_gpu_arrangement how, usp_dtype fro
 
 /* ---- the rest of the table --------------------------------------------------------------------------------------- */
 
-static void check_streams(usp_gpu_test *t)
-{
+static void check_streams(usp_gpu_test *t) {
     usp_device *gpu = t->gpu.device;
     const usp_device_ops *ops = gpu->ops;
     usp_stream stream;
@@ -97,14 +92,12 @@ typedef struct scale_test {
     float factor;
 } scale_test;
 
-static usp_status scale(const usp_gpu_world *w, const void *args)
-{
+static usp_status scale(const usp_gpu_world *w, const void *args) {
     const scale_test *s = args;
     return w->device->ops->scale(w->device, usp_gpu_at(w, s->data.at), usp_gpu_count(&s->data), s->factor, w->stream);
 }
 
-static void check_scale(usp_gpu_test *t, int count)
-{
+static void check_scale(usp_gpu_test *t, int count) {
     snprintf(t->name, sizeof t->name, "scale of %d", count);
     usp_gpu_begin_case(t, USP_F32);
     scale_test s = {.data = usp_gpu_make_wide(t, "data", count, 1, 1, 1), .factor = -0.3f};
@@ -112,8 +105,7 @@ static void check_scale(usp_gpu_test *t, int count)
     usp_gpu_run(t, "scale", scale, &s, (const usp_gpu_view *[]){&s.data, NULL});
 }
 
-static void check_memory(usp_gpu_test *t)
-{
+static void check_memory(usp_gpu_test *t) {
     usp_device *gpu = t->gpu.device;
     void *memory = NULL;
     usp_gpu_expect(t, gpu->ops->alloc(gpu, 0, &memory) == USP_OK, "alloc of nothing");
@@ -126,8 +118,7 @@ static void check_memory(usp_gpu_test *t)
 
 /* ---- program ----------------------------------------------------------------------------------------------------- */
 
-static void check_all(usp_gpu_test *t)
-{
+static void check_all(usp_gpu_test *t) {
     check_memory(t);
     check_streams(t);
     check_scale(t, 0);
@@ -140,14 +131,12 @@ static void check_all(usp_gpu_test *t)
     printf("%d checks, %d failed, largest error %.2f of its budget\n", t->checks, t->failures, t->worst);
 }
 
-static usp_status copy_half(const usp_gpu_world *w, const void *args)
-{
+static usp_status copy_half(const usp_gpu_world *w, const void *args) {
     size_t bytes = *(const size_t *)args;
     return w->device->ops->copy(w->device, w->base, w->base + bytes, bytes, w->stream);
 }
 
-static double copy_speed(usp_gpu_test *t)
-{
+static double copy_speed(usp_gpu_test *t) {
     size_t half = (size_t)1 << 30;
     usp_gpu_fill_alone(t, 2 * half);
     double bytes_per_ms = 2.0 * (double)half / usp_gpu_time(t, copy_half, &half);
@@ -155,23 +144,22 @@ static double copy_speed(usp_gpu_test *t)
     return bytes_per_ms;
 }
 
-static void time_linear(usp_gpu_test *t) { usp_gpu_time_linear(t, copy_speed(t)); }
+static void time_linear(usp_gpu_test *t) {
+    usp_gpu_time_linear(t, copy_speed(t));
+}
 
-static void time_all(usp_gpu_test *t)
-{
+static void time_all(usp_gpu_test *t) {
     time_linear(t);
     usp_gpu_time_softmax(t);
 }
 
-static char *host_slab(void)
-{
+static char *host_slab(void) {
     char *slab = calloc(1, USP_GPU_ROOM);
     if (!slab) exit(1);
     return slab;
 }
 
-static int run_tests(usp_gpu_test *t, size_t gpu_bytes, void (*tests)(usp_gpu_test *))
-{
+static int run_tests(usp_gpu_test *t, size_t gpu_bytes, void (*tests)(usp_gpu_test *)) {
     const usp_device_ops *ops = t->gpu.device->ops;
     if (ops->alloc(t->gpu.device, gpu_bytes, (void **)&t->gpu.base) != USP_OK ||
         ops->stream_create(t->gpu.device, &t->gpu.stream) != USP_OK) {
@@ -190,8 +178,7 @@ static int run_tests(usp_gpu_test *t, size_t gpu_bytes, void (*tests)(usp_gpu_te
 typedef void (*tests_fn)(usp_gpu_test *);
 
 /* What the arguments ask for; NULL if they are no good. */
-static tests_fn choose_tests(int arguments, char **argument)
-{
+static tests_fn choose_tests(int arguments, char **argument) {
     if (arguments == 0) return check_all;
     if (strcmp(argument[0], "--time") != 0) return NULL;
     if (arguments == 1) return time_all;
@@ -200,8 +187,7 @@ static tests_fn choose_tests(int arguments, char **argument)
     return NULL;
 }
 
-int main(int argc, char **argv)
-{
+int main(int argc, char **argv) {
     tests_fn tests = choose_tests(argc - 1, argv + 1);
     usp_world_config defaults = {.struct_size = sizeof defaults};
     usp_host host = usp_host_from_config(&defaults);

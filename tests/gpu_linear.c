@@ -62,15 +62,13 @@ typedef struct linear_test {
     int first, last; /* of the call */
 } linear_test;
 
-static usp_head_map map_of(const linear_case *c, int heads)
-{
+static usp_head_map map_of(const linear_case *c, int heads) {
     int layer_heads = c->q_heads > c->k_heads ? c->q_heads : c->k_heads;
     layer_heads = layer_heads > c->v_heads ? layer_heads : c->v_heads;
     return (usp_head_map){layer_heads / heads, c->offset};
 }
 
-static usp_linear linear_args(const usp_gpu_world *w, const linear_test *l, const usp_gpu_view *states)
-{
+static usp_linear linear_args(const usp_gpu_world *w, const linear_test *l, const usp_gpu_view *states) {
     const linear_case *c = l->c;
     return (usp_linear){.dtype = w->dtype,
                         .batch = c->batch,
@@ -99,15 +97,13 @@ static usp_linear linear_args(const usp_gpu_world *w, const linear_test *l, cons
                         .out = usp_gpu_tensor(w, &l->out)};
 }
 
-static usp_status linear_totals(const usp_gpu_world *w, const void *args)
-{
+static usp_status linear_totals(const usp_gpu_world *w, const void *args) {
     const linear_test *l = args;
     usp_linear a = linear_args(w, l, &l->states);
     return w->device->ops->linear_totals(w->device, &a, w->stream);
 }
 
-static usp_status linear_scan(const usp_gpu_world *w, const void *args)
-{
+static usp_status linear_scan(const usp_gpu_world *w, const void *args) {
     const linear_test *l = args;
     const linear_case *c = l->c;
     usp_scan a = {.batch = c->batch,
@@ -124,23 +120,20 @@ static usp_status linear_scan(const usp_gpu_world *w, const void *args)
     return w->device->ops->linear_scan(w->device, &a, w->stream);
 }
 
-static usp_status linear_output(const usp_gpu_world *w, const void *args)
-{
+static usp_status linear_output(const usp_gpu_world *w, const void *args) {
     const linear_test *l = args;
     usp_linear a = linear_args(w, l, &l->states);
     return w->device->ops->linear_output(w->device, &a, w->stream);
 }
 
-static usp_status linear_apply(const usp_gpu_world *w, const void *args)
-{
+static usp_status linear_apply(const usp_gpu_world *w, const void *args) {
     const linear_test *l = args;
     usp_linear a = linear_args(w, l, &l->chunk_states);
     return w->device->ops->linear_apply(w->device, &a, w->stream);
 }
 
 /* Blocks of c->block rows, a shorter one at the end of every chunk. */
-static void make_blocks(usp_gpu_test *t, linear_test *l)
-{
+static void make_blocks(usp_gpu_test *t, linear_test *l) {
     static usp_block block[4096];
     static usp_scan_step step[4096];
     const linear_case *c = l->c;
@@ -157,23 +150,20 @@ static void make_blocks(usp_gpu_test *t, linear_test *l)
     l->step = usp_gpu_put(t, step, sizeof *step * (size_t)l->blocks);
 }
 
-static void make_decay(usp_gpu_test *t, linear_test *l)
-{
+static void make_decay(usp_gpu_test *t, linear_test *l) {
     float decay[64];
     for (int h = 0; h < l->c->heads; h++)
         decay[h] = l->c->decay == SLOW ? -0.001f * (float)(1 + 3 * h) : -0.3f * (float)(1 + h);
     l->decay = usp_gpu_put(t, decay, sizeof *decay * (size_t)l->c->heads);
 }
 
-static usp_gpu_view make_states(usp_gpu_test *t, const char *name, const linear_case *c, int count)
-{
+static usp_gpu_view make_states(usp_gpu_test *t, const char *name, const linear_case *c, int count) {
     usp_gpu_view v = usp_gpu_make_wide(t, name, count, c->batch, c->heads, c->dim * c->value_dim);
     v.strict = 1;
     return v;
 }
 
-static linear_test make_linear(usp_gpu_test *t, const linear_case *c)
-{
+static linear_test make_linear(usp_gpu_test *t, const linear_case *c) {
     linear_test l = {.c = c};
     make_blocks(t, &l);
     make_decay(t, &l);
@@ -193,8 +183,7 @@ static linear_test make_linear(usp_gpu_test *t, const linear_case *c)
 }
 
 /* The four ways to begin and end running sums, one of which is the output's and one the sums'. */
-static void check_linear_rows(usp_gpu_test *t, linear_test *l, const char *what, usp_gpu_call call, int strict)
-{
+static void check_linear_rows(usp_gpu_test *t, linear_test *l, const char *what, usp_gpu_call call, int strict) {
     for (int way = 0; way < 4; way++) {
         l->first = way / 2, l->last = way % 2;
         l->acc.strict = strict;
@@ -202,8 +191,7 @@ static void check_linear_rows(usp_gpu_test *t, linear_test *l, const char *what,
     }
 }
 
-static void check_linear(usp_gpu_test *t, const linear_case *c)
-{
+static void check_linear(usp_gpu_test *t, const linear_case *c) {
     snprintf(t->name, sizeof t->name, "linear, %s", c->name);
     usp_gpu_begin_case(t, c->dtype);
     linear_test l = make_linear(t, c);
@@ -220,8 +208,7 @@ static void check_linear(usp_gpu_test *t, const linear_case *c)
 }
 
 /* A graph of a kernel, replayed, gives what the kernel gave. */
-static void check_capture(usp_gpu_test *t)
-{
+static void check_capture(usp_gpu_test *t) {
     usp_device *gpu = t->gpu.device;
     cudaStream_t stream = t->gpu.stream;
     cudaGraph_t graph = NULL;
@@ -249,8 +236,7 @@ static void check_capture(usp_gpu_test *t)
 
 /* ---- speed ------------------------------------------------------------------------------------------------------- */
 
-static usp_status linear_forward(const usp_gpu_world *w, const void *args)
-{
+static usp_status linear_forward(const usp_gpu_world *w, const void *args) {
     linear_test l = *(const linear_test *)args;
     usp_status status = linear_totals(w, &l);
     if (status == USP_OK) status = linear_scan(w, &l);
@@ -259,8 +245,7 @@ static usp_status linear_forward(const usp_gpu_world *w, const void *args)
 
 /* The forward states stand in for those of the backward pass: dq from them, dk and dv from the scan of q dout^T. All
  * heads have one size here, so k and v may stand in for dout. */
-static usp_status linear_backward(const usp_gpu_world *w, const void *args)
-{
+static usp_status linear_backward(const usp_gpu_world *w, const void *args) {
     const linear_test *l = args;
     linear_case reversed = *l->c, turned = *l->c, both = *l->c;
     linear_test a = *l;
@@ -275,8 +260,7 @@ static usp_status linear_backward(const usp_gpu_world *w, const void *args)
     return status == USP_OK ? linear_output(w, &a) : status;
 }
 
-static void time_linear(usp_gpu_test *t, int tokens, int block, double bytes_per_ms)
-{
+static void time_linear(usp_gpu_test *t, int tokens, int block, double bytes_per_ms) {
     enum { HEADS = 16, DIM = 128 };
     linear_case c = {.dtype = USP_BF16,
                      .batch = 1,
@@ -317,14 +301,12 @@ static void time_linear(usp_gpu_test *t, int tokens, int block, double bytes_per
 /* ---- the kind ------------------------------------------------------------------------------------------------------
  */
 
-void usp_gpu_check_linear(usp_gpu_test *t)
-{
+void usp_gpu_check_linear(usp_gpu_test *t) {
     check_capture(t);
     for (size_t i = 0; i < sizeof linear_cases / sizeof *linear_cases; i++) check_linear(t, &linear_cases[i]);
 }
 
-void usp_gpu_time_linear(usp_gpu_test *t, double bytes_per_ms)
-{
+void usp_gpu_time_linear(usp_gpu_test *t, double bytes_per_ms) {
     printf("linear, batch 1, 16 heads, d 128, bf16; x: times the time of moving 4 (forward) or 7 (backward) tensors\n");
     printf(" tokens  block forward ms      x backward ms     x\n");
     for (int tokens = 2048; tokens <= 65536; tokens *= tokens == 16384 ? 4 : 8)

@@ -43,23 +43,95 @@ static const softmax_case softmax_cases[] = {
     {"d 256", USP_BF16, BSHD, 1, 1, 1, 1, 0, 256, 256, {{0, 140, 1}}, {{{0, 140, 1}}}, USP_CAUSAL, 128},
     {"d 256, f32", USP_F32, BHSD, 1, 1, 1, 1, 0, 256, 64, {{0, 70, 1}}, {{{0, 70, 1}}}, USP_CAUSAL, 128},
     {"odd rows, d 128", USP_BF16, ODD, 2, 2, 2, 1, 0, 128, 128, {{0, 130, 1}}, {{{0, 150, 1}}}, USP_FULL, 128},
-    {"zigzag, two blocks", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128,
-     {{70, 70, 1}, {280, 71, 1}}, {{{70, 70, 1}, {280, 71, 1}}, {{0, 70, 1}, {351, 69, 1}}}, USP_CAUSAL, 128},
-    {"zigzag, two blocks, f16", USP_F16, PACKED, 2, 2, 1, 2, 0, 64, 64,
-     {{64, 64, 1}, {256, 64, 1}}, {{{64, 64, 1}, {256, 64, 1}}, {{128, 64, 1}, {192, 64, 1}}}, USP_CAUSAL, 64},
-    {"stripe, two blocks", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64,
-     {{1, 80, 4}, {3, 79, 4}}, {{{1, 80, 4}, {3, 79, 4}}, {{0, 80, 4}, {2, 80, 4}}}, USP_CAUSAL, 128},
-    {"stripe, f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 64, 64,
-     {{1, 50, 3}, {0, 51, 3}}, {{{2, 50, 3}}, {{0, 51, 3}}}, USP_CAUSAL, 47},
+    {"zigzag, two blocks",
+     USP_BF16,
+     BSHD,
+     1,
+     2,
+     2,
+     1,
+     0,
+     128,
+     128,
+     {{70, 70, 1}, {280, 71, 1}},
+     {{{70, 70, 1}, {280, 71, 1}}, {{0, 70, 1}, {351, 69, 1}}},
+     USP_CAUSAL,
+     128},
+    {"zigzag, two blocks, f16",
+     USP_F16,
+     PACKED,
+     2,
+     2,
+     1,
+     2,
+     0,
+     64,
+     64,
+     {{64, 64, 1}, {256, 64, 1}},
+     {{{64, 64, 1}, {256, 64, 1}}, {{128, 64, 1}, {192, 64, 1}}},
+     USP_CAUSAL,
+     64},
+    {"stripe, two blocks",
+     USP_BF16,
+     BSHD,
+     1,
+     2,
+     2,
+     1,
+     0,
+     64,
+     64,
+     {{1, 80, 4}, {3, 79, 4}},
+     {{{1, 80, 4}, {3, 79, 4}}, {{0, 80, 4}, {2, 80, 4}}},
+     USP_CAUSAL,
+     128},
+    {"stripe, f32",
+     USP_F32,
+     BSHD,
+     1,
+     2,
+     2,
+     1,
+     0,
+     64,
+     64,
+     {{1, 50, 3}, {0, 51, 3}},
+     {{{2, 50, 3}}, {{0, 51, 3}}},
+     USP_CAUSAL,
+     47},
     {"window", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, {{0, 400, 1}}, {{{0, 400, 1}}}, 65, 0, 128},
     {"window of both sides", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 300, 1}}, {{{0, 350, 1}}}, 7, 20, 128},
     {"window, striped", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 120, 3}}, {{{1, 200, 2}}}, 30, 5, 100},
     {"rows without keys", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, {{0, 200, 1}}, {{{150, 100, 1}}}, USP_CAUSAL, 128},
     {"rows without keys, f32", USP_F32, ODD, 2, 1, 1, 1, 0, 20, 12, {{0, 99, 1}}, {{{60, 50, 1}}}, USP_CAUSAL, 31},
-    {"second block not allowed", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64,
-     {{0, 128, 1}}, {{{0, 128, 1}}, {{128, 128, 1}}}, USP_CAUSAL, 128},
-    {"first block not allowed", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64,
-     {{0, 128, 1}}, {{{128, 128, 1}}, {{0, 128, 1}}}, USP_CAUSAL, 128},
+    {"second block not allowed",
+     USP_BF16,
+     BSHD,
+     1,
+     2,
+     2,
+     1,
+     0,
+     64,
+     64,
+     {{0, 128, 1}},
+     {{{0, 128, 1}}, {{128, 128, 1}}},
+     USP_CAUSAL,
+     128},
+    {"first block not allowed",
+     USP_BF16,
+     BSHD,
+     1,
+     2,
+     2,
+     1,
+     0,
+     64,
+     64,
+     {{0, 128, 1}},
+     {{{128, 128, 1}}, {{0, 128, 1}}},
+     USP_CAUSAL,
+     128},
     {"one query", USP_BF16, BSHD, 3, 2, 2, 1, 0, 128, 128, {{500, 1, 1}}, {{{0, 700, 1}}}, USP_CAUSAL, 128},
     {"one key", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 70, 1}}, {{{30, 1, 1}}}, USP_CAUSAL, 128},
     {"no keys", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 70, 1}}, {{{0, 0, 1}}}, USP_CAUSAL, 128},
@@ -75,27 +147,23 @@ typedef struct plan {
     int works;
 } plan;
 
-static int64_t total_length(const segment *s)
-{
+static int64_t total_length(const segment *s) {
     int64_t sum = 0;
     for (int i = 0; i < SEGMENTS; i++) sum += s[i].length;
     return sum;
 }
 
-static int64_t limit(int value, int sign)
-{
+static int64_t limit(int value, int sign) {
     return sign * (int64_t)value;
 }
 
-static int32_t to_int32(int64_t x)
-{
+static int32_t to_int32(int64_t x) {
     return (int32_t)(x < INT32_MIN ? INT32_MIN : x > INT32_MAX ? INT32_MAX : x);
 }
 
 /* The tile of one work item and one segment, whose first column is `first`; 0 if no pair is allowed. Offsets column -
  * row of the pairs lie in [position - last, position - first row]. */
-static int make_tile(const usp_work *work, segment s, int first, int64_t low, int64_t high, usp_tile *tile)
-{
+static int make_tile(const usp_work *work, segment s, int first, int64_t low, int64_t high, usp_tile *tile) {
     int64_t top = work->origin + (int64_t)work->begin * work->stride;
     int64_t bottom = top + (int64_t)(work->count - 1) * work->stride;
     *tile = (usp_tile){.origin = s.start - first * s.stride, .stride = s.stride};
@@ -114,8 +182,7 @@ static int make_tile(const usp_work *work, segment s, int first, int64_t low, in
 
 /* Offsets are key - query in tiles: where rows are keys, column - row is the negative of that. */
 static plan make_plan(usp_gpu_test *t, const segment *rows, const segment *columns, const softmax_case *c,
-                      int keys_are_rows)
-{
+                      int keys_are_rows) {
     static usp_work work[4096];
     static usp_tile tile[4096];
     int works = 0, tiles = 0;
@@ -157,8 +224,7 @@ typedef struct softmax_test {
     plan query_plan[KEY_BLOCKS], key_plan[KEY_BLOCKS];
 } softmax_test;
 
-static usp_softmax softmax_args(const usp_gpu_world *w, const softmax_test *s, int block, const plan *p)
-{
+static usp_softmax softmax_args(const usp_gpu_world *w, const softmax_test *s, int block, const plan *p) {
     const softmax_case *c = s->c;
     return (usp_softmax){.dtype = w->dtype,
                          .batch = c->batch,
@@ -187,8 +253,7 @@ static usp_softmax softmax_args(const usp_gpu_world *w, const softmax_test *s, i
                          .dv = usp_gpu_tensor(w, &s->dv)};
 }
 
-static usp_status softmax_forward(const usp_gpu_world *w, const void *args)
-{
+static usp_status softmax_forward(const usp_gpu_world *w, const void *args) {
     const softmax_test *s = args;
     usp_status status = USP_OK;
     for (int i = 0; i < s->blocks && status == USP_OK; i++) {
@@ -199,15 +264,13 @@ static usp_status softmax_forward(const usp_gpu_world *w, const void *args)
     return status;
 }
 
-static usp_status softmax_delta(const usp_gpu_world *w, const void *args)
-{
+static usp_status softmax_delta(const usp_gpu_world *w, const void *args) {
     const softmax_test *s = args;
     usp_softmax a = softmax_args(w, s, 0, &s->query_plan[0]);
     return w->device->ops->softmax_delta(w->device, &a, usp_gpu_at(w, s->delta.at), w->stream);
 }
 
-static usp_status softmax_backward_query(const usp_gpu_world *w, const void *args)
-{
+static usp_status softmax_backward_query(const usp_gpu_world *w, const void *args) {
     const softmax_test *s = args;
     usp_status status = USP_OK;
     for (int i = 0; i < s->blocks && status == USP_OK; i++) {
@@ -218,8 +281,7 @@ static usp_status softmax_backward_query(const usp_gpu_world *w, const void *arg
     return status;
 }
 
-static usp_status softmax_backward_key(const usp_gpu_world *w, const void *args)
-{
+static usp_status softmax_backward_key(const usp_gpu_world *w, const void *args) {
     const softmax_test *s = args;
     usp_status status = USP_OK;
     for (int i = 0; i < s->folds && status == USP_OK; i++) {
@@ -231,15 +293,13 @@ static usp_status softmax_backward_key(const usp_gpu_world *w, const void *args)
 }
 
 /* lse and delta are [batch, heads, queries]. */
-static usp_gpu_view make_statistic(usp_gpu_test *t, const char *name, const softmax_case *c, int64_t queries)
-{
+static usp_gpu_view make_statistic(usp_gpu_test *t, const char *name, const softmax_case *c, int64_t queries) {
     usp_gpu_view v = usp_gpu_make_view(t, name, BHSD, queries, c->batch, c->heads, 1);
     v.wide = v.strict = 1;
     return v;
 }
 
-static void make_gradients(usp_gpu_test *t, softmax_test *s, int block)
-{
+static void make_gradients(usp_gpu_test *t, softmax_test *s, int block) {
     const softmax_case *c = s->c;
     int64_t keys = s->k[block].tokens;
     s->block = block;
@@ -250,8 +310,7 @@ static void make_gradients(usp_gpu_test *t, softmax_test *s, int block)
     s->dk_sum.wide = s->dv_sum.wide = 1;
 }
 
-static void make_keys(usp_gpu_test *t, softmax_test *s, int block)
-{
+static void make_keys(usp_gpu_test *t, softmax_test *s, int block) {
     const softmax_case *c = s->c;
     int64_t keys = total_length(c->key[block]);
     s->k[block] = usp_gpu_make_view(t, "k", c->how, keys, c->batch, c->key_heads, c->dim);
@@ -262,8 +321,7 @@ static void make_keys(usp_gpu_test *t, softmax_test *s, int block)
     s->key_plan[block] = make_plan(t, c->key[block], c->query, c, 1);
 }
 
-static softmax_test make_softmax(usp_gpu_test *t, const softmax_case *c)
-{
+static softmax_test make_softmax(usp_gpu_test *t, const softmax_case *c) {
     softmax_test s = {.c = c, .blocks = total_length(c->key[1]) > 0 ? 2 : 1};
     int64_t queries = total_length(c->query);
     s.q = usp_gpu_make_view(t, "q", c->how, queries, c->batch, c->heads, c->dim);
@@ -282,8 +340,7 @@ static softmax_test make_softmax(usp_gpu_test *t, const softmax_case *c)
 }
 
 /* The gradients of every key block, once and folded twice. */
-static void check_softmax_keys(usp_gpu_test *t, softmax_test *s)
-{
+static void check_softmax_keys(usp_gpu_test *t, softmax_test *s) {
     for (int i = 0; i < s->blocks; i++) {
         make_gradients(t, s, i);
         for (s->folds = 1; s->folds <= 2; s->folds++) {
@@ -294,8 +351,7 @@ static void check_softmax_keys(usp_gpu_test *t, softmax_test *s)
     }
 }
 
-static void check_softmax(usp_gpu_test *t, const softmax_case *c)
-{
+static void check_softmax(usp_gpu_test *t, const softmax_case *c) {
     snprintf(t->name, sizeof t->name, "softmax, %s", c->name);
     usp_gpu_begin_case(t, c->dtype);
     softmax_test s = make_softmax(t, c);
@@ -310,22 +366,19 @@ static void check_softmax(usp_gpu_test *t, const softmax_case *c)
 
 /* ---- speed ------------------------------------------------------------------------------------------------------- */
 
-static usp_status softmax_backward(const usp_gpu_world *w, const void *args)
-{
+static usp_status softmax_backward(const usp_gpu_world *w, const void *args) {
     usp_status status = softmax_delta(w, args);
     if (status == USP_OK) status = softmax_backward_query(w, args);
     return status == USP_OK ? softmax_backward_key(w, args) : status;
 }
 
-static void move_plan(usp_gpu_test *t, plan *p, size_t end)
-{
+static void move_plan(usp_gpu_test *t, plan *p, size_t end) {
     char *work = t->plain.base + p->work, *tile = t->plain.base + p->tile;
     p->work = usp_gpu_upload(t, work, sizeof(usp_work) * (size_t)p->works);
     p->tile = usp_gpu_upload(t, tile, end - (size_t)(tile - t->plain.base));
 }
 
-static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int tokens, int causal)
-{
+static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int tokens, int causal) {
     softmax_case c = {.dtype = USP_BF16,
                       .batch = 1,
                       .heads = heads,
@@ -367,16 +420,12 @@ static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int
 /* ---- the kind ------------------------------------------------------------------------------------------------------
  */
 
-void usp_gpu_check_softmax(usp_gpu_test *t)
-{
+void usp_gpu_check_softmax(usp_gpu_test *t) {
     for (size_t i = 0; i < sizeof softmax_cases / sizeof *softmax_cases; i++) check_softmax(t, &softmax_cases[i]);
 }
 
-void usp_gpu_time_softmax(usp_gpu_test *t)
-{
-    static const struct {
-        int heads, key_heads, dim;
-    } shapes[] = {{16, 16, 128}, {32, 32, 64}, {32, 8, 128}};
+void usp_gpu_time_softmax(usp_gpu_test *t) {
+    static const struct { int heads, key_heads, dim; } shapes[] = {{16, 16, 128}, {32, 32, 64}, {32, 8, 128}};
     printf("softmax, batch 1, bf16; TFLOP/s by 4 (forward) and 10 (backward) x pairs x d\n");
     printf("    heads    d  tokens    mask forward ms backward ms fwd TF/s bwd TF/s\n");
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)

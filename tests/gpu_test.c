@@ -11,21 +11,18 @@
 
 /* ---- slabs ------------------------------------------------------------------------------------------------------- */
 
-void usp_gpu_fail(usp_gpu_test *t, const char *what, const char *why)
-{
+void usp_gpu_fail(usp_gpu_test *t, const char *what, const char *why) {
     t->failures++;
     printf("FAILED %s: %s: %s\n", t->name, what, why);
 }
 
-void usp_gpu_begin_case(usp_gpu_test *t, usp_dtype dtype)
-{
+void usp_gpu_begin_case(usp_gpu_test *t, usp_dtype dtype) {
     t->used = 0;
     t->exact.dtype = USP_F32;
     t->plain.dtype = t->gpu.dtype = dtype;
 }
 
-size_t usp_gpu_take(usp_gpu_test *t, size_t bytes)
-{
+size_t usp_gpu_take(usp_gpu_test *t, size_t bytes) {
     size_t at = t->used;
     t->used += (bytes + 255) / 256 * 256;
     if (t->used > USP_GPU_ROOM) {
@@ -37,8 +34,7 @@ size_t usp_gpu_take(usp_gpu_test *t, size_t bytes)
     return at;
 }
 
-size_t usp_gpu_put(usp_gpu_test *t, const void *data, size_t bytes)
-{
+size_t usp_gpu_put(usp_gpu_test *t, const void *data, size_t bytes) {
     size_t at = usp_gpu_take(t, bytes);
     memcpy(t->exact.base + at, data, bytes);
     memcpy(t->plain.base + at, data, bytes);
@@ -48,8 +44,7 @@ size_t usp_gpu_put(usp_gpu_test *t, const void *data, size_t bytes)
 /* ---- views ------------------------------------------------------------------------------------------------------- */
 
 usp_gpu_view usp_gpu_make_view(usp_gpu_test *t, const char *name, usp_gpu_arrangement how, int64_t tokens, int batch,
-                               int heads, int dim)
-{
+                               int heads, int dim) {
     usp_gpu_view v = {.name = name, .tokens = tokens, .batch = batch, .heads = heads, .dim = dim};
     int64_t row = how == ODD ? dim + 3 : dim;
     v.stride_head = how == BHSD ? tokens * row : row;
@@ -61,49 +56,41 @@ usp_gpu_view usp_gpu_make_view(usp_gpu_test *t, const char *name, usp_gpu_arrang
     return v;
 }
 
-usp_gpu_view usp_gpu_make_wide(usp_gpu_test *t, const char *name, int64_t tokens, int batch, int heads, int dim)
-{
+usp_gpu_view usp_gpu_make_wide(usp_gpu_test *t, const char *name, int64_t tokens, int batch, int heads, int dim) {
     usp_gpu_view v = usp_gpu_make_view(t, name, SBHD, tokens, batch, heads, dim);
     v.wide = 1;
     return v;
 }
 
-static usp_dtype dtype_of(const usp_gpu_world *w, const usp_gpu_view *v)
-{
+static usp_dtype dtype_of(const usp_gpu_world *w, const usp_gpu_view *v) {
     return v->wide ? USP_F32 : w->dtype;
 }
 
-void *usp_gpu_at(const usp_gpu_world *w, size_t at)
-{
+void *usp_gpu_at(const usp_gpu_world *w, size_t at) {
     return w->base + at;
 }
 
-usp_tensor usp_gpu_tensor(const usp_gpu_world *w, const usp_gpu_view *v)
-{
+usp_tensor usp_gpu_tensor(const usp_gpu_world *w, const usp_gpu_view *v) {
     char *data = w->base + v->at + v->first * (int64_t)usp_dtype_size(dtype_of(w, v));
     return (usp_tensor){data, v->stride_batch, v->stride_token, v->stride_head};
 }
 
-static float load(usp_dtype dtype, const char *slab, size_t at, int64_t element)
-{
+static float load(usp_dtype dtype, const char *slab, size_t at, int64_t element) {
     float value;
     usp_row_to_float(dtype, slab + at + element * (int64_t)usp_dtype_size(dtype), &value, 1);
     return value;
 }
 
-static void store(usp_dtype dtype, char *slab, size_t at, int64_t element, float value)
-{
+static void store(usp_dtype dtype, char *slab, size_t at, int64_t element, float value) {
     usp_row_from_float(dtype, &value, slab + at + element * (int64_t)usp_dtype_size(dtype), 1);
 }
 
 /* Numbers the elements of a view; `element` is where number i lies. */
-int64_t usp_gpu_count(const usp_gpu_view *v)
-{
+int64_t usp_gpu_count(const usp_gpu_view *v) {
     return v->tokens * v->batch * v->heads * v->dim;
 }
 
-static int64_t element_of(const usp_gpu_view *v, int64_t i)
-{
+static int64_t element_of(const usp_gpu_view *v, int64_t i) {
     int64_t x = i % v->dim, head = i / v->dim % v->heads, batch = i / v->dim / v->heads % v->batch;
     int64_t token = i / v->dim / v->heads / v->batch;
     return v->first + batch * v->stride_batch + token * v->stride_token + head * v->stride_head + x;
@@ -111,8 +98,7 @@ static int64_t element_of(const usp_gpu_view *v, int64_t i)
 
 /* ---- random numbers ---------------------------------------------------------------------------------------------- */
 
-static uint64_t next_random(uint64_t *state)
-{
+static uint64_t next_random(uint64_t *state) {
     uint64_t x = *state += 0x9e3779b97f4a7c15u;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
     x = (x ^ x >> 27) * 0x94d049bb133111ebu;
@@ -120,15 +106,13 @@ static uint64_t next_random(uint64_t *state)
 }
 
 /* About N(0, 1): sixteen bits each of four. */
-float usp_gpu_normal(uint64_t *state)
-{
+float usp_gpu_normal(uint64_t *state) {
     uint64_t bits = next_random(state);
     int sum = (int)(bits & 0xffff) + (int)(bits >> 16 & 0xffff) + (int)(bits >> 32 & 0xffff) + (int)(bits >> 48);
     return ((float)sum - 131070.0f) / 37837.0f;
 }
 
-void usp_gpu_fill(usp_gpu_test *t, const usp_gpu_view *v, float size)
-{
+void usp_gpu_fill(usp_gpu_test *t, const usp_gpu_view *v, float size) {
     usp_dtype dtype = dtype_of(&t->plain, v);
     for (int64_t i = 0; i < usp_gpu_count(v); i++) {
         int64_t element = element_of(v, i);
@@ -139,16 +123,14 @@ void usp_gpu_fill(usp_gpu_test *t, const usp_gpu_view *v, float size)
 
 /* ---- running and comparing --------------------------------------------------------------------------------------- */
 
-int usp_gpu_finish(usp_gpu_test *t, const char *what, usp_status status)
-{
+int usp_gpu_finish(usp_gpu_test *t, const char *what, usp_status status) {
     int busy = 1;
     while (status == USP_OK && busy) status = t->gpu.device->ops->query(t->gpu.device, t->gpu.stream, &busy);
     if (status != USP_OK) usp_gpu_fail(t, what, usp_last_error());
     return status == USP_OK;
 }
 
-int usp_gpu_run_alone(usp_gpu_test *t, const char *what, usp_gpu_call call, const void *args, char *result)
-{
+int usp_gpu_run_alone(usp_gpu_test *t, const char *what, usp_gpu_call call, const void *args, char *result) {
     const usp_device_ops *ops = t->gpu.device->ops;
     usp_status status = ops->copy(t->gpu.device, t->gpu.base, t->before, t->used, t->gpu.stream);
     if (status == USP_OK) status = call(&t->gpu, args);
@@ -158,8 +140,7 @@ int usp_gpu_run_alone(usp_gpu_test *t, const char *what, usp_gpu_call call, cons
 
 /* Largest difference from `exact`, infinite for a NaN; *size grows to the largest finite value of `exact`. */
 static double largest_error(const usp_gpu_test *t, const usp_gpu_view *v, const char *slab, usp_dtype dtype,
-                            double *size)
-{
+                            double *size) {
     double worst = 0;
     for (int64_t i = 0; i < usp_gpu_count(v); i++) {
         int64_t element = element_of(v, i);
@@ -173,8 +154,7 @@ static double largest_error(const usp_gpu_test *t, const usp_gpu_view *v, const 
 }
 
 /* A plain computation in the dtype rounds its result at least once, also where the result is a running sum in fp32. */
-static void compare(usp_gpu_test *t, const usp_gpu_view *v)
-{
+static void compare(usp_gpu_test *t, const usp_gpu_view *v) {
     static const double roundoff[] = {[USP_F32] = 0, [USP_F16] = 0x1p-11, [USP_BF16] = 0x1p-8};
     double size = 0, plain = largest_error(t, v, t->plain.base, dtype_of(&t->plain, v), &size);
     double error = largest_error(t, v, t->after, dtype_of(&t->gpu, v), &size);
@@ -188,8 +168,7 @@ static void compare(usp_gpu_test *t, const usp_gpu_view *v)
     usp_gpu_fail(t, v->name, why);
 }
 
-static void mark_outputs(usp_gpu_test *t)
-{
+static void mark_outputs(usp_gpu_test *t) {
     memset(t->free_to_write, 0, t->used);
     for (int n = 0; n < t->outputs; n++) {
         const usp_gpu_view *v = t->output[n];
@@ -199,8 +178,7 @@ static void mark_outputs(usp_gpu_test *t)
     }
 }
 
-static void check_untouched(usp_gpu_test *t, const char *what)
-{
+static void check_untouched(usp_gpu_test *t, const char *what) {
     for (size_t i = 0; i < t->used; i++) {
         if (t->free_to_write[i] || t->before[i] == t->after[i]) continue;
         usp_gpu_fail(t, what, "wrote outside its output");
@@ -209,8 +187,7 @@ static void check_untouched(usp_gpu_test *t, const char *what)
 }
 
 /* fp32 outputs are inputs of what comes next: everybody goes on from the exact ones. */
-static void adopt_outputs(usp_gpu_test *t)
-{
+static void adopt_outputs(usp_gpu_test *t) {
     for (int n = 0; n < t->outputs; n++) {
         const usp_gpu_view *v = t->output[n];
         if (v->wide) memcpy(t->plain.base + v->at, t->exact.base + v->at, v->bytes);
@@ -218,8 +195,7 @@ static void adopt_outputs(usp_gpu_test *t)
 }
 
 void usp_gpu_run(usp_gpu_test *t, const char *what, usp_gpu_call call, const void *args,
-                 const usp_gpu_view *const *outputs)
-{
+                 const usp_gpu_view *const *outputs) {
     for (t->outputs = 0; outputs[t->outputs]; t->outputs++) t->output[t->outputs] = outputs[t->outputs];
     memcpy(t->before, t->plain.base, t->used);
     if (call(&t->exact, args) != USP_OK || call(&t->plain, args) != USP_OK) {
@@ -233,8 +209,7 @@ void usp_gpu_run(usp_gpu_test *t, const char *what, usp_gpu_call call, const voi
     adopt_outputs(t);
 }
 
-void usp_gpu_expect(usp_gpu_test *t, int condition, const char *what)
-{
+void usp_gpu_expect(usp_gpu_test *t, int condition, const char *what) {
     t->checks++;
     if (!condition) usp_gpu_fail(t, what, usp_last_error());
 }
@@ -243,14 +218,12 @@ void usp_gpu_expect(usp_gpu_test *t, int condition, const char *what)
 
 enum { TIMED = 25, WARM = 5 };
 
-static int by_size(const void *a, const void *b)
-{
+static int by_size(const void *a, const void *b) {
     float x = *(const float *)a, y = *(const float *)b;
     return (x > y) - (x < y);
 }
 
-float usp_gpu_time(usp_gpu_test *t, usp_gpu_call call, const void *args)
-{
+float usp_gpu_time(usp_gpu_test *t, usp_gpu_call call, const void *args) {
     cudaEvent_t begin, end;
     float ms[TIMED] = {0};
     int calls = 1;
@@ -273,8 +246,7 @@ float usp_gpu_time(usp_gpu_test *t, usp_gpu_call call, const void *args)
     return ms[TIMED / 2];
 }
 
-usp_gpu_view usp_gpu_timed_view(usp_gpu_test *t, int64_t tokens, int heads, int dim, int wide)
-{
+usp_gpu_view usp_gpu_timed_view(usp_gpu_test *t, int64_t tokens, int heads, int dim, int wide) {
     usp_gpu_view v = {.tokens = tokens, .batch = 1, .heads = heads, .dim = dim, .wide = wide, .at = t->used};
     v.stride_head = dim, v.stride_token = (int64_t)heads * dim, v.stride_batch = tokens * v.stride_token;
     v.bytes = (size_t)v.stride_batch * (wide ? 4 : 2);
@@ -282,8 +254,7 @@ usp_gpu_view usp_gpu_timed_view(usp_gpu_test *t, int64_t tokens, int heads, int 
     return v;
 }
 
-size_t usp_gpu_upload(usp_gpu_test *t, const void *data, size_t bytes)
-{
+size_t usp_gpu_upload(usp_gpu_test *t, const void *data, size_t bytes) {
     size_t at = t->used;
     t->used += (bytes + 255) / 256 * 256;
     cudaMemcpy(t->gpu.base + at, data, bytes, cudaMemcpyHostToDevice);
@@ -291,8 +262,7 @@ size_t usp_gpu_upload(usp_gpu_test *t, const void *data, size_t bytes)
 }
 
 /* A random stretch, repeated: no tensor is constant, and none costs the host long. */
-void usp_gpu_fill_alone(usp_gpu_test *t, size_t bytes)
-{
+void usp_gpu_fill_alone(usp_gpu_test *t, size_t bytes) {
     enum { STRETCH = 1 << 20 };
     uint16_t *numbers = (uint16_t *)t->before;
     for (int i = 0; i < STRETCH; i++) numbers[i] = usp_float_to_bfloat(usp_gpu_normal(&t->random));

@@ -275,7 +275,8 @@ int usp_within_budget_over(const char *name, usp_dtype dtype, const float *given
                  (long long)error.worst, (double)given[error.worst], truth[error.worst]);
         return 1;
     }
-    double limit = 2 * plain_error(dtype, truth, plain, count, error.true_max) + 1e-5 * yardstick(error.true_max, 10 * floor);
+    double limit =
+        2 * plain_error(dtype, truth, plain, count, error.true_max) + 1e-5 * yardstick(error.true_max, 10 * floor);
     if (error.max <= limit) return 0;
     snprintf(why, capacity, "%s: max error %.3g (limit %.3g) at %lld: %.9g instead of %.9g", name, error.max, limit,
              (long long)error.worst, (double)given[error.worst], truth[error.worst]);

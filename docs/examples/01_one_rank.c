@@ -4,8 +4,7 @@
 
 #include <stdlib.h>
 
-int main(void)
-{
+int main(void) {
     /* A world of one thread-rank, a 1 x 1 mesh, a sequence of 100 tokens, a causal softmax layer. */
     usp_rendezvous *rendezvous;
     usp_world *world;
@@ -14,8 +13,13 @@ int main(void)
     usp_layer *layer;
     usp_world_config on_cpu = {.struct_size = sizeof on_cpu, .device = USP_DEVICE_CPU};
     usp_sequence_config tokens = {.struct_size = sizeof tokens, .tokens = 100};
-    usp_layer_config causal = {.struct_size = sizeof causal, .attention = USP_SOFTMAX, .mask = USP_MASK_CAUSAL,
-                               .dtype = USP_F32, .batch = 1, .heads = 2, .head_dim = 16};
+    usp_layer_config causal = {.struct_size = sizeof causal,
+                               .attention = USP_SOFTMAX,
+                               .mask = USP_MASK_CAUSAL,
+                               .dtype = USP_F32,
+                               .batch = 1,
+                               .heads = 2,
+                               .head_dim = 16};
     must(usp_rendezvous_create(1, &rendezvous));
     must(usp_world_create_threads(&on_cpu, rendezvous, 0, &world));
     must(usp_mesh_create(world, 1, 1, &mesh));
@@ -28,18 +32,29 @@ int main(void)
     usp_sizes sizes = {.struct_size = sizeof sizes};
     void *workspace, *saved;
     must(usp_layer_get_sizes(layer, &sizes));
-    size_t bytes = sizes.forward_workspace > sizes.backward_workspace ? sizes.forward_workspace
-                                                                      : sizes.backward_workspace;
+    size_t bytes =
+        sizes.forward_workspace > sizes.backward_workspace ? sizes.forward_workspace : sizes.backward_workspace;
     must(usp_world_alloc(world, bytes, &workspace));
     must(usp_world_alloc(world, sizes.saved, &saved));
     fill(q, COUNT, 1), fill(k, COUNT, 2), fill(v, COUNT, 3), fill(dout, COUNT, 4);
 
-    usp_forward forward = {.struct_size = sizeof forward, .q = dense(q, 100, 2, 16), .k = dense(k, 100, 2, 16),
-                           .v = dense(v, 100, 2, 16), .out = dense(out, 100, 2, 16), .saved = saved};
+    usp_forward forward = {.struct_size = sizeof forward,
+                           .q = dense(q, 100, 2, 16),
+                           .k = dense(k, 100, 2, 16),
+                           .v = dense(v, 100, 2, 16),
+                           .out = dense(out, 100, 2, 16),
+                           .saved = saved};
     must(usp_layer_forward(layer, &forward, workspace, bytes, NULL));
-    usp_backward backward = {.struct_size = sizeof backward, .q = forward.q, .k = forward.k, .v = forward.v,
-                             .out = forward.out, .dout = dense(dout, 100, 2, 16), .dq = dense(dq, 100, 2, 16),
-                             .dk = dense(dk, 100, 2, 16), .dv = dense(dv, 100, 2, 16), .saved = saved};
+    usp_backward backward = {.struct_size = sizeof backward,
+                             .q = forward.q,
+                             .k = forward.k,
+                             .v = forward.v,
+                             .out = forward.out,
+                             .dout = dense(dout, 100, 2, 16),
+                             .dq = dense(dq, 100, 2, 16),
+                             .dk = dense(dk, 100, 2, 16),
+                             .dv = dense(dv, 100, 2, 16),
+                             .saved = saved};
     must(usp_layer_backward(layer, &backward, workspace, bytes, NULL));
 
     /* The same from the definition. */

@@ -24,12 +24,16 @@ typedef struct rank_state {
     int64_t local; /* own tokens */
 } rank_state;
 
-static void create(rank_state *me)
-{
+static void create(rank_state *me) {
     usp_world_config on_cpu = {.struct_size = sizeof on_cpu, .device = USP_DEVICE_CPU};
     usp_sequence_config tokens = {.struct_size = sizeof tokens, .tokens = TOKENS};
-    usp_layer_config causal = {.struct_size = sizeof causal, .attention = USP_SOFTMAX, .mask = USP_MASK_CAUSAL,
-                               .dtype = USP_F32, .batch = 1, .heads = HEADS, .head_dim = DIM};
+    usp_layer_config causal = {.struct_size = sizeof causal,
+                               .attention = USP_SOFTMAX,
+                               .mask = USP_MASK_CAUSAL,
+                               .dtype = USP_F32,
+                               .batch = 1,
+                               .heads = HEADS,
+                               .head_dim = DIM};
     must(usp_world_create_threads(&on_cpu, me->all->rendezvous, me->rank, &me->world));
     must(usp_mesh_create(me->world, ULYSSES, RING, &me->mesh));
     must(usp_sequence_create(me->mesh, &tokens, &me->sequence));
@@ -37,30 +41,26 @@ static void create(rank_state *me)
     me->local = usp_sequence_local_tokens(me->sequence, me->rank);
 }
 
-static void destroy(rank_state *me)
-{
+static void destroy(rank_state *me) {
     usp_layer_destroy(me->layer);
     usp_sequence_destroy(me->sequence);
     usp_mesh_destroy(me->mesh);
     usp_world_destroy(me->world);
 }
 
-static float *local_tensor(const rank_state *me)
-{
+static float *local_tensor(const rank_state *me) {
     return must_allocate((size_t)me->local * HEADS * DIM * sizeof(float));
 }
 
 /* This rank's tokens of a whole tensor. */
-static float *own_part(const rank_state *me, const float *whole)
-{
+static float *own_part(const rank_state *me, const float *whole) {
     float *local = local_tensor(me);
     must(usp_sequence_scatter(me->sequence, 1, HEADS * DIM * sizeof(float), whole, local));
     return local;
 }
 
 /* All ranks' parts of a result against the definition; every rank sees all of it. */
-static void compare(rank_state *me, const char *what, const float *local, const float *expected)
-{
+static void compare(rank_state *me, const char *what, const float *local, const float *expected) {
     float *whole = must_allocate(COUNT * sizeof(float));
     must(usp_sequence_gather(me->sequence, 1, HEADS * DIM * sizeof(float), local, whole));
     double error = difference(whole, expected, COUNT);
@@ -68,8 +68,7 @@ static void compare(rank_state *me, const char *what, const float *local, const 
     free(whole);
 }
 
-static void compute(rank_state *me)
-{
+static void compute(rank_state *me) {
     float *q = own_part(me, me->all->q), *k = own_part(me, me->all->k), *v = own_part(me, me->all->v);
     float *dout = own_part(me, me->all->dout), *out = local_tensor(me);
     float *dq = local_tensor(me), *dk = local_tensor(me), *dv = local_tensor(me);
@@ -79,14 +78,23 @@ static void compute(rank_state *me)
     must(usp_world_alloc(me->world, sizes.forward_workspace + sizes.backward_workspace, &workspace));
     must(usp_world_alloc(me->world, sizes.saved, &saved));
 
-    usp_forward forward = {.struct_size = sizeof forward, .q = dense(q, me->local, HEADS, DIM),
-                           .k = dense(k, me->local, HEADS, DIM), .v = dense(v, me->local, HEADS, DIM),
-                           .out = dense(out, me->local, HEADS, DIM), .saved = saved};
+    usp_forward forward = {.struct_size = sizeof forward,
+                           .q = dense(q, me->local, HEADS, DIM),
+                           .k = dense(k, me->local, HEADS, DIM),
+                           .v = dense(v, me->local, HEADS, DIM),
+                           .out = dense(out, me->local, HEADS, DIM),
+                           .saved = saved};
     must(usp_layer_forward(me->layer, &forward, workspace, sizes.forward_workspace, NULL));
-    usp_backward backward = {.struct_size = sizeof backward, .q = forward.q, .k = forward.k, .v = forward.v,
-                             .out = forward.out, .dout = dense(dout, me->local, HEADS, DIM),
-                             .dq = dense(dq, me->local, HEADS, DIM), .dk = dense(dk, me->local, HEADS, DIM),
-                             .dv = dense(dv, me->local, HEADS, DIM), .saved = saved};
+    usp_backward backward = {.struct_size = sizeof backward,
+                             .q = forward.q,
+                             .k = forward.k,
+                             .v = forward.v,
+                             .out = forward.out,
+                             .dout = dense(dout, me->local, HEADS, DIM),
+                             .dq = dense(dq, me->local, HEADS, DIM),
+                             .dk = dense(dk, me->local, HEADS, DIM),
+                             .dv = dense(dv, me->local, HEADS, DIM),
+                             .saved = saved};
     must(usp_layer_backward(me->layer, &backward, workspace, sizes.backward_workspace, NULL));
 
     compare(me, "out", out, me->all->out);
@@ -98,8 +106,7 @@ static void compute(rank_state *me)
     free(q), free(k), free(v), free(out), free(dout), free(dq), free(dk), free(dv);
 }
 
-static void *run(void *argument)
-{
+static void *run(void *argument) {
     rank_state *me = argument;
     create(me);
     compute(me);
@@ -107,8 +114,7 @@ static void *run(void *argument)
     return NULL;
 }
 
-int main(void)
-{
+int main(void) {
     static shared all;
     pthread_t thread[RANKS];
     rank_state state[RANKS];

@@ -17,11 +17,15 @@ typedef struct program {
     size_t bytes;  /* of one local tensor */
 } program;
 
-static void create(program *p, int ulysses)
-{
+static void create(program *p, int ulysses) {
     usp_sequence_config tokens = {.struct_size = sizeof tokens, .tokens = TOKENS};
-    usp_layer_config causal = {.struct_size = sizeof causal, .attention = USP_SOFTMAX, .mask = USP_MASK_CAUSAL,
-                               .dtype = USP_F32, .batch = 1, .heads = HEADS, .head_dim = DIM};
+    usp_layer_config causal = {.struct_size = sizeof causal,
+                               .attention = USP_SOFTMAX,
+                               .mask = USP_MASK_CAUSAL,
+                               .dtype = USP_F32,
+                               .batch = 1,
+                               .heads = HEADS,
+                               .head_dim = DIM};
     int rank, size;
     must(usp_world_create_env(NULL, &p->world));
     p->info.struct_size = sizeof p->info;
@@ -34,8 +38,7 @@ static void create(program *p, int ulysses)
     p->bytes = (size_t)p->local * TOKEN_BYTES;
 }
 
-static void destroy(program *p)
-{
+static void destroy(program *p) {
     usp_layer_destroy(p->layer);
     usp_sequence_destroy(p->sequence);
     usp_mesh_destroy(p->mesh);
@@ -43,15 +46,13 @@ static void destroy(program *p)
 }
 
 /* Memory of the world's device, whichever that is. */
-static void *device_memory(const program *p, size_t bytes)
-{
+static void *device_memory(const program *p, size_t bytes) {
     void *memory;
     must(usp_world_alloc(p->world, bytes, &memory));
     return memory;
 }
 
-static usp_tensor upload(const program *p, const float *whole)
-{
+static usp_tensor upload(const program *p, const float *whole) {
     float *local = must_allocate(p->bytes), *device = device_memory(p, p->bytes);
     must(usp_sequence_scatter(p->sequence, 1, TOKEN_BYTES, whole, local));
     must(usp_world_copy(p->world, device, local, p->bytes, NULL));
@@ -60,8 +61,7 @@ static usp_tensor upload(const program *p, const float *whole)
     return dense(device, p->local, HEADS, DIM);
 }
 
-static int compare(const program *p, const char *what, const float *device, const float *expected)
-{
+static int compare(const program *p, const char *what, const float *device, const float *expected) {
     float *local = must_allocate(p->bytes), *whole = must_allocate(COUNT * sizeof(float));
     must(usp_world_copy(p->world, local, device, p->bytes, NULL));
     must(usp_world_synchronize(p->world, NULL));
@@ -72,8 +72,7 @@ static int compare(const program *p, const char *what, const float *device, cons
     return p->info.rank == 0 ? report(what, error, 1e-4) : error > 1e-4;
 }
 
-static int compute(const program *p, float *const given[4], float *const expected[4])
-{
+static int compute(const program *p, float *const given[4], float *const expected[4]) {
     usp_sizes sizes = {.struct_size = sizeof sizes};
     must(usp_layer_get_sizes(p->layer, &sizes));
     void *workspace = device_memory(p, sizes.forward_workspace + sizes.backward_workspace);
@@ -84,8 +83,16 @@ static int compute(const program *p, float *const given[4], float *const expecte
 
     usp_forward forward = {.struct_size = sizeof forward, .q = q, .k = k, .v = v, .out = out, .saved = saved};
     must(usp_layer_forward(p->layer, &forward, workspace, sizes.forward_workspace, NULL));
-    usp_backward backward = {.struct_size = sizeof backward, .q = q, .k = k, .v = v, .out = out, .dout = dout,
-                             .dq = dq, .dk = dk, .dv = dv, .saved = saved};
+    usp_backward backward = {.struct_size = sizeof backward,
+                             .q = q,
+                             .k = k,
+                             .v = v,
+                             .out = out,
+                             .dout = dout,
+                             .dq = dq,
+                             .dk = dk,
+                             .dv = dv,
+                             .saved = saved};
     must(usp_layer_backward(p->layer, &backward, workspace, sizes.backward_workspace, NULL));
 
     int failures = compare(p, "out", out.data, expected[0]) + compare(p, "dq", dq.data, expected[1]) +
@@ -95,8 +102,7 @@ static int compute(const program *p, float *const given[4], float *const expecte
     return failures;
 }
 
-int main(int count, char **argument)
-{
+int main(int count, char **argument) {
     static float memory[8][COUNT];
     float *given[4] = {memory[0], memory[1], memory[2], memory[3]};
     float *expected[4] = {memory[4], memory[5], memory[6], memory[7]};

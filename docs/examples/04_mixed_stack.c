@@ -15,7 +15,7 @@ static const struct {
     int ulysses, ring;
     usp_state_exchange exchange;
 } stack[LAYERS] = {
-    {USP_SOFTMAX, 4, 1, USP_STATE_AUTO}, {USP_LINEAR, 1, 4, USP_STATE_CHAIN}, {USP_SOFTMAX, 2, 2, USP_STATE_AUTO},
+    {USP_SOFTMAX, 4, 1, USP_STATE_AUTO},  {USP_LINEAR, 1, 4, USP_STATE_CHAIN}, {USP_SOFTMAX, 2, 2, USP_STATE_AUTO},
     {USP_LINEAR, 2, 2, USP_STATE_GATHER}, {USP_SOFTMAX, 1, 4, USP_STATE_AUTO}, {USP_LINEAR, 4, 1, USP_STATE_AUTO},
 };
 
@@ -32,11 +32,15 @@ typedef struct rank_state {
     size_t bytes;
 } rank_state;
 
-static void create_layer(rank_state *me, int i)
-{
+static void create_layer(rank_state *me, int i) {
     static const float decay[HEADS] = {-0.5f, -0.1f, -0.02f, 0};
-    usp_layer_config config = {.struct_size = sizeof config, .attention = stack[i].attention, .mask = USP_MASK_CAUSAL,
-                               .dtype = USP_F32, .batch = 1, .heads = HEADS, .head_dim = DIM};
+    usp_layer_config config = {.struct_size = sizeof config,
+                               .attention = stack[i].attention,
+                               .mask = USP_MASK_CAUSAL,
+                               .dtype = USP_F32,
+                               .batch = 1,
+                               .heads = HEADS,
+                               .head_dim = DIM};
     if (stack[i].attention == USP_LINEAR) {
         config.decay = decay;
         config.scale = 0.1f;
@@ -48,8 +52,7 @@ static void create_layer(rank_state *me, int i)
     if (sizes.forward_workspace > me->bytes) me->bytes = sizes.forward_workspace;
 }
 
-static void create(rank_state *me)
-{
+static void create(rank_state *me) {
     usp_world_config on_cpu = {.struct_size = sizeof on_cpu, .device = USP_DEVICE_CPU};
     usp_sequence_config tokens = {.struct_size = sizeof tokens, .tokens = TOKENS};
     must(usp_world_create_threads(&on_cpu, me->rendezvous, me->rank, &me->world));
@@ -61,8 +64,7 @@ static void create(rank_state *me)
     must(usp_world_alloc(me->world, me->bytes, &me->workspace));
 }
 
-static void destroy(rank_state *me)
-{
+static void destroy(rank_state *me) {
     usp_world_free(me->world, me->workspace);
     for (int i = LAYERS - 1; i >= 0; i--) usp_layer_destroy(me->layer[i]);
     usp_sequence_destroy(me->sequence);
@@ -71,17 +73,15 @@ static void destroy(rank_state *me)
 }
 
 /* x += layer(x), with x as query, key and value. */
-static void run_layer(rank_state *me, int i, float *x, float *out, int64_t local)
-{
+static void run_layer(rank_state *me, int i, float *x, float *out, int64_t local) {
     usp_tensor tokens = dense(x, local, HEADS, DIM);
-    usp_forward args = {.struct_size = sizeof args, .q = tokens, .k = tokens, .v = tokens,
-                        .out = dense(out, local, HEADS, DIM)};
+    usp_forward args = {
+        .struct_size = sizeof args, .q = tokens, .k = tokens, .v = tokens, .out = dense(out, local, HEADS, DIM)};
     must(usp_layer_forward(me->layer[i], &args, me->workspace, me->bytes, NULL));
     for (int64_t j = 0; j < local * HEADS * DIM; j++) x[j] += out[j];
 }
 
-static void describe(const rank_state *me)
-{
+static void describe(const rank_state *me) {
     char text[512];
     for (int i = 0; me->rank == 0 && me->ranks > 1 && i < LAYERS; i++) {
         usp_layer_describe(me->layer[i], text, sizeof text);
@@ -89,8 +89,7 @@ static void describe(const rank_state *me)
     }
 }
 
-static void *run(void *argument)
-{
+static void *run(void *argument) {
     rank_state *me = argument;
     create(me);
     describe(me);
@@ -106,23 +105,21 @@ static void *run(void *argument)
     return NULL;
 }
 
-static void run_ranks(int ranks, const float *input, float *output)
-{
+static void run_ranks(int ranks, const float *input, float *output) {
     pthread_t thread[RANKS_MAX];
     rank_state state[RANKS_MAX];
     usp_rendezvous *rendezvous;
     must(usp_rendezvous_create(ranks, &rendezvous));
     for (int rank = 0; rank < ranks; rank++) {
-        state[rank] = (rank_state){.rendezvous = rendezvous, .rank = rank, .ranks = ranks, .input = input,
-                                   .output = output};
+        state[rank] =
+            (rank_state){.rendezvous = rendezvous, .rank = rank, .ranks = ranks, .input = input, .output = output};
         if (pthread_create(&thread[rank], NULL, run, &state[rank]) != 0) must(USP_NO_MEMORY);
     }
     for (int rank = 0; rank < ranks; rank++) pthread_join(thread[rank], NULL);
     usp_rendezvous_destroy(rendezvous);
 }
 
-int main(void)
-{
+int main(void) {
     static float input[COUNT], one[COUNT], four[COUNT];
     fill(input, COUNT, 1);
     run_ranks(1, input, one);

@@ -33,26 +33,28 @@ typedef struct rank_state {
     size_t workspace_bytes;
 } rank_state;
 
-static void must_cuda(cudaError_t error)
-{
+static void must_cuda(cudaError_t error) {
     if (error == cudaSuccess) return;
     fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(error));
     exit(1);
 }
 
-static void must_nccl(ncclResult_t result)
-{
+static void must_nccl(ncclResult_t result) {
     if (result == ncclSuccess) return;
     fprintf(stderr, "NCCL: %s\n", ncclGetErrorString(result));
     exit(1);
 }
 
-static void create(rank_state *me)
-{
+static void create(rank_state *me) {
     int ulysses = me->all->ranks % 2 == 0 ? 2 : 1;
     usp_sequence_config tokens = {.struct_size = sizeof tokens, .tokens = TOKENS};
-    usp_layer_config causal = {.struct_size = sizeof causal, .attention = USP_SOFTMAX, .mask = USP_MASK_CAUSAL,
-                               .dtype = USP_F32, .batch = 1, .heads = HEADS, .head_dim = DIM};
+    usp_layer_config causal = {.struct_size = sizeof causal,
+                               .attention = USP_SOFTMAX,
+                               .mask = USP_MASK_CAUSAL,
+                               .dtype = USP_F32,
+                               .batch = 1,
+                               .heads = HEADS,
+                               .head_dim = DIM};
     usp_sizes sizes = {.struct_size = sizeof sizes};
     must(usp_world_create_nccl(NULL, me->comm, &me->world));
     must(usp_mesh_create(me->world, ulysses, me->all->ranks / ulysses, &me->mesh));
@@ -65,8 +67,7 @@ static void create(rank_state *me)
     me->bytes = (size_t)me->local * TOKEN_BYTES;
 }
 
-static void destroy(rank_state *me)
-{
+static void destroy(rank_state *me) {
     must_cuda(cudaFree(me->workspace));
     usp_layer_destroy(me->layer);
     usp_sequence_destroy(me->sequence);
@@ -74,8 +75,7 @@ static void destroy(rank_state *me)
     usp_world_destroy(me->world);
 }
 
-static void upload(const rank_state *me, void *device, const float *whole)
-{
+static void upload(const rank_state *me, void *device, const float *whole) {
     float *local = must_allocate(me->bytes);
     must(usp_sequence_scatter(me->sequence, 1, TOKEN_BYTES, whole, local));
     must_cuda(cudaMemcpyAsync(device, local, me->bytes, cudaMemcpyHostToDevice, me->stream));
@@ -83,15 +83,13 @@ static void upload(const rank_state *me, void *device, const float *whole)
     free(local);
 }
 
-static usp_tensor device_tensor(const rank_state *me)
-{
+static usp_tensor device_tensor(const rank_state *me) {
     void *device;
     must_cuda(cudaMalloc(&device, me->bytes + 1));
     return dense(device, me->local, HEADS, DIM);
 }
 
-static void compare(rank_state *me, const char *what, const void *device, const float *expected)
-{
+static void compare(rank_state *me, const char *what, const void *device, const float *expected) {
     float *local = must_allocate(me->bytes), *whole = must_allocate(COUNT * sizeof(float));
     must_cuda(cudaMemcpyAsync(local, device, me->bytes, cudaMemcpyDeviceToHost, me->stream));
     must(usp_world_synchronize(me->world, me->stream)); /* bounded: a lost rank ends it with an error */
@@ -102,8 +100,7 @@ static void compare(rank_state *me, const char *what, const void *device, const 
 }
 
 /* The layer once in a graph; addresses are baked in, values are not. */
-static cudaGraphExec_t capture(rank_state *me, const usp_forward *args)
-{
+static cudaGraphExec_t capture(rank_state *me, const usp_forward *args) {
     cudaGraph_t graph;
     cudaGraphExec_t runnable;
     must_cuda(cudaStreamBeginCapture(me->stream, cudaStreamCaptureModeThreadLocal));
@@ -114,11 +111,13 @@ static cudaGraphExec_t capture(rank_state *me, const usp_forward *args)
     return runnable;
 }
 
-static void compute(rank_state *me)
-{
+static void compute(rank_state *me) {
     shared *all = me->all;
-    usp_forward args = {.struct_size = sizeof args, .q = device_tensor(me), .k = device_tensor(me),
-                        .v = device_tensor(me), .out = device_tensor(me)};
+    usp_forward args = {.struct_size = sizeof args,
+                        .q = device_tensor(me),
+                        .k = device_tensor(me),
+                        .v = device_tensor(me),
+                        .out = device_tensor(me)};
     upload(me, args.q.data, all->q[0]);
     upload(me, args.k.data, all->k);
     upload(me, args.v.data, all->v);
@@ -138,8 +137,7 @@ static void compute(rank_state *me)
 }
 
 /* The communicator was only borrowed: it still works once the world is gone. */
-static void use_own_comm(rank_state *me)
-{
+static void use_own_comm(rank_state *me) {
     float one = 1, *device;
     must_cuda(cudaMalloc((void **)&device, sizeof one));
     must_cuda(cudaMemcpyAsync(device, &one, sizeof one, cudaMemcpyHostToDevice, me->stream));
@@ -151,8 +149,7 @@ static void use_own_comm(rank_state *me)
     must_cuda(cudaFree(device));
 }
 
-static void *run(void *argument)
-{
+static void *run(void *argument) {
     rank_state *me = argument;
     must_cuda(cudaSetDevice(me->rank));
     must_cuda(cudaStreamCreateWithFlags(&me->stream, cudaStreamNonBlocking));
@@ -166,8 +163,7 @@ static void *run(void *argument)
     return NULL;
 }
 
-int main(void)
-{
+int main(void) {
     static shared all;
     pthread_t thread[RANKS_MAX];
     rank_state state[RANKS_MAX];

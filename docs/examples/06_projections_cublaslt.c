@@ -53,8 +53,7 @@ static const size_t blas_bytes = (size_t)32 << 20;
 
 /* c[m, n] = a b with a(i, p) = a[i * a_row + p * a_column], and b alike. */
 static void plain_product(float *c, const float *a, size_t a_row, size_t a_column, const float *b, size_t b_row,
-                          size_t b_column, size_t m, size_t n, size_t k)
-{
+                          size_t b_column, size_t m, size_t n, size_t k) {
     for (size_t i = 0; i < m; i++) {
         for (size_t j = 0; j < n; j++) {
             float sum = 0;
@@ -65,20 +64,17 @@ static void plain_product(float *c, const float *a, size_t a_row, size_t a_colum
 }
 
 /* Copies part 0, 1, 2 (q, k, v) out of the packed tensor, or back into it. */
-static void unpack(const float *packed, int part, float *to)
-{
+static void unpack(const float *packed, int part, float *to) {
     for (size_t t = 0; t < TOKENS; t++)
         memcpy(to + t * WIDTH, packed + (3 * t + (size_t)part) * WIDTH, WIDTH * sizeof *to);
 }
 
-static void pack(float *packed, int part, const float *from)
-{
+static void pack(float *packed, int part, const float *from) {
     for (size_t t = 0; t < TOKENS; t++)
         memcpy(packed + (3 * t + (size_t)part) * WIDTH, from + t * WIDTH, WIDTH * sizeof *from);
 }
 
-static void solve_plainly(problem *p)
-{
+static void solve_plainly(problem *p) {
     const example_shape shape = {.batch = 1, .tokens = TOKENS, .heads = HEADS, .dim = DIM};
     const size_t bytes = TOKENS * WIDTH * sizeof(float);
     float *qkv = must_allocate(3 * bytes), *dqkv = must_allocate(3 * bytes), *part[6];
@@ -100,44 +96,38 @@ static void solve_plainly(problem *p)
 
 /* ---- GPU memory -------------------------------------------------------------------------------------------------- */
 
-static void must_cuda(cudaError_t error)
-{
+static void must_cuda(cudaError_t error) {
     if (error == cudaSuccess) return;
     fprintf(stderr, "CUDA: %s\n", cudaGetErrorString(error));
     exit(1);
 }
 
-static void must_blas(cublasStatus_t status)
-{
+static void must_blas(cublasStatus_t status) {
     if (status == CUBLAS_STATUS_SUCCESS) return;
     fprintf(stderr, "cuBLASLt: status %d\n", (int)status);
     exit(1);
 }
 
-static uint16_t to_bf16(float value)
-{
+static uint16_t to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-static float from_bf16(uint16_t value)
-{
+static float from_bf16(uint16_t value) {
     uint32_t bits = (uint32_t)value << 16;
     float wide;
     memcpy(&wide, &bits, sizeof wide);
     return wide;
 }
 
-static void *device_memory(size_t bytes)
-{
+static void *device_memory(size_t bytes) {
     void *device;
     must_cuda(cudaMalloc(&device, bytes + 1));
     return device;
 }
 
-static void *upload(const rank_state *me, const float *data, size_t count)
-{
+static void *upload(const rank_state *me, const float *data, size_t count) {
     uint16_t *narrow = must_allocate(count * sizeof *narrow);
     void *device = device_memory(count * sizeof *narrow);
     for (size_t i = 0; i < count; i++) narrow[i] = to_bf16(data[i]);
@@ -148,8 +138,7 @@ static void *upload(const rank_state *me, const float *data, size_t count)
 }
 
 /* Own tokens of a whole [TOKENS, WIDTH] tensor. */
-static void *upload_own(const rank_state *me, const float *whole)
-{
+static void *upload_own(const rank_state *me, const float *whole) {
     float *local = must_allocate(me->local * WIDTH * sizeof *local);
     must(usp_sequence_scatter(me->sequence, 1, WIDTH * sizeof *local, whole, local));
     void *device = upload(me, local, me->local * WIDTH);
@@ -158,8 +147,7 @@ static void *upload_own(const rank_state *me, const float *whole)
 }
 
 /* All ranks' tokens of a bf16 device tensor, as floats. */
-static float *download_whole(const rank_state *me, const void *device)
-{
+static float *download_whole(const rank_state *me, const void *device) {
     size_t bytes = me->local * WIDTH * sizeof(uint16_t);
     uint16_t *local = must_allocate(bytes), *narrow = must_allocate(TOKENS * WIDTH * sizeof *narrow);
     float *whole = must_allocate(TOKENS * WIDTH * sizeof *whole);
@@ -171,8 +159,7 @@ static float *download_whole(const rank_state *me, const void *device)
     return whole;
 }
 
-static float *download_floats(const rank_state *me, const void *device, size_t count)
-{
+static float *download_floats(const rank_state *me, const void *device, size_t count) {
     float *host = must_allocate(count * sizeof *host);
     must_cuda(cudaMemcpyAsync(host, device, count * sizeof *host, cudaMemcpyDeviceToHost, me->stream));
     must(usp_world_synchronize(me->world, me->stream));
@@ -189,22 +176,19 @@ typedef struct matrix {
 } matrix;
 
 /* cuBLAS is column-major: it sees a row-major matrix as its transpose. */
-static cublasLtMatrixLayout_t layout_of(size_t rows, size_t columns, cudaDataType_t type)
-{
+static cublasLtMatrixLayout_t layout_of(size_t rows, size_t columns, cudaDataType_t type) {
     cublasLtMatrixLayout_t layout;
     must_blas(cublasLtMatrixLayoutCreate(&layout, type, columns, rows, (int64_t)columns));
     return layout;
 }
 
-static void set_transpose(cublasLtMatmulDesc_t product, cublasLtMatmulDescAttributes_t which, int transposed)
-{
+static void set_transpose(cublasLtMatmulDesc_t product, cublasLtMatmulDescAttributes_t which, int transposed) {
     cublasOperation_t operation = transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
     must_blas(cublasLtMatmulDescSetAttribute(product, which, &operation, sizeof operation));
 }
 
 static cublasLtMatmulAlgo_t choose(const rank_state *me, cublasLtMatmulDesc_t product, cublasLtMatrixLayout_t a,
-                                   cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c)
-{
+                                   cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c) {
     cublasLtMatmulPreference_t preference;
     cublasLtMatmulHeuristicResult_t best;
     int found = 0;
@@ -218,8 +202,7 @@ static cublasLtMatmulAlgo_t choose(const rank_state *me, cublasLtMatmulDesc_t pr
 }
 
 /* c[m, n] = a b, row-major, bf16 in, `type` out; as c^T = b^T a^T for cuBLAS. A real program keeps the descriptions. */
-static void multiply(const rank_state *me, void *c, cudaDataType_t type, matrix a, matrix b)
-{
+static void multiply(const rank_state *me, void *c, cudaDataType_t type, matrix a, matrix b) {
     const float one = 1, zero = 0;
     size_t m = a.transposed ? a.columns : a.rows, n = b.transposed ? b.rows : b.columns;
     if (me->local == 0) return;
@@ -239,31 +222,32 @@ static void multiply(const rank_state *me, void *c, cudaDataType_t type, matrix 
     must_blas(cublasLtMatmulDescDestroy(product));
 }
 
-static matrix as_is(const void *data, size_t rows, size_t columns)
-{
+static matrix as_is(const void *data, size_t rows, size_t columns) {
     return (matrix){data, rows, columns, 0};
 }
 
-static matrix transposed(const void *data, size_t rows, size_t columns)
-{
+static matrix transposed(const void *data, size_t rows, size_t columns) {
     return (matrix){data, rows, columns, 1};
 }
 
 /* Part 0, 1, 2 of a packed [tokens, 3, heads, dim]: the layer takes it where it lies. */
-static usp_tensor packed_part(const rank_state *me, void *packed, size_t part)
-{
+static usp_tensor packed_part(const rank_state *me, void *packed, size_t part) {
     return (usp_tensor){(uint16_t *)packed + part * WIDTH, (int64_t)me->local * WIDE, WIDE, DIM};
 }
 
 /* ---- one rank ---------------------------------------------------------------------------------------------------- */
 
-static void create(rank_state *me)
-{
+static void create(rank_state *me) {
     int ulysses = me->ranks % 2 == 0 ? 2 : 1;
     usp_world_config on_gpu = {.struct_size = sizeof on_gpu, .device = USP_DEVICE_CUDA};
     usp_sequence_config tokens = {.struct_size = sizeof tokens, .tokens = TOKENS};
-    usp_layer_config causal = {.struct_size = sizeof causal, .attention = USP_SOFTMAX, .mask = USP_MASK_CAUSAL,
-                               .dtype = USP_BF16, .batch = 1, .heads = HEADS, .head_dim = DIM};
+    usp_layer_config causal = {.struct_size = sizeof causal,
+                               .attention = USP_SOFTMAX,
+                               .mask = USP_MASK_CAUSAL,
+                               .dtype = USP_BF16,
+                               .batch = 1,
+                               .heads = HEADS,
+                               .head_dim = DIM};
     must(usp_device_select(USP_DEVICE_CUDA, me->rank));
     must_cuda(cudaStreamCreateWithFlags(&me->stream, cudaStreamNonBlocking));
     must_blas(cublasLtCreate(&me->blas));
@@ -276,8 +260,7 @@ static void create(rank_state *me)
     me->local = (size_t)usp_sequence_local_tokens(me->sequence, me->rank);
 }
 
-static void destroy(rank_state *me)
-{
+static void destroy(rank_state *me) {
     usp_layer_destroy(me->layer);
     usp_sequence_destroy(me->sequence);
     usp_mesh_destroy(me->mesh);
@@ -287,8 +270,7 @@ static void destroy(rank_state *me)
     must_cuda(cudaStreamDestroy(me->stream));
 }
 
-static buffers allocate(const rank_state *me)
-{
+static buffers allocate(const rank_state *me) {
     const size_t half = sizeof(uint16_t), rows = me->local * WIDTH;
     usp_sizes sizes = {.struct_size = sizeof sizes};
     must(usp_layer_get_sizes(me->layer, &sizes));
@@ -308,42 +290,47 @@ static buffers allocate(const rank_state *me)
     return b;
 }
 
-static void release(const buffers *b)
-{
-    void *const all[] = {b->workspace, b->saved, b->x, b->dy, b->qkv_weight, b->out_weight, b->qkv, b->dqkv,
-                         b->attended, b->dattended, b->y, b->dx, b->dqkv_weight, b->dout_weight};
+static void release(const buffers *b) {
+    void *const all[] = {b->workspace, b->saved,    b->x,         b->dy, b->qkv_weight, b->out_weight,  b->qkv,
+                         b->dqkv,      b->attended, b->dattended, b->y,  b->dx,         b->dqkv_weight, b->dout_weight};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) must_cuda(cudaFree(all[i]));
 }
 
 /* qkv = x Wqkv, attended = layer(qkv), y = attended Wout */
-static void forward(const rank_state *me, const buffers *b)
-{
+static void forward(const rank_state *me, const buffers *b) {
     const size_t rows = me->local;
     multiply(me, b->qkv, CUDA_R_16BF, as_is(b->x, rows, WIDTH), as_is(b->qkv_weight, WIDTH, WIDE));
-    usp_forward args = {.struct_size = sizeof args, .q = packed_part(me, b->qkv, 0), .k = packed_part(me, b->qkv, 1),
-                        .v = packed_part(me, b->qkv, 2), .out = dense(b->attended, (int64_t)rows, HEADS, DIM),
+    usp_forward args = {.struct_size = sizeof args,
+                        .q = packed_part(me, b->qkv, 0),
+                        .k = packed_part(me, b->qkv, 1),
+                        .v = packed_part(me, b->qkv, 2),
+                        .out = dense(b->attended, (int64_t)rows, HEADS, DIM),
                         .saved = b->saved};
     must(usp_layer_forward(me->layer, &args, b->workspace, b->bytes, me->stream));
     multiply(me, b->y, CUDA_R_16BF, as_is(b->attended, rows, WIDTH), as_is(b->out_weight, WIDTH, WIDTH));
 }
 
 /* The same in reverse; weight gradients are sums over tokens and stay in fp32. */
-static void backward(const rank_state *me, const buffers *b)
-{
+static void backward(const rank_state *me, const buffers *b) {
     const size_t rows = me->local;
     multiply(me, b->dattended, CUDA_R_16BF, as_is(b->dy, rows, WIDTH), transposed(b->out_weight, WIDTH, WIDTH));
     multiply(me, b->dout_weight, CUDA_R_32F, transposed(b->attended, rows, WIDTH), as_is(b->dy, rows, WIDTH));
-    usp_backward args = {.struct_size = sizeof args, .q = packed_part(me, b->qkv, 0), .k = packed_part(me, b->qkv, 1),
-                         .v = packed_part(me, b->qkv, 2), .out = dense(b->attended, (int64_t)rows, HEADS, DIM),
-                         .dout = dense(b->dattended, (int64_t)rows, HEADS, DIM), .dq = packed_part(me, b->dqkv, 0),
-                         .dk = packed_part(me, b->dqkv, 1), .dv = packed_part(me, b->dqkv, 2), .saved = b->saved};
+    usp_backward args = {.struct_size = sizeof args,
+                         .q = packed_part(me, b->qkv, 0),
+                         .k = packed_part(me, b->qkv, 1),
+                         .v = packed_part(me, b->qkv, 2),
+                         .out = dense(b->attended, (int64_t)rows, HEADS, DIM),
+                         .dout = dense(b->dattended, (int64_t)rows, HEADS, DIM),
+                         .dq = packed_part(me, b->dqkv, 0),
+                         .dk = packed_part(me, b->dqkv, 1),
+                         .dv = packed_part(me, b->dqkv, 2),
+                         .saved = b->saved};
     must(usp_layer_backward(me->layer, &args, b->workspace, b->bytes, me->stream));
     multiply(me, b->dx, CUDA_R_16BF, as_is(b->dqkv, rows, WIDE), transposed(b->qkv_weight, WIDTH, WIDE));
     multiply(me, b->dqkv_weight, CUDA_R_32F, transposed(b->x, rows, WIDTH), as_is(b->dqkv, rows, WIDE));
 }
 
-static void compute(rank_state *me)
-{
+static void compute(rank_state *me) {
     buffers b = allocate(me);
     forward(me, &b);
     backward(me, &b);
@@ -354,8 +341,7 @@ static void compute(rank_state *me)
     release(&b);
 }
 
-static void *run(void *argument)
-{
+static void *run(void *argument) {
     rank_state *me = argument;
     create(me);
     compute(me);
@@ -365,8 +351,7 @@ static void *run(void *argument)
 
 /* ---- all ranks --------------------------------------------------------------------------------------------------- */
 
-static void prepare(problem *p)
-{
+static void prepare(problem *p) {
     fill(p->x, TOKENS * WIDTH, 1), fill(p->dy, TOKENS * WIDTH, 2);
     fill(p->qkv_weight, WIDTH * WIDE, 3), fill(p->out_weight, WIDTH * WIDTH, 4);
     for (size_t i = 0; i < WIDTH * WIDE; i++) p->qkv_weight[i] = from_bf16(to_bf16(p->qkv_weight[i] / 8));
@@ -377,13 +362,11 @@ static void prepare(problem *p)
 }
 
 /* Adds rank by rank, so that the sum is the same in every run. */
-static void add(float *to, const float *from, size_t count)
-{
+static void add(float *to, const float *from, size_t count) {
     for (size_t i = 0; i < count; i++) to[i] += from[i];
 }
 
-static int judge(const problem *p, rank_state *state, int ranks)
-{
+static int judge(const problem *p, rank_state *state, int ranks) {
     const double allowed = 2e-2; /* bf16 rounds to 1 part in 256, at four places one after the other */
     for (int rank = 1; rank < ranks; rank++) {
         add(state[0].dqkv_weight, state[rank].dqkv_weight, WIDTH * WIDE);
@@ -396,8 +379,7 @@ static int judge(const problem *p, rank_state *state, int ranks)
     return failures;
 }
 
-static void free_results(rank_state *state, int ranks)
-{
+static void free_results(rank_state *state, int ranks) {
     for (int rank = 0; rank < ranks; rank++) {
         free(state[rank].y), free(state[rank].dx);
         free(state[rank].dqkv_weight), free(state[rank].dout_weight);
@@ -405,15 +387,13 @@ static void free_results(rank_state *state, int ranks)
 }
 
 /* GPUs to use: what the argument says, at most what is there. */
-static int choose_ranks(int count, char **argument)
-{
+static int choose_ranks(int count, char **argument) {
     int gpus = usp_device_count(USP_DEVICE_CUDA), wanted = count > 1 ? atoi(argument[1]) : gpus;
     if (wanted < 1 || wanted > gpus) wanted = gpus;
     return wanted > RANKS_MAX ? RANKS_MAX : wanted;
 }
 
-int main(int count, char **argument)
-{
+int main(int count, char **argument) {
     static problem plain;
     pthread_t thread[RANKS_MAX];
     rank_state state[RANKS_MAX];

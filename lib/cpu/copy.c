@@ -6,8 +6,7 @@
 
 enum { USP_COPY_LINE = 256 };
 
-static void convert_row(const usp_panel *panel, const usp_copy *a, const char *from, char *to, int n)
-{
+static void convert_row(const usp_panel *panel, const usp_copy *a, const char *from, char *to, int n) {
     float line[USP_COPY_LINE], sum[USP_COPY_LINE];
     panel->load(a->from_dtype, from, line, n);
     if (a->accumulate) {
@@ -17,8 +16,7 @@ static void convert_row(const usp_panel *panel, const usp_copy *a, const char *f
     panel->store(a->to_dtype, line, to, n);
 }
 
-static void copy_row(const usp_panel *panel, const usp_copy *a, const char *from, char *to, int n)
-{
+static void copy_row(const usp_panel *panel, const usp_copy *a, const char *from, char *to, int n) {
     size_t from_size = usp_dtype_size(a->from_dtype), to_size = usp_dtype_size(a->to_dtype);
     if (a->from_dtype == a->to_dtype && !a->accumulate) {
         memcpy(to, from, from_size * (size_t)n);
@@ -30,8 +28,7 @@ static void copy_row(const usp_panel *panel, const usp_copy *a, const char *from
     }
 }
 
-usp_status usp_cpu_copy_rows(usp_device *device, const usp_copy *a, usp_stream stream)
-{
+usp_status usp_cpu_copy_rows(usp_device *device, const usp_copy *a, usp_stream stream) {
     const usp_panel *panel = usp_cpu_panel(device);
     int dense = a->from.stride_head == a->dim && a->to.stride_head == a->dim && /* then all heads are one row */
                 (int64_t)a->heads * a->dim <= INT32_MAX;

@@ -8,8 +8,7 @@
 enum { USP_CPU_ALIGNMENT = 256 };
 
 /* The address that the host gave is kept just below the aligned one. */
-static usp_status cpu_alloc(usp_device *device, size_t bytes, void **memory)
-{
+static usp_status cpu_alloc(usp_device *device, size_t bytes, void **memory) {
     size_t extra = USP_CPU_ALIGNMENT + sizeof(void *);
     void *base = NULL;
     *memory = NULL;
@@ -21,87 +20,74 @@ static usp_status cpu_alloc(usp_device *device, size_t bytes, void **memory)
     return USP_OK;
 }
 
-static void cpu_free(usp_device *device, void *memory)
-{
+static void cpu_free(usp_device *device, void *memory) {
     void *base = NULL;
     if (memory) memcpy(&base, (char *)memory - sizeof base, sizeof base);
     usp_host_free(device->host, base);
 }
 
-static usp_status cpu_copy(usp_device *device, void *to, const void *from, size_t bytes, usp_stream stream)
-{
+static usp_status cpu_copy(usp_device *device, void *to, const void *from, size_t bytes, usp_stream stream) {
     (void)device, (void)stream;
     if (bytes) memmove(to, from, bytes);
     return USP_OK;
 }
 
-static usp_status cpu_zero(usp_device *device, void *memory, size_t bytes, usp_stream stream)
-{
+static usp_status cpu_zero(usp_device *device, void *memory, size_t bytes, usp_stream stream) {
     (void)device, (void)stream;
     if (bytes) memset(memory, 0, bytes);
     return USP_OK;
 }
 
-static usp_status cpu_stream_create(usp_device *device, usp_stream *stream)
-{
+static usp_status cpu_stream_create(usp_device *device, usp_stream *stream) {
     (void)device;
     *stream = NULL;
     return USP_OK;
 }
 
-static void cpu_stream_destroy(usp_device *device, usp_stream stream)
-{
+static void cpu_stream_destroy(usp_device *device, usp_stream stream) {
     (void)device, (void)stream;
 }
 
-static usp_status cpu_query(usp_device *device, usp_stream stream, int *busy)
-{
+static usp_status cpu_query(usp_device *device, usp_stream stream, int *busy) {
     (void)device, (void)stream;
     *busy = 0;
     return USP_OK;
 }
 
-static usp_status cpu_event_create(usp_device *device, usp_event **event)
-{
+static usp_status cpu_event_create(usp_device *device, usp_event **event) {
     void *memory = NULL;
     USP_TRY(usp_host_alloc(device->host, 1, "an event", &memory));
     *event = memory;
     return USP_OK;
 }
 
-static void cpu_event_destroy(usp_device *device, usp_event *event)
-{
+static void cpu_event_destroy(usp_device *device, usp_event *event) {
     usp_host_free(device->host, event);
 }
 
-static usp_status cpu_event_record(usp_device *device, usp_event *event, usp_stream stream)
-{
+static usp_status cpu_event_record(usp_device *device, usp_event *event, usp_stream stream) {
     (void)device, (void)event, (void)stream;
     return USP_OK;
 }
 
-static usp_status cpu_event_wait(usp_device *device, usp_event *event, usp_stream stream)
-{
+static usp_status cpu_event_wait(usp_device *device, usp_event *event, usp_stream stream) {
     (void)device, (void)event, (void)stream;
     return USP_OK;
 }
 
-static usp_status cpu_event_query(usp_device *device, usp_event *event, int *busy)
-{
+static usp_status cpu_event_query(usp_device *device, usp_event *event, int *busy) {
     (void)device, (void)event;
     *busy = 0;
     return USP_OK;
 }
 
-static usp_status cpu_capturing(usp_device *device, usp_stream stream, int *yes)
-{
+static usp_status cpu_capturing(usp_device *device, usp_stream stream, int *yes) {
     (void)device, (void)stream;
     *yes = 0;
     return USP_OK;
 }
 
-static usp_status cpu_supports(usp_device *device, const usp_kernel_shape *shape)
-{
+static usp_status cpu_supports(usp_device *device, const usp_kernel_shape *shape) {
     int largest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
     (void)device;
     if (largest > USP_CPU_DIM)
@@ -119,15 +105,13 @@ static int64_t cpu_linear_block(usp_device *device, int64_t rows) {
     return 64;
 }
 
-static usp_status cpu_scale(usp_device *device, float *data, int64_t count, float factor, usp_stream stream)
-{
+static usp_status cpu_scale(usp_device *device, float *data, int64_t count, float factor, usp_stream stream) {
     (void)device, (void)stream;
     for (int64_t i = 0; i < count; i++) data[i] *= factor;
     return USP_OK;
 }
 
-static void cpu_destroy(usp_device *device)
-{
+static void cpu_destroy(usp_device *device) {
     if (device) usp_host_free(device->host, device);
 }
 
@@ -162,14 +146,12 @@ static const usp_device_ops cpu_ops = {
     .destroy = cpu_destroy,
 };
 
-static const usp_panel *best_panel(void)
-{
+static const usp_panel *best_panel(void) {
     if (usp_panel_avx512()) return usp_panel_avx512();
     return usp_panel_avx2() ? usp_panel_avx2() : usp_panel_portable();
 }
 
-usp_status usp_device_create_cpu(const usp_host *host, usp_device **device)
-{
+usp_status usp_device_create_cpu(const usp_host *host, usp_device **device) {
     void *memory = NULL;
     *device = NULL;
     USP_TRY(usp_host_alloc(host, sizeof(usp_cpu_device), "the CPU device", &memory));

@@ -9,33 +9,28 @@
 
 enum { USP_HALF_LINE = 16 }; /* values converted together: a fixed count lets the compiler vectorise */
 
-static inline float usp_float_of_bits(uint32_t bits)
-{
+static inline float usp_float_of_bits(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-static inline uint32_t usp_bits_of_float(float value)
-{
+static inline uint32_t usp_bits_of_float(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
 /* yes where mask is all ones, no where it is 0: no branch, which would keep the compiler from vectorising. */
-static inline uint32_t usp_bits_choose(uint32_t mask, uint32_t yes, uint32_t no)
-{
+static inline uint32_t usp_bits_choose(uint32_t mask, uint32_t yes, uint32_t no) {
     return (mask & yes) | (~mask & no);
 }
 
-static inline uint32_t usp_bits_mask(int condition)
-{
+static inline uint32_t usp_bits_mask(int condition) {
     return 0u - (uint32_t)condition;
 }
 
-static inline float usp_half_to_float(uint16_t half)
-{
+static inline float usp_half_to_float(uint16_t half) {
     const uint32_t smallest = 113u << 23; /* 2^-14: the exponent below which a half is subnormal */
     uint32_t bits = (uint32_t)(half & 0x7fff) << 13, exponent = bits & (31u << 23);
     uint32_t normal = bits + (112u << 23) + (usp_bits_mask(exponent == 31u << 23) & (112u << 23));
@@ -44,8 +39,7 @@ static inline float usp_half_to_float(uint16_t half)
     return usp_float_of_bits(size | (uint32_t)(half & 0x8000) << 16);
 }
 
-static inline uint16_t usp_float_to_half(float value)
-{
+static inline uint16_t usp_float_to_half(float value) {
     uint32_t bits = usp_bits_of_float(value), size = bits & 0x7fffffff, small = usp_bits_mask(size < 113u << 23);
     uint32_t normal = (size + (size >> 13 & 1) + 0xfff - (112u << 23)) >> 13;
     uint32_t subnormal = usp_bits_of_float(usp_float_of_bits(size & small) + 0.5f) - usp_bits_of_float(0.5f);
@@ -55,13 +49,11 @@ static inline uint16_t usp_float_to_half(float value)
     return (uint16_t)(half | (bits >> 16 & 0x8000));
 }
 
-static inline float usp_bfloat_to_float(uint16_t bfloat)
-{
+static inline float usp_bfloat_to_float(uint16_t bfloat) {
     return usp_float_of_bits((uint32_t)bfloat << 16);
 }
 
-static inline uint16_t usp_float_to_bfloat(float value)
-{
+static inline uint16_t usp_float_to_bfloat(float value) {
     uint32_t bits = usp_bits_of_float(value);
     uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     uint32_t quiet = bits >> 16 | 0x40;
@@ -69,8 +61,7 @@ static inline uint16_t usp_float_to_bfloat(float value)
 }
 
 /* One line of at most USP_HALF_LINE values, by a copy: rows may begin at any address. */
-static inline void usp_line_to_float(usp_dtype dtype, const void *from, float *to, int n)
-{
+static inline void usp_line_to_float(usp_dtype dtype, const void *from, float *to, int n) {
     uint16_t line[USP_HALF_LINE] = {0};
     float value[USP_HALF_LINE];
     memcpy(line, from, sizeof *line * (size_t)n);
@@ -81,8 +72,7 @@ static inline void usp_line_to_float(usp_dtype dtype, const void *from, float *t
     memcpy(to, value, sizeof *value * (size_t)n);
 }
 
-static inline void usp_line_from_float(usp_dtype dtype, const float *from, void *to, int n)
-{
+static inline void usp_line_from_float(usp_dtype dtype, const float *from, void *to, int n) {
     uint16_t line[USP_HALF_LINE];
     float value[USP_HALF_LINE] = {0};
     memcpy(value, from, sizeof *value * (size_t)n);
@@ -93,21 +83,18 @@ static inline void usp_line_from_float(usp_dtype dtype, const float *from, void 
     memcpy(to, line, sizeof *line * (size_t)n);
 }
 
-static inline void usp_row_to_float(usp_dtype dtype, const void *from, float *to, int n)
-{
+static inline void usp_row_to_float(usp_dtype dtype, const void *from, float *to, int n) {
     const unsigned char *source = from;
     int i = 0;
     if (dtype == USP_F32) {
         memcpy(to, from, sizeof *to * (size_t)n);
         return;
     }
-    for (; i + USP_HALF_LINE <= n; i += USP_HALF_LINE)
-        usp_line_to_float(dtype, source + 2 * i, to + i, USP_HALF_LINE);
+    for (; i + USP_HALF_LINE <= n; i += USP_HALF_LINE) usp_line_to_float(dtype, source + 2 * i, to + i, USP_HALF_LINE);
     if (i < n) usp_line_to_float(dtype, source + 2 * i, to + i, n - i);
 }
 
-static inline void usp_row_from_float(usp_dtype dtype, const float *from, void *to, int n)
-{
+static inline void usp_row_from_float(usp_dtype dtype, const float *from, void *to, int n) {
     unsigned char *target = to;
     int i = 0;
     if (dtype == USP_F32) {

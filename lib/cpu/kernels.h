@@ -56,31 +56,26 @@ typedef struct usp_cpu_device {
     const usp_panel *panel;
 } usp_cpu_device;
 
-static inline const usp_panel *usp_cpu_panel(const usp_device *device)
-{
+static inline const usp_panel *usp_cpu_panel(const usp_device *device) {
     return ((const usp_cpu_device *)device)->panel;
 }
 
-static inline int usp_cpu_pad(int n)
-{
+static inline int usp_cpu_pad(int n) {
     return (n + USP_CPU_LANE - 1) / USP_CPU_LANE * USP_CPU_LANE;
 }
 
 /* Rows and columns of a tile such that all tiles of any kernel fit into the arena. */
-static inline int usp_cpu_block(int dim, int value_dim)
-{
+static inline int usp_cpu_block(int dim, int value_dim) {
     int widest = dim > value_dim ? dim : value_dim;
     return widest <= 128 ? 64 : widest <= 256 ? 32 : 16;
 }
 
-static inline void *usp_cpu_row(const usp_tensor *tensor, usp_dtype dtype, int64_t token, int batch, int head)
-{
+static inline void *usp_cpu_row(const usp_tensor *tensor, usp_dtype dtype, int64_t token, int batch, int head) {
     int64_t element = token * tensor->stride_token + batch * tensor->stride_batch + head * tensor->stride_head;
     return (char *)tensor->data + element * (int64_t)usp_dtype_size(dtype);
 }
 
-static inline int usp_cpu_head(usp_head_map map, int head)
-{
+static inline int usp_cpu_head(usp_head_map map, int head) {
     return (head + map.offset) / map.group;
 }
 

@@ -10,9 +10,9 @@
 enum { USP_SCAN_LINE = 1024 };
 
 typedef struct usp_linear_strip {
-    _Alignas(64) float weight[USP_CPU_BLOCK];     /* of rows */
-    _Alignas(64) float band[2 * USP_CPU_BLOCK];   /* of pairs, by distance */
-    _Alignas(64) float power[2 * USP_CPU_BLOCK];  /* lambda^i */
+    _Alignas(64) float weight[USP_CPU_BLOCK];    /* of rows */
+    _Alignas(64) float band[2 * USP_CPU_BLOCK];  /* of pairs, by distance */
+    _Alignas(64) float power[2 * USP_CPU_BLOCK]; /* lambda^i */
     _Alignas(64) float arena[USP_CPU_ARENA];
     float *row, *key, *value; /* [dim][width] queries, transposed; [block][dim]; [block][value_dim] */
     float *score, *out;       /* [block][width]; [width][value_dim] */
@@ -29,13 +29,11 @@ typedef struct usp_linear_strip {
 /* ---- strips ------------------------------------------------------------------------------------------------------ */
 
 /* lambda^n; 1 for n = 0, also where lambda is 0. */
-static double power(double log_decay, int64_t n)
-{
+static double power(double log_decay, int64_t n) {
     return n ? exp(log_decay * (double)n) : 1;
 }
 
-static void strip_init(usp_linear_strip *s, const usp_panel *panel, const usp_linear *args)
-{
+static void strip_init(usp_linear_strip *s, const usp_panel *panel, const usp_linear *args) {
     float *free = s->arena;
     s->panel = panel;
     s->args = args;
@@ -50,30 +48,26 @@ static void strip_init(usp_linear_strip *s, const usp_panel *panel, const usp_li
     s->state = free;
 }
 
-static void strip_head(usp_linear_strip *s, int batch, int head)
-{
+static void strip_head(usp_linear_strip *s, int batch, int head) {
     s->batch = batch;
     s->head = head;
     s->log_decay = s->args->log_decay ? s->args->log_decay[head] : 0;
     for (int i = 0; i < 2 * s->block; i++) s->power[i] = (float)power(s->log_decay, i);
 }
 
-static void strip_rows(usp_linear_strip *s, int begin, int end)
-{
+static void strip_rows(usp_linear_strip *s, int begin, int end) {
     s->begin = begin;
     s->count = end - begin < s->block ? end - begin : s->block;
     s->width = usp_cpu_pad(s->count);
 }
 
 static void load_line(const usp_linear_strip *s, const usp_tensor *tensor, usp_head_map map, int64_t token, float *to,
-                      int n)
-{
+                      int n) {
     usp_dtype dtype = s->args->dtype;
     s->panel->load(dtype, usp_cpu_row(tensor, dtype, token, s->batch, usp_cpu_head(map, s->head)), to, n);
 }
 
-static void load_queries(usp_linear_strip *s)
-{
+static void load_queries(usp_linear_strip *s) {
     const usp_linear *a = s->args;
     float line[USP_CPU_DIM];
     if (s->count < s->width) memset(s->row, 0, sizeof *s->row * (size_t)(s->dim * s->width));
@@ -85,8 +79,7 @@ static void load_queries(usp_linear_strip *s)
 
 /* Rows of zeros follow up to a multiple of USP_CPU_ROWS, as products want. */
 static void load_columns(usp_linear_strip *s, float *to, const usp_tensor *tensor, usp_head_map map, int dim, int begin,
-                         int count)
-{
+                         int count) {
     int stride = usp_cpu_pad(dim), rows = (count + USP_CPU_ROWS - 1) / USP_CPU_ROWS * USP_CPU_ROWS;
     for (int j = 0; j < count; j++, to += stride) {
         load_line(s, tensor, map, begin + j, to, dim);
@@ -96,8 +89,7 @@ static void load_columns(usp_linear_strip *s, float *to, const usp_tensor *tenso
 }
 
 /* weight[i] = lambda^(distance of row i), where the first row's distance is given and falls or rises by one a row. */
-static void set_weights(usp_linear_strip *s, int64_t distance, int falling)
-{
+static void set_weights(usp_linear_strip *s, int64_t distance, int falling) {
     int64_t nearest = falling ? distance - (s->count - 1) : distance;
     double base = power(s->log_decay, nearest);
     for (int i = 0; i < s->width; i++) s->weight[i] = 0;
@@ -106,8 +98,7 @@ static void set_weights(usp_linear_strip *s, int64_t distance, int falling)
 
 typedef void (*usp_block_fn)(usp_linear_strip *s, int index);
 
-static usp_status run_blocks(usp_device *device, const usp_linear *args, usp_block_fn run)
-{
+static usp_status run_blocks(usp_device *device, const usp_linear *args, usp_block_fn run) {
     usp_linear_strip strip;
     strip_init(&strip, usp_cpu_panel(device), args);
     for (int b = 0; b < args->batch; b++)
@@ -118,8 +109,7 @@ static usp_status run_blocks(usp_device *device, const usp_linear *args, usp_blo
     return USP_OK;
 }
 
-static float *state_at(const usp_linear_strip *s, int index)
-{
+static float *state_at(const usp_linear_strip *s, int index) {
     const usp_linear *a = s->args;
     return a->states + (((int64_t)index * a->batch + s->batch) * a->heads + s->head) * a->dim * a->value_dim;
 }
@@ -135,8 +125,7 @@ typedef struct usp_factor {
 } usp_factor;
 
 /* A block of the state's lines, from `line` on: += sum over the strip's rows j of left_j (weight_j right_j)^T. */
-static void add_totals(usp_linear_strip *s, const usp_factor *left, const usp_factor *right, int line)
-{
+static void add_totals(usp_linear_strip *s, const usp_factor *left, const usp_factor *right, int line) {
     int left_dim = usp_cpu_pad(left->dim), right_dim = usp_cpu_pad(right->dim);
     int lines = left_dim - line < s->block ? left_dim - line : s->block;
     load_columns(s, left->tile, left->tensor, left->map, left->dim, s->begin, s->count);
@@ -149,15 +138,13 @@ static void add_totals(usp_linear_strip *s, const usp_factor *left, const usp_fa
     s->panel->multiply(&p);
 }
 
-static void store_totals(const usp_linear_strip *s, int index, int left_dim, int right_dim, int line)
-{
+static void store_totals(const usp_linear_strip *s, int index, int left_dim, int right_dim, int line) {
     float *to = state_at(s, index) + (int64_t)line * right_dim;
     for (int i = 0; i < s->block && line + i < left_dim; i++)
         memcpy(to + (int64_t)i * right_dim, s->state + i * usp_cpu_pad(right_dim), sizeof *to * (size_t)right_dim);
 }
 
-static void totals_block(usp_linear_strip *s, int index)
-{
+static void totals_block(usp_linear_strip *s, int index) {
     const usp_linear *a = s->args;
     const usp_block *block = a->block + index;
     usp_factor key = {&a->k, a->k_map, a->dim, s->key}, value = {&a->v, a->v_map, a->value_dim, s->value};
@@ -174,8 +161,7 @@ static void totals_block(usp_linear_strip *s, int index)
     }
 }
 
-usp_status usp_cpu_linear_totals(usp_device *device, const usp_linear *args, usp_stream stream)
-{
+usp_status usp_cpu_linear_totals(usp_device *device, const usp_linear *args, usp_stream stream) {
     (void)stream;
     return run_blocks(device, args, totals_block);
 }
@@ -184,8 +170,7 @@ usp_status usp_cpu_linear_totals(usp_device *device, const usp_linear *args, usp
 
 /* Elements [at, at + n) of one head's states [begin, end), all of one group. */
 static void scan_line(const usp_scan *a, int begin, int end, int64_t at, int64_t stride, double log_decay, float *x,
-                      int n)
-{
+                      int n) {
     for (int i = 0; i < end - begin; i++) {
         int index = a->reverse ? end - 1 - i : begin + i;
         float keep = (float)power(log_decay, a->step[index].length), *data = a->data + index * stride + at;
@@ -197,8 +182,7 @@ static void scan_line(const usp_scan *a, int begin, int end, int64_t at, int64_t
     }
 }
 
-static void scan_head(const usp_scan *a, int group, int begin, int end, int row)
-{
+static void scan_head(const usp_scan *a, int group, int begin, int end, int row) {
     int64_t stride = (int64_t)a->batch * a->heads * a->elements;
     double log_decay = a->log_decay ? a->log_decay[row % a->heads] : 0;
     float x[USP_SCAN_LINE];
@@ -212,8 +196,7 @@ static void scan_head(const usp_scan *a, int group, int begin, int end, int row)
     }
 }
 
-usp_status usp_cpu_linear_scan(usp_device *device, const usp_scan *a, usp_stream stream)
-{
+usp_status usp_cpu_linear_scan(usp_device *device, const usp_scan *a, usp_stream stream) {
     (void)device, (void)stream;
     for (int group = 0, begin = 0, end = 0; group < a->groups; group++, begin = end) {
         while (end < a->states && a->step[end].group == group) end++;
@@ -225,8 +208,7 @@ usp_status usp_cpu_linear_scan(usp_device *device, const usp_scan *a, usp_stream
 /* ---- outputs ----------------------------------------------------------------------------------------------------- */
 
 /* state[0 .. lines) = lines `first` .. of the state as [dim][value_dim], padded with zeros. */
-static void load_state(usp_linear_strip *s, const float *from, int first, int lines)
-{
+static void load_state(usp_linear_strip *s, const float *from, int first, int lines) {
     const usp_linear *a = s->args;
     memset(s->state, 0, sizeof *s->state * (size_t)(lines * s->value_dim));
     for (int c = 0; c < lines; c++) {
@@ -237,8 +219,7 @@ static void load_state(usp_linear_strip *s, const float *from, int first, int li
 }
 
 /* out[i] = weight[i] * (scale q_i)^T state. */
-static void apply_state(usp_linear_strip *s, const float *state)
-{
+static void apply_state(usp_linear_strip *s, const float *state) {
     for (int first = 0; first < s->args->dim; first += s->block) {
         int lines = s->args->dim - first < s->block ? s->args->dim - first : s->block;
         usp_product p = {.m = s->width, .n = s->value_dim, .k = lines, .accumulate = first > 0};
@@ -252,8 +233,7 @@ static void apply_state(usp_linear_strip *s, const float *state)
 }
 
 /* score[j][i] *= lambda^(i - j) where column j is not after row i, else 0; by reverse, not before and j - i. */
-static void decay_scores(usp_linear_strip *s, int begin, int count)
-{
+static void decay_scores(usp_linear_strip *s, int begin, int count) {
     int sign = s->args->reverse ? -1 : 1, distances = s->width + count - 1;
     int64_t lowest = (int64_t)sign * (s->begin - begin) - (s->args->reverse ? s->count - 1 : count - 1);
     int64_t from = lowest > 0 ? lowest : 0;
@@ -267,8 +247,7 @@ static void decay_scores(usp_linear_strip *s, int begin, int count)
 }
 
 /* out[i] += sum over the columns j of the decayed scores times v_j. */
-static void add_columns(usp_linear_strip *s, int begin, int count)
-{
+static void add_columns(usp_linear_strip *s, int begin, int count) {
     const usp_linear *a = s->args;
     load_columns(s, s->key, &a->k, a->k_map, a->dim, begin, count);
     load_columns(s, s->value, &a->v, a->v_map, a->value_dim, begin, count);
@@ -285,8 +264,7 @@ static void add_columns(usp_linear_strip *s, int begin, int count)
     s->panel->multiply(&out);
 }
 
-static void store_out(usp_linear_strip *s)
-{
+static void store_out(usp_linear_strip *s) {
     const usp_linear *a = s->args;
     for (int i = 0; i < s->count; i++) {
         int64_t token = s->begin + i;
@@ -300,8 +278,7 @@ static void store_out(usp_linear_strip *s)
     }
 }
 
-static void output_block(usp_linear_strip *s, int index)
-{
+static void output_block(usp_linear_strip *s, int index) {
     const usp_linear *a = s->args;
     const usp_block *block = a->block + index;
     int end = block->begin + block->count;
@@ -316,14 +293,12 @@ static void output_block(usp_linear_strip *s, int index)
     }
 }
 
-usp_status usp_cpu_linear_output(usp_device *device, const usp_linear *args, usp_stream stream)
-{
+usp_status usp_cpu_linear_output(usp_device *device, const usp_linear *args, usp_stream stream) {
     (void)stream;
     return run_blocks(device, args, output_block);
 }
 
-static void apply_block(usp_linear_strip *s, int index)
-{
+static void apply_block(usp_linear_strip *s, int index) {
     const usp_linear *a = s->args;
     const usp_block *block = a->block + index;
     int end = block->begin + block->count;
@@ -338,8 +313,7 @@ static void apply_block(usp_linear_strip *s, int index)
     }
 }
 
-usp_status usp_cpu_linear_apply(usp_device *device, const usp_linear *args, usp_stream stream)
-{
+usp_status usp_cpu_linear_apply(usp_device *device, const usp_linear *args, usp_stream stream) {
     (void)stream;
     return run_blocks(device, args, apply_block);
 }

@@ -16,22 +16,19 @@
 typedef float usp_lanes __attribute__((vector_size(64), may_alias));
 typedef int32_t usp_lane_bits __attribute__((vector_size(64), may_alias));
 
-USP_PANEL_TARGET static inline usp_lanes multiply_add(usp_lanes a, usp_lanes b, usp_lanes c)
-{
+USP_PANEL_TARGET static inline usp_lanes multiply_add(usp_lanes a, usp_lanes b, usp_lanes c) {
     return (usp_lanes)_mm512_fmadd_ps(a, b, c);
 }
 
 #include "panel.inc"
 
-const usp_panel *usp_panel_avx512(void)
-{
+const usp_panel *usp_panel_avx512(void) {
     return __builtin_cpu_supports("avx512f") ? &panel : NULL;
 }
 
 #else
 
-const usp_panel *usp_panel_avx512(void)
-{
+const usp_panel *usp_panel_avx512(void) {
     return NULL;
 }
 

@@ -13,14 +13,12 @@
 typedef float usp_lanes __attribute__((vector_size(16), may_alias));
 typedef int32_t usp_lane_bits __attribute__((vector_size(16), may_alias));
 
-static inline usp_lanes multiply_add(usp_lanes a, usp_lanes b, usp_lanes c)
-{
+static inline usp_lanes multiply_add(usp_lanes a, usp_lanes b, usp_lanes c) {
     return a * b + c;
 }
 
 #include "panel.inc"
 
-const usp_panel *usp_panel_portable(void)
-{
+const usp_panel *usp_panel_portable(void) {
     return &panel;
 }

@@ -11,16 +11,16 @@
 
 typedef struct usp_strip {
     _Alignas(64) int32_t position[USP_CPU_BLOCK];
-    _Alignas(64) float max[USP_CPU_BLOCK];    /* forward */
+    _Alignas(64) float max[USP_CPU_BLOCK]; /* forward */
     _Alignas(64) float sum[USP_CPU_BLOCK];
     _Alignas(64) float factor[USP_CPU_BLOCK];
-    _Alignas(64) float lse[USP_CPU_BLOCK];    /* backward: of the queries, rows or columns */
+    _Alignas(64) float lse[USP_CPU_BLOCK]; /* backward: of the queries, rows or columns */
     _Alignas(64) float delta[USP_CPU_BLOCK];
     _Alignas(64) float arena[USP_CPU_ARENA];
-    float *row[2];      /* [dim][width], [value_dim][width]: this side, transposed, the first one times scale */
-    float *column[2];   /* [block][dim], [block][value_dim]: the other side */
-    float *score[2];    /* [block][width]: weights, and their gradient */
-    float *total[2];    /* [width][dim], [width][value_dim]: what the strip sums up; forward uses the second */
+    float *row[2];    /* [dim][width], [value_dim][width]: this side, transposed, the first one times scale */
+    float *column[2]; /* [block][dim], [block][value_dim]: the other side */
+    float *score[2];  /* [block][width]: weights, and their gradient */
+    float *total[2];  /* [width][dim], [width][value_dim]: what the strip sums up; forward uses the second */
     const usp_panel *panel;
     const usp_softmax *args;
     int dim, value_dim; /* padded */
@@ -31,8 +31,7 @@ typedef struct usp_strip {
 
 /* ---- strips ------------------------------------------------------------------------------------------------------ */
 
-static void strip_init(usp_strip *s, const usp_panel *panel, const usp_softmax *args)
-{
+static void strip_init(usp_strip *s, const usp_panel *panel, const usp_softmax *args) {
     s->panel = panel;
     s->args = args;
     s->dim = usp_cpu_pad(args->dim);
@@ -41,8 +40,7 @@ static void strip_init(usp_strip *s, const usp_panel *panel, const usp_softmax *
 }
 
 /* Lays the tiles out for `count` rows of the work item from its row `first` on. */
-static void strip_place(usp_strip *s, const usp_work *work, int first)
-{
+static void strip_place(usp_strip *s, const usp_work *work, int first) {
     float *free = s->arena;
     s->begin = work->begin + first;
     s->count = work->count - first < s->block ? work->count - first : s->block;
@@ -60,8 +58,7 @@ static void strip_place(usp_strip *s, const usp_work *work, int first)
     }
 }
 
-static void load_rows(usp_strip *s, float *to, const usp_tensor *tensor, int head, int dim, float scale)
-{
+static void load_rows(usp_strip *s, float *to, const usp_tensor *tensor, int head, int dim, float scale) {
     float line[USP_CPU_DIM];
     if (s->count < s->width) memset(to, 0, sizeof *to * (size_t)(dim * s->width));
     for (int i = 0; i < s->count; i++) {
@@ -71,8 +68,7 @@ static void load_rows(usp_strip *s, float *to, const usp_tensor *tensor, int hea
 }
 
 /* Rows of zeros follow up to a multiple of USP_CPU_ROWS, as products want. */
-static void load_columns(usp_strip *s, float *to, const usp_tensor *tensor, int head, int dim, int begin, int count)
-{
+static void load_columns(usp_strip *s, float *to, const usp_tensor *tensor, int head, int dim, int begin, int count) {
     int stride = usp_cpu_pad(dim), rows = (count + USP_CPU_ROWS - 1) / USP_CPU_ROWS * USP_CPU_ROWS;
     for (int j = 0; j < count; j++, to += stride) {
         s->panel->load(s->args->dtype, usp_cpu_row(tensor, s->args->dtype, begin + j, s->batch, head), to, dim);
@@ -82,8 +78,7 @@ static void load_columns(usp_strip *s, float *to, const usp_tensor *tensor, int 
 }
 
 /* score[j][i] = columns[j] . rows[i] over `dim`, for the q.k (which 0) or the dout.v (which 1) part. */
-static void multiply_scores(usp_strip *s, int which, int count)
-{
+static void multiply_scores(usp_strip *s, int which, int count) {
     usp_product p = {.m = (count + USP_CPU_ROWS - 1) / USP_CPU_ROWS * USP_CPU_ROWS, .n = s->width};
     p.k = which ? s->args->value_dim : s->args->dim;
     p.a = s->column[which], p.a_row = which ? s->value_dim : s->dim, p.a_step = 1;
@@ -93,8 +88,7 @@ static void multiply_scores(usp_strip *s, int which, int count)
 }
 
 /* total[which][i] += sum over columns j of score[j][i] * column[which][j]. */
-static void multiply_totals(usp_strip *s, const float *score, int which, int count)
-{
+static void multiply_totals(usp_strip *s, const float *score, int which, int count) {
     int dim = which ? s->value_dim : s->dim;
     usp_product p = {.m = s->width, .n = dim, .k = count, .accumulate = 1};
     p.a = score, p.a_row = 1, p.a_step = s->width;
@@ -114,19 +108,16 @@ typedef struct usp_step {
 
 typedef void (*usp_step_fn)(usp_strip *s, const usp_step *step);
 
-static int64_t least(int64_t a, int64_t b)
-{
+static int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-static int64_t most(int64_t a, int64_t b)
-{
+static int64_t most(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
 /* Decides from the corners of the step whether no pair (0), every pair (1) or some pairs (2) may be allowed. */
-static int step_kind(const usp_strip *s, const usp_step *step)
-{
+static int step_kind(const usp_strip *s, const usp_step *step) {
     int64_t row0 = s->position[0], row1 = s->position[s->count - 1];
     int64_t column0 = step->origin, column1 = column0 + (int64_t)(step->count - 1) * step->stride;
     int64_t lowest = least(column0, column1) - most(row0, row1), highest = most(column0, column1) - least(row0, row1);
@@ -134,16 +125,14 @@ static int step_kind(const usp_strip *s, const usp_step *step)
     return lowest >= step->low && highest <= step->high ? 1 : 2;
 }
 
-static void mask_step(usp_strip *s, const usp_step *step)
-{
+static void mask_step(usp_strip *s, const usp_step *step) {
     usp_scores scores = {s->score[0], step->count, s->width};
     if (step->masked) s->panel->mask(scores, s->position, step->origin, step->stride, step->low, step->high);
 }
 
 /* Cuts a tile where the column index is a multiple of the block, so that a row's sums do not depend on how rows are
  * grouped into work items. */
-static void walk_tile(usp_strip *s, const usp_tile *tile, int rows_are_keys, usp_step_fn visit)
-{
+static void walk_tile(usp_strip *s, const usp_tile *tile, int rows_are_keys, usp_step_fn visit) {
     for (int begin = tile->begin, end; begin < tile->end; begin = end) {
         end = (int)least(tile->end, ((int64_t)begin / s->block + 1) * s->block);
         usp_step step = {.begin = begin, .count = end - begin, .stride = tile->stride};
@@ -156,8 +145,7 @@ static void walk_tile(usp_strip *s, const usp_tile *tile, int rows_are_keys, usp
     }
 }
 
-static void walk_tiles(usp_strip *s, const usp_work *work, int rows_are_keys, usp_step_fn visit)
-{
+static void walk_tiles(usp_strip *s, const usp_work *work, int rows_are_keys, usp_step_fn visit) {
     const usp_tile *tile = s->args->tiles.tile + work->first_tile;
     for (int t = 0; t < work->tiles; t++) walk_tile(s, tile + t, rows_are_keys, visit);
 }
@@ -165,8 +153,7 @@ static void walk_tiles(usp_strip *s, const usp_work *work, int rows_are_keys, us
 typedef void (*usp_strip_fn)(usp_strip *s, const usp_work *work);
 
 /* Every strip of every work item for s->head. */
-static void walk_strips(usp_strip *s, usp_strip_fn run)
-{
+static void walk_strips(usp_strip *s, usp_strip_fn run) {
     const usp_tiles *tiles = &s->args->tiles;
     for (int w = 0; w < tiles->works; w++)
         for (int first = 0; first < tiles->work[w].count; first += s->block) {
@@ -176,22 +163,19 @@ static void walk_strips(usp_strip *s, usp_strip_fn run)
 }
 
 /* lse and delta are [batch, heads, queries]. */
-static int64_t stat_at(const usp_strip *s, int head, int64_t query)
-{
+static int64_t stat_at(const usp_strip *s, int head, int64_t query) {
     return ((int64_t)s->batch * s->args->heads + head) * s->args->queries + query;
 }
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
-static float *acc_row(const usp_strip *s, int i)
-{
+static float *acc_row(const usp_strip *s, int i) {
     const usp_softmax *a = s->args;
     return a->acc + (((int64_t)(s->begin + i) * a->batch + s->batch) * a->heads + s->head) * a->value_dim;
 }
 
 /* Takes the running (acc, lse) up as sums with maximum lse and weight 1. */
-static void forward_begin(usp_strip *s)
-{
+static void forward_begin(usp_strip *s) {
     const usp_softmax *a = s->args;
     memset(s->total[1], 0, sizeof(float) * (size_t)(s->width * s->value_dim));
     for (int i = 0; i < s->width; i++) {
@@ -203,8 +187,7 @@ static void forward_begin(usp_strip *s)
     }
 }
 
-static void forward_step(usp_strip *s, const usp_step *step)
-{
+static void forward_step(usp_strip *s, const usp_step *step) {
     const usp_softmax *a = s->args;
     usp_scores scores = {s->score[0], step->count, s->width};
     load_columns(s, s->column[0], &a->k, s->key_head, a->dim, step->begin, step->count);
@@ -217,8 +200,7 @@ static void forward_step(usp_strip *s, const usp_step *step)
 }
 
 /* Only a row without keys has sum 0: a NaN, which no maximum sees, stays one. */
-static void forward_end(usp_strip *s)
-{
+static void forward_end(usp_strip *s) {
     const usp_softmax *a = s->args;
     for (int i = 0; i < s->width; i++) s->factor[i] = s->sum[i] == 0 ? 0 : 1 / s->sum[i];
     s->panel->scale(s->total[1], s->factor, s->width, s->value_dim);
@@ -233,8 +215,7 @@ static void forward_end(usp_strip *s)
     }
 }
 
-static void forward_strip(usp_strip *s, const usp_work *work)
-{
+static void forward_strip(usp_strip *s, const usp_work *work) {
     load_rows(s, s->row[0], &s->args->q, s->head, s->args->dim, s->args->scale);
     forward_begin(s);
     walk_tiles(s, work, 0, forward_step);
@@ -242,8 +223,7 @@ static void forward_strip(usp_strip *s, const usp_work *work)
 }
 
 /* Every strip of every query head, with its key head. */
-static usp_status run_query_heads(usp_device *device, const usp_softmax *args, usp_strip_fn run)
-{
+static usp_status run_query_heads(usp_device *device, const usp_softmax *args, usp_strip_fn run) {
     usp_strip strip;
     strip_init(&strip, usp_cpu_panel(device), args);
     for (strip.batch = 0; strip.batch < args->batch; strip.batch++)
@@ -254,16 +234,14 @@ static usp_status run_query_heads(usp_device *device, const usp_softmax *args, u
     return USP_OK;
 }
 
-usp_status usp_cpu_softmax_forward(usp_device *device, const usp_softmax *args, usp_stream stream)
-{
+usp_status usp_cpu_softmax_forward(usp_device *device, const usp_softmax *args, usp_stream stream) {
     (void)stream;
     return run_query_heads(device, args, forward_strip);
 }
 
 /* ---- delta ------------------------------------------------------------------------------------------------------- */
 
-static float dot(const float *a, const float *b, int n)
-{
+static float dot(const float *a, const float *b, int n) {
     float lane[USP_CPU_LANE] = {0}, sum = 0;
     int i = 0;
     for (; i + USP_CPU_LANE <= n; i += USP_CPU_LANE)
@@ -273,8 +251,7 @@ static float dot(const float *a, const float *b, int n)
     return sum;
 }
 
-usp_status usp_cpu_softmax_delta(usp_device *device, const usp_softmax *a, float *delta, usp_stream stream)
-{
+usp_status usp_cpu_softmax_delta(usp_device *device, const usp_softmax *a, float *delta, usp_stream stream) {
     const usp_panel *panel = usp_cpu_panel(device);
     float out[USP_CPU_DIM], dout[USP_CPU_DIM];
     (void)stream;
@@ -291,8 +268,7 @@ usp_status usp_cpu_softmax_delta(usp_device *device, const usp_softmax *a, float
 /* ---- backward ---------------------------------------------------------------------------------------------------- */
 
 /* lse and delta of `count` queries; rows without any key, and padding, get a weight of 0. */
-static void load_stats(usp_strip *s, int head, int begin, int count, int padded)
-{
+static void load_stats(usp_strip *s, int head, int begin, int count, int padded) {
     for (int i = 0; i < padded; i++) {
         float lse = i < count ? s->args->lse[stat_at(s, head, begin + i)] : -INFINITY;
         s->lse[i] = lse == -INFINITY ? INFINITY : lse;
@@ -301,8 +277,7 @@ static void load_stats(usp_strip *s, int head, int begin, int count, int padded)
 }
 
 /* Scores, weights P in score[0] and P (dout.v - delta) in score[1]. */
-static void backward_scores(usp_strip *s, const usp_step *step, int by_column)
-{
+static void backward_scores(usp_strip *s, const usp_step *step, int by_column) {
     usp_scores scores = {s->score[0], step->count, s->width};
     multiply_scores(s, 0, step->count);
     multiply_scores(s, 1, step->count);
@@ -310,16 +285,14 @@ static void backward_scores(usp_strip *s, const usp_step *step, int by_column)
     s->panel->weigh(scores, s->score[1], s->lse, s->delta, by_column);
 }
 
-static void clear_totals(usp_strip *s)
-{
+static void clear_totals(usp_strip *s) {
     memset(s->total[0], 0, sizeof(float) * (size_t)(s->width * s->dim));
     memset(s->total[1], 0, sizeof(float) * (size_t)(s->width * s->value_dim));
 }
 
 /* One gradient's rows: scale * total, plus the running sum unless it begins here, to the running sum or the result. */
 static void store_gradient(const usp_strip *s, int which, float scale, int head, const usp_tensor *sum,
-                           const usp_tensor *result)
-{
+                           const usp_tensor *result) {
     const usp_softmax *a = s->args;
     int dim = which ? a->value_dim : a->dim, stride = which ? s->value_dim : s->dim;
     float before[USP_CPU_DIM] = {0};
@@ -334,8 +307,7 @@ static void store_gradient(const usp_strip *s, int which, float scale, int head,
     }
 }
 
-static void query_step(usp_strip *s, const usp_step *step)
-{
+static void query_step(usp_strip *s, const usp_step *step) {
     const usp_softmax *a = s->args;
     load_columns(s, s->column[0], &a->k, s->key_head, a->dim, step->begin, step->count);
     load_columns(s, s->column[1], &a->v, s->key_head, a->value_dim, step->begin, step->count);
@@ -343,8 +315,7 @@ static void query_step(usp_strip *s, const usp_step *step)
     multiply_totals(s, s->score[1], 0, step->count);
 }
 
-static void query_strip(usp_strip *s, const usp_work *work)
-{
+static void query_strip(usp_strip *s, const usp_work *work) {
     const usp_softmax *a = s->args;
     load_rows(s, s->row[0], &a->q, s->head, a->dim, a->scale);
     load_rows(s, s->row[1], &a->dout, s->head, a->value_dim, 1);
@@ -354,14 +325,12 @@ static void query_strip(usp_strip *s, const usp_work *work)
     store_gradient(s, 0, a->scale, s->head, &a->dq_sum, &a->dq);
 }
 
-usp_status usp_cpu_softmax_backward_query(usp_device *device, const usp_softmax *args, usp_stream stream)
-{
+usp_status usp_cpu_softmax_backward_query(usp_device *device, const usp_softmax *args, usp_stream stream) {
     (void)stream;
     return run_query_heads(device, args, query_strip);
 }
 
-static void key_step(usp_strip *s, const usp_step *step)
-{
+static void key_step(usp_strip *s, const usp_step *step) {
     const usp_softmax *a = s->args;
     load_columns(s, s->column[0], &a->q, s->head, a->dim, step->begin, step->count);
     load_columns(s, s->column[1], &a->dout, s->head, a->value_dim, step->begin, step->count);
@@ -372,8 +341,7 @@ static void key_step(usp_strip *s, const usp_step *step)
 }
 
 /* Sums over all query heads that read this key head, in ascending order. */
-static void key_strip(usp_strip *s, const usp_work *work)
-{
+static void key_strip(usp_strip *s, const usp_work *work) {
     const usp_softmax *a = s->args;
     load_rows(s, s->row[0], &a->k, s->key_head, a->dim, a->scale);
     load_rows(s, s->row[1], &a->v, s->key_head, a->value_dim, 1);
@@ -384,8 +352,7 @@ static void key_strip(usp_strip *s, const usp_work *work)
     store_gradient(s, 1, 1, s->key_head, &a->dv_sum, &a->dv);
 }
 
-usp_status usp_cpu_softmax_backward_key(usp_device *device, const usp_softmax *args, usp_stream stream)
-{
+usp_status usp_cpu_softmax_backward_key(usp_device *device, const usp_softmax *args, usp_stream stream) {
     usp_strip strip;
     (void)stream;
     strip_init(&strip, usp_cpu_panel(device), args);

@@ -17,23 +17,20 @@ typedef struct check {
     int failures;
 } check;
 
-static void must(usp_status status)
-{
+static void must(usp_status status) {
     if (status == USP_OK) return;
     fprintf(stderr, "check_model: %s: %s\n", usp_status_string(status), usp_last_error());
     exit(1);
 }
 
-static double loss_of(check *c, const float *parameters, float scale)
-{
+static double loss_of(check *c, const float *parameters, float scale) {
     double loss;
     must(model_forward(&c->model, parameters, c->token, c->label, scale, &loss));
     return loss;
 }
 
 /* Difference quotient along `direction`, over [at, at + count). */
-static double quotient(check *c, size_t at, size_t count, const double *direction)
-{
+static double quotient(check *c, size_t at, size_t count, const double *direction) {
     double step = 0.004, loss[2];
     memcpy(c->moved, c->parameters, c->model.layout.count * sizeof(float));
     for (int side = 0; side < 2; side++) {
@@ -45,8 +42,7 @@ static double quotient(check *c, size_t at, size_t count, const double *directio
 }
 
 /* Direction 0 is the gradient itself, 1 its largest element alone, the others are random; all of length 1. */
-static void choose_direction(check *c, int which, const float *gradient, size_t count, double *direction)
-{
+static void choose_direction(check *c, int which, const float *gradient, size_t count, double *direction) {
     double squares = 0;
     size_t largest = 0;
     for (size_t i = 0; i < count; i++) {
@@ -58,8 +54,7 @@ static void choose_direction(check *c, int which, const float *gradient, size_t 
     for (size_t i = 0; i < count; i++) direction[i] /= sqrt(squares);
 }
 
-static void check_tensor(check *c, const char *name, size_t at, size_t count)
-{
+static void check_tensor(check *c, const char *name, size_t at, size_t count) {
     const float *gradient = c->gradients + at;
     double *direction = malloc(count * sizeof *direction), norm = 0, worst = 0;
     if (!direction) must(USP_NO_MEMORY);
@@ -78,8 +73,7 @@ static void check_tensor(check *c, const char *name, size_t at, size_t count)
     free(direction);
 }
 
-static void check_block(check *c, int index)
-{
+static void check_block(check *c, int index) {
     const model_block *b = &c->model.layout.block[index];
     size_t width = (size_t)c->model.config.width, hidden = (size_t)c->model.config.hidden;
     printf("-- layer %d, %s\n", index, index % 2 == 0 ? "softmax" : "linear");
@@ -92,10 +86,9 @@ static void check_block(check *c, int index)
     check_tensor(c, "down", b->down, hidden * width);
 }
 
-static void prepare(check *c, usp_world *world)
-{
-    model_config config = {.layers = 4, .width = 24, .heads = 3, .hidden = 20, .batch = BATCH, .tokens = TOKENS,
-                           .ulysses = 1, .ring = 1};
+static void prepare(check *c, usp_world *world) {
+    model_config config = {
+        .layers = 4, .width = 24, .heads = 3, .hidden = 20, .batch = BATCH, .tokens = TOKENS, .ulysses = 1, .ring = 1};
     must(model_create(world, &config, &c->model));
     size_t count = c->model.layout.count;
     unsigned char *decays = malloc(count);
@@ -105,13 +98,11 @@ static void prepare(check *c, usp_world *world)
     if (!decays || !c->parameters || !c->moved || !c->gradients) must(USP_NO_MEMORY);
     model_initialise(&config, 7, c->parameters, decays);
     for (size_t i = 0; i < BATCH * TOKENS; i++) c->token[i] = (int32_t)(random_bits(&c->random) % 16);
-    for (size_t i = 0; i < BATCH * TOKENS; i++)
-        c->label[i] = i % TOKENS == TOKENS - 1 ? -1 : c->token[i + 1];
+    for (size_t i = 0; i < BATCH * TOKENS; i++) c->label[i] = i % TOKENS == TOKENS - 1 ? -1 : c->token[i + 1];
     free(decays);
 }
 
-static void check_all(check *c)
-{
+static void check_all(check *c) {
     const model_layout *layout = &c->model.layout;
     size_t width = (size_t)c->model.config.width;
     loss_of(c, c->parameters, 1);
@@ -123,8 +114,7 @@ static void check_all(check *c)
     check_tensor(c, "head", layout->head, width * MODEL_VOCABULARY);
 }
 
-int main(void)
-{
+int main(void) {
     check c = {.random = 5};
     usp_rendezvous *rendezvous;
     usp_world *world;

@@ -11,15 +11,13 @@
 
 /* ---- parameters -------------------------------------------------------------------------------------------------- */
 
-static size_t take(size_t *next, size_t count)
-{
+static size_t take(size_t *next, size_t count) {
     size_t at = *next;
     *next += count;
     return at;
 }
 
-model_layout model_layout_of(const model_config *config)
-{
+model_layout model_layout_of(const model_config *config) {
     size_t width = (size_t)config->width, hidden = (size_t)config->hidden, next = 0;
     model_layout layout = {.embed = take(&next, MODEL_VOCABULARY * width)};
     for (int i = 0; i < config->layers; i++) {
@@ -44,20 +42,17 @@ typedef struct initialiser {
     unsigned char *decays;
 } initialiser;
 
-static void set_matrix(initialiser *to, size_t at, size_t count, double deviation)
-{
+static void set_matrix(initialiser *to, size_t at, size_t count, double deviation) {
     for (size_t i = at; i < at + count; i++) to->parameters[i] = (float)(deviation * random_normal(&to->random));
     memset(to->decays + at, 1, count);
 }
 
-static void set_gain(initialiser *to, size_t at, size_t count)
-{
+static void set_gain(initialiser *to, size_t at, size_t count) {
     for (size_t i = at; i < at + count; i++) to->parameters[i] = 1;
     memset(to->decays + at, 0, count);
 }
 
-void model_initialise(const model_config *config, uint64_t seed, float *parameters, unsigned char *decays)
-{
+void model_initialise(const model_config *config, uint64_t seed, float *parameters, unsigned char *decays) {
     model_layout layout = model_layout_of(config);
     initialiser to = {seed, parameters, decays};
     size_t width = (size_t)config->width, hidden = (size_t)config->hidden;
@@ -79,8 +74,7 @@ void model_initialise(const model_config *config, uint64_t seed, float *paramete
 
 /* ---- create ------------------------------------------------------------------------------------------------------ */
 
-static usp_status create_layers(model *m)
-{
+static usp_status create_layers(model *m) {
     const model_config *config = &m->config;
     float decay[64];
     for (int h = 0; h < config->heads; h++) decay[h] = log1pf(-ldexpf(1, -2 - h));
@@ -102,8 +96,7 @@ static usp_status create_layers(model *m)
     return USP_OK;
 }
 
-static usp_status create_objects(usp_world *world, model *m)
-{
+static usp_status create_objects(usp_world *world, model *m) {
     usp_status status = usp_mesh_create(world, m->config.ulysses, m->config.ring, &m->mesh);
     if (status != USP_OK) return status;
     usp_sequence_config sequence = {.struct_size = sizeof sequence, .tokens = m->config.tokens};
@@ -113,14 +106,13 @@ static usp_status create_objects(usp_world *world, model *m)
 }
 
 /* Memory for what the layers ask; aligned_alloc wants whole multiples of the alignment. */
-static int allocate_saved(model *m)
-{
+static int allocate_saved(model *m) {
     size_t alignment = sizeof(void *);
     for (int i = 0; i < m->config.layers; i++) {
         usp_sizes sizes = {.struct_size = sizeof sizes};
         if (usp_layer_get_sizes(m->layer[i], &sizes) != USP_OK) return 0;
-        size_t most = sizes.forward_workspace > sizes.backward_workspace ? sizes.forward_workspace
-                                                                         : sizes.backward_workspace;
+        size_t most =
+            sizes.forward_workspace > sizes.backward_workspace ? sizes.forward_workspace : sizes.backward_workspace;
         if (sizes.alignment > alignment) alignment = sizes.alignment;
         if (most > m->workspace_bytes) m->workspace_bytes = most;
         m->activations[i].saved = aligned_alloc(alignment, (sizes.saved / alignment + 1) * alignment);
@@ -132,19 +124,17 @@ static int allocate_saved(model *m)
 }
 
 /* A rank may own no token at all: zero rows are fine everywhere, also here. */
-static float *rows_of(const model *m, int columns)
-{
+static float *rows_of(const model *m, int columns) {
     return calloc(m->rows * (size_t)columns + 1, sizeof(float));
 }
 
-static int allocate_activations(model *m)
-{
+static int allocate_activations(model *m) {
     int width = m->config.width, hidden = m->config.hidden, complete = 1;
     for (int i = 0; i < m->config.layers; i++) {
         model_activations *a = &m->activations[i];
-        *a = (model_activations){rows_of(m, width), rows_of(m, width), rows_of(m, 3 * width),
-                                 rows_of(m, width), rows_of(m, width), rows_of(m, width),
-                                 rows_of(m, width), rows_of(m, 2 * hidden), rows_of(m, hidden), NULL};
+        *a = (model_activations){
+            rows_of(m, width), rows_of(m, width), rows_of(m, 3 * width),  rows_of(m, width),  rows_of(m, width),
+            rows_of(m, width), rows_of(m, width), rows_of(m, 2 * hidden), rows_of(m, hidden), NULL};
         complete = complete && a->input && a->norm1 && a->qkv && a->attended && a->normed && a->middle && a->norm2 &&
                    a->gate_up && a->active;
     }
@@ -159,8 +149,7 @@ static int allocate_activations(model *m)
     return complete && m->last && m->last_norm && m->logits && m->turns && m->dx && m->dwidth && m->dwide && m->dhidden;
 }
 
-usp_status model_create(usp_world *world, const model_config *config, model *m)
-{
+usp_status model_create(usp_world *world, const model_config *config, model *m) {
     *m = (model){.config = *config, .layout = model_layout_of(config)};
     usp_status status = create_objects(world, m);
     if (status != USP_OK) return status;
@@ -169,26 +158,25 @@ usp_status model_create(usp_world *world, const model_config *config, model *m)
     m->local_tokens = (size_t)usp_sequence_local_tokens(m->sequence, rank);
     m->rows = m->local_tokens * (size_t)config->batch;
     int32_t *positions = calloc(m->local_tokens + 1, sizeof *positions);
-    if (!positions || !allocate_activations(m) || !allocate_saved(m)) status = USP_NO_MEMORY;
-    else status = usp_sequence_positions(m->sequence, positions);
+    if (!positions || !allocate_activations(m) || !allocate_saved(m))
+        status = USP_NO_MEMORY;
+    else
+        status = usp_sequence_positions(m->sequence, positions);
     if (status == USP_OK) model_set_positions(m, positions);
     free(positions);
     return status;
 }
 
-void model_set_positions(model *m, const int32_t *positions)
-{
+void model_set_positions(model *m, const int32_t *positions) {
     rope_table(m->turns, positions, m->local_tokens, (size_t)(m->config.width / m->config.heads));
 }
 
-static void destroy_activations(model_activations *a)
-{
+static void destroy_activations(model_activations *a) {
     free(a->input), free(a->norm1), free(a->qkv), free(a->attended), free(a->normed);
     free(a->middle), free(a->norm2), free(a->gate_up), free(a->active), free(a->saved);
 }
 
-void model_destroy(model *m)
-{
+void model_destroy(model *m) {
     for (int i = m->config.layers - 1; i >= 0; i--) {
         usp_layer_destroy(m->layer[i]);
         destroy_activations(&m->activations[i]);
@@ -202,21 +190,17 @@ void model_destroy(model *m)
 /* ---- attention: libusp works on strided views of the packed projection ------------------------------------------- */
 
 /* Part 0, 1, 2 of qkv [batch, local tokens, 3, heads, dim]: q, k, v. */
-static usp_tensor packed_part(const model *m, float *qkv, int part)
-{
+static usp_tensor packed_part(const model *m, float *qkv, int part) {
     int64_t width = m->config.width;
-    return (usp_tensor){qkv + part * width, (int64_t)m->local_tokens * 3 * width, 3 * width,
-                        width / m->config.heads};
+    return (usp_tensor){qkv + part * width, (int64_t)m->local_tokens * 3 * width, 3 * width, width / m->config.heads};
 }
 
-static usp_tensor plain(const model *m, float *data)
-{
+static usp_tensor plain(const model *m, float *data) {
     int64_t width = m->config.width;
     return (usp_tensor){data, (int64_t)m->local_tokens * width, width, width / m->config.heads};
 }
 
-static usp_status attention_forward(model *m, int index)
-{
+static usp_status attention_forward(model *m, int index) {
     model_activations *a = &m->activations[index];
     usp_forward args = {
         .struct_size = sizeof args,
@@ -229,8 +213,7 @@ static usp_status attention_forward(model *m, int index)
     return usp_layer_forward(m->layer[index], &args, m->workspace, m->workspace_bytes, NULL);
 }
 
-static usp_status attention_backward(model *m, int index, float *dout, float *dqkv)
-{
+static usp_status attention_backward(model *m, int index, float *dout, float *dqkv) {
     model_activations *a = &m->activations[index];
     usp_backward args = {
         .struct_size = sizeof args,
@@ -250,14 +233,12 @@ static usp_status attention_backward(model *m, int index, float *dout, float *dq
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 /* y[rows, out] (+)= x[rows, in] weight[in, out] */
-static void project(const model *m, float *y, const float *x, const float *weight, size_t in, size_t out, int add)
-{
+static void project(const model *m, float *y, const float *x, const float *weight, size_t in, size_t out, int add) {
     matmul(y, matrix_of(x, in), matrix_of(weight, out), m->rows, out, in, add);
 }
 
 /* next = middle + down(swiglu(gate_up(norm(middle)))), middle = input + out(norm(attend(qkv(norm(input))))) */
-static usp_status block_forward(model *m, const float *parameters, int index, float *next)
-{
+static usp_status block_forward(model *m, const float *parameters, int index, float *next) {
     model_activations *a = &m->activations[index];
     const model_block *p = &m->layout.block[index];
     size_t width = (size_t)m->config.width, hidden = (size_t)m->config.hidden, heads = (size_t)m->config.heads;
@@ -279,8 +260,7 @@ static usp_status block_forward(model *m, const float *parameters, int index, fl
 }
 
 usp_status model_forward(model *m, const float *parameters, const int32_t *token, const int32_t *label, float scale,
-                         double *loss)
-{
+                         double *loss) {
     size_t width = (size_t)m->config.width;
     int layers = m->config.layers;
     embed_forward(m->activations[0].input, parameters + m->layout.embed, token, m->rows, width);
@@ -298,15 +278,13 @@ usp_status model_forward(model *m, const float *parameters, const int32_t *token
 
 /* dx[rows, in] = dy weight^T; dweight += x^T dy */
 static void project_backward(const model *m, float *dx, float *dweight, const float *dy, const float *x,
-                             const float *weight, size_t in, size_t out)
-{
+                             const float *weight, size_t in, size_t out) {
     matmul(dx, matrix_of(dy, out), matrix_transposed(weight, out), m->rows, in, out, 0);
     matmul(dweight, matrix_transposed(x, in), matrix_of(dy, out), in, out, m->rows, 1);
 }
 
 /* m->dx: gradient of middle + mlp(middle) on entry, of middle on return. */
-static void mlp_backward(model *m, const float *parameters, float *gradients, int index)
-{
+static void mlp_backward(model *m, const float *parameters, float *gradients, int index) {
     model_activations *a = &m->activations[index];
     const model_block *p = &m->layout.block[index];
     size_t width = (size_t)m->config.width, hidden = (size_t)m->config.hidden;
@@ -318,8 +296,7 @@ static void mlp_backward(model *m, const float *parameters, float *gradients, in
 }
 
 /* m->dx: gradient of input + attention(input) on entry, of input on return. dwide: dout [width], dqkv [3 width]. */
-static usp_status mixer_backward(model *m, const float *parameters, float *gradients, int index)
-{
+static usp_status mixer_backward(model *m, const float *parameters, float *gradients, int index) {
     model_activations *a = &m->activations[index];
     const model_block *p = &m->layout.block[index];
     size_t width = (size_t)m->config.width, heads = (size_t)m->config.heads, dim = width / heads;
@@ -336,8 +313,7 @@ static usp_status mixer_backward(model *m, const float *parameters, float *gradi
     return USP_OK;
 }
 
-usp_status model_backward(model *m, const float *parameters, const int32_t *token, float *gradients)
-{
+usp_status model_backward(model *m, const float *parameters, const int32_t *token, float *gradients) {
     size_t width = (size_t)m->config.width;
     project_backward(m, m->dwidth, gradients + m->layout.head, m->logits, m->last_norm, parameters + m->layout.head,
                      width, MODEL_VOCABULARY);

@@ -51,9 +51,9 @@ typedef struct model {
     void *workspace;
     size_t workspace_bytes;
     model_activations activations[MODEL_LAYERS_MAX];
-    float *last, *last_norm; /* [rows, width] */
-    float *logits;           /* [rows, vocabulary] */
-    float *turns;            /* rotary table of own tokens */
+    float *last, *last_norm;              /* [rows, width] */
+    float *logits;                        /* [rows, vocabulary] */
+    float *turns;                         /* rotary table of own tokens */
     float *dx, *dwidth, *dhidden, *dwide; /* backward: [rows, width] twice, [rows, hidden], [rows, widest] */
 } model;
 

@@ -16,19 +16,16 @@ enum { TILE_ROWS = 4, TILE_COLUMNS = 16, TILE_DEPTH = 256 };
 
 typedef float lanes __attribute__((vector_size(TILE_COLUMNS * sizeof(float))));
 
-matrix matrix_of(const float *data, size_t columns)
-{
+matrix matrix_of(const float *data, size_t columns) {
     return (matrix){data, columns, 1};
 }
 
-matrix matrix_transposed(const float *data, size_t columns)
-{
+matrix matrix_transposed(const float *data, size_t columns) {
     return (matrix){data, 1, columns};
 }
 
 /* Up to TILE_COLUMNS columns of b, rows [0, depth), as dense vectors; missing columns are zero. */
-static void pack_columns(lanes *panel, matrix b, size_t depth, size_t columns)
-{
+static void pack_columns(lanes *panel, matrix b, size_t depth, size_t columns) {
     for (size_t p = 0; p < depth; p++) {
         float line[TILE_COLUMNS] = {0};
         for (size_t j = 0; j < columns; j++) line[j] = b.data[p * b.row + j * b.column];
@@ -38,8 +35,7 @@ static void pack_columns(lanes *panel, matrix b, size_t depth, size_t columns)
 
 /* c[0 .. 4) += a[4, depth] panel[depth]: 4 x 16 running sums, and rows past the end repeat the last one. */
 TRAIN_WIDE static void multiply_tile(lanes c[TILE_ROWS], const float *const a[TILE_ROWS], size_t step,
-                                     const lanes *panel, size_t depth)
-{
+                                     const lanes *panel, size_t depth) {
     lanes c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3];
     for (size_t p = 0; p < depth; p++) {
         lanes b = panel[p];
@@ -51,15 +47,13 @@ TRAIN_WIDE static void multiply_tile(lanes c[TILE_ROWS], const float *const a[TI
     c[0] = c0, c[1] = c1, c[2] = c2, c[3] = c3;
 }
 
-static size_t smaller(size_t a, size_t b)
-{
+static size_t smaller(size_t a, size_t b) {
     return a < b ? a : b;
 }
 
 /* One column panel of c: [m, columns] (+)= a[m, depth] panel. */
 static void multiply_panel(float *c, size_t c_row, matrix a, const lanes *panel, size_t m, size_t columns, size_t depth,
-                           int add)
-{
+                           int add) {
     for (size_t i = 0; i < m; i += TILE_ROWS) {
         size_t rows = smaller(TILE_ROWS, m - i);
         const float *row[TILE_ROWS];
@@ -75,8 +69,7 @@ static void multiply_panel(float *c, size_t c_row, matrix a, const lanes *panel,
     }
 }
 
-void matmul(float *c, matrix a, matrix b, size_t m, size_t n, size_t k, int add)
-{
+void matmul(float *c, matrix a, matrix b, size_t m, size_t n, size_t k, int add) {
     lanes panel[TILE_DEPTH];
     for (size_t p = 0; p < k; p += TILE_DEPTH) {
         size_t depth = smaller(TILE_DEPTH, k - p);
@@ -90,15 +83,13 @@ void matmul(float *c, matrix a, matrix b, size_t m, size_t n, size_t k, int add)
     }
 }
 
-static float inverse_rms(const float *x, size_t width)
-{
+static float inverse_rms(const float *x, size_t width) {
     float sum = 0;
     for (size_t i = 0; i < width; i++) sum += x[i] * x[i];
     return 1 / sqrtf(sum / (float)width + 1e-6f);
 }
 
-void rmsnorm_forward(float *y, const float *x, const float *gain, size_t rows, size_t width)
-{
+void rmsnorm_forward(float *y, const float *x, const float *gain, size_t rows, size_t width) {
     for (size_t t = 0; t < rows; t++, x += width, y += width) {
         float inverse = inverse_rms(x, width);
         for (size_t i = 0; i < width; i++) y[i] = x[i] * inverse * gain[i];
@@ -107,8 +98,7 @@ void rmsnorm_forward(float *y, const float *x, const float *gain, size_t rows, s
 
 /* With r = 1 / rms: dx = r (g - x r^2 mean(g x)), g = dy * gain. */
 void rmsnorm_backward(float *dx, float *dgain, const float *dy, const float *x, const float *gain, size_t rows,
-                      size_t width)
-{
+                      size_t width) {
     for (size_t t = 0; t < rows; t++, x += width, dx += width, dy += width) {
         float inverse = inverse_rms(x, width), dot = 0;
         for (size_t i = 0; i < width; i++) dot += dy[i] * gain[i] * x[i];
@@ -120,19 +110,16 @@ void rmsnorm_backward(float *dx, float *dgain, const float *dy, const float *x, 
     }
 }
 
-void embed_forward(float *y, const float *table, const int32_t *token, size_t rows, size_t width)
-{
+void embed_forward(float *y, const float *table, const int32_t *token, size_t rows, size_t width) {
     for (size_t t = 0; t < rows; t++) memcpy(y + t * width, table + (size_t)token[t] * width, width * sizeof *y);
 }
 
-void embed_backward(float *dtable, const float *dy, const int32_t *token, size_t rows, size_t width)
-{
+void embed_backward(float *dtable, const float *dy, const int32_t *token, size_t rows, size_t width) {
     for (size_t t = 0; t < rows; t++)
         for (size_t i = 0; i < width; i++) dtable[(size_t)token[t] * width + i] += dy[t * width + i];
 }
 
-void rope_table(float *table, const int32_t *position, size_t positions, size_t dim)
-{
+void rope_table(float *table, const int32_t *position, size_t positions, size_t dim) {
     for (size_t s = 0; s < positions; s++) {
         for (size_t i = 0; i < dim / 2; i++, table += 2) {
             double angle = position[s] * pow(10000, -2.0 * (double)i / (double)dim);
@@ -142,8 +129,7 @@ void rope_table(float *table, const int32_t *position, size_t positions, size_t 
     }
 }
 
-static void rotate(float *vector, const float *turn, size_t half, float direction)
-{
+static void rotate(float *vector, const float *turn, size_t half, float direction) {
     for (size_t i = 0; i < half; i++) {
         float a = vector[i], b = vector[i + half], cosine = turn[2 * i], sine = direction * turn[2 * i + 1];
         vector[i] = a * cosine - b * sine;
@@ -152,27 +138,23 @@ static void rotate(float *vector, const float *turn, size_t half, float directio
 }
 
 /* The heads of q and then of k lie one after the other at the start of a row. */
-void rope(float *qkv, const float *table, size_t positions, size_t rows, size_t heads, size_t dim, float direction)
-{
+void rope(float *qkv, const float *table, size_t positions, size_t rows, size_t heads, size_t dim, float direction) {
     for (size_t t = 0; t < rows; t++)
         for (size_t h = 0; h < 2 * heads; h++)
             rotate(qkv + (t * 3 * heads + h) * dim, table + t % positions * dim, dim / 2, direction);
 }
 
-static float sigmoid(float x)
-{
+static float sigmoid(float x) {
     return 1 / (1 + expf(-x));
 }
 
-void swiglu_forward(float *y, const float *x, size_t rows, size_t hidden)
-{
+void swiglu_forward(float *y, const float *x, size_t rows, size_t hidden) {
     for (size_t t = 0; t < rows; t++, y += hidden, x += 2 * hidden)
         for (size_t i = 0; i < hidden; i++) y[i] = x[i] * sigmoid(x[i]) * x[hidden + i];
 }
 
 /* d silu(g) / dg = s (1 + g (1 - s)), s = sigmoid(g). */
-void swiglu_backward(float *dx, const float *dy, const float *x, size_t rows, size_t hidden)
-{
+void swiglu_backward(float *dx, const float *dy, const float *x, size_t rows, size_t hidden) {
     for (size_t t = 0; t < rows; t++, dy += hidden, x += 2 * hidden, dx += 2 * hidden) {
         for (size_t i = 0; i < hidden; i++) {
             float gate = x[i], up = x[hidden + i], s = sigmoid(gate);
@@ -183,8 +165,7 @@ void swiglu_backward(float *dx, const float *dy, const float *x, size_t rows, si
 }
 
 /* One row: its loss; the row becomes (softmax - one-hot) * scale where scale is not 0. */
-static double cross_entropy_row(float *logits, int32_t label, size_t classes, float scale)
-{
+static double cross_entropy_row(float *logits, int32_t label, size_t classes, float scale) {
     float top = logits[0], sum = 0, own = logits[label];
     for (size_t i = 1; i < classes; i++) top = logits[i] > top ? logits[i] : top;
     for (size_t i = 0; i < classes; i++) sum += expf(logits[i] - top);
@@ -195,12 +176,13 @@ static double cross_entropy_row(float *logits, int32_t label, size_t classes, fl
     return loss;
 }
 
-double cross_entropy(float *logits, const int32_t *label, size_t rows, size_t classes, float scale)
-{
+double cross_entropy(float *logits, const int32_t *label, size_t rows, size_t classes, float scale) {
     double loss = 0;
     for (size_t t = 0; t < rows; t++, logits += classes) {
-        if (label[t] >= 0) loss += cross_entropy_row(logits, label[t], classes, scale);
-        else memset(logits, 0, classes * sizeof *logits);
+        if (label[t] >= 0)
+            loss += cross_entropy_row(logits, label[t], classes, scale);
+        else
+            memset(logits, 0, classes * sizeof *logits);
     }
     return loss;
 }

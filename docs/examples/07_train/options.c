@@ -7,8 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-void options_help(void)
-{
+void options_help(void) {
     puts("usage: train [options] [TEXT...]\n"
          "Trains a small language model on each TEXT: a file, or all *.md files under a folder (default docs).\n"
          "Ranks are threads: data copies x ring x ulysses of them.\n"
@@ -25,8 +24,7 @@ void options_help(void)
          "  -h, --help        this text");
 }
 
-static int read_number(const char *name, const char *text, int least, int *number)
-{
+static int read_number(const char *name, const char *text, int least, int *number) {
     char *end;
     long value = strtol(text, &end, 10);
     if (*text == 0 || *end != 0 || value < least || value > INT_MAX) {
@@ -37,21 +35,18 @@ static int read_number(const char *name, const char *text, int least, int *numbe
     return 0;
 }
 
-static int read_plant(const char *text, options *to)
-{
+static int read_plant(const char *text, options *to) {
     to->plant = strcmp(text, "position") == 0 ? PLANT_POSITION : strcmp(text, "label") == 0 ? PLANT_LABEL : PLANT_NONE;
     if (to->plant != PLANT_NONE) return 0;
     fprintf(stderr, "train: --plant wants position or label, not '%s'\n", text);
     return -1;
 }
 
-static int is(const char *argument, const char *name, const char *other)
-{
+static int is(const char *argument, const char *name, const char *other) {
     return strcmp(argument, name) == 0 || strcmp(argument, other) == 0;
 }
 
-static int read_option(const char *name, const char *value, int *seed, options *to)
-{
+static int read_option(const char *name, const char *value, int *seed, options *to) {
     if (is(name, "-u", "--ulysses")) return read_number(name, value, 1, &to->ulysses);
     if (is(name, "-r", "--ring")) return read_number(name, value, 1, &to->ring);
     if (is(name, "-d", "--data")) return read_number(name, value, 1, &to->copies);
@@ -66,8 +61,7 @@ static int read_option(const char *name, const char *value, int *seed, options *
     return -1;
 }
 
-static int read_all(int count, char **argument, int *seed, options *to)
-{
+static int read_all(int count, char **argument, int *seed, options *to) {
     int i = 1;
     for (; i < count && argument[i][0] == '-'; i += 2) {
         if (is(argument[i], "-h", "--help")) return to->help = 1, 0;
@@ -83,12 +77,18 @@ static int read_all(int count, char **argument, int *seed, options *to)
     return 0;
 }
 
-int options_read(int count, char **argument, options *to)
-{
+int options_read(int count, char **argument, options *to) {
     static const char *const docs = "docs";
     int seed = 1;
-    *to = (options){.text = &docs, .texts = 1, .ulysses = 1, .ring = 1, .copies = 1, .steps = 200, .batch = 4,
-                    .tokens = 512, .evaluate = 20};
+    *to = (options){.text = &docs,
+                    .texts = 1,
+                    .ulysses = 1,
+                    .ring = 1,
+                    .copies = 1,
+                    .steps = 200,
+                    .batch = 4,
+                    .tokens = 512,
+                    .evaluate = 20};
     if (read_all(count, argument, &seed, to) != 0) return -1;
     to->seed = (uint64_t)seed;
     if (to->batch % to->copies == 0) return 0;

@@ -45,23 +45,20 @@ typedef struct rank_state {
     int32_t *tokens;         /* [batch, local tokens] */
 } rank_state;
 
-static double seconds(void)
-{
+static double seconds(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 /* A trainer that cannot go on stops as a whole, the other ranks with it. */
-static void must(usp_status status)
-{
+static void must(usp_status status) {
     if (status == USP_OK) return;
     fprintf(stderr, "train: %s: %s\n", usp_status_string(status), usp_last_error());
     exit(1);
 }
 
-static void *must_allocate(size_t count, size_t size)
-{
+static void *must_allocate(size_t count, size_t size) {
     void *memory = calloc(count + 1, size);
     if (memory) return memory;
     fputs("train: out of memory\n", stderr);
@@ -71,8 +68,7 @@ static void *must_allocate(size_t count, size_t size)
 /* ---- data -------------------------------------------------------------------------------------------------------- */
 
 /* Sequence `row` of this rank's batch: own tokens and their next-token labels. */
-static void shard(rank_state *me, int row)
-{
+static void shard(rank_state *me, int row) {
     const usp_sequence *sequence = me->model.sequence;
     size_t local = me->model.local_tokens;
     int32_t *labels = me->labels + (size_t)row * local, *tokens = me->tokens + (size_t)row * local;
@@ -83,8 +79,7 @@ static void shard(rank_state *me, int row)
 }
 
 /* The global batch is the same for every mesh: all draw all of it, and each copy keeps its part. */
-static void draw_batch(rank_state *me, uint64_t *random)
-{
+static void draw_batch(rank_state *me, uint64_t *random) {
     const trainer *t = me->shared;
     for (int row = 0; row < t->options.batch; row++) {
         text_draw(&t->text.training, random, t->options.tokens, me->whole);
@@ -92,8 +87,7 @@ static void draw_batch(rank_state *me, uint64_t *random)
     }
 }
 
-static double counted_labels(const rank_state *me)
-{
+static double counted_labels(const rank_state *me) {
     double counted = 0;
     for (size_t i = 0; i < me->model.rows; i++) counted += me->labels[i] >= 0;
     return counted;
@@ -101,16 +95,14 @@ static double counted_labels(const rank_state *me)
 
 /* ---- sums over ranks, always in rank order ----------------------------------------------------------------------- */
 
-static double total(const double *values, int ranks)
-{
+static double total(const double *values, int ranks) {
     double sum = 0;
     for (int i = 0; i < ranks; i++) sum += values[i];
     return sum;
 }
 
 /* Mean loss over all tokens of all ranks. */
-static double share_loss(rank_state *me, double loss)
-{
+static double share_loss(rank_state *me, double loss) {
     trainer *t = me->shared;
     t->loss[me->rank] = loss;
     t->counted[me->rank] = counted_labels(me);
@@ -121,8 +113,7 @@ static double share_loss(rank_state *me, double loss)
 }
 
 /* sum[begin, end) over ranks; returns its squared norm. */
-static double sum_gradients(trainer *t, size_t begin, size_t end)
-{
+static double sum_gradients(trainer *t, size_t begin, size_t end) {
     double squares = 0;
     for (size_t i = begin; i < end; i++) {
         double sum = 0;
@@ -134,8 +125,7 @@ static double sum_gradients(trainer *t, size_t begin, size_t end)
 }
 
 /* Each rank sums and steps its slice of the parameters. */
-static void step_parameters(rank_state *me, int step)
-{
+static void step_parameters(rank_state *me, int step) {
     trainer *t = me->shared;
     size_t begin = t->count * (size_t)me->rank / (size_t)t->ranks;
     size_t end = t->count * ((size_t)me->rank + 1) / (size_t)t->ranks;
@@ -148,8 +138,7 @@ static void step_parameters(rank_state *me, int step)
 
 /* ---- the loop ---------------------------------------------------------------------------------------------------- */
 
-static double train_step(rank_state *me, int step, uint64_t *random)
-{
+static double train_step(rank_state *me, int step, uint64_t *random) {
     trainer *t = me->shared;
     float *gradients = t->gradients[me->rank], scale = 1.0f / (float)(t->options.batch * (t->options.tokens - 1));
     double loss;
@@ -163,8 +152,7 @@ static double train_step(rank_state *me, int step, uint64_t *random)
 }
 
 /* Mean loss over the same held-out windows each time, a global batch of them after the other. */
-static double evaluate(rank_state *me)
-{
+static double evaluate(rank_state *me) {
     const trainer *t = me->shared;
     int batch = t->options.batch, rounds = (HELD_OUT_WINDOWS + batch - 1) / batch;
     double sum = 0, loss;
@@ -180,8 +168,7 @@ static double evaluate(rank_state *me)
     return sum / rounds;
 }
 
-static void report(trainer *t, int step, double loss, int evaluated, double held_out)
-{
+static void report(trainer *t, int step, double loss, int evaluated, double held_out) {
     if (t->csv) fprintf(t->csv, evaluated ? "%d,%.9g,%.9g\n" : "%d,%.9g,\n", step, loss, held_out);
     if (!evaluated) return;
     double tokens = (double)step * t->options.batch * t->options.tokens, took = seconds() - t->start;
@@ -190,8 +177,7 @@ static void report(trainer *t, int step, double loss, int evaluated, double held
 }
 
 /* Step 0 is the loss before any training. */
-static void train(rank_state *me)
-{
+static void train(rank_state *me) {
     trainer *t = me->shared;
     uint64_t random = ~t->options.seed;
     double first = evaluate(me);
@@ -207,8 +193,7 @@ static void train(rank_state *me)
 /* ---- ranks ------------------------------------------------------------------------------------------------------- */
 
 /* Every sequence rank but the first believes that its tokens come one later. */
-static void plant_positions(rank_state *me)
-{
+static void plant_positions(rank_state *me) {
     int32_t *positions = must_allocate(me->model.local_tokens, sizeof *positions);
     must(usp_sequence_positions(me->model.sequence, positions));
     for (size_t i = 0; i < me->model.local_tokens; i++) positions[i] += me->sequence_rank > 0;
@@ -216,8 +201,7 @@ static void plant_positions(rank_state *me)
     free(positions);
 }
 
-static void create_rank(rank_state *me)
-{
+static void create_rank(rank_state *me) {
     trainer *t = me->shared;
     int size;
     usp_world_config config = {.struct_size = sizeof config, .device = USP_DEVICE_CPU};
@@ -231,15 +215,13 @@ static void create_rank(rank_state *me)
     if (t->options.plant == PLANT_POSITION) plant_positions(me);
 }
 
-static void destroy_rank(rank_state *me)
-{
+static void destroy_rank(rank_state *me) {
     free(me->whole), free(me->labels), free(me->tokens);
     model_destroy(&me->model);
     usp_world_destroy(me->world);
 }
 
-static void *run_rank(void *argument)
-{
+static void *run_rank(void *argument) {
     rank_state *me = argument;
     create_rank(me);
     train(me);
@@ -247,8 +229,7 @@ static void *run_rank(void *argument)
     return NULL;
 }
 
-static void run_ranks(trainer *t)
-{
+static void run_ranks(trainer *t) {
     pthread_t *thread = must_allocate((size_t)t->ranks, sizeof *thread);
     rank_state *state = must_allocate((size_t)t->ranks, sizeof *state);
     for (int rank = 0; rank < t->ranks; rank++) {
@@ -262,8 +243,7 @@ static void run_ranks(trainer *t)
 
 /* ---- the process ------------------------------------------------------------------------------------------------- */
 
-static int open_files(trainer *t)
-{
+static int open_files(trainer *t) {
     int error = text_load(t->options.text, t->options.texts, &t->text);
     if (error) {
         fprintf(stderr, "train: no text from '%s': %s (16 KiB of *.md are the least)\n", t->options.text[0],
@@ -280,12 +260,17 @@ static int open_files(trainer *t)
     return 0;
 }
 
-static void allocate(trainer *t)
-{
+static void allocate(trainer *t) {
     const options *o = &t->options;
     t->ranks = o->ulysses * o->ring * o->copies;
-    t->model = (model_config){.layers = 4, .width = 96, .heads = 4, .hidden = 256, .batch = o->batch / o->copies,
-                              .tokens = o->tokens, .ulysses = o->ulysses, .ring = o->ring};
+    t->model = (model_config){.layers = 4,
+                              .width = 96,
+                              .heads = 4,
+                              .hidden = 256,
+                              .batch = o->batch / o->copies,
+                              .tokens = o->tokens,
+                              .ulysses = o->ulysses,
+                              .ring = o->ring};
     t->count = model_layout_of(&t->model).count;
     t->parameters = must_allocate(t->count, sizeof(float));
     t->sum = must_allocate(t->count, sizeof(float));
@@ -295,14 +280,18 @@ static void allocate(trainer *t)
     t->loss = must_allocate((size_t)t->ranks, sizeof(double));
     t->counted = must_allocate((size_t)t->ranks, sizeof(double));
     t->squares = must_allocate((size_t)t->ranks, sizeof(double));
-    t->adamw = (adamw){.rate = 3e-3f, .decay = 0.1f, .clip = 1, .warmup = 20, .steps = o->steps,
+    t->adamw = (adamw){.rate = 3e-3f,
+                       .decay = 0.1f,
+                       .clip = 1,
+                       .warmup = 20,
+                       .steps = o->steps,
                        .first = must_allocate(t->count, sizeof(float)),
-                       .second = must_allocate(t->count, sizeof(float)), .decays = t->decays};
+                       .second = must_allocate(t->count, sizeof(float)),
+                       .decays = t->decays};
     model_initialise(&t->model, o->seed, t->parameters, t->decays);
 }
 
-static int release(trainer *t)
-{
+static int release(trainer *t) {
     int failed = t->csv && fclose(t->csv) != 0;
     if (failed) perror(t->options.csv);
     for (int rank = 0; rank < t->ranks; rank++) free(t->gradients[rank]);
@@ -312,8 +301,7 @@ static int release(trainer *t)
     return failed;
 }
 
-int main(int count, char **argument)
-{
+int main(int count, char **argument) {
     trainer t = {0};
     if (options_read(count, argument, &t.options) != 0) return 2;
     if (t.options.help) return options_help(), 0;
