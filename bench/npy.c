@@ -261,6 +261,12 @@ static int make_readable(int file) {
     return fchmod(file, 0666 & ~mask) == 0;
 }
 
+/* Renaming would put a file in the place of a device or a folder. */
+static int is_replaceable(const char *path) {
+    struct stat there;
+    return stat(path, &there) != 0 || S_ISREG(there.st_mode);
+}
+
 static usp_status write_temporary(char *temporary, const char *path, usp_npy_type type, int dims, const int64_t *shape,
                                   const void *data, usp_tool_error *error) {
     char header[512];
@@ -279,13 +285,10 @@ static usp_status write_temporary(char *temporary, const char *path, usp_npy_typ
 usp_status usp_npy_write(const char *path, usp_npy_type type, int dims, const int64_t *shape, const void *data,
                          usp_tool_error *error) {
     size_t length = strlen(path) + 8;
+    if (!is_replaceable(path)) return usp_tool_fail(error, USP_INVALID, "%s: not a regular file", path);
     char *temporary = usp_tool_alloc(error, length, 1);
     if (!temporary) return USP_NO_MEMORY;
-    snprintf(temporary, length,
-             "%s.XX"
-             "XX"
-             "XX",
-             path);
+    snprintf(temporary, length, "%s.XXXXXX", path);
     usp_status status = write_temporary(temporary, path, type, dims, shape, data, error);
     free(temporary);
     return status;

@@ -118,7 +118,16 @@ static void parse_decay(struct argp_state *state, char *text, usp_run_options *o
     if (!options->decays) argp_error(state, "--decay: the list is empty");
 }
 
+/* No output may be another file of the same call. */
+static void check_files(struct argp_state *state, const usp_run_options *o) {
+    for (int file = USP_RUN_INPUTS; file < USP_RUN_FILES; file++)
+        for (int other = 0; other < file; other++)
+            if (o->path[file] && o->path[other] && strcmp(o->path[file], o->path[other]) == 0)
+                argp_error(state, "--%s and --%s are the same file", usp_run_file_name(other), usp_run_file_name(file));
+}
+
 static void check_options(struct argp_state *state, const usp_run_options *o) {
+    check_files(state, o);
     for (int file = USP_RUN_Q; file <= USP_RUN_V; file++)
         if (!o->path[file]) argp_error(state, "--%s is missing", usp_run_file_name(file));
     if (!o->path[USP_RUN_OUT]) argp_error(state, "--out is missing");

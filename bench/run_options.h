@@ -4,7 +4,7 @@
 #define USP_RUN_OPTIONS_H
 #include "ranks.h"
 
-/* All tensors and states that can be a file; the first five are read, the rest written. */
+/* All tensors and states that can be a file; the first six are read, the rest written. */
 enum {
     USP_RUN_Q,
     USP_RUN_K,

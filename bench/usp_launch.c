@@ -52,6 +52,9 @@ static error_t usp_option(int key, char *text, struct argp_state *state) {
     case USP_KEY_KILL:
         job->kill = 1;
         return 0;
+    case 'h':
+        argp_state_help(state, stdout, ARGP_HELP_STD_HELP);
+        return 0;
     case 'V':
         printf("usp_launch %d.%d.%d\n", USP_VERSION_MAJOR, USP_VERSION_MINOR, USP_VERSION_PATCH);
         exit(0);
@@ -74,6 +77,7 @@ static void usp_read_options(int argc, char **argv, usp_job *job) {
         {"port", USP_KEY_PORT, "PORT", 0, "MASTER_PORT, where rank 0 listens (default: a free one)", 0},
         {"kill", USP_KEY_KILL, NULL, 0, "When one rank fails, end the others (default: they go on)", 0},
         {"version", 'V', NULL, 0, "Print the version", 0},
+        {NULL, 'h', NULL, 0, "The same as --help", -1},
         {0}};
     static const char text[] =
         "Starts N copies of PROGRAM on this host and waits for them. Each finds RANK, WORLD_SIZE, LOCAL_RANK, "

@@ -60,7 +60,7 @@ wait "$process" || status=$?
 [ "$status" = 5 ] || fail "SIGTERM: status $status, not that of the ranks, 5"
 
 # Help and version; options that are wrong.
-for option in --help '-?' --usage; do expect 0 "$option"; done
+for option in --help '-?' -h --usage; do expect 0 "$option"; done
 expect 0 --help
 for option in --ranks --time --port --kill --version; do says out "$option"; done
 expect 0 --version

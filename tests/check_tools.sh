@@ -174,6 +174,10 @@ refuse 'ranks' "$run" -n 4 -u 3 --q q.npy $ok
 refuse 'decay' "$run" --q q.npy $ok --kind linear --decay 0.9,0.8,0.7
 refuse 'stripe' "$run" -n 2 -r 2 --q q.npy $ok --kind linear --layout stripe
 expect 1 "$run" --q q.npy $ok --out nowhere/out.npy
+expect 1 "$run" --q q.npy $ok --out folder.npy
+grep -q 'regular file' log || fail "a folder as output: no reason"
+expect 64 "$run" --q q.npy $ok --out q.npy
+expect 64 "$run" --q q.npy $ok --out x.npy --lse x.npy
 expect 64 "$run" --q q.npy $ok
 expect 64 "$run" --q q.npy $ok --out x.npy --dq y.npy
 expect 64 "$run" --q q.npy $ok --out x.npy --mask half
