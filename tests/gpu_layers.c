@@ -54,42 +54,93 @@ static int replay(usp_stage *stage, usp_whole *whole) {
     return failed;
 }
 
+/* A layer of each kind, for graphs and streams. */
+static const usp_case pair[] = {{.tokens = 517,
+                                 .mask = USP_MASK_CAUSAL,
+                                 .dtype = USP_BF16,
+                                 .heads = 4,
+                                 .kv_heads = 2,
+                                 .head_dim = 64,
+                                 .return_lse = 1,
+                                 .deterministic = 1},
+                                {.attention = USP_LINEAR,
+                                 .tokens = 517,
+                                 .mask = USP_MASK_CAUSAL,
+                                 .dtype = USP_BF16,
+                                 .heads = 4,
+                                 .head_dim = 64,
+                                 .decay = 1,
+                                 .scale = 0.1f,
+                                 .final_state = 1,
+                                 .deterministic = 1}};
+
+/* One of the pair on both axes where the size allows. */
+static int open_pair(usp_rank *rank, int which, usp_stage *stage) {
+    usp_case c = pair[which];
+    c.ulysses = rank->size % 2 == 0 ? 2 : 1;
+    c.ring = rank->size / c.ulysses;
+    if (usp_stage_open(rank, &c, stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+    return usp_stage_fill(stage);
+}
+
 /* Results of a replayed graph, on memory poisoned since, are those of the calls themselves. */
 static int graphs(usp_rank *rank, void *argument) {
-    static const usp_case cases[] = {{.tokens = 517,
-                                      .mask = USP_MASK_CAUSAL,
-                                      .dtype = USP_BF16,
-                                      .heads = 4,
-                                      .kv_heads = 2,
-                                      .head_dim = 64,
-                                      .return_lse = 1,
-                                      .deterministic = 1},
-                                     {.attention = USP_LINEAR,
-                                      .tokens = 517,
-                                      .mask = USP_MASK_CAUSAL,
-                                      .dtype = USP_BF16,
-                                      .heads = 4,
-                                      .head_dim = 64,
-                                      .decay = 1,
-                                      .scale = 0.1f,
-                                      .final_state = 1,
-                                      .deterministic = 1}};
     (void)argument;
     for (int i = 0; i < 2; i++) {
         usp_stage stage;
         usp_whole eager, replayed;
-        usp_case c = cases[i];
-        c.ulysses = rank->size % 2 == 0 ? 2 : 1;
-        c.ring = rank->size / c.ulysses;
-        if (usp_stage_open(rank, &c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
-        if (usp_stage_fill(&stage) || usp_stage_forward(&stage, 1) || usp_stage_backward(&stage)) return 1;
+        if (open_pair(rank, i, &stage) || usp_stage_forward(&stage, 1) || usp_stage_backward(&stage)) return 1;
         if (usp_stage_gather(&stage, 1, &eager) || usp_stage_clear(&stage) || replay(&stage, &replayed)) return 1;
-        if (rank->rank == 0) usp_compare_bits(rank, &c, "a replayed graph", USP_SAME_ALL, &replayed, &eager);
+        if (rank->rank == 0) usp_compare_bits(rank, &stage.c, "a replayed graph", USP_SAME_ALL, &replayed, &eager);
         usp_whole_free(&eager);
         usp_whole_free(&replayed);
         usp_stage_close(&stage);
         usp_count(rank);
     }
+    return 0;
+}
+
+/* ---- streams ----------------------------------------------------------------------------------------------------- */
+
+/* Both layers of the pair, each on a stream of its own, with nothing between the calls that waits. */
+static int run_side_by_side(usp_stage *one, usp_stage *other, usp_stream second) {
+    usp_rank *rank = one->rank;
+    usp_stream first = rank->stream;
+    int failed = usp_stage_forward(one, 1);
+    rank->stream = second;
+    failed = failed || usp_stage_forward(other, 1);
+    rank->stream = first;
+    failed = failed || usp_stage_backward(one);
+    rank->stream = second;
+    failed = failed || usp_stage_backward(other);
+    rank->stream = first;
+    return failed || usp_world_synchronize(rank->world, second) != USP_OK;
+}
+
+static int compare_side_by_side(usp_rank *rank, usp_stage *stage, usp_stage *other, usp_stream second) {
+    usp_whole serial, concurrent;
+    if (usp_stage_forward(stage, 1) || usp_stage_backward(stage) || usp_stage_gather(stage, 1, &serial)) return 1;
+    if (usp_stage_clear(stage) || run_side_by_side(stage, other, second)) return 1;
+    if (usp_stage_gather(stage, 1, &concurrent)) return 1;
+    if (rank->rank == 0) usp_compare_bits(rank, &stage->c, "beside another layer", USP_SAME_ALL, &concurrent, &serial);
+    usp_whole_free(&serial);
+    usp_whole_free(&concurrent);
+    return 0;
+}
+
+/* A layer gives the same bits alone and beside another one on another stream. */
+static int streams(usp_rank *rank, void *argument) {
+    usp_stage stage[2];
+    usp_stream second = NULL;
+    (void)argument;
+    if (stream_create(&second) != USP_OK) return usp_say(rank, "no second stream");
+    if (open_pair(rank, 0, &stage[0]) || open_pair(rank, 1, &stage[1])) return 1;
+    for (int i = 0; i < 2; i++)
+        if (compare_side_by_side(rank, &stage[i], &stage[1 - i], second)) return 1;
+    usp_stage_close(&stage[1]);
+    usp_stage_close(&stage[0]);
+    stream_destroy(second);
+    usp_count(rank);
     return 0;
 }
 #else
@@ -107,6 +158,47 @@ static int graphs(usp_rank *rank, void *argument) {
     usp_refuse(rank, "CUDA graphs: this program was built without CUDA");
     return 0;
 }
+
+static int streams(usp_rank *rank, void *argument) {
+    (void)argument;
+    usp_refuse(rank, "CUDA streams: this program was built without CUDA");
+    return 0;
+}
+#endif
+
+/* ---- axes -------------------------------------------------------------------------------------------------------- */
+
+#ifdef USP_HAVE_NCCL
+#include <nccl.h>
+
+/* The caller's communicator of an axis has the axis' size and ranks. */
+static int check_axis(usp_rank *rank, usp_mesh *mesh, usp_axis axis) {
+    ncclComm_t comm = NULL;
+    int place = -1, size = -1, comm_rank = -2, comm_size = -2;
+    if (usp_mesh_axis(mesh, axis, &place, &size) != USP_OK || usp_mesh_axis_comm(mesh, axis, &comm) != USP_OK)
+        return usp_say(rank, "axis %d: %s", (int)axis, usp_last_error());
+    if (ncclCommUserRank(comm, &comm_rank) != ncclSuccess || ncclCommCount(comm, &comm_size) != ncclSuccess)
+        return usp_say(rank, "axis %d: the communicator does not answer", (int)axis);
+    if (comm_rank != place || comm_size != size)
+        return usp_say(rank, "axis %d: rank %d of %d in the communicator, %d of %d in the mesh", (int)axis, comm_rank,
+                       comm_size, place, size);
+    return 0;
+}
+
+static int axes(usp_rank *rank) {
+    usp_mesh *mesh = NULL;
+    int ulysses = rank->size % 2 == 0 ? 2 : 1, failed = 0;
+    if (usp_mesh_create(rank->world, ulysses, 1, &mesh) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+    for (int axis = USP_AXIS_ULYSSES; axis <= USP_AXIS_DATA && !failed; axis++)
+        failed = check_axis(rank, mesh, (usp_axis)axis);
+    usp_mesh_destroy(mesh);
+    return failed;
+}
+#else
+static int axes(usp_rank *rank) {
+    usp_refuse(rank, "axis communicators: this program was built without NCCL");
+    return 0;
+}
 #endif
 
 /* ---- what runs in one world -------------------------------------------------------------------------------------- */
@@ -114,6 +206,7 @@ static int graphs(usp_rank *rank, void *argument) {
 typedef struct everything {
     usp_references *references;
     int graphs; /* where ranks need not meet on the host */
+    int axes;   /* where ranks are joined by NCCL */
 } everything;
 
 static int run_tables(usp_rank *rank, usp_references *references) {
@@ -142,6 +235,8 @@ static int run_everything(usp_rank *rank, void *argument) {
     for (int i = 0; i < 11; i++)
         if (properties[i](rank, NULL)) return usp_say(rank, "... in %s", names[i]);
     if (all->graphs && graphs(rank, NULL)) return usp_say(rank, "... in graphs");
+    if (streams(rank, NULL)) return usp_say(rank, "... in streams");
+    if (all->axes && axes(rank)) return usp_say(rank, "... in axes");
     if (usp_body_costs(rank, (void *)(uintptr_t)&usp_half_table)) return usp_say(rank, "... in costs");
     return 0;
 }
@@ -155,7 +250,8 @@ static int run_world(usp_ranks_kind kind, int size, const char *name, usp_refere
                              .seconds = SECONDS,
                              .stream_create = stream_create,
                              .stream_destroy = stream_destroy};
-    everything all = {.references = references, .graphs = kind != USP_RANKS_THREADS || size == 1};
+    everything all = {
+        .references = references, .graphs = kind != USP_RANKS_THREADS || size == 1, .axes = kind != USP_RANKS_THREADS};
     usp_report report;
     int failed = usp_ranks_run(&ranks, run_everything, &all, &report) || report.done == 0;
     printf("%s (%d here): %d done, %d refused, %d failures\n%s", name, size, report.done, report.refused,
