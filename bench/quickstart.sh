@@ -78,6 +78,21 @@ compare_curves() {
     echo "plot: $results/loss.svg"
 }
 
+# The mesh must not show in the loss, and 200 steps must have taught the model something: below 2.8 nats held out, from 5.5.
+judge_curves() {
+    awk -F, -v steps="${STEPS:-200}" 'NR > 1 {
+            apart = ($2 > $5 ? $2 - $5 : $5 - $2) / $2
+            if ($1 <= 50 && apart > early) early = apart
+            last = apart
+            if ($3 != "") { one = $3; mesh = $6 }
+        }
+        END {
+            if (early > 1e-4 || last > 5e-3) { print "FAILED: the losses of 1 rank and of 2 x 2 differ"; exit 1 }
+            if (steps >= 200 && (one >= 2.8 || mesh >= 2.8)) { print "FAILED: the model has not learned"; exit 1 }
+            printf "held out: %.3f on 1 rank, %.3f on 2 x 2: the mesh does not show\n", one, mesh
+        }' $results/both.csv
+}
+
 # The sweep and the projections on the GPUs, where there are GPUs and the build has CUDA.
 run_gpus() {
     [ "$gpus" -gt 0 ] || return 0
@@ -100,6 +115,7 @@ say 'training on 4 ranks: ulysses 2 x ring 2'
 train mesh_2x2 '-u 2 -r 2' "$@"
 say 'the two loss curves'
 compare_curves
+judge_curves
 say 'sweep on 4 thread-ranks'
 $build/bench/usp_bench -t 4 -b 1K -e 2K -n 5 --csv $results/sweep.csv
 run_gpus
