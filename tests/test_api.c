@@ -597,7 +597,43 @@ Test(api, no_memory_for_a_world, .timeout = 120) {
     cr_expect(k > 3, "only %d allocations were tried", k);
 }
 
-typedef enum thing { MESH, SEQUENCE, CUSTOM_SEQUENCE, SOFTMAX_LAYER, LINEAR_LAYER, GATHER, OBJECTS } thing;
+typedef enum thing {
+    MESH,
+    SEQUENCE,
+    CROSS_SEQUENCE,
+    DOCUMENT_SEQUENCE,
+    CUSTOM_SEQUENCE,
+    SOFTMAX_LAYER,
+    LINEAR_LAYER,
+    GATHER,
+    SHARED_MEMORY,
+    OBJECTS
+} thing;
+
+static usp_status make_sequence(bench *b, thing what, usp_sequence **sequence) {
+    static const int64_t ends[] = {TOKENS / 3, TOKENS};
+    usp_sequence_config config = good_sequence();
+    int64_t share = TOKENS / b->rank->size;
+    const usp_segment own = {b->rank->rank * share, share, 1};
+    if (what == CROSS_SEQUENCE) config.key_tokens = TOKENS + 5;
+    if (what == DOCUMENT_SEQUENCE) {
+        config.layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
+        config.documents = 2;
+        config.document_ends = ends;
+    }
+    if (what == CUSTOM_SEQUENCE) {
+        config.layout = USP_LAYOUT_CUSTOM;
+        config.segments = 1;
+        config.segment = &own;
+    }
+    return usp_sequence_create(b->mesh, &config, sequence);
+}
+
+static usp_status make_shared(bench *b) {
+    void *memory = NULL;
+    usp_status status = usp_world_alloc_shared(b->rank->world, 1000, &memory);
+    return status == USP_OK ? usp_world_free_shared(b->rank->world, memory) : status;
+}
 
 /* Makes the object and destroys it again. */
 static usp_status make(bench *b, thing what) {
@@ -605,22 +641,15 @@ static usp_status make(bench *b, thing what) {
     usp_sequence *sequence = NULL;
     usp_layer *layer = NULL;
     char bytes[TOKENS] = {0};
-    usp_sequence_config config = good_sequence();
     usp_layer_config softmax = good_softmax(), linear = good_linear();
-    int64_t share = TOKENS / b->rank->size;
-    const usp_segment own = {b->rank->rank * share, share, 1};
     usp_status status = USP_OK;
     linear.decay = good_decay;
-    if (what == CUSTOM_SEQUENCE) {
-        config.layout = USP_LAYOUT_CUSTOM;
-        config.segments = 1;
-        config.segment = &own;
-    }
     if (what == MESH) status = usp_mesh_create(b->rank->world, 1, b->rank->size, &mesh);
-    if (what == SEQUENCE || what == CUSTOM_SEQUENCE) status = usp_sequence_create(b->mesh, &config, &sequence);
+    if (what >= SEQUENCE && what <= CUSTOM_SEQUENCE) status = make_sequence(b, what, &sequence);
     if (what == SOFTMAX_LAYER) status = usp_layer_create(b->mesh, b->sequence, &softmax, &layer);
     if (what == LINEAR_LAYER) status = usp_layer_create(b->mesh, b->sequence, &linear, &layer);
     if (what == GATHER) status = usp_sequence_gather(b->sequence, 1, 1, bytes, bytes);
+    if (what == SHARED_MEMORY) status = make_shared(b);
     usp_layer_destroy(layer);
     usp_sequence_destroy(sequence);
     usp_mesh_destroy(mesh);
@@ -629,7 +658,9 @@ static usp_status make(bench *b, thing what) {
 
 /* Lets allocation k of one rank fail. 1 if that happened, 0 if there are fewer, -1 after saying what was wrong. */
 static int starve(bench *b, thing what, int victim, int k) {
-    static const char *const names[OBJECTS] = {"mesh", "sequence", "custom sequence", "softmax", "linear", "gather"};
+    static const char *const names[OBJECTS] = {"mesh",      "sequence", "sequence with keys",
+                                               "documents", "segments", "softmax",
+                                               "linear",    "gather",   "shared memory"};
     int me = b->rank->rank == victim;
     if (me) usp_heap_arm(b->rank->heap, k);
     usp_status status = make(b, what);
