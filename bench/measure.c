@@ -73,7 +73,12 @@ static usp_status make_decay(usp_setup *s) {
 
 static usp_status make_layer(usp_setup *s) {
     const usp_case *c = s->config;
+    const int64_t ends[] = {c->seq / 10, 3 * c->seq / 10, 6 * c->seq / 10, c->seq};
     usp_sequence_config sequence = {.struct_size = sizeof sequence, .layout = c->layout, .tokens = c->seq};
+    if (c->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) {
+        sequence.documents = sizeof ends / sizeof *ends;
+        sequence.document_ends = ends;
+    }
     USP_TRY(usp_mesh_create(s->rank->world, c->ulysses, c->ring, &s->mesh));
     USP_TRY(usp_sequence_create(s->mesh, &sequence, &s->sequence));
     usp_layer_config layer = layer_config(s);

@@ -47,7 +47,10 @@ static const struct argp_option option_table[] = {
     {"ulysses", 'u', "LIST", 0, "Ulysses degrees, or auto: with -r auto all factorisations of the ranks (auto)", 0},
     {"ring", 'r', "LIST", 0, "Ring degrees, or auto; pairs whose product is the number of ranks run (auto)", 0},
     {"kind", KEY_KIND, "LIST", 0, "softmax, linear or both (both)", 0},
-    {"layout", KEY_LAYOUT, "LIST", 0, "zigzag, contiguous, stripe or all (zigzag)", 0},
+    {"layout", KEY_LAYOUT, "LIST", 0,
+     "zigzag, contiguous, stripe, documents (zigzag inside each of four, of 1, 2, 3 and 4 tenths of the length) or all "
+     "(zigzag)",
+     0},
     {"datatype", 'd', "LIST", 0, "f32, f16, bf16 or all (f32 on the CPU, bf16 on GPUs)", 0},
     {"heads", KEY_HEADS, "LIST", 0, "Query heads (8)", 0},
     {"kv-heads", KEY_KV_HEADS, "LIST", 0, "Key and value heads; 0: as many as query heads (0)", 0},

@@ -2,12 +2,15 @@
  * Shapes and files are checked later, when they have been read. */
 #include "run_options.h"
 #include <argp.h>
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum {
     KEY_FILE = 256, /* + index of the file */
     KEY_LAYOUT = KEY_FILE + USP_RUN_FILES,
+    KEY_DOCUMENTS,
+    KEY_SEGMENTS,
     KEY_KIND,
     KEY_MASK,
     KEY_SCALE,
@@ -50,8 +53,16 @@ static const struct argp_option option_table[] = {
     {NULL, 0, NULL, 0, "Layer:", 4},
     {"kind", KEY_KIND, "softmax|linear", 0, "Kind of attention (softmax)", 0},
     {"mask", KEY_MASK, "causal|full", 0, "Mask (causal)", 0},
-    {"layout", KEY_LAYOUT, "zigzag|contiguous|stripe", 0,
+    {"layout", KEY_LAYOUT, "zigzag|contiguous|stripe|documents|custom", 0,
      "Which rank owns which token (zigzag); the result is the same", 0},
+    {"documents", KEY_DOCUMENTS, "END,END,...", 0,
+     "Zigzag inside each document: where the documents end, ascending, the last one at the number of tokens; implies "
+     "--layout documents",
+     0},
+    {"segments", KEY_SEGMENTS, "START:LENGTH[:STRIDE],...;...", 0,
+     "Each rank's own tokens START, START + STRIDE, ..., LENGTH of them, in its order: a list a rank, ';' between "
+     "ranks, an empty list for a rank without tokens; every token once; implies --layout custom",
+     0},
     {"dtype", KEY_DTYPE, "f32|f16|bf16", 0, "Type of the elements (as the files; uint16 files need bf16)", 0},
     {"scale", KEY_SCALE, "X", 0, "Factor of q.k (1 / sqrt(D) for softmax, 1 for linear)", 0},
     {"decay", KEY_DECAY, "LIST|alibi", 0,
@@ -68,7 +79,8 @@ static const struct argp_option option_table[] = {
 static const char description[] =
     "Runs one attention layer on tensors from .npy files, over any number of ranks."
     "\vTensors are little-endian, in C order: float32, float16, or bf16 stored as uint16 with --dtype bf16. States and "
-    "lse are float32. H, the heads of the output, is the number of query heads; for linear attention the largest of "
+    "lse are float32. Documents say where tokens live: attention is over the whole sequence, across their ends. H, the "
+    "heads of the output, is the number of query heads; for linear attention the largest of "
     "the three tensors' head counts. Results appear whole or not at all. Exit status: 0 all right, 1 an error, of "
     "which one sentence is on standard error, 64 a wrong command line.";
 
@@ -97,6 +109,12 @@ static double parse_scale(struct argp_state *state, const char *text) {
     return value;
 }
 
+static void *parse_alloc(struct argp_state *state, const char *option, size_t count, size_t size) {
+    void *memory = calloc(count, size);
+    if (!memory) argp_failure(state, 1, 0, "no memory for --%s", option);
+    return memory;
+}
+
 static int parse_lambda(char *text, float *lambda) {
     double value;
     if (!usp_parse_real(text, &value) || value <= 0 || value > 1) return 0;
@@ -110,12 +128,78 @@ static void parse_decay(struct argp_state *state, char *text, usp_run_options *o
     if (options->alibi) return;
     free(options->decay);
     options->decays = 0;
-    options->decay = malloc((strlen(text) + 1) * sizeof *options->decay);
-    if (!options->decay) argp_failure(state, 1, 0, "no memory for --decay");
+    options->decay = parse_alloc(state, "decay", strlen(text) + 1, sizeof *options->decay);
     for (char *item = strtok_r(text, ",", &next); item; item = strtok_r(NULL, ",", &next))
         if (!parse_lambda(item, &options->decay[options->decays++]))
             argp_error(state, "--decay: '%s' is not a number in (0, 1]", item);
     if (!options->decays) argp_error(state, "--decay: the list is empty");
+}
+
+/* Digits, which *text then points behind; 1 on success. */
+static int read_whole(const char **text, int64_t *value) {
+    char *end;
+    if (**text < '0' || **text > '9') return 0;
+    errno = 0;
+    *value = strtoll(*text, &end, 10);
+    *text = end;
+    return errno == 0;
+}
+
+static void parse_documents(struct argp_state *state, char *text, usp_run_options *options) {
+    free(options->document_end);
+    options->document_end = parse_alloc(state, "documents", strlen(text) + 1, sizeof *options->document_end);
+    options->documents = 0;
+    for (char *item; (item = strsep(&text, ","));) {
+        int64_t *end = &options->document_end[options->documents++], last = options->documents > 1 ? end[-1] : 0;
+        const char *rest = item;
+        if (!read_whole(&rest, end) || *rest) argp_error(state, "--documents: '%s' is not a whole number", item);
+        if (*end <= last) argp_error(state, "--documents: '%s' does not come after %lld", item, (long long)last);
+    }
+}
+
+static int parse_segment(const char *text, usp_segment *segment) {
+    segment->stride = 1;
+    if (!read_whole(&text, &segment->start) || *text++ != ':' || !read_whole(&text, &segment->length)) return 0;
+    if (*text == ':') {
+        text++;
+        if (!read_whole(&text, &segment->stride)) return 0;
+    }
+    return !*text && segment->length >= 1 && segment->stride >= 1;
+}
+
+static void parse_segment_list(struct argp_state *state, char *list, usp_run_options *options) {
+    int64_t *end = &options->first[++options->lists];
+    *end = end[-1];
+    if (!*list) return;
+    for (char *item; (item = strsep(&list, ","));)
+        if (!parse_segment(item, &options->segment[(*end)++]))
+            argp_error(state, "--segments: '%s' is not START:LENGTH or START:LENGTH:STRIDE, the last two from 1", item);
+}
+
+static void parse_segments(struct argp_state *state, char *text, usp_run_options *options) {
+    size_t room = strlen(text) + 2;
+    free(options->first);
+    free(options->segment);
+    options->first = parse_alloc(state, "segments", room, sizeof *options->first);
+    options->segment = parse_alloc(state, "segments", room, sizeof *options->segment);
+    options->lists = 0;
+    for (char *list; (list = strsep(&text, ";"));) parse_segment_list(state, list, options);
+}
+
+static int parse_layout(struct argp_state *state, const char *text) {
+    return strcmp(text, "custom") ? parse_name(state, "layout", text, usp_names_layout()) : USP_LAYOUT_CUSTOM;
+}
+
+/* A list implies its layout; the layout without its list, or another beside it, is a mistake. */
+static void choose_layout(struct argp_state *state, usp_run_options *o) {
+    int implied = o->documents ? USP_LAYOUT_ZIGZAG_PER_DOCUMENT : o->lists ? USP_LAYOUT_CUSTOM : -1;
+    if (o->documents && o->lists) argp_error(state, "--documents and --segments exclude each other");
+    if (o->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT && !o->documents)
+        argp_error(state, "--layout documents needs --documents");
+    if (o->layout == USP_LAYOUT_CUSTOM && !o->lists) argp_error(state, "--layout custom needs --segments");
+    if (implied >= 0 && o->layout >= 0 && o->layout != implied)
+        argp_error(state, "--%s excludes another --layout", o->documents ? "documents" : "segments");
+    if (o->layout < 0) o->layout = implied < 0 ? USP_LAYOUT_ZIGZAG : implied;
 }
 
 /* No output may be another file of the same call. */
@@ -168,6 +252,23 @@ static error_t parse_ranks(int key, char *text, struct argp_state *state, usp_ru
     return 0;
 }
 
+static error_t parse_owners(int key, char *text, struct argp_state *state, usp_run_options *o) {
+    switch (key) {
+    case KEY_LAYOUT:
+        o->layout = parse_layout(state, text);
+        break;
+    case KEY_DOCUMENTS:
+        parse_documents(state, text, o);
+        break;
+    case KEY_SEGMENTS:
+        parse_segments(state, text, o);
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
 static error_t parse_layer(int key, char *text, struct argp_state *state, usp_run_options *o) {
     const usp_name *exchanges = usp_names_state_exchange();
     switch (key) {
@@ -176,9 +277,6 @@ static error_t parse_layer(int key, char *text, struct argp_state *state, usp_ru
         break;
     case KEY_MASK:
         o->mask = (usp_mask)parse_name(state, "mask", text, usp_names_mask());
-        break;
-    case KEY_LAYOUT:
-        o->layout = (usp_layout)parse_name(state, "layout", text, usp_names_layout());
         break;
     case KEY_DTYPE:
         o->dtype = parse_name(state, "dtype", text, usp_names_dtype());
@@ -211,6 +309,7 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
         return 0;
     }
     error_t error = parse_ranks(key, text, state, o);
+    if (error == ARGP_ERR_UNKNOWN) error = parse_owners(key, text, state, o);
     if (error == ARGP_ERR_UNKNOWN) error = parse_layer(key, text, state, o);
     if (error != ARGP_ERR_UNKNOWN) return error;
     switch (key) {
@@ -225,6 +324,7 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
         break;
     case ARGP_KEY_END:
         check_options(state, o);
+        choose_layout(state, o);
         break;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -234,11 +334,14 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
 
 void usp_run_options_parse(usp_run_options *options, int argc, char **argv) {
     const struct argp argp = {option_table, parse_option, NULL, description, NULL, NULL, NULL};
-    *options = (usp_run_options){.kind = USP_SOFTMAX, .mask = USP_MASK_CAUSAL, .dtype = -1};
+    *options = (usp_run_options){.kind = USP_SOFTMAX, .mask = USP_MASK_CAUSAL, .layout = -1, .dtype = -1};
     argp_program_version_hook = usp_tool_print_version;
     argp_parse(&argp, argc, argv, 0, NULL, options);
 }
 
 void usp_run_options_free(usp_run_options *options) {
     free(options->decay);
+    free(options->document_end);
+    free(options->first);
+    free(options->segment);
 }

@@ -26,8 +26,11 @@ enum {
 typedef struct usp_run_options {
     usp_ranks_config ranks;
     const char *path[USP_RUN_FILES];
-    int ulysses, ring; /* 0: what is left of the ranks; both 0: ring over all */
-    usp_layout layout;
+    int ulysses, ring;                /* 0: what is left of the ranks; both 0: ring over all */
+    int layout;                       /* usp_layout */
+    int64_t documents, *document_end; /* [documents] ascending, 0 unless the layout is per document */
+    int64_t lists, *first;            /* custom: rank r owns segment[first[r]] .. segment[first[r + 1] - 1] */
+    usp_segment *segment;
     usp_attention kind;
     usp_mask mask;
     int dtype; /* usp_dtype, or -1: as the files */

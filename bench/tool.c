@@ -35,8 +35,11 @@ const usp_name *usp_names_attention(void) {
 }
 
 const usp_name *usp_names_layout(void) {
-    static const usp_name names[] = {
-        {"zigzag", USP_LAYOUT_ZIGZAG}, {"contiguous", USP_LAYOUT_CONTIGUOUS}, {"stripe", USP_LAYOUT_STRIPE}, {NULL, 0}};
+    static const usp_name names[] = {{"zigzag", USP_LAYOUT_ZIGZAG},
+                                     {"contiguous", USP_LAYOUT_CONTIGUOUS},
+                                     {"stripe", USP_LAYOUT_STRIPE},
+                                     {"documents", USP_LAYOUT_ZIGZAG_PER_DOCUMENT},
+                                     {NULL, 0}};
     return names;
 }
 

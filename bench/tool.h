@@ -34,7 +34,7 @@ typedef struct usp_name {
 
 const usp_name *usp_names_dtype(void);
 const usp_name *usp_names_attention(void);
-const usp_name *usp_names_layout(void);
+const usp_name *usp_names_layout(void); /* all but custom, which no name can describe */
 const usp_name *usp_names_device(void);
 const usp_name *usp_names_mask(void);
 const usp_name *usp_names_state_exchange(void);

@@ -129,6 +129,14 @@ static usp_status check_files(usp_run *run, usp_tool_error *error) {
     return USP_OK;
 }
 
+static usp_status check_documents(const usp_run *run, usp_tool_error *error) {
+    const usp_run_options *o = run->options;
+    int64_t end = o->documents ? o->document_end[o->documents - 1] : run->tokens;
+    if (end == run->tokens) return USP_OK;
+    return usp_tool_fail(error, USP_INVALID, "--documents ends at %lld, but there are %lld tokens", (long long)end,
+                         (long long)run->tokens);
+}
+
 static usp_status make_decay(usp_run *run, usp_tool_error *error) {
     const usp_run_options *o = run->options;
     if (!o->alibi && !o->decays) return USP_OK;
@@ -159,6 +167,7 @@ static usp_status prepare(usp_run *run, usp_tool_error *error) {
     const usp_run_options *o = run->options;
     USP_TRY(read_files(run, error));
     USP_TRY(check_files(run, error));
+    USP_TRY(check_documents(run, error));
     USP_TRY(make_decay(run, error));
     run->backward = o->path[USP_RUN_DOUT] != NULL;
     run->initial_state = o->path[USP_RUN_INITIAL_STATE] || o->path[USP_RUN_DINITIAL_STATE];
@@ -192,19 +201,32 @@ static usp_status choose_mesh(const usp_part *p, int *ulysses, int *ring) {
 }
 
 static usp_status make_sequence(usp_part *p, int64_t tokens, int64_t key_tokens, usp_sequence **sequence) {
-    usp_sequence_config config = {
-        .struct_size = sizeof config, .layout = p->run->options->layout, .tokens = tokens, .key_tokens = key_tokens};
+    const usp_run_options *o = p->run->options;
+    usp_sequence_config config = {.struct_size = sizeof config,
+                                  .layout = (usp_layout)o->layout,
+                                  .tokens = tokens,
+                                  .key_tokens = key_tokens,
+                                  .documents = o->documents,
+                                  .document_ends = o->document_end};
+    if (o->lists) {
+        config.segments = o->first[p->position + 1] - o->first[p->position];
+        config.segment = o->segment + o->first[p->position];
+    }
     return usp_sequence_create(p->mesh, &config, sequence);
 }
 
 static usp_status make_sequences(usp_part *p) {
-    int same = p->run->key_tokens == p->run->tokens, size;
+    int same = p->run->key_tokens == p->run->tokens;
+    int64_t lists = p->run->options->lists;
+    int size;
+    USP_TRY(usp_mesh_axis(p->mesh, USP_AXIS_SEQUENCE, &p->position, &size));
+    if (lists && lists != size)
+        return usp_tool_fail(&p->rank->error, USP_INVALID, "--segments has %lld lists for %d ranks", (long long)lists,
+                             size);
     USP_TRY(make_sequence(p, p->run->tokens, same ? 0 : p->run->key_tokens, &p->sequence));
-    if (same)
-        p->keys = p->sequence;
-    else
-        USP_TRY(make_sequence(p, p->run->key_tokens, 0, &p->keys));
-    return usp_mesh_axis(p->mesh, USP_AXIS_SEQUENCE, &p->position, &size);
+    if (!same) return make_sequence(p, p->run->key_tokens, 0, &p->keys);
+    p->keys = p->sequence;
+    return USP_OK;
 }
 
 static usp_status make_layer(usp_part *p) {

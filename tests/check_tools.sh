@@ -44,6 +44,16 @@ refuse()
     [ ! -e bad_out.npy ] || fail "a result in spite of an error: $*"
 }
 
+# mistake WORDS OPTIONS...: a wrong command line of usp_run: exit 64, the words in the one sentence above argp's hint.
+mistake()
+{
+    words=$1
+    shift
+    expect 64 "$run" --q q.npy $ok --out bad_out.npy "$@"
+    [ "$(grep -vc 'Try .* for more information' log)" -eq 1 ] || { fail "not one sentence: $*"; cat log; }
+    grep -qF -- "$words" log || fail "no '$words' in: $(cat log)"
+}
+
 same()
 {
     timeout 60 "$npy" compare "$1" "$2" "$3" >log 2>&1 || { fail "$1 and $2 differ: $(cat log)"; }
@@ -63,7 +73,9 @@ make_inputs()
 inputs="--q q.npy --k k.npy --v v.npy --dout g.npy"
 grads="dq dk dv"
 
-# meshes TOLERANCE RESULTS OPTIONS...: one rank, then four ranks in three meshes, all results alike.
+# meshes TOLERANCE RESULTS OPTIONS...: one rank, then four ranks in three meshes, all results alike. What is in `spread`
+# (a layout) only the four ranks get.
+spread=
 meshes()
 {
     tolerance=$1 results=$2
@@ -75,7 +87,7 @@ meshes()
         outputs=
         for r in $results; do outputs="$outputs --$r four_$r.npy"; done
         rm -f four_*.npy
-        expect 0 "$run" -n 4 -u "${mesh% *}" -r "${mesh#* }" $inputs $outputs "$@"
+        expect 0 "$run" -n 4 -u "${mesh% *}" -r "${mesh#* }" $inputs $outputs $spread "$@"
         for r in $results; do same "four_$r.npy" "one_$r.npy" "$tolerance"; done
     done
 }
@@ -93,6 +105,22 @@ meshes 2e-5 "out final-state $grads dinitial-state" --device cpu --kind linear -
 "$npy" attend q.npy k.npy v.npy ref.npy linear causal 0.9 || fail attend
 same four_out.npy ref.npy 1e-5
 meshes 2e-5 "out final-state $grads" --device cpu --kind linear --decay alibi --state-exchange chain --recompute-state
+
+# Layouts by lists, against one rank's zigzag: four documents, the shortest of one token; segments out of order, with strides,
+# a rank with none. Causal linear attention takes no strides.
+for spread in "--documents 1,20,21,53" "--segments 40:13,0:10:2;1:10:2;;20:20" "--layout documents --documents 53" \
+    "--layout custom --segments 10:10,45:8:1;0:10;;20:25"; do
+    meshes 1e-5 "out lse $grads" --device cpu
+    meshes 1e-5 "out $grads" --device cpu --mask full
+done
+for spread in "--documents 1,20,21,53" "--segments 10:10,45:8;0:10;;20:25"; do
+    meshes 1e-5 "out final-state $grads" --device cpu --kind linear --decay 0.9
+done
+expect 0 "$run" -n 4 --verbose $inputs --out x.npy --device cpu --documents 1,20,21,53
+grep -q 'zigzag per document, 15 own tokens' log || fail "--documents is another layout: $(cat log)"
+spread="--segments 40:13,0:10:2;1:10:2;;20:20"
+meshes 1e-5 "out $grads" --device cpu --kind linear --mask full
+spread=
 
 make_inputs f16
 meshes 4e-3 "out $grads" --device cpu
@@ -173,6 +201,35 @@ refuse '.' "$run" --q heads3.npy $ok
 refuse 'ranks' "$run" -n 4 -u 3 --q q.npy $ok
 refuse 'decay' "$run" --q q.npy $ok --kind linear --decay 0.9,0.8,0.7
 refuse 'stripe' "$run" -n 2 -r 2 --q q.npy $ok --kind linear --layout stripe
+refuse 'ends at 52, but there are 53' "$run" -n 2 --q q.npy $ok --documents 20,52
+refuse 'ends at 54, but there are 53' "$run" --q q.npy $ok --documents 54
+refuse 'key_tokens' "$run" --q q.npy --k other.npy --v other.npy --device cpu --mask full --documents 53
+refuse '1 lists for 2 ranks' "$run" -n 2 --q q.npy $ok --segments 0:53
+refuse '3 lists for 2 ranks' "$run" -n 2 --q q.npy $ok --segments '0:53;;'
+refuse '3 of 53 tokens' "$run" -n 2 --q q.npy $ok --segments '0:20;20:30'
+refuse 'token 19 is owned twice' "$run" -n 2 --q q.npy $ok --segments '0:20;19:34'
+refuse 'leaves the tokens' "$run" -n 2 --q q.npy $ok --segments '0:20;20:34'
+refuse 'leaves the tokens' "$run" --q q.npy $ok --segments '0:53:9223372036854775807'
+refuse 'stride' "$run" -n 2 -r 2 --q q.npy $ok --kind linear --segments '0:27:2;1:26:2'
+mistake 'whole number' --documents ''
+mistake "'' is not a whole number" --documents 20,,53
+mistake "'' is not a whole number" --documents 53,
+mistake "'-5' is not" --documents=-5,53
+mistake "'5x' is not" --documents 5x,53
+mistake "'99999999999999999999' is not" --documents 99999999999999999999
+mistake "'0' does not come after 0" --documents 0,53
+mistake "'20' does not come after 20" --documents 20,20,53
+mistake "'10' does not come after 20" --documents 20,10,53
+for segment in 5 5: :5 5:0 0:53:0 0:53: 0:53:1:1 0:-53 -1:5 0x1:5 ' 0:53' 0:53x 0:99999999999999999999; do
+    mistake "'$segment' is not START:LENGTH" "--segments=$segment"
+done
+mistake "'' is not START:LENGTH" --segments '0:53,'
+mistake "'' is not START:LENGTH" --segments ',0:53'
+mistake 'needs --documents' --layout documents
+mistake 'needs --segments' --layout custom
+mistake 'exclude each other' --documents 53 --segments 0:53
+mistake 'excludes another --layout' --documents 53 --layout zigzag
+mistake 'excludes another --layout' --segments 0:53 --layout stripe
 expect 1 "$run" --q q.npy $ok --out nowhere/out.npy
 expect 1 "$run" --q q.npy $ok --out folder.npy
 grep -q 'regular file' log || fail "a folder as output: no reason"
@@ -196,10 +253,10 @@ done
 quick="--device cpu -n 3 -w 1 -m 1 --heads 4 --head-dim 16"
 expect 0 "$bench" $quick -t 4 -b 64 -e 128 --layout all --kv-heads 2 --baseline -M -I --csv b.csv --json b.json --commit '"x"\'
 rows=$(grep -vc '^#' log)
-[ "$rows" -eq 64 ] || fail "$rows rows, not 64"
+[ "$rows" -eq 88 ] || fail "$rows rows, not 88"
 grep -q '# .*skipped: ' log || fail "linear attention on a striped ring was not skipped"
 grep -q 'Out of bounds values : 0 OK' log || fail "no verdict line"
-[ "$(wc -l <b.csv)" -eq 65 ] || fail "CSV has $(wc -l <b.csv) lines, not 65"
+[ "$(wc -l <b.csv)" -eq 89 ] || fail "CSV has $(wc -l <b.csv) lines, not 89"
 expect 0 "$bench" $quick -b 64 -e 64 -d f16,bf16 --full --shared-memory
 expect 0 "$bench" $quick -t 2 -b 4096 -e 4096 --heads 1 --pass bwd -c 1
 grep -q 'softmax.* 0$' log || fail "backward above the double-precision length was not checked"
@@ -210,6 +267,7 @@ expect 2 "$bench" $quick -b 64 -e 64 --json nowhere/b.json
 expect 64 "$bench" -b 2K -e 1K
 expect 64 "$bench" -t 2 -g 2
 expect 64 "$bench" --kind quadratic
+expect 64 "$bench" --layout custom
 expect 0 "$bench" --info
 if [ -n "$corrupt" ]; then
     cp "$corrupt" corrupt.so # LD_PRELOAD cannot name a folder with a space
@@ -224,7 +282,7 @@ document = json.load(open("b.json"), parse_constant=lambda name: 1 / 0)
 rows = [r for r in document["results"] if r["status"] == "ok"]
 table = list(csv.DictReader(open("b.csv")))
 assert document["schema"] == 1 and document["commit"] == '"x"\\' and document["ranks"] == 4
-assert len(rows) == len(table) == 64 and len(document["results"]) > 64
+assert len(rows) == len(table) == 88 and len(document["results"]) > 88
 for row, line in zip(rows, table):
     assert row["wrong"] == 0 and row["samples"] > 0 and row["speedup"] > 0
     assert row["seq"] == int(line["seq"]) and row["pass"] == line["pass"]
