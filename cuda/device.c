@@ -191,6 +191,13 @@ static usp_status cuda_scale(usp_device *device, float *data, int64_t count, flo
     return usp_cuda_scale(data, count, factor, stream);
 }
 
+size_t usp_cuda_shared_limit(void) {
+    int device = 0, bytes = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+    return (size_t)bytes;
+}
+
 /* ---- the table --------------------------------------------------------------------------------------------------- */
 
 static void cuda_destroy(usp_device *device) {

@@ -8,6 +8,9 @@ extern "C" {
 #endif
 #include "device.h"
 
+/* Shared memory that one block may have on the current GPU; 0 if the GPU does not answer. */
+size_t usp_cuda_shared_limit(void);
+
 usp_status usp_cuda_copy_rows(const usp_copy *copy, usp_stream stream);
 
 /* UNSUPPORTED with the reason, or OK. */

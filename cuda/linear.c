@@ -2,22 +2,12 @@
  * It launches nothing itself. */
 #include "linear.h"
 
-#include <cuda_runtime_api.h>
-
 #include "error.h"
 #include "launch.h"
 
 /* The first family that fits is taken; the last one fits everything that `supports` lets through. */
 static const usp_linear_family *const families[] = {&usp_linear_mma, &usp_linear_any};
 enum { FAMILIES = sizeof families / sizeof *families };
-
-/* Shared memory that one block may have on the current GPU; 0 if the GPU does not answer. */
-static size_t shared_limit(void) {
-    int device = 0, bytes = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
-    return (size_t)bytes;
-}
 
 usp_status usp_cuda_linear_supports(const usp_kernel_shape *shape) {
     int widest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
@@ -31,7 +21,7 @@ static int serves(const usp_linear_family *family, const usp_linear *args, usp_l
 }
 
 static usp_status dispatch(const usp_linear *args, usp_linear_call call, usp_stream stream) {
-    size_t limit = shared_limit();
+    size_t limit = usp_cuda_shared_limit();
     int64_t places = (int64_t)args->batch * args->heads;
     int i = 0;
     if (args->blocks == 0 || places == 0) return USP_OK;

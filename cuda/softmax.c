@@ -2,21 +2,12 @@
  * It launches nothing itself. */
 #include "softmax.h"
 
-#include <cuda_runtime_api.h>
-
 #include "error.h"
+#include "launch.h"
 
 /* The first family that fits is taken; the last one fits everything that `supports` lets through. */
 static const usp_softmax_family *const families[] = {&usp_softmax_mma, &usp_softmax_any};
 enum { FAMILIES = sizeof families / sizeof *families };
-
-/* Shared memory that one block may have on the current GPU; 0 if the GPU does not answer. */
-static size_t shared_limit(void) {
-    int device = 0, bytes = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
-    return (size_t)bytes;
-}
 
 usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape) {
     int widest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
@@ -24,7 +15,7 @@ usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape) {
         return usp_fail(USP_UNSUPPORTED, "softmax attention on a GPU takes head_dim and value_dim up to %d, not %d",
                         USP_SOFTMAX_MAX_DIM, widest);
     }
-    size_t shared = usp_softmax_any.shared(shape->dim, shape->value_dim), limit = shared_limit();
+    size_t shared = usp_softmax_any.shared(shape->dim, shape->value_dim), limit = usp_cuda_shared_limit();
     if (shared > limit) {
         return usp_fail(USP_UNSUPPORTED,
                         "head_dim %d and value_dim %d need %zu bytes of shared memory, this GPU has %zu", shape->dim,
@@ -34,7 +25,7 @@ usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape) {
 }
 
 static usp_status dispatch(const usp_softmax *args, usp_softmax_call call, usp_stream stream) {
-    size_t limit = shared_limit();
+    size_t limit = usp_cuda_shared_limit();
     int i = 0;
     while (i < FAMILIES - 1 &&
            (families[i]->shared(args->dim, args->value_dim) > limit || !families[i]->fits(args, call)))

@@ -22,6 +22,8 @@ typedef struct usp_inner {
     usp_stream stream;
 } usp_inner;
 
+typedef struct usp_messages usp_messages;
+
 typedef struct usp_attn_ops {
     const char *name;
     /* Bytes of workspace that forward or backward carves from inner->arena; of saved. */
@@ -29,8 +31,9 @@ typedef struct usp_attn_ops {
     size_t (*saved)(const usp_layer *);
     usp_status (*forward)(usp_layer *, usp_inner *);
     usp_status (*backward)(usp_layer *, usp_inner *);
-    /* Adds ring bytes, and the flops of each rank. */
-    void (*cost)(const usp_layer *, usp_pass, usp_cost *);
+    /* Posts what a pass sends and receives on the ring, to be counted; operations of ring rank r, a head and batch. */
+    void (*count_messages)(const usp_layer *, usp_pass, usp_messages *);
+    double (*flops)(const usp_layer *, usp_pass, int r);
 } usp_attn_ops;
 
 extern const usp_attn_ops usp_attn_softmax, usp_attn_linear;

@@ -30,13 +30,8 @@ typedef struct flow {
 typedef struct buffers {
     float *blocks[2], *totals[2], *slots[2], *carry[2], *incoming[2], *edge[2]; /* of the flows S and D */
     float *seed;                                                                /* D's initial state */
-    float *acc, *keys,
-        *heads; /* fp32 rows of a product: before the incoming state is applied, or shared heads summed */
+    float *acc, *keys, *heads; /* fp32 rows of products: before a state is applied, or shared heads are summed */
 } buffers;
-
-static int64_t state_elements(const usp_layer *layer) {
-    return (int64_t)layer->dim[USP_QUERY] * layer->dim[USP_VALUE];
-}
 
 static int local_heads(const usp_layer *layer) {
     return usp_layer_heads(layer, USP_OUT, layer->mesh.u).count;
@@ -44,7 +39,7 @@ static int local_heads(const usp_layer *layer) {
 
 /* Floats of one state of all own heads. */
 static int64_t state_size(const usp_layer *layer) {
-    return state_elements(layer) * layer->config.batch * local_heads(layer);
+    return usp_layer_state_elements(layer) * layer->config.batch * local_heads(layer);
 }
 
 static float *carve_states(const usp_layer *layer, int64_t states, usp_arena *arena) {
@@ -123,7 +118,7 @@ static usp_linear block_arguments(const usp_layer *layer, const flow *f) {
 static usp_scan scan_arguments(const usp_layer *layer, const flow *f) {
     return (usp_scan){.batch = layer->config.batch,
                       .heads = local_heads(layer),
-                      .elements = state_elements(layer),
+                      .elements = usp_layer_state_elements(layer),
                       .log_decay = layer->decay,
                       .reverse = f->reverse};
 }
@@ -255,12 +250,6 @@ static void post_spread(const usp_layer *layer, const flow *f, usp_messages *mes
     }
 }
 
-static usp_status exchange_now(usp_layer *layer) {
-    const usp_messages *messages = &layer->messages;
-    if (!messages->sends && !messages->recvs) return USP_OK;
-    return usp_world_exchange(layer->world, messages->send, messages->sends, messages->recv, messages->recvs);
-}
-
 /* One own link: keep the state before the chunk, fold the chunk in. A one-state scan does both. */
 static usp_status fold_link(usp_layer *layer, const flow *f, int64_t c, usp_stream stream) {
     float *incoming = state_at(layer, f->incoming, layer->schedule->chunk[c].own_index);
@@ -278,13 +267,13 @@ static usp_status run_chain(usp_layer *layer, const flow *f) {
         int64_t c = chain_chunk(layer, f, i);
         if (schedule->chunk[c].owner != layer->mesh.r) continue;
         post_hop(layer, f, i - 1, 1, usp_messages_begin(layer));
-        USP_TRY(exchange_now(layer));
+        USP_TRY(usp_messages_exchange(layer));
         USP_TRY(fold_link(layer, f, c, stream));
         post_hop(layer, f, i, 0, usp_messages_begin(layer));
-        USP_TRY(exchange_now(layer));
+        USP_TRY(usp_messages_exchange(layer));
     }
     post_spread(layer, f, usp_messages_begin(layer));
-    USP_TRY(exchange_now(layer));
+    USP_TRY(usp_messages_exchange(layer));
     return f->final ? copy_state(layer, f->final, f->carry, stream) : USP_OK;
 }
 
@@ -301,7 +290,7 @@ static usp_status begin_flow(usp_layer *layer, const usp_inner *inner, const flo
 static usp_status travel_flow(usp_layer *layer, const flow *f) {
     if (uses_chain(layer)) return run_chain(layer, f);
     post_gather(layer, f, usp_messages_begin(layer));
-    return exchange_now(layer);
+    return usp_messages_exchange(layer);
 }
 
 static usp_status end_flow(usp_layer *layer, const usp_inner *inner, const flow *f) {
@@ -607,28 +596,17 @@ static void count_flow(const usp_layer *layer, const flow *f, usp_messages *coun
 
 /* As the recurrence counts: 2 operations a multiply-add; k v^T and q S forward; q dout^T, k v^T, dq, dk, dv backward.
  */
-static double token_flops(const usp_layer *layer, usp_pass pass) {
-    return layer->config.batch * (pass == USP_PASS_FORWARD ? 4.0 : 10.0) * (double)state_elements(layer);
+static double flops(const usp_layer *layer, usp_pass pass, int r) {
+    double tokens = (double)layer->schedule->query.block[r].rows;
+    return tokens * (pass == USP_PASS_FORWARD ? 4.0 : 10.0) * (double)usp_layer_state_elements(layer);
 }
 
-static void cost(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
-    usp_messages count = {0};
+static void count_messages(const usp_layer *layer, usp_pass pass, usp_messages *count) {
     flow s = {.again = pass == USP_PASS_BACKWARD}, d = {.reverse = 1};
-    int ring = layer->mesh.ring, ulysses = layer->mesh.ulysses;
-    if (pass == USP_PASS_BACKWARD) count_flow(layer, &d, &count);
-    if (pass == USP_PASS_FORWARD || layer->config.recompute_state) count_flow(layer, &s, &count);
-    cost->ring_send += count.bytes_sent;
-    cost->ring_recv += count.bytes_received;
-    for (int r = 0; r < ring; r++)
-        for (int u = 0; u < ulysses; u++) {
-            double tokens = (double)layer->schedule->query.block[r].rows;
-            double flops = token_flops(layer, pass) * tokens * usp_layer_heads(layer, USP_OUT, u).count;
-            cost->flops_mean += flops / (ring * ulysses);
-            if (flops > cost->flops_max) cost->flops_max = flops;
-            if (r == layer->mesh.r && u == layer->mesh.u) cost->flops = flops;
-        }
+    if (pass == USP_PASS_BACKWARD) count_flow(layer, &d, count);
+    if (pass == USP_PASS_FORWARD || layer->config.recompute_state) count_flow(layer, &s, count);
 }
 
 /* ---- table ------------------------------------------------------------------------------------------------------- */
 
-const usp_attn_ops usp_attn_linear = {"linear", workspace, saved, forward, backward, cost};
+const usp_attn_ops usp_attn_linear = {"linear", workspace, saved, forward, backward, count_messages, flops};

@@ -279,31 +279,21 @@ static usp_status backward(usp_layer *layer, usp_inner *inner) {
 /* ---- cost -------------------------------------------------------------------------------------------------------- */
 
 /* 2 operations a multiply-add; forward: q.k and p.v; backward: q.k, dout.v, dv, dq, dk. */
-static double pair_flops(const usp_layer *layer, usp_pass pass) {
+static double flops(const usp_layer *layer, usp_pass pass, int r) {
     double d = layer->dim[USP_QUERY], e = layer->dim[USP_OUT];
-    return layer->config.batch * (pass == USP_PASS_FORWARD ? 2 * (d + e) : 2 * (3 * d + 2 * e));
+    double pairs = usp_schedule_pairs(layer->sequence, layer->schedule, r);
+    return pairs * (pass == USP_PASS_FORWARD ? 2 * (d + e) : 2 * (3 * d + 2 * e));
 }
 
-static void cost(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
-    usp_messages count = {0};
-    int ring = layer->mesh.ring, ulysses = layer->mesh.ulysses;
+static void count_messages(const usp_layer *layer, usp_pass pass, usp_messages *count) {
+    int ring = layer->mesh.ring;
     for (int t = 0; t < ring; t++) {
-        post_keys(layer, t, NULL, NULL, &count);
-        if (pass == USP_PASS_BACKWARD) post_gradients(layer, t, NULL, NULL, &count);
+        post_keys(layer, t, NULL, NULL, count);
+        if (pass == USP_PASS_BACKWARD) post_gradients(layer, t, NULL, NULL, count);
     }
-    if (pass == USP_PASS_BACKWARD && ring > 1) post_gradients(layer, ring, NULL, NULL, &count);
-    cost->ring_send += count.bytes_sent;
-    cost->ring_recv += count.bytes_received;
-    for (int r = 0; r < ring; r++)
-        for (int u = 0; u < ulysses; u++) {
-            double pairs = usp_schedule_pairs(layer->sequence, layer->schedule, r);
-            double flops = pair_flops(layer, pass) * pairs * usp_layer_heads(layer, USP_OUT, u).count;
-            cost->flops_mean += flops / (ring * ulysses);
-            if (flops > cost->flops_max) cost->flops_max = flops;
-            if (r == layer->mesh.r && u == layer->mesh.u) cost->flops = flops;
-        }
+    if (pass == USP_PASS_BACKWARD && ring > 1) post_gradients(layer, ring, NULL, NULL, count);
 }
 
 /* ---- table ------------------------------------------------------------------------------------------------------- */
 
-const usp_attn_ops usp_attn_softmax = {"softmax", workspace, saved, forward, backward, cost};
+const usp_attn_ops usp_attn_softmax = {"softmax", workspace, saved, forward, backward, count_messages, flops};

@@ -102,8 +102,8 @@ static usp_status allocate_messages(usp_layer *layer) {
 /* No exchange moves more than a workspace and what is saved hold. */
 static usp_status prepare_transport(usp_layer *layer) {
     usp_comm *comm = layer->world->comm;
-    size_t forward = usp_run_workspace(layer, USP_PASS_FORWARD), backward = usp_run_workspace(layer, USP_PASS_BACKWARD);
-    size_t most = (forward > backward ? forward : backward) + usp_run_saved(layer);
+    size_t forward = layer->sizes.forward_workspace, backward = layer->sizes.backward_workspace;
+    size_t most = (forward > backward ? forward : backward) + layer->sizes.saved;
     return comm->ops->prepare(comm, 2 * message_capacity(layer), most);
 }
 
@@ -125,6 +125,7 @@ static usp_status build(usp_layer *layer, const float *decay) {
     layer->attn = layer->config.attention == USP_SOFTMAX ? &usp_attn_softmax : &usp_attn_linear;
     usp_shape shape = {mesh->ulysses, mesh->ring, mesh->u, mesh->r, layer->config.attention, layer->config.mask};
     USP_TRY(usp_schedule_acquire(layer->sequence, &shape, &layer->schedule));
+    layer->sizes = usp_run_sizes(layer);
     USP_TRY(allocate_messages(layer));
     USP_TRY(prepare_transport(layer));
     return upload_decay(layer, decay);
@@ -172,20 +173,33 @@ void usp_layer_destroy(usp_layer *layer) {
 
 usp_status usp_layer_get_sizes(const usp_layer *layer, usp_sizes *sizes) {
     USP_REQUIRE(layer, "layer is NULL");
-    usp_sizes known = {.forward_workspace = usp_run_workspace(layer, USP_PASS_FORWARD),
-                       .backward_workspace = usp_run_workspace(layer, USP_PASS_BACKWARD),
-                       .exchange_workspace = usp_run_exchange_workspace(layer),
-                       .saved = usp_run_saved(layer),
-                       .alignment = USP_ALIGNMENT};
-    return usp_abi_write(&known, sizeof known, sizes, "usp_sizes");
+    return usp_abi_write(&layer->sizes, sizeof layer->sizes, sizes, "usp_sizes");
+}
+
+static void add_flops(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
+    int ring = layer->mesh.ring, ulysses = layer->mesh.ulysses;
+    for (int r = 0; r < ring; r++)
+        for (int u = 0; u < ulysses; u++) {
+            double heads = (double)layer->config.batch * usp_layer_heads(layer, USP_OUT, u).count;
+            double flops = layer->attn->flops(layer, pass, r) * heads;
+            cost->flops_mean += flops / (ring * ulysses);
+            if (flops > cost->flops_max) cost->flops_max = flops;
+            if (r == layer->mesh.r && u == layer->mesh.u) cost->flops = flops;
+        }
 }
 
 usp_status usp_layer_get_cost(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
     USP_REQUIRE(layer, "layer is NULL");
     USP_REQUIRE(pass == USP_PASS_FORWARD || pass == USP_PASS_BACKWARD, "pass is %d: forward or backward", (int)pass);
     usp_cost known = {0};
-    usp_run_cost(layer, pass, &known);
-    layer->attn->cost(layer, pass, &known);
+    usp_messages ulysses = {0}, ring = {0};
+    usp_run_count_messages(layer, pass, &ulysses);
+    layer->attn->count_messages(layer, pass, &ring);
+    known.ulysses_send = ulysses.bytes_sent;
+    known.ulysses_recv = ulysses.bytes_received;
+    known.ring_send = ring.bytes_sent;
+    known.ring_recv = ring.bytes_received;
+    add_flops(layer, pass, &known);
     return usp_abi_write(&known, sizeof known, cost, "usp_cost");
 }
 
@@ -252,14 +266,12 @@ size_t usp_layer_describe(const usp_layer *layer, char *to, size_t capacity) {
     if (t.capacity) to[0] = 0;
     if (!layer) return 0;
     usp_head_range own = usp_layer_heads(layer, USP_OUT, layer->mesh.u);
-    usp_sizes sizes = {.struct_size = sizeof sizes};
     say_shape(&t, layer);
     say(&t, "  inner     %lld tokens, heads %d .. %d\n", (long long)layer->schedule->query.block[layer->mesh.r].rows,
         own.first, own.first + own.count - 1);
     say_cost(&t, layer, USP_PASS_FORWARD);
     say_cost(&t, layer, USP_PASS_BACKWARD);
-    usp_layer_get_sizes(layer, &sizes);
-    say(&t, "  memory    workspace %zu forward, %zu backward, saved %zu bytes\n", sizes.forward_workspace,
-        sizes.backward_workspace, sizes.saved);
+    say(&t, "  memory    workspace %zu forward, %zu backward, saved %zu bytes\n", layer->sizes.forward_workspace,
+        layer->sizes.backward_workspace, layer->sizes.saved);
     return t.length;
 }

@@ -8,12 +8,12 @@
 enum { USP_OPERANDS = 4 };
 
 /* A list of messages being put together for one exchange. With no arrays it only counts bytes. */
-typedef struct usp_messages {
+struct usp_messages {
     usp_send *send;
     usp_recv *recv;
     int sends, recvs;
     int64_t bytes_sent, bytes_received;
-} usp_messages;
+};
 
 /* Consecutive heads of a tensor. */
 typedef struct usp_head_range {
@@ -31,6 +31,7 @@ struct usp_layer {
     int dim[USP_OPERANDS];
     int shared[USP_OPERANDS]; /* several ulysses ranks hold some head of it */
     const usp_attn_ops *attn;
+    usp_sizes sizes;
     float *decay; /* device, own heads; NULL: lambda = 1 */
     usp_messages messages;
     void *message_memory;
@@ -42,6 +43,11 @@ usp_head_range usp_layer_heads(const usp_layer *layer, usp_operand operand, int 
 /* How local output heads of this rank read an operand's local heads. */
 usp_head_map usp_layer_head_map(const usp_layer *layer, usp_operand operand);
 
+/* Numbers in one head's state of linear attention. */
+static inline int64_t usp_layer_state_elements(const usp_layer *layer) {
+    return (int64_t)layer->dim[USP_QUERY] * layer->dim[USP_VALUE];
+}
+
 /* Checks a config and fills in its defaults; INVALID or UNSUPPORTED with a sentence that names the field. */
 usp_status usp_layer_config_resolve(const usp_layer_config *given, usp_layer_config *config);
 /* H of a resolved config. */
@@ -52,11 +58,12 @@ int usp_layer_config_operand_heads(const usp_layer_config *config, usp_operand o
 usp_status usp_layer_config_agree(const usp_mesh *mesh, usp_status mine, const usp_layer_config *config,
                                   const usp_sequence *sequence);
 
-/* Message lists. begin empties the layer's list; run puts it on the transfer stream behind what `stream` has now; join
- * makes `stream` wait for it. */
+/* Message lists. begin empties the layer's list; exchange puts it on the transfer stream, run does so behind what
+ * `stream` has now; join makes `stream` wait for it. */
 usp_messages *usp_messages_begin(usp_layer *layer);
 void usp_messages_send(usp_messages *messages, int peer, const void *data, int64_t bytes);
 void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t bytes);
+usp_status usp_messages_exchange(usp_layer *layer);
 usp_status usp_messages_run(usp_layer *layer, usp_stream stream);
 usp_status usp_messages_join(usp_layer *layer, usp_stream stream);
 

@@ -20,11 +20,15 @@ void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t byt
     if (messages->recv) messages->recv[messages->recvs++] = (usp_recv){peer, data, (size_t)bytes};
 }
 
+usp_status usp_messages_exchange(usp_layer *layer) {
+    const usp_messages *messages = &layer->messages;
+    if (!messages->sends && !messages->recvs) return USP_OK;
+    return usp_world_exchange(layer->world, messages->send, messages->sends, messages->recv, messages->recvs);
+}
+
 usp_status usp_messages_run(usp_layer *layer, usp_stream stream) {
-    usp_world *world = layer->world;
-    usp_messages *messages = &layer->messages;
-    USP_TRY(usp_world_fork(world, stream, world->transfer));
-    return usp_world_exchange(world, messages->send, messages->sends, messages->recv, messages->recvs);
+    USP_TRY(usp_world_fork(layer->world, stream, layer->world->transfer));
+    return usp_messages_exchange(layer);
 }
 
 usp_status usp_messages_join(usp_layer *layer, usp_stream stream) {

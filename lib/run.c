@@ -41,12 +41,8 @@ static float *carve_rows(const usp_layer *layer, usp_arena *arena) {
     return usp_carve(arena, (size_t)(rows * layer->config.batch * own_heads(layer)) * sizeof(float));
 }
 
-static int64_t state_elements(const usp_layer *layer) {
-    return (int64_t)layer->dim[USP_QUERY] * layer->dim[USP_VALUE];
-}
-
 static float *carve_state(const usp_layer *layer, int heads, usp_arena *arena) {
-    return usp_carve(arena, (size_t)(state_elements(layer) * layer->config.batch * heads) * sizeof(float));
+    return usp_carve(arena, (size_t)(usp_layer_state_elements(layer) * layer->config.batch * heads) * sizeof(float));
 }
 
 static usp_transit carve_in(const usp_layer *layer, usp_bundle bundle, void *block, usp_arena *arena) {
@@ -124,13 +120,13 @@ static float *carve_initial(const usp_layer *layer, usp_arena *arena) {
     return exchanges(layer) && layer->config.initial_state ? carve_state(layer, own_heads(layer), arena) : NULL;
 }
 
-size_t usp_run_saved(const usp_layer *layer) {
+static size_t saved_bytes(const usp_layer *layer) {
     usp_arena arena = {0};
     carve_saved(layer, &arena);
     return arena.used;
 }
 
-size_t usp_run_workspace(const usp_layer *layer, usp_pass pass) {
+static size_t workspace_bytes(const usp_layer *layer, usp_pass pass) {
     usp_arena arena = {0};
     saved_buffers kept = {0};
     if (pass == USP_PASS_FORWARD) {
@@ -216,7 +212,7 @@ static usp_status check_backward(const usp_layer *layer, const usp_backward *arg
     USP_TRY(check_pointer(args->dfinal_state, layer->config.final_state, "usp_backward.dfinal_state"));
     USP_TRY(check_pointer(args->dinitial_state, layer->config.initial_state, "usp_backward.dinitial_state"));
     USP_TRY(check_pointer(args->initial_state, layer->config.initial_state, "usp_backward.initial_state"));
-    if (!args->saved && usp_run_saved(layer))
+    if (!args->saved && layer->sizes.saved)
         return usp_fail(USP_WORKSPACE, "usp_backward.saved is NULL: pass what forward wrote");
     return check_saved(args->saved, "usp_backward");
 }
@@ -226,7 +222,7 @@ static usp_status check_backward(const usp_layer *layer, const usp_backward *arg
 /* Heads first .. first + heads of a state with all heads, as one row of a tensor. */
 static usp_status copy_states(usp_layer *layer, const float *from, int from_heads, int from_first, float *to,
                               int to_heads, int to_first, int heads, usp_stream stream) {
-    int64_t elements = state_elements(layer);
+    int64_t elements = usp_layer_state_elements(layer);
     usp_device *device = layer->world->device;
     usp_copy copy = {.tokens = 1, .batch = layer->config.batch, .heads = heads, .dim = (int)elements};
     copy.from = (usp_tensor){(float *)(uintptr_t)from + from_first * elements, from_heads * elements, 0, elements};
@@ -241,7 +237,7 @@ static usp_status slice_state(usp_layer *layer, const float *all, float *own, us
 
 /* Every ulysses rank's heads to every other: `staging` has room for all heads, rank after rank. */
 static void post_states(const usp_layer *layer, const float *own, float *staging, usp_messages *messages) {
-    int64_t one = state_elements(layer) * layer->config.batch;
+    int64_t one = usp_layer_state_elements(layer) * layer->config.batch;
     for (int u = 0; u < layer->mesh.ulysses; u++) {
         usp_head_range theirs = usp_layer_heads(layer, USP_OUT, u);
         if (u == layer->mesh.u) continue;
@@ -254,7 +250,7 @@ static void post_states(const usp_layer *layer, const float *own, float *staging
 
 static usp_status unpack_states(usp_layer *layer, const float *own, const float *staging, float *all,
                                 usp_stream stream) {
-    int64_t one = state_elements(layer) * layer->config.batch;
+    int64_t one = usp_layer_state_elements(layer) * layer->config.batch;
     for (int u = 0; u < layer->mesh.ulysses; u++) {
         usp_head_range heads = usp_layer_heads(layer, USP_OUT, u);
         const float *from = u == layer->mesh.u ? own : staging + one * heads.first;
@@ -387,7 +383,7 @@ static usp_status run_forward(usp_layer *layer, const usp_forward *given, void *
     USP_TRY(usp_world_poll(layer->world));
     USP_TRY(usp_abi_read(&args, sizeof args, given, "usp_forward"));
     USP_TRY(check_forward(layer, &args, inner));
-    USP_TRY(check_workspace(workspace, bytes, usp_run_workspace(layer, USP_PASS_FORWARD)));
+    USP_TRY(check_workspace(workspace, bytes, layer->sizes.forward_workspace));
     usp_arena arena = {workspace, 0}, saved = {args.saved, 0};
     saved_buffers kept = carve_saved(layer, args.saved ? &saved : &arena);
     if (exchanges(layer) && !inner) return forward_exchanged(layer, &args, &kept, arena, stream);
@@ -523,7 +519,7 @@ static usp_status run_backward(usp_layer *layer, const usp_backward *given, void
     USP_TRY(usp_world_poll(layer->world));
     USP_TRY(usp_abi_read(&args, sizeof args, given, "usp_backward"));
     USP_TRY(check_backward(layer, &args, inner));
-    USP_TRY(check_workspace(workspace, bytes, usp_run_workspace(layer, USP_PASS_BACKWARD)));
+    USP_TRY(check_workspace(workspace, bytes, layer->sizes.backward_workspace));
     usp_arena arena = {workspace, 0}, saved = {(void *)(uintptr_t)args.saved, 0};
     saved_buffers kept = carve_saved(layer, &saved);
     if (exchanges(layer) && !inner) return backward_exchanged(layer, &args, &kept, arena, stream);
@@ -547,7 +543,7 @@ static usp_bundle operand_bundle(const usp_layer *layer, usp_operand operand, in
     return usp_bundle_of(layer, operand, sum ? USP_F32 : layer->config.dtype);
 }
 
-size_t usp_run_exchange_workspace(const usp_layer *layer) {
+static size_t exchange_bytes(const usp_layer *layer) {
     size_t most = 0;
     for (int operand = 0; operand < USP_OPERANDS; operand++)
         for (int toward_tokens = 0; toward_tokens < 2; toward_tokens++) {
@@ -568,7 +564,7 @@ static usp_status check_exchange(const usp_layer *layer, usp_operand operand, co
     extents here = whole_extents(layer, 0), there = whole_extents(layer, 1);
     USP_TRY(check_tensor(layer, tokens, keys ? here.keys : here.queries, here.heads[operand], "tokens"));
     USP_TRY(check_tensor(layer, heads, keys ? there.keys : there.queries, there.heads[operand], "heads"));
-    return check_workspace(workspace, bytes, usp_run_exchange_workspace(layer));
+    return check_workspace(workspace, bytes, layer->sizes.exchange_workspace);
 }
 
 /* Between the packed block and the caller's tensor of own heads. */
@@ -615,23 +611,28 @@ usp_status usp_layer_heads_to_tokens(usp_layer *layer, usp_operand operand, cons
     return usp_transit_unpack(layer, &transit, tokens, layer->config.dtype, stream);
 }
 
-/* ---- cost -------------------------------------------------------------------------------------------------------- */
+/* ---- sizes and cost ---------------------------------------------------------------------------------------------- */
 
-void usp_run_cost(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
-    usp_messages count = {0};
+usp_sizes usp_run_sizes(const usp_layer *layer) {
+    return (usp_sizes){.forward_workspace = workspace_bytes(layer, USP_PASS_FORWARD),
+                       .backward_workspace = workspace_bytes(layer, USP_PASS_BACKWARD),
+                       .exchange_workspace = exchange_bytes(layer),
+                       .saved = saved_bytes(layer),
+                       .alignment = USP_ALIGNMENT};
+}
+
+void usp_run_count_messages(const usp_layer *layer, usp_pass pass, usp_messages *count) {
     usp_arena arena = {0};
     saved_buffers kept = {0};
     if (!exchanges(layer)) return;
     if (pass == USP_PASS_FORWARD) {
         forward_buffers b = carve_forward(layer, &kept, &arena);
-        usp_transit_post_to_heads(layer, &b.q, &count);
-        usp_transit_post_to_heads(layer, &b.keys, &count);
-        post_forward_out(layer, &b, &count);
+        usp_transit_post_to_heads(layer, &b.q, count);
+        usp_transit_post_to_heads(layer, &b.keys, count);
+        post_forward_out(layer, &b, count);
     } else {
         backward_buffers b = carve_backward(layer, &arena);
-        post_backward_in(layer, &b, &count);
-        post_backward_out(layer, &b, &count);
+        post_backward_in(layer, &b, count);
+        post_backward_out(layer, &b, count);
     }
-    cost->ulysses_send += count.bytes_sent;
-    cost->ulysses_recv += count.bytes_received;
 }

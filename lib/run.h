@@ -3,10 +3,9 @@
 #define USP_RUN_H
 #include "layer.h"
 
-size_t usp_run_workspace(const usp_layer *layer, usp_pass pass);
-size_t usp_run_exchange_workspace(const usp_layer *layer);
-size_t usp_run_saved(const usp_layer *layer);
-/* Adds the bytes of the ulysses axis. */
-void usp_run_cost(const usp_layer *layer, usp_pass pass, usp_cost *cost);
+/* Found once, at create: nothing that is re-planned later changes them. */
+usp_sizes usp_run_sizes(const usp_layer *layer);
+/* Posts what a pass sends and receives on the ulysses axis, to be counted. */
+void usp_run_count_messages(const usp_layer *layer, usp_pass pass, usp_messages *count);
 
 #endif
