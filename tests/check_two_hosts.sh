@@ -3,6 +3,7 @@
 # usage: check_two_hosts.sh USP_LAUNCH GPU_LAYERS
 set -eu
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+[ -z "${CUDA_VISIBLE_DEVICES:-}" ] || gpus=$(echo "$CUDA_VISIBLE_DEVICES" | tr , '\n' | grep -c .)
 if [ "${gpus:-0}" -lt 2 ]; then
     echo "skipped: two emulated hosts need 2 GPUs, here are ${gpus:-0}"
     exit 77

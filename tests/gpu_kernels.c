@@ -1,5 +1,8 @@
 /* gpu_kernels.c - every entry of the CUDA device against the CPU's on random inputs; with --time, their speed.
- * Exits 0 if all agree and 1 if not; without a GPU it says why and exits 77. It tests kernels, not layers. */
+ * Exits 0 if all agree and 1 if not; without a GPU it says why and exits 77. It tests kernels, not layers.
+ *
+ *   gpu_kernels [common | linear | softmax]         checks all entries, or those of one kind
+ *   gpu_kernels --time [linear | softmax]           times them */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -118,7 +121,7 @@ static void check_memory(usp_gpu_test *t) {
 
 /* ---- program ----------------------------------------------------------------------------------------------------- */
 
-static void check_all(usp_gpu_test *t) {
+static void check_common(usp_gpu_test *t) {
     check_memory(t);
     check_streams(t);
     check_scale(t, 0);
@@ -126,9 +129,6 @@ static void check_all(usp_gpu_test *t) {
     for (int how = 0; how < ARRANGEMENTS; how++)
         for (int pair = 0; pair < 9; pair++)
             check_copies(t, (usp_gpu_arrangement)how, (usp_dtype)(pair / 3), (usp_dtype)(pair % 3));
-    usp_gpu_check_linear(t);
-    usp_gpu_check_softmax(t);
-    printf("%d checks, %d failed, largest error %.2f of its budget\n", t->checks, t->failures, t->worst);
 }
 
 static usp_status copy_half(const usp_gpu_world *w, const void *args) {
@@ -148,9 +148,29 @@ static void time_linear(usp_gpu_test *t) {
     usp_gpu_time_linear(t, copy_speed(t));
 }
 
-static void time_all(usp_gpu_test *t) {
-    time_linear(t);
-    usp_gpu_time_softmax(t);
+/* What a kind's tests are called, in the order in which they run. */
+static const struct kind_tests {
+    const char *name;
+    void (*check)(usp_gpu_test *);
+    void (*time)(usp_gpu_test *); /* NULL: nothing to time */
+} kinds[] = {
+    {"common", check_common, NULL},
+    {"linear", usp_gpu_check_linear, time_linear},
+    {"softmax", usp_gpu_check_softmax, usp_gpu_time_softmax},
+};
+enum { KINDS = sizeof kinds / sizeof *kinds };
+
+typedef struct chosen_tests {
+    int time, first, end; /* kinds first .. end - 1 */
+} chosen_tests;
+
+static void run_chosen(usp_gpu_test *t, const chosen_tests *chosen) {
+    for (int i = chosen->first; i < chosen->end; i++) {
+        if (!chosen->time) kinds[i].check(t);
+        if (chosen->time && kinds[i].time) kinds[i].time(t);
+    }
+    if (!chosen->time)
+        printf("%d checks, %d failed, largest error %.2f of its budget\n", t->checks, t->failures, t->worst);
 }
 
 static char *host_slab(void) {
@@ -159,8 +179,9 @@ static char *host_slab(void) {
     return slab;
 }
 
-static int run_tests(usp_gpu_test *t, size_t gpu_bytes, void (*tests)(usp_gpu_test *)) {
+static int run_tests(usp_gpu_test *t, const chosen_tests *chosen) {
     const usp_device_ops *ops = t->gpu.device->ops;
+    size_t gpu_bytes = chosen->time ? (size_t)8 << 30 : USP_GPU_ROOM;
     if (ops->alloc(t->gpu.device, gpu_bytes, (void **)&t->gpu.base) != USP_OK ||
         ops->stream_create(t->gpu.device, &t->gpu.stream) != USP_OK) {
         fprintf(stderr, "%s\n", usp_last_error());
@@ -168,33 +189,33 @@ static int run_tests(usp_gpu_test *t, size_t gpu_bytes, void (*tests)(usp_gpu_te
     }
     t->exact.base = host_slab(), t->plain.base = host_slab(), t->before = host_slab(), t->after = host_slab();
     t->again = host_slab(), t->free_to_write = host_slab();
-    tests(t);
+    run_chosen(t, chosen);
     free(t->exact.base), free(t->plain.base), free(t->before), free(t->after), free(t->again), free(t->free_to_write);
     ops->stream_destroy(t->gpu.device, t->gpu.stream);
     ops->free(t->gpu.device, t->gpu.base);
     return t->failures > 0;
 }
 
-typedef void (*tests_fn)(usp_gpu_test *);
-
-/* What the arguments ask for; NULL if they are no good. */
-static tests_fn choose_tests(int arguments, char **argument) {
-    if (arguments == 0) return check_all;
-    if (strcmp(argument[0], "--time") != 0) return NULL;
-    if (arguments == 1) return time_all;
-    if (arguments == 2 && strcmp(argument[1], "linear") == 0) return time_linear;
-    if (arguments == 2 && strcmp(argument[1], "softmax") == 0) return usp_gpu_time_softmax;
-    return NULL;
+/* What the arguments ask for; 0 if they are no good. */
+static int choose_tests(int arguments, char **argument, chosen_tests *chosen) {
+    *chosen = (chosen_tests){.end = KINDS};
+    if (arguments > 0 && strcmp(argument[0], "--time") == 0) chosen->time = 1, arguments--, argument++;
+    for (int i = 0; i < KINDS && arguments == 1; i++)
+        if (strcmp(argument[0], kinds[i].name) == 0 && (!chosen->time || kinds[i].time)) {
+            *chosen = (chosen_tests){chosen->time, i, i + 1};
+            return 1;
+        }
+    return arguments == 0;
 }
 
 int main(int argc, char **argv) {
-    tests_fn tests = choose_tests(argc - 1, argv + 1);
+    chosen_tests chosen;
     usp_world_config defaults = {.struct_size = sizeof defaults};
     usp_host host = usp_host_from_config(&defaults);
     usp_gpu_test t = {.random = 314159265};
     setvbuf(stdout, NULL, _IOLBF, 0); /* a run that is stopped has shown what it had */
-    if (!tests) {
-        fprintf(stderr, "usage: %s [--time [linear | softmax]]\n", argv[0]);
+    if (!choose_tests(argc - 1, argv + 1, &chosen)) {
+        fprintf(stderr, "usage: %s [common | linear | softmax]\n       %s --time [linear | softmax]\n", argv[0], argv[0]);
         return 2;
     }
     if (usp_device_create_cuda(&host, &t.gpu.device) != USP_OK) {
@@ -206,7 +227,7 @@ int main(int argc, char **argv) {
         return 1;
     }
     t.plain.device = t.exact.device;
-    int result = run_tests(&t, tests == check_all ? USP_GPU_ROOM : (size_t)8 << 30, tests);
+    int result = run_tests(&t, &chosen);
     t.exact.device->ops->destroy(t.exact.device);
     t.gpu.device->ops->destroy(t.gpu.device);
     return result;
