@@ -1,6 +1,7 @@
 /* measure.c - set up, warm up, time, check, tear down.
  * All device work goes through usp.h; clocks are the host's, around work that has been waited for. */
 #include "measure.h"
+#include "graph.h"
 #include "reference.h"
 #include <math.h>
 #include <stdio.h>
@@ -26,6 +27,8 @@ typedef struct usp_setup {
     void *workspace, *saved;
     size_t workspace_bytes, saved_bytes; /* as allocated */
     int shared;
+    usp_graph *graph; /* of `recorded` passes, while they are timed; NULL: they are called */
+    int recorded;
 } usp_setup;
 
 static double now(void) {
@@ -217,10 +220,21 @@ static usp_status backward(usp_setup *s) {
     return usp_layer_backward(s->layer, &args, s->workspace, s->workspace_bytes, s->rank->stream);
 }
 
+/* By calls, or by launches of their graph. */
+static usp_status enqueue(usp_setup *s, usp_pass pass, int times) {
+    if (s->graph) {
+        for (int i = 0; i < times; i += s->recorded)
+            USP_TRY(usp_graph_launch(s->graph, s->rank->stream, &s->rank->error));
+        return USP_OK;
+    }
+    for (int i = 0; i < times; i++) USP_TRY(pass == USP_PASS_FORWARD ? forward(s) : backward(s));
+    return USP_OK;
+}
+
 /* Enqueues `times` passes and waits for them. */
 static usp_status run_passes(usp_setup *s, usp_pass pass, int times, double *seconds) {
     double begin = now();
-    for (int i = 0; i < times; i++) USP_TRY(pass == USP_PASS_FORWARD ? forward(s) : backward(s));
+    USP_TRY(enqueue(s, pass, times));
     USP_TRY(usp_world_synchronize(s->rank->world, s->rank->stream));
     *seconds = now() - begin;
     return USP_OK;
@@ -297,6 +311,15 @@ static void show(usp_setup *s, usp_sweep_state *state, usp_pass pass, double par
     usp_progress_show(&state->progress, state->rows_done + part, label);
 }
 
+static usp_status record(usp_setup *s, usp_pass pass, int passes) {
+    usp_stream stream = s->rank->stream;
+    USP_TRY(usp_graph_begin(stream, &s->rank->error));
+    usp_status status = enqueue(s, pass, passes);
+    usp_status ended = usp_graph_end(stream, &s->graph, &s->rank->error);
+    s->recorded = passes;
+    return status != USP_OK ? status : ended;
+}
+
 /* The gather of an iteration's times is the next one's barrier, and lets all ranks end together. */
 static usp_status time_iterations(usp_setup *s, usp_pass pass, usp_sweep_state *state, double *seconds,
                                   usp_timing *time) {
@@ -314,17 +337,26 @@ static usp_status time_iterations(usp_setup *s, usp_pass pass, usp_sweep_state *
     return USP_OK;
 }
 
+/* Poisons the results, and then runs `aggregate` passes an iteration, or the graph of so many some times. */
+static usp_status time_prepared(usp_setup *s, usp_pass pass, int aggregate, usp_sweep_state *state, double *seconds,
+                                usp_timing *time) {
+    time->aggregate = aggregate;
+    USP_TRY(usp_rank_agree(s->rank, poison(s, pass)));
+    if (s->options->graphs > 0) {
+        USP_TRY(usp_rank_agree(s->rank, record(s, pass, aggregate)));
+        time->aggregate *= s->options->graphs;
+    }
+    return time_iterations(s, pass, state, seconds, time);
+}
+
 static usp_status time_pass(usp_setup *s, usp_pass pass, usp_sweep_state *state, usp_timing *time) {
     double pass_time;
     double *seconds = usp_tool_alloc(&s->rank->error, (size_t)s->options->iterations, sizeof *seconds);
     if (!seconds) return USP_NO_MEMORY;
     usp_status status = warm_up(s, pass, &pass_time);
-    if (status == USP_OK) status = poison(s, pass);
-    if (status == USP_OK) status = usp_rank_agree(s->rank, USP_OK);
-    if (status == USP_OK) {
-        time->aggregate = aggregate_of(s->options, pass_time);
-        status = time_iterations(s, pass, state, seconds, time);
-    }
+    if (status == USP_OK) status = time_prepared(s, pass, aggregate_of(s->options, pass_time), state, seconds, time);
+    usp_graph_destroy(s->graph);
+    s->graph = NULL;
     free(seconds);
     return status;
 }
@@ -443,8 +475,16 @@ static void refuse(usp_setup *s, usp_sweep_state *state, usp_result results[2], 
     s->rank->error.text[0] = 0;
 }
 
+/* The same on all ranks. */
+static usp_status check_graphs(const usp_setup *s) {
+    int alone = s->rank->device == USP_DEVICE_CUDA && (s->rank->size == 1 || !strcmp(s->rank->transport, "nccl"));
+    if (s->options->graphs == 0 || alone) return USP_OK;
+    return usp_tool_fail(&s->rank->error, USP_UNSUPPORTED, "a graph needs a GPU for every rank");
+}
+
 /* All ranks leave with the same verdict: create is collective, and own memory is agreed on. */
 static usp_status open_setup(usp_setup *s) {
+    USP_TRY(check_graphs(s));
     USP_TRY(usp_rank_agree(s->rank, make_decay(s)));
     USP_TRY(make_layer(s));
     USP_TRY(usp_rank_agree(s->rank, allocate_memory(s)));

@@ -68,6 +68,8 @@ static const struct argp_option option_table[] = {
     {"iters", 'n', "N", 0, "Timed iterations (20)", 0},
     {"warmup_iters", 'w', "N", 0, "Passes before them (3)", 0},
     {"agg_iters", 'm', "N", 0, "Passes in one iteration; 0: enough for 2 ms, at most 20 (0)", 0},
+    {"cudagraph", 'G', "N", 0,
+     "Record an iteration's passes as a CUDA graph and launch that N times an iteration; 0: no graph (0)", 0},
     {"budget", KEY_BUDGET, "SECONDS", 0, "End a row's iterations after this time, but not before 3; 0: never (10)", 0},
     {"check", 'c', "0|1", 0, "Check results against a double-precision reference at sampled rows (1)", 0},
     {"baseline", KEY_BASELINE, NULL, 0, "Also time one rank alone at the same length and print the speed-up", 0},
@@ -253,6 +255,9 @@ static error_t parse_measuring(int key, char *text, struct argp_state *state, us
         break;
     case 'm':
         o->aggregate = (int)parse_number(state, "agg_iters", text, 0, 1000000);
+        break;
+    case 'G':
+        o->graphs = (int)parse_number(state, "cudagraph", text, 0, 1000000);
         break;
     case 'c':
         o->check = (int)parse_number(state, "check", text, 0, 1);

@@ -19,6 +19,7 @@ typedef struct usp_options {
     usp_ranks_config ranks;
     int64_t begin, end, step, factor;         /* step 0: by factor */
     int iterations, warmup, aggregate, check; /* aggregate 0: by the warm-up's time */
+    int graphs;                               /* launches of a graph in one iteration; 0: calls, no graph */
     double budget;                            /* seconds a row may take; 0: no limit */
     usp_list ulysses, ring;                   /* both empty: all factorisations */
     usp_list dtypes, kinds, layouts, heads, kv_heads, dims, value_dims, batches;

@@ -195,6 +195,7 @@ static void write_document(FILE *stream, const usp_report *report, const char *f
     usp_json_text(&json, "device", usp_name_of(usp_names_device(), (int)report->rank->device));
     usp_json_text(&json, "transport", report->rank->transport);
     usp_json_integer(&json, "ranks", report->rank->size);
+    usp_json_integer(&json, "graph_launches", report->options->graphs);
     usp_json_bool(&json, "shared_memory", report->options->shared_memory);
     usp_json_text(&json, "state_exchange",
                   usp_name_of(usp_names_state_exchange(), (int)report->options->state_exchange));

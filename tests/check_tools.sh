@@ -261,6 +261,8 @@ expect 0 "$bench" $quick -b 64 -e 64 -d f16,bf16 --full --shared-memory
 expect 0 "$bench" $quick -t 2 -b 4096 -e 4096 --heads 1 --pass bwd -c 1
 grep -q 'softmax.* 0$' log || fail "backward above the double-precision length was not checked"
 expect 2 "$bench" $quick -t 4 -u 3 -b 64 -e 64
+expect 2 "$bench" $quick -t 2 -G 1 -b 64 -e 64
+grep -q "a graph needs a GPU for every rank" log || fail "a graph on the CPU was not refused"
 expect 2 "$bench" $quick -t 2 -r 2 --kind linear --layout stripe -b 64 -e 64
 expect 2 "$bench" $quick -b 64 -e 64 --csv nowhere/b.csv
 expect 2 "$bench" $quick -b 64 -e 64 --json nowhere/b.json

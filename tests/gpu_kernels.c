@@ -215,7 +215,8 @@ int main(int argc, char **argv) {
     usp_gpu_test t = {.random = 314159265};
     setvbuf(stdout, NULL, _IOLBF, 0); /* a run that is stopped has shown what it had */
     if (!choose_tests(argc - 1, argv + 1, &chosen)) {
-        fprintf(stderr, "usage: %s [common | linear | softmax]\n       %s --time [linear | softmax]\n", argv[0], argv[0]);
+        fprintf(stderr, "usage: %s [common | linear | softmax]\n       %s --time [linear | softmax]\n", argv[0],
+                argv[0]);
         return 2;
     }
     if (usp_device_create_cuda(&host, &t.gpu.device) != USP_OK) {
