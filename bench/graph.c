@@ -18,6 +18,7 @@ usp_status usp_graph_end(usp_stream stream, usp_graph **graph, usp_tool_error *e
     cudaGraphExec_t instance = NULL;
     usp_status status = check(cudaStreamEndCapture(stream, &recorded), "recording a graph", error);
     if (status == USP_OK) status = check(cudaGraphInstantiate(&instance, recorded, 0), "making a graph", error);
+    if (status == USP_OK) status = check(cudaGraphUpload(instance, stream), "uploading a graph", error);
     if (recorded) cudaGraphDestroy(recorded);
     *graph = (usp_graph *)instance;
     return status;

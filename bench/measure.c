@@ -311,13 +311,15 @@ static void show(usp_setup *s, usp_sweep_state *state, usp_pass pass, double par
     usp_progress_show(&state->progress, state->rows_done + part, label);
 }
 
+/* Done on all ranks before any launches: what makes a graph may wait for GPUs, and those then for other ranks. */
 static usp_status record(usp_setup *s, usp_pass pass, int passes) {
     usp_stream stream = s->rank->stream;
     USP_TRY(usp_graph_begin(stream, &s->rank->error));
     usp_status status = enqueue(s, pass, passes);
     usp_status ended = usp_graph_end(stream, &s->graph, &s->rank->error);
     s->recorded = passes;
-    return status != USP_OK ? status : ended;
+    if (status != USP_OK || ended != USP_OK) return status != USP_OK ? status : ended;
+    return usp_world_synchronize(s->rank->world, stream);
 }
 
 /* The gather of an iteration's times is the next one's barrier, and lets all ranks end together. */
