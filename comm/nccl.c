@@ -19,7 +19,8 @@ enum {
     OLDEST_NCCL = 22803, /* 2.28.3 */
     LOCK_MS = 1000,      /* longest wait for a call of another thread that should return at once */
     REVOKE_MS = 2000,    /* longest wait for work in flight to stop */
-    RELEASE_MS = 5000    /* longest wait for NCCL to give a communicator back, twice: in peace, then by abort */
+    RELEASE_MS = 5000,   /* longest wait for NCCL to give a communicator back, twice: in peace, then by abort */
+    PROBES = 64
 };
 
 /* A communicator on its way out. NCCL may never return from freeing it, so a thread of its own does; where that thread
@@ -62,9 +63,9 @@ typedef struct usp_nccl {
     pthread_mutex_t lock;
     ncclComm_t comm; /* NULL before it is there, and once `release` has it */
     usp_release *release;
-    usp_event *probe; /* behind the oldest exchange not known to be done */
-    int probing;
-    int64_t probed_at;
+    usp_event *probe[PROBES];           /* behind exchanges, number n in probe[n % PROBES] */
+    uint64_t probes_set, probes_passed; /* those between the two are not known to be done */
+    int64_t waiting_since;              /* when the oldest of them became the oldest */
 
     usp_shared *shared;
     ncclComm_t child; /* where NCCL writes the communicator of a split */
@@ -334,32 +335,39 @@ static ncclResult_t launch(usp_nccl *self, const usp_lists *lists, usp_stream st
     return went_wrong(issued) ? issued : result;
 }
 
-/* With the lock held. *late: the oldest exchange not known to be done is past the time limit. */
-static usp_status query_probe(usp_nccl *self, int *late) {
-    const usp_device_ops *ops = self->base.device->ops;
+/* With the lock held. *late: no exchange has ended for the time limit, though some are in flight. */
+static usp_status query_probes(usp_nccl *self, int *late) {
+    usp_device *device = self->base.device;
     int busy = 0;
     *late = 0;
-    if (!self->probing) return USP_OK;
-    USP_TRY(ops->event_query(self->base.device, self->probe, &busy));
-    self->probing = busy;
-    *late = busy && is_late(self, self->probed_at);
+    while (self->probes_passed < self->probes_set) {
+        USP_TRY(device->ops->event_query(device, self->probe[self->probes_passed % PROBES], &busy));
+        if (busy) break;
+        self->probes_passed++;
+        self->waiting_since = now_ms();
+    }
+    *late = busy && is_late(self, self->waiting_since);
     return USP_OK;
 }
 
-/* Notes where the exchange ends in the stream, so that poll can tell when it is overdue. A graph in capture is skipped:
- * what it holds runs when it is launched, and then nobody passes here. */
+/* With the lock held. Where all probes are in use the last one moves on: it always is behind all exchanges. */
+static usp_status record_probe(usp_nccl *self, usp_stream stream) {
+    usp_device *device = self->base.device;
+    if (self->probes_set == self->probes_passed) self->waiting_since = now_ms();
+    if (self->probes_set - self->probes_passed < PROBES) self->probes_set++;
+    return device->ops->event_record(device, self->probe[(self->probes_set - 1) % PROBES], stream);
+}
+
+/* Notes where the exchange ends in the stream, so that poll can tell when work is overdue. A graph in capture is
+ * skipped: what it holds runs when it is launched, and then nobody passes here. */
 static usp_status set_probe(usp_nccl *self, usp_stream stream) {
     const usp_device_ops *ops = self->base.device->ops;
     int capturing = 0, late = 0;
     USP_TRY(ops->capturing(self->base.device, stream, &capturing));
     if (capturing) return USP_OK;
     pthread_mutex_lock(&self->lock);
-    usp_status status = query_probe(self, &late);
-    if (status == USP_OK && !self->probing) {
-        status = ops->event_record(self->base.device, self->probe, stream);
-        self->probing = status == USP_OK;
-        self->probed_at = now_ms();
-    }
+    usp_status status = query_probes(self, &late);
+    if (status == USP_OK) status = record_probe(self, stream);
     pthread_mutex_unlock(&self->lock);
     return status;
 }
@@ -413,7 +421,7 @@ static usp_status nccl_poll(usp_comm *comm) {
         ncclResult_t query = ncclCommGetAsyncError(self->comm, &result);
         if (query != ncclSuccess) result = query;
     }
-    usp_status status = query_probe(self, &late);
+    usp_status status = query_probes(self, &late);
     pthread_mutex_unlock(&self->lock);
     if (went_wrong(result)) return give_up(self, fail_nccl(comm->rank, "the communicator", result));
     if (status != USP_OK) return give_up(self, status);
@@ -576,7 +584,8 @@ static void free_rest(usp_nccl *self) {
         self->shared = next;
     }
     free_scratch(self);
-    if (self->probe != NULL) device->ops->event_destroy(device, self->probe);
+    for (int i = 0; i < PROBES; i++)
+        if (self->probe[i] != NULL) device->ops->event_destroy(device, self->probe[i]);
     pthread_mutex_destroy(&self->lock);
     usp_host_free(host, self);
 }
@@ -646,7 +655,9 @@ static usp_status begin(const usp_comm_config *config, int size, int rank, usp_n
     self->release = release;
     pthread_mutex_init(&self->lock, NULL);
     *out = self;
-    return config->device->ops->event_create(config->device, &self->probe);
+    for (int i = 0; i < PROBES && status == USP_OK; i++)
+        status = config->device->ops->event_create(config->device, &self->probe[i]);
+    return status;
 }
 
 /* Waits for the work on `stream` with the time limit. */
