@@ -13,6 +13,7 @@
 #include <spawn.h>
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,7 +37,8 @@ enum {
     DEATH_MS = 2000,          /* from a death to the answer */
     PHASE_SECONDS = 150,
     REPLAYS = 20,
-    ROUNDS = 20
+    ROUNDS = 20,
+    RECYCLES = 24
 };
 
 extern char **environ;
@@ -340,22 +342,26 @@ static int check_split(usp_player *player, usp_comm *comm) {
     return fine && check_exchange(player, comm, 3);
 }
 
+/* `bytes` in equal parts to the next `peers` ranks, and from those before: the first and second half of `memory`. */
+static usp_traffic spread(const usp_player *player, usp_comm *comm, char *memory, size_t bytes, int peers) {
+    size_t each = bytes / (size_t)peers;
+    usp_traffic traffic = {.comm = comm, .out = memory, .in = memory + bytes, .out_bytes = bytes, .in_bytes = bytes};
+    for (int i = 1; i <= peers; i++, traffic.count++) {
+        int to = (player->rank + i) % player->size, from = (player->rank + player->size - i) % player->size;
+        traffic.sends[traffic.count] = (usp_send){to, traffic.out + each * (size_t)traffic.count, each};
+        traffic.recvs[traffic.count] = (usp_recv){from, traffic.in + each * (size_t)traffic.count, each};
+    }
+    return traffic;
+}
+
 /* Mean seconds of ROUNDS exchanges; *host: of the calls alone. Negative: failed. */
 static double time_exchange(usp_player *player, usp_comm *comm, char *memory, size_t bytes, int all, double *host) {
-    usp_send sends[MOST_RANKS];
-    usp_recv recvs[MOST_RANKS];
-    int count = 0, peers = all ? player->size - 1 : 1;
-    size_t each = bytes / (size_t)peers;
-    for (int i = 1; i <= peers; i++, count++) {
-        int to = (player->rank + i) % player->size, from = (player->rank + player->size - i) % player->size;
-        sends[count] = (usp_send){to, memory + each * (size_t)count, each};
-        recvs[count] = (usp_recv){from, memory + bytes + each * (size_t)count, each};
-    }
+    usp_traffic traffic = spread(player, comm, memory, bytes, all ? player->size - 1 : 1);
     double begin = 0;
     for (int round = -3; round < ROUNDS; round++) {
         if (round == 0 && drain(player, comm) != USP_OK) return -1;
         if (round == 0) begin = now();
-        if (comm->ops->exchange(comm, sends, count, recvs, count, player->stream) != USP_OK) return -1;
+        if (send_all(player, &traffic) != USP_OK) return -1;
     }
     *host = (now() - begin) / ROUNDS;
     return drain(player, comm) == USP_OK ? (now() - begin) / ROUNDS : -1;
@@ -389,6 +395,49 @@ static int check_shared(usp_player *player, usp_comm *comm) {
     return fine;
 }
 
+/* One exchange, by a call or by a launch of its graph; every sender's bytes have its rank's value. */
+static int move_values(usp_player *player, usp_traffic *traffic, cudaGraphExec_t exec) {
+    if (cudaMemset(traffic->out, player->rank + 1, traffic->out_bytes) != cudaSuccess ||
+        cudaMemset(traffic->in, 0xee, traffic->in_bytes) != cudaSuccess || cudaDeviceSynchronize() != cudaSuccess)
+        return complain(player, "cudaMemset");
+    if (exec != NULL && cudaGraphLaunch(exec, player->stream) != cudaSuccess)
+        return complain(player, "cudaGraphLaunch");
+    if (exec == NULL && !good(player, send_all(player, traffic), "an exchange")) return 0;
+    if (!good(player, drain(player, traffic->comm), "an exchange in shared memory")) return 0;
+    if (cudaMemcpy(traffic->host, traffic->in, traffic->in_bytes, cudaMemcpyDeviceToHost) != cudaSuccess)
+        return complain(player, "cudaMemcpy");
+    for (int i = 0; i < traffic->count; i++)
+        for (size_t j = 0; j < traffic->recvs[i].bytes; j++)
+            if (traffic->host[(char *)traffic->recvs[i].data - traffic->in + (ptrdiff_t)j] !=
+                traffic->recvs[i].peer + 1)
+                return complain(player, "byte %zu from rank %d is wrong", j, traffic->recvs[i].peer);
+    return 1;
+}
+
+static int use_shared(usp_player *player, usp_comm *comm, size_t bytes, char *host) {
+    void *memory = NULL;
+    cudaGraphExec_t exec = NULL;
+    if (!good(player, comm->ops->alloc_shared(comm, 2 * bytes, &memory), "alloc_shared")) return 0;
+    usp_traffic traffic = spread(player, comm, memory, bytes, player->size - 1);
+    traffic.host = host;
+    int fine = move_values(player, &traffic, NULL) && move_values(player, &traffic, NULL) &&
+               capture(player, &traffic, cudaStreamCaptureModeThreadLocal, &exec) &&
+               move_values(player, &traffic, exec) && move_values(player, &traffic, exec);
+    if (exec != NULL) cudaGraphExecDestroy(exec);
+    return good(player, comm->ops->free_shared(comm, memory), "free_shared") && fine;
+}
+
+/* Shared memory goes and other comes in its place while NCCL may still remember the graph that used it. */
+static int check_recycled(usp_player *player, usp_comm *comm) {
+    const size_t unit = (size_t)(player->size - 1) << 21, sizes[] = {3 * unit, unit, 4 * unit, 2 * unit};
+    char *host = malloc(4 * unit);
+    int fine = host != NULL;
+    for (int round = 0; round < RECYCLES && fine; round++) fine = use_shared(player, comm, sizes[round % 4], host);
+    free(host);
+    report(player, "graphs in memory that comes and goes: %s", fine ? "ok" : "failed");
+    return fine;
+}
+
 static int check_comm(usp_player *player, usp_way way, usp_comm *comm) {
     if (usp_check_comm(comm, 1 + (unsigned)way) != 0) return complain(player, "%s: conformance", way_name(way));
     if (!check_exchange(player, comm, 1)) return 0;
@@ -397,7 +446,7 @@ static int check_comm(usp_player *player, usp_way way, usp_comm *comm) {
     if (!check_capture(player, comm, cudaStreamCaptureModeThreadLocal)) return 0;
     if (!check_capture(player, comm, cudaStreamCaptureModeRelaxed)) return 0;
     if (!player->is_thread && !check_capture(player, comm, cudaStreamCaptureModeGlobal)) return 0;
-    return check_split(player, comm) && check_shared(player, comm);
+    return check_split(player, comm) && check_shared(player, comm) && check_recycled(player, comm);
 }
 
 static int check_way(usp_player *player, usp_way way) {
