@@ -45,10 +45,16 @@ typedef struct usp_split {
     atomic_int done;
 } usp_split;
 
+/* NCCL registers what a captured exchange touches on its own, and forgets it some time after the graph is gone, on
+ * every rank at another moment. Memory that came to the same addresses meanwhile would be registered on one side of a
+ * message and not on the other, and both GPUs would wait for ever. So once an exchange has been captured, pieces that
+ * are given back stay registered, and serve those who ask next. */
 typedef struct usp_shared {
     struct usp_shared *next;
     void *memory;
+    size_t bytes;
     ncclWindow_t window; /* NULL: plain memory */
+    int spare;           /* given back */
 } usp_shared;
 
 typedef struct usp_nccl {
@@ -68,6 +74,7 @@ typedef struct usp_nccl {
     int64_t waiting_since;              /* when the oldest of them became the oldest */
 
     usp_shared *shared;
+    int captured;     /* an exchange of this rank is in a graph */
     ncclComm_t child; /* where NCCL writes the communicator of a split */
     void *scratch;    /* device memory and stream of `gather` */
     usp_stream stream;
@@ -364,6 +371,7 @@ static usp_status set_probe(usp_nccl *self, usp_stream stream) {
     const usp_device_ops *ops = self->base.device->ops;
     int capturing = 0, late = 0;
     USP_TRY(ops->capturing(self->base.device, stream, &capturing));
+    if (capturing) self->captured = 1;
     if (capturing) return USP_OK;
     pthread_mutex_lock(&self->lock);
     usp_status status = query_probes(self, &late);
@@ -448,6 +456,7 @@ static usp_status alloc_piece(usp_nccl *self, size_t bytes, usp_shared **piece) 
     USP_TRY(use_gpu(self));
     USP_TRY(usp_host_alloc(host, sizeof(usp_shared), "shared memory", &memory));
     *piece = memory;
+    (*piece)->bytes = bytes;
     ncclResult_t result = ncclMemAlloc(&(*piece)->memory, bytes);
     if (result == ncclSuccess) return USP_OK;
     usp_host_free(host, *piece);
@@ -496,12 +505,26 @@ static size_t whole_bytes(size_t bytes) {
     return unit * (units < 1 ? 1 : units < most ? units : most);
 }
 
+/* The smallest spare piece that is large enough: all ranks have the same ones. */
+static usp_shared *take_spare(usp_nccl *self, size_t bytes) {
+    usp_shared *best = NULL;
+    for (usp_shared *piece = self->shared; piece != NULL; piece = piece->next)
+        if (piece->spare && piece->bytes >= bytes && (best == NULL || piece->bytes < best->bytes)) best = piece;
+    if (best != NULL) best->spare = 0;
+    return best;
+}
+
 /* A piece whose registration failed stays in the list: NCCL may still hold it, and destroy knows when it does not. */
 static usp_status nccl_alloc_shared(usp_comm *comm, size_t bytes, void **memory) {
     usp_nccl *self = nccl_of(comm);
     usp_shared *piece = NULL;
     size_t whole = whole_bytes(bytes);
     USP_TRY(check_ranks(self));
+    usp_shared *spare = take_spare(self, whole);
+    if (spare != NULL) {
+        *memory = spare->memory;
+        return USP_OK;
+    }
     usp_status status = agree(self, alloc_piece(self, whole, &piece), "shared memory");
     if (status != USP_OK) {
         free_piece(self, piece);
@@ -525,10 +548,13 @@ static void deregister(usp_nccl *self, usp_shared *piece) {
 static usp_status nccl_free_shared(usp_comm *comm, void *memory) {
     usp_nccl *self = nccl_of(comm);
     usp_shared **link = &self->shared;
-    while (*link != NULL && (*link)->memory != memory) link = &(*link)->next;
+    while (*link != NULL && ((*link)->spare || (*link)->memory != memory)) link = &(*link)->next;
     usp_shared *piece = *link;
     USP_TRY(agree(self, piece != NULL ? USP_OK : usp_fail(USP_INVALID, "the memory is no shared memory of this world"),
                   "freeing shared memory"));
+    USP_TRY(nccl_allgather(comm, &self->captured, self->verdicts, sizeof self->captured));
+    for (int rank = 0; rank < comm->size; rank++) piece->spare |= self->verdicts[rank];
+    if (piece->spare) return USP_OK;
     *link = piece->next;
     deregister(self, piece);
     free_piece(self, piece);
