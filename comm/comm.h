@@ -40,6 +40,9 @@ typedef struct usp_comm_ops {
     void (*split_destroy)(usp_comm *, struct ncclComm *);
     /* The failure that has hit the comm, with its sentence, or OK. Sticky. Never waits. */
     usp_status (*poll)(usp_comm *);
+    /* This rank has failed by `status`, for the reason in usp_last_error(): fails the comm, and all ranks hear of it,
+     * at once where they wait. Returns the failure that came first. Does not wait. */
+    usp_status (*fail)(usp_comm *, usp_status status);
     /* The stream's work has not ended in time: finds the rank to blame, aborts, returns TIMEOUT or PEER_LOST. */
     usp_status (*overdue)(usp_comm *);
     void (*abort)(usp_comm *);

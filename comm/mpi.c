@@ -246,6 +246,10 @@ static void mpi_split_destroy(usp_comm *comm, struct ncclComm *child) {
     (void)comm, (void)child;
 }
 
+static usp_status mpi_fail(usp_comm *comm, usp_status status) {
+    return usp_control_fail(mpi_of(comm)->control, status, "rank %d: %s", comm->rank, usp_last_error());
+}
+
 static usp_status mpi_overdue(usp_comm *comm) {
     return usp_control_overdue(mpi_of(comm)->control, -1);
 }
@@ -280,6 +284,7 @@ static const usp_comm_ops mpi_ops = {
     .split = mpi_split,
     .split_destroy = mpi_split_destroy,
     .poll = mpi_poll,
+    .fail = mpi_fail,
     .overdue = mpi_overdue,
     .abort = mpi_abort,
     .destroy = mpi_destroy,

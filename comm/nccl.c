@@ -436,6 +436,13 @@ static usp_status nccl_poll(usp_comm *comm) {
     return late ? give_up_late(self, "an exchange on the GPU") : USP_OK;
 }
 
+static usp_status nccl_fail(usp_comm *comm, usp_status status) {
+    usp_nccl *self = nccl_of(comm);
+    char sentence[sizeof self->sentence];
+    snprintf(sentence, sizeof sentence, "%s", usp_last_error());
+    return give_up(self, usp_fail(status, "rank %d: %s", comm->rank, sentence));
+}
+
 static usp_status nccl_overdue(usp_comm *comm) {
     usp_nccl *self = nccl_of(comm);
     if (check_ranks(self) == USP_OK) give_up_late(self, "work on the stream");
@@ -637,6 +644,7 @@ static const usp_comm_ops nccl_ops = {
     .split = nccl_split,
     .split_destroy = nccl_split_destroy,
     .poll = nccl_poll,
+    .fail = nccl_fail,
     .overdue = nccl_overdue,
     .abort = nccl_abort,
     .destroy = nccl_destroy,

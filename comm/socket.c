@@ -223,6 +223,10 @@ static usp_status usp_socket_poll(usp_comm *comm) {
     return usp_control_poll(((usp_socket_comm *)comm)->control);
 }
 
+static usp_status usp_socket_fail(usp_comm *comm, usp_status status) {
+    return usp_control_fail(((usp_socket_comm *)comm)->control, status, "rank %d: %s", comm->rank, usp_last_error());
+}
+
 static usp_status usp_socket_overdue(usp_comm *comm) {
     return usp_control_overdue(((usp_socket_comm *)comm)->control, -1);
 }
@@ -251,6 +255,7 @@ static const usp_comm_ops usp_socket_ops = {
     .split = usp_socket_split,
     .split_destroy = usp_socket_split_destroy,
     .poll = usp_socket_poll,
+    .fail = usp_socket_fail,
     .overdue = usp_socket_overdue,
     .abort = usp_socket_abort,
     .destroy = usp_socket_destroy,

@@ -422,6 +422,14 @@ static usp_status usp_threads_poll(usp_comm *comm) {
     return status;
 }
 
+static usp_status usp_threads_fail(usp_comm *comm, usp_status status) {
+    usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
+    pthread_mutex_lock(&meeting->mutex);
+    status = usp_fail_all(meeting, status, "rank %d: %s", comm->rank, usp_last_error());
+    pthread_mutex_unlock(&meeting->mutex);
+    return status;
+}
+
 static usp_status usp_threads_overdue(usp_comm *comm) {
     usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
     pthread_mutex_lock(&meeting->mutex);
@@ -473,6 +481,7 @@ static const usp_comm_ops usp_threads_ops = {
     .split = usp_threads_split,
     .split_destroy = usp_threads_split_destroy,
     .poll = usp_threads_poll,
+    .fail = usp_threads_fail,
     .overdue = usp_threads_overdue,
     .abort = usp_threads_abort,
     .destroy = usp_threads_destroy,

@@ -165,7 +165,8 @@ USP_API usp_status usp_world_get_info(const usp_world *world, usp_world_info *in
 /* The failure that has hit the world, if any: OK, PEER_LOST, TIMEOUT, COMM or DEVICE. Never waits. Once failed, a world
  * stays failed: every later call returns the same status; destroy it and create another. */
 USP_API usp_status usp_world_poll(usp_world *world);
-/* Waits until all work on `stream` is done, at most timeout_ms, polling the world meanwhile. */
+/* Waits until all work on `stream` is done, at most timeout_ms, polling the world meanwhile. Work that has failed fails
+ * the world. */
 USP_API usp_status usp_world_synchronize(usp_world *world, usp_stream stream);
 /* Gives the world up: this rank and, at their next wait, all others leave with an error that names this rank.
  * From any thread, any number of times. */
@@ -372,8 +373,9 @@ USP_API size_t usp_layer_describe(const usp_layer *layer, char *text, size_t cap
 /* Collective among the ranks of one data copy, in the same order for all layers of a world. Enqueue on `stream` and
  * return (on the CPU: return when done). Allocate nothing, never wait for the device, may be captured in a CUDA graph.
  * workspace: `bytes` long, contents free; one workspace serves any number of layers that run one after the other on one
- * stream. Errors: INVALID, WORKSPACE: programming errors, found before anything moved, after which the caller should
- * usp_world_abort since other ranks may wait; else the world's. */
+ * stream. Errors: INVALID, WORKSPACE, UNSUPPORTED (captured between thread-ranks): programming errors, found before
+ * anything moved, after which the caller should usp_world_abort since other ranks may wait; else the world's: a DEVICE
+ * error of this rank fails the world on all ranks. */
 USP_API usp_status usp_layer_forward(usp_layer *layer, const usp_forward *args, void *workspace, size_t bytes,
                                      usp_stream stream);
 USP_API usp_status usp_layer_backward(usp_layer *layer, const usp_backward *args, void *workspace, size_t bytes,

@@ -386,8 +386,10 @@ static usp_status run_forward(usp_layer *layer, const usp_forward *given, void *
     USP_TRY(check_workspace(workspace, bytes, layer->sizes.forward_workspace));
     usp_arena arena = {workspace, 0}, saved = {args.saved, 0};
     saved_buffers kept = carve_saved(layer, args.saved ? &saved : &arena);
-    if (exchanges(layer) && !inner) return forward_exchanged(layer, &args, &kept, arena, stream);
-    return forward_inner(layer, &args, &kept, (usp_arena){arena.base + arena.used, 0}, stream);
+    usp_arena rest = {arena.base + arena.used, 0};
+    int moves = exchanges(layer) && !inner;
+    return usp_world_conclude(layer->world, moves ? forward_exchanged(layer, &args, &kept, arena, stream)
+                                                  : forward_inner(layer, &args, &kept, rest, stream));
 }
 
 usp_status usp_layer_forward(usp_layer *layer, const usp_forward *args, void *workspace, size_t bytes,
@@ -522,8 +524,9 @@ static usp_status run_backward(usp_layer *layer, const usp_backward *given, void
     USP_TRY(check_workspace(workspace, bytes, layer->sizes.backward_workspace));
     usp_arena arena = {workspace, 0}, saved = {(void *)(uintptr_t)args.saved, 0};
     saved_buffers kept = carve_saved(layer, &saved);
-    if (exchanges(layer) && !inner) return backward_exchanged(layer, &args, &kept, arena, stream);
-    return backward_inner(layer, &args, &kept, arena, stream);
+    int moves = exchanges(layer) && !inner;
+    return usp_world_conclude(layer->world, moves ? backward_exchanged(layer, &args, &kept, arena, stream)
+                                                  : backward_inner(layer, &args, &kept, arena, stream));
 }
 
 usp_status usp_layer_backward(usp_layer *layer, const usp_backward *args, void *workspace, size_t bytes,
@@ -585,17 +588,32 @@ static usp_status copy_block(usp_layer *layer, const usp_transit *transit, const
     return device->ops->copy_rows(device, &copy, stream);
 }
 
+static usp_status move_to_heads(usp_layer *layer, const usp_transit *transit, const usp_tensor *tokens,
+                                const usp_tensor *heads, usp_stream stream) {
+    USP_TRY(usp_transit_pack(layer, transit, tokens, layer->config.dtype, stream));
+    usp_transit_post_to_heads(layer, transit, usp_messages_begin(layer));
+    USP_TRY(usp_messages_run(layer, stream));
+    USP_TRY(usp_messages_join(layer, stream));
+    USP_TRY(usp_transit_land(layer, transit, stream));
+    return copy_block(layer, transit, heads, 0, stream);
+}
+
 usp_status usp_layer_tokens_to_heads(usp_layer *layer, usp_operand operand, const usp_tensor *tokens,
                                      const usp_tensor *heads, void *workspace, size_t bytes, usp_stream stream) {
     USP_TRY(check_exchange(layer, operand, tokens, heads, workspace, bytes));
     usp_arena arena = {workspace, 0};
     usp_transit transit = carve_out(layer, operand_bundle(layer, operand, 0), &arena);
-    USP_TRY(usp_transit_pack(layer, &transit, tokens, layer->config.dtype, stream));
-    usp_transit_post_to_heads(layer, &transit, usp_messages_begin(layer));
+    return usp_world_conclude(layer->world, move_to_heads(layer, &transit, tokens, heads, stream));
+}
+
+static usp_status move_to_tokens(usp_layer *layer, const usp_transit *transit, const usp_tensor *heads,
+                                 const usp_tensor *tokens, usp_stream stream) {
+    USP_TRY(copy_block(layer, transit, heads, 1, stream));
+    USP_TRY(usp_transit_lift(layer, transit, stream));
+    usp_transit_post_to_tokens(layer, transit, usp_messages_begin(layer));
     USP_TRY(usp_messages_run(layer, stream));
     USP_TRY(usp_messages_join(layer, stream));
-    USP_TRY(usp_transit_land(layer, &transit, stream));
-    return copy_block(layer, &transit, heads, 0, stream);
+    return usp_transit_unpack(layer, transit, tokens, layer->config.dtype, stream);
 }
 
 usp_status usp_layer_heads_to_tokens(usp_layer *layer, usp_operand operand, const usp_tensor *heads,
@@ -603,12 +621,7 @@ usp_status usp_layer_heads_to_tokens(usp_layer *layer, usp_operand operand, cons
     USP_TRY(check_exchange(layer, operand, tokens, heads, workspace, bytes));
     usp_arena arena = {workspace, 0};
     usp_transit transit = carve_out(layer, operand_bundle(layer, operand, 1), &arena);
-    USP_TRY(copy_block(layer, &transit, heads, 1, stream));
-    USP_TRY(usp_transit_lift(layer, &transit, stream));
-    usp_transit_post_to_tokens(layer, &transit, usp_messages_begin(layer));
-    USP_TRY(usp_messages_run(layer, stream));
-    USP_TRY(usp_messages_join(layer, stream));
-    return usp_transit_unpack(layer, &transit, tokens, layer->config.dtype, stream);
+    return usp_world_conclude(layer->world, move_to_tokens(layer, &transit, heads, tokens, stream));
 }
 
 /* ---- sizes and cost ---------------------------------------------------------------------------------------------- */

@@ -350,6 +350,11 @@ usp_status usp_world_exchange(usp_world *world, const usp_send *sends, int send_
     return world->comm->ops->exchange(world->comm, sends, send_count, recvs, recv_count, world->transfer);
 }
 
+usp_status usp_world_conclude(usp_world *world, usp_status status) {
+    if (status == USP_OK || status == USP_UNSUPPORTED) return status;
+    return world->comm->ops->fail(world->comm, status == USP_NO_MEMORY ? USP_DEVICE : status);
+}
+
 usp_status usp_world_poll(usp_world *world) {
     USP_REQUIRE(world, "world is NULL");
     return world->comm->ops->poll(world->comm);
@@ -368,8 +373,8 @@ usp_status usp_world_synchronize(usp_world *world, usp_stream stream) {
     for (;;) {
         int busy = 0;
         USP_TRY(world->comm->ops->poll(world->comm));
-        USP_TRY(world->device->ops->query(world->device, stream, &busy));
-        if (!busy) return USP_OK;
+        usp_status status = world->device->ops->query(world->device, stream, &busy);
+        if (status != USP_OK || !busy) return usp_world_conclude(world, status);
         if (world->timeout_ms >= 0 && now_ms() - begin > world->timeout_ms)
             return world->comm->ops->overdue(world->comm);
         nanosleep(&pause, NULL);

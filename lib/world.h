@@ -22,6 +22,11 @@ struct usp_world {
 /* `to` waits for all that `from` has now. Nothing if they are the same stream. */
 usp_status usp_world_fork(usp_world *world, usp_stream from, usp_stream to);
 
+/* How a call has ended whose arguments were right and which may have enqueued work: other ranks rely on that, so its
+ * failure is the world's, DEVICE where the device had no memory. UNSUPPORTED (an exchange that cannot be captured) was
+ * found before anything moved. */
+usp_status usp_world_conclude(usp_world *world, usp_status status);
+
 /* The comm's exchange on the transfer stream. The caller forks to it before and from it where the data is needed. */
 usp_status usp_world_exchange(usp_world *world, const usp_send *sends, int send_count, const usp_recv *recvs,
                               int recv_count);

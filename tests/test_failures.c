@@ -2,7 +2,9 @@
  * that names the rank, in time, and the process goes on with a new world. Processes that die are in the plain programs.
  */
 #include "expect.h"
+#include "error.h"
 #include "stage.h"
+#include "world.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -11,9 +13,10 @@
 
 enum { TIMEOUT_MS = 700, MARGIN_MS = 3000, SECONDS = 60 };
 
-typedef enum deed { STALL, LEAVE, ABORT, DEEDS } deed;
+typedef enum deed { STALL, LEAVE, ABORT, BREAK_IN_CALL, BREAK_IN_WAIT, DEEDS } deed;
 
-static const char *const deed_names[DEEDS] = {"stalls", "leaves", "gives up"};
+static const char *const deed_names[DEEDS] = {"stalls", "leaves", "gives up", "has a broken device in a call",
+                                              "has a broken device while it waits"};
 
 /* What goes wrong in a world, and when. */
 typedef struct scene {
@@ -46,6 +49,7 @@ static usp_status next_call(usp_stage *stage, int backward) {
 
 static int is_expected(deed what, usp_status status) {
     if (what == STALL) return status == USP_TIMEOUT || status == USP_PEER_LOST;
+    if (what >= BREAK_IN_CALL) return status == USP_DEVICE;
     return what == LEAVE ? status == USP_PEER_LOST : status == USP_COMM;
 }
 
@@ -60,6 +64,40 @@ static void judge(usp_rank *rank, const scene *s, usp_status status, int64_t too
     if (usp_world_poll(rank->world) != status) usp_say(rank, "%s: the world forgets its failure", deed_names[s->deed]);
 }
 
+/* ---- a device that breaks ---------------------------------------------------------------------------------------- */
+
+static usp_status no_softmax(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
+    (void)device, (void)softmax, (void)stream;
+    return usp_fail(USP_DEVICE, "the device is broken");
+}
+
+/* A device may also lack memory of its own: for a world that runs it is broken then. */
+static usp_status no_linear(usp_device *device, const usp_linear *linear, usp_stream stream) {
+    (void)device, (void)linear, (void)stream;
+    return usp_fail(USP_NO_MEMORY, "the device is broken");
+}
+
+static usp_status no_query(usp_device *device, usp_stream stream, int *busy) {
+    (void)device, (void)stream, (void)busy;
+    return usp_fail(USP_DEVICE, "the device is broken");
+}
+
+static usp_status break_device(usp_stage *stage, const scene *s) {
+    usp_device *device = stage->rank->world->device;
+    const usp_device_ops *whole = device->ops;
+    usp_device_ops broken = *whole;
+    broken.softmax_forward = broken.softmax_backward_query = no_softmax;
+    broken.linear_totals = no_linear;
+    broken.query = no_query;
+    device->ops = &broken;
+    usp_status status =
+        s->deed == BREAK_IN_CALL ? next_call(stage, s->backward) : usp_world_synchronize(stage->rank->world, NULL);
+    device->ops = whole;
+    return status;
+}
+
+/* ---- the play ---------------------------------------------------------------------------------------------------- */
+
 static int play(usp_rank *rank, void *argument) {
     const scene *s = argument;
     usp_stage stage;
@@ -71,6 +109,7 @@ static int play(usp_rank *rank, void *argument) {
         if (status != USP_OK) usp_say(rank, "%s", usp_last_error());
         if (s->deed == STALL) rest(TIMEOUT_MS + MARGIN_MS);
         if (s->deed == ABORT) usp_world_abort(rank->world);
+        if (s->deed >= BREAK_IN_CALL) judge(rank, s, break_device(&stage, s), now_ms() - begin);
     } else {
         for (int i = 0; i < 100 && status == USP_OK; i++) status = next_call(&stage, s->backward);
         judge(rank, s, status, now_ms() - begin);

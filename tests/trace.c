@@ -50,6 +50,10 @@ static usp_status poll(usp_comm *comm) {
     return trace_of(comm)->inside->ops->poll(trace_of(comm)->inside);
 }
 
+static usp_status fail(usp_comm *comm, usp_status status) {
+    return trace_of(comm)->inside->ops->fail(trace_of(comm)->inside, status);
+}
+
 static usp_status overdue(usp_comm *comm) {
     return trace_of(comm)->inside->ops->overdue(trace_of(comm)->inside);
 }
@@ -63,8 +67,8 @@ static void destroy(usp_comm *comm) {
     free(trace_of(comm));
 }
 
-static const usp_comm_ops ops = {"trace", prepare,       exchange, allgather, alloc_shared, free_shared,
-                                 split,   split_destroy, poll,     overdue,   give_up,      destroy};
+static const usp_comm_ops ops = {"trace",       prepare, exchange, allgather, alloc_shared, free_shared, split,
+                                 split_destroy, poll,    fail,     overdue,   give_up,      destroy};
 
 usp_trace *usp_trace_insert(usp_world *world) {
     usp_trace *trace = calloc(1, sizeof *trace);
