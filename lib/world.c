@@ -42,11 +42,10 @@ static usp_status name_difference(const usp_agreement *agreement, const ballot *
 static usp_status compare_pair(const usp_agreement *agreement, const ballot *a, const ballot *b, int rank_a,
                                int rank_b) {
     if (strcmp(a->what, b->what) != 0)
-        return usp_fail(USP_MISMATCH, "rank %d is creating a %s while rank %d is creating a %s", rank_a, a->what,
-                        rank_b, b->what);
-    int whole = a->status == USP_OK && b->status == USP_OK; /* a rank that failed may not have read its configuration */
+        return usp_fail(USP_MISMATCH, "ranks make different calls: rank %d is at its %s, rank %d at its %s", rank_a,
+                        a->what, rank_b, b->what);
     size_t bytes = a->group == b->group ? sizeof a->record : agreement->common;
-    if (whole && (a->size != b->size || memcmp(a->record, b->record, bytes) != 0))
+    if (a->size != b->size || memcmp(a->record, b->record, bytes) != 0)
         return name_difference(agreement, a, b, rank_a, rank_b);
     return USP_OK;
 }
@@ -62,10 +61,10 @@ static usp_status compare_ballots(const usp_agreement *agreement, const ballot *
     return USP_OK;
 }
 
-static usp_status other_failure(const ballot *all, int size, const char *what) {
+static usp_status other_failure(const ballot *all, int size) {
     for (int rank = 0; rank < size; rank++)
         if (all[rank].status != USP_OK)
-            return usp_fail(USP_PEER_FAILED, "rank %d could not create its %s: %s", rank, what,
+            return usp_fail(USP_PEER_FAILED, "rank %d failed at its %s: %s", rank, all[rank].what,
                             usp_status_string((usp_status)all[rank].status));
     return USP_OK;
 }
@@ -78,8 +77,9 @@ usp_status usp_world_agree(usp_world *world, usp_status mine, const usp_agreemen
     int size = world->comm->size;
     ballot *all = world->ballots;
     USP_TRY(world->comm->ops->allgather(world->comm, &own, all, sizeof own));
-    USP_TRY(compare_ballots(agreement, all, size));
-    return mine != USP_OK ? mine : other_failure(all, size, agreement->what);
+    USP_TRY(mine);
+    USP_TRY(other_failure(all, size)); /* before comparing: a rank that failed may not have read its configuration */
+    return compare_ballots(agreement, all, size);
 }
 
 /* ---- making a world ---------------------------------------------------------------------------------------------- */

@@ -52,8 +52,7 @@ typedef struct usp_agreement {
 } usp_agreement;
 
 /* Collective over the world. Where `mine` failed: it, with its sentence; where only others failed: PEER_FAILED; else
- * MISMATCH everywhere (naming the field and a rank) if records differ in a group. Ranks in different calls: always
- * MISMATCH. */
+ * MISMATCH everywhere (naming the field and a rank) if records differ in a group or ranks are in different calls. */
 usp_status usp_world_agree(usp_world *world, usp_status mine, const usp_agreement *agreement);
 
 /* FNV-1a, for arrays that are compared but too long to send. */

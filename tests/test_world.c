@@ -418,6 +418,27 @@ static int axes(usp_rank *rank, void *argument) {
     return 0;
 }
 
+/* A rank that is wrong by itself hears of that, the others of it, whatever else differs. */
+static int wrong_degrees(usp_rank *rank, void *argument) {
+    static const int ulysses[] = {1, 2, 0, 1}, ring[] = {4, 2, 1, 4};
+    usp_mesh *mesh = NULL;
+    int wrong = rank->rank == 2;
+    (void)argument;
+    usp_status status = usp_mesh_create(rank->world, ulysses[rank->rank], ring[rank->rank], &mesh);
+    if (status != (wrong ? USP_INVALID : USP_PEER_FAILED) ||
+        !strstr(usp_last_error(), wrong ? "ulysses is 0" : "rank 2"))
+        usp_say(rank, "%s, \"%s\"", usp_status_string(status), usp_last_error());
+    status = usp_mesh_create(rank->world, ulysses[rank->rank % 2], ring[rank->rank % 2], &mesh);
+    if (status != USP_MISMATCH || !strstr(usp_last_error(), "mesh.ulysses differs between rank 0 and rank 1"))
+        usp_say(rank, "%s, \"%s\"", usp_status_string(status), usp_last_error());
+    usp_count(rank);
+    return 0;
+}
+
+Test(mesh, wrong_degrees) {
+    usp_expect_ranks(4, SECONDS, wrong_degrees, NULL);
+}
+
 Test(mesh, axes) {
     static const int sizes[] = {1, 2, 6, 8, 12};
     for (int i = 0; i < 5; i++) usp_expect_ranks(sizes[i], SECONDS, axes, NULL);
