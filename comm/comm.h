@@ -32,7 +32,9 @@ typedef struct usp_comm_ops {
                            usp_stream stream);
     /* Host memory, collective over all ranks, in rank order; at most timeout_ms. */
     usp_status (*allgather)(usp_comm *, const void *mine, void *all, size_t bytes_per_rank);
-    /* Collective: device memory that peers may touch directly; and giving it back. */
+    /* Collective: device memory that peers may touch directly; and giving it back. Every rank gives the same size, or
+     * the same piece that is not given back yet: lib/world.c sees to it, and to it that all have come before memory
+     * goes. On a comm that has failed free_shared waits for nobody, and what a transport must keep destroy frees. */
     usp_status (*alloc_shared)(usp_comm *, size_t bytes, void **memory);
     usp_status (*free_shared)(usp_comm *, void *memory);
     /* Collective: the caller's own communicator over the ranks that pass the same colour, ordered by key. */

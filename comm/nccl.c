@@ -479,15 +479,15 @@ static void free_piece(usp_nccl *self, usp_shared *piece) {
     usp_host_free(self->base.host, piece);
 }
 
-/* The same verdict on every rank: its own failure, PEER_FAILED for another's, or OK. */
-static usp_status agree(usp_nccl *self, usp_status mine, const char *what) {
+/* The same verdict on every rank, before all register together: its own failure, PEER_FAILED for another's, or OK. */
+static usp_status agree(usp_nccl *self, usp_status mine) {
     char sentence[256];
     int own = (int)mine;
     snprintf(sentence, sizeof sentence, "%s", usp_last_error());
     usp_status status = nccl_allgather(&self->base, &own, self->verdicts, sizeof own);
     if (status == USP_OK && mine != USP_OK) status = usp_fail(mine, "%s", sentence);
     for (int rank = 0; status == USP_OK && rank < self->base.size; rank++)
-        if (self->verdicts[rank] != USP_OK) status = usp_fail(USP_PEER_FAILED, "rank %d failed: %s", rank, what);
+        if (self->verdicts[rank] != USP_OK) status = usp_fail(USP_PEER_FAILED, "rank %d has no shared memory", rank);
     return status;
 }
 
@@ -532,7 +532,7 @@ static usp_status nccl_alloc_shared(usp_comm *comm, size_t bytes, void **memory)
         *memory = spare->memory;
         return USP_OK;
     }
-    usp_status status = agree(self, alloc_piece(self, whole, &piece), "shared memory");
+    usp_status status = agree(self, alloc_piece(self, whole, &piece));
     if (status != USP_OK) {
         free_piece(self, piece);
         return status;
@@ -551,14 +551,12 @@ static void deregister(usp_nccl *self, usp_shared *piece) {
     piece->window = NULL;
 }
 
-/* No rank takes its memory away before all have come here. On a comm that has failed, destroy frees it. */
+/* All ranks have come before this one takes its memory away. On a comm that has failed, destroy frees it. */
 static usp_status nccl_free_shared(usp_comm *comm, void *memory) {
     usp_nccl *self = nccl_of(comm);
     usp_shared **link = &self->shared;
-    while (*link != NULL && ((*link)->spare || (*link)->memory != memory)) link = &(*link)->next;
+    while ((*link)->memory != memory) link = &(*link)->next;
     usp_shared *piece = *link;
-    USP_TRY(agree(self, piece != NULL ? USP_OK : usp_fail(USP_INVALID, "the memory is no shared memory of this world"),
-                  "freeing shared memory"));
     USP_TRY(nccl_allgather(comm, &self->captured, self->verdicts, sizeof self->captured));
     for (int rank = 0; rank < comm->size; rank++) piece->spare |= self->verdicts[rank];
     if (piece->spare) return USP_OK;

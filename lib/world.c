@@ -399,11 +399,16 @@ void usp_world_destroy(usp_world *world) {
         world->device->ops->destroy(world->device);
     }
     usp_host host = world->host;
+    while (world->pieces) {
+        usp_piece *next = world->pieces->next;
+        usp_host_free(&host, world->pieces);
+        world->pieces = next;
+    }
     usp_host_free(&host, world->ballots);
     usp_host_free(&host, world);
 }
 
-/* ---- memory and devices ------------------------------------------------------------------------------------------ */
+/* ---- memory ------------------------------------------------------------------------------------------------------ */
 
 usp_status usp_world_alloc(usp_world *world, size_t bytes, void **memory) {
     USP_REQUIRE(world, "world is NULL");
@@ -421,27 +426,61 @@ usp_status usp_world_copy(usp_world *world, void *to, const void *from, size_t b
     return world->device->ops->copy(world->device, to, from, bytes, stream);
 }
 
+/* ---- shared memory ----------------------------------------------------------------------------------------------- */
+
+/* The transport's memory, with the same verdict on all ranks. */
+static usp_status alloc_piece(usp_world *world, size_t bytes, void **memory) {
+    usp_status status = world->comm->ops->alloc_shared(world->comm, bytes, memory);
+    usp_status verdict = usp_world_agree(world, status, &(usp_agreement){.what = "shared memory"});
+    if (verdict != USP_OK && status == USP_OK) world->comm->ops->free_shared(world->comm, *memory);
+    return verdict;
+}
+
 usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory) {
     static const usp_field fields[] = {{"bytes", 0, sizeof(uint64_t)}};
     USP_REQUIRE(world, "world is NULL");
-    usp_status mine = memory ? USP_OK : usp_fail(USP_INVALID, "memory is NULL");
+    void *entry = NULL;
+    usp_status status = memory ? USP_OK : usp_fail(USP_INVALID, "memory is NULL");
+    if (status == USP_OK) status = usp_host_alloc(&world->host, sizeof(usp_piece), "shared memory", &entry);
     uint64_t record = bytes;
-    USP_TRY(usp_world_agree(world, mine, &(usp_agreement){"shared memory", 0, &record, sizeof record, fields, 1, 0}));
-    void *piece = NULL;
-    usp_status status = world->comm->ops->alloc_shared(world->comm, bytes, &piece);
-    usp_status verdict = usp_world_agree(world, status, &(usp_agreement){.what = "shared memory"});
-    if (verdict != USP_OK) {
-        if (status == USP_OK) world->comm->ops->free_shared(world->comm, piece);
-        return verdict;
+    status = usp_world_agree(world, status, &(usp_agreement){"shared memory", 0, &record, sizeof record, fields, 1, 0});
+    usp_piece *piece = entry;
+    if (status == USP_OK) status = alloc_piece(world, bytes, &piece->memory);
+    if (status != USP_OK) {
+        usp_host_free(&world->host, entry);
+        return status;
     }
-    *memory = piece;
+    piece->next = world->pieces;
+    piece->number = ++world->piece_count;
+    world->pieces = piece;
+    *memory = piece->memory;
     return USP_OK;
 }
 
+/* All ranks give the same piece back, or none does. */
+static usp_status agree_to_free(usp_world *world, const usp_piece *piece) {
+    static const usp_field fields[] = {{"piece", 0, sizeof(uint64_t)}};
+    uint64_t record = piece ? piece->number : 0;
+    usp_status mine = piece ? USP_OK : usp_fail(USP_INVALID, "the memory is no shared memory of this world");
+    return usp_world_agree(world, mine, &(usp_agreement){"freed memory", 0, &record, sizeof record, fields, 1, 0});
+}
+
+/* In a world that has failed each rank gives its own back. */
 usp_status usp_world_free_shared(usp_world *world, void *memory) {
     USP_REQUIRE(world, "world is NULL");
-    return memory ? world->comm->ops->free_shared(world->comm, memory) : USP_OK;
+    usp_comm *comm = world->comm;
+    usp_piece **link = &world->pieces;
+    while (*link && (*link)->memory != memory) link = &(*link)->next;
+    usp_piece *piece = *link;
+    usp_status status = agree_to_free(world, piece);
+    if (!piece || (status != USP_OK && comm->ops->poll(comm) == USP_OK)) return status;
+    *link = piece->next;
+    usp_host_free(&world->host, piece);
+    usp_status freed = comm->ops->free_shared(comm, memory);
+    return status != USP_OK ? status : freed;
 }
+
+/* ---- devices ----------------------------------------------------------------------------------------------------- */
 
 int usp_device_count(usp_device_kind kind) {
     if (kind == USP_DEVICE_CPU) return 1;

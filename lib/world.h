@@ -5,6 +5,13 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+/* Shared memory that is not given back yet. */
+typedef struct usp_piece {
+    struct usp_piece *next;
+    void *memory;
+    uint64_t number; /* counts pieces: the same on all ranks */
+} usp_piece;
+
 struct usp_world {
     usp_host host;
     usp_device *device;
@@ -12,7 +19,9 @@ struct usp_world {
     usp_stream transfer; /* every transfer of every mesh and layer, in the order of the calls: one ordered queue */
     usp_event *event;    /* the moving end of fork */
     void *ballots;       /* [size], for usp_world_agree */
-    int timeout_ms;      /* -1: no limit */
+    usp_piece *pieces;
+    uint64_t piece_count; /* made so far */
+    int timeout_ms;       /* -1: no limit */
     int nodes, local_rank, local_size;
     int watching;    /* the watchdog runs */
     atomic_int stop; /* asks the watchdog to end */

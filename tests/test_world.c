@@ -391,6 +391,44 @@ Test(world, destroy) {
     expect_on_all(3, 0, leaves);
 }
 
+/* ---- shared memory ----------------------------------------------------------------------------------------------- */
+
+static void expect_free(usp_rank *rank, usp_world *world, void *memory, usp_status expected, const char *words) {
+    usp_status status = usp_world_free_shared(world, memory);
+    if (status != expected || !strstr(expected == USP_OK ? "" : usp_last_error(), words))
+        usp_say(rank, "free: %s, not %s: \"%s\"", usp_status_string(status), usp_status_string(expected),
+                usp_last_error());
+}
+
+/* One rank gives back what it should not: nothing is freed on any rank, and the world goes on. */
+static int shares(usp_rank *rank, void *argument) {
+    meeting *m = argument;
+    void *piece[2] = {NULL, NULL};
+    int odd = rank->rank == 1;
+    usp_world *world = join(rank, m, silent());
+    if (!world) return 1;
+    for (int i = 0; i < 2; i++)
+        if (usp_world_alloc_shared(world, 100, &piece[i]) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+    for (int i = 0; i < 2; i++)
+        expect_free(rank, world, odd ? (i ? m : NULL) : piece[0], odd ? USP_INVALID : USP_PEER_FAILED,
+                    odd ? "no shared memory" : "rank 1");
+    expect_free(rank, world, piece[odd], USP_MISMATCH, "rank 1");
+    expect_free(rank, world, piece[0], USP_OK, "");
+    expect_free(rank, world, piece[0], USP_INVALID, "no shared memory");
+    if (usp_world_poll(world) != USP_OK) usp_say(rank, "the world has failed: %s", usp_last_error());
+    pthread_barrier_wait(&m->barrier);
+    if (odd) usp_world_abort(world);
+    expect_free(rank, world, piece[1], USP_COMM, "rank 1"); /* and has it back */
+    pthread_barrier_wait(&m->barrier);
+    usp_world_destroy(world);
+    usp_count(rank);
+    return 0;
+}
+
+Test(world, shared_memory) {
+    expect_on_all(3, 0, shares);
+}
+
 /* ---- meshes ------------------------------------------------------------------------------------------------------ */
 
 static void expect_axis(usp_rank *rank, const usp_mesh *mesh, usp_axis axis, int at, int size) {
