@@ -37,7 +37,8 @@ typedef struct usp_comm_ops {
      * goes. On a comm that has failed free_shared waits for nobody, and what a transport must keep destroy frees. */
     usp_status (*alloc_shared)(usp_comm *, size_t bytes, void **memory);
     usp_status (*free_shared)(usp_comm *, void *memory);
-    /* Collective: the caller's own communicator over the ranks that pass the same colour, ordered by key. */
+    /* Collective: the caller's own communicator over the ranks that pass the same colour, ordered by key. All ranks
+     * make the colours by one rule: lib/mesh.c sees to it. */
     usp_status (*split)(usp_comm *, int colour, int key, struct ncclComm **);
     void (*split_destroy)(usp_comm *, struct ncclComm *);
     /* The failure that has hit the comm, with its sentence, or OK. Sticky. Never waits. */

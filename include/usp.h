@@ -198,7 +198,8 @@ typedef enum usp_axis { USP_AXIS_ULYSSES = 0, USP_AXIS_RING = 1, USP_AXIS_SEQUEN
 USP_API usp_status usp_mesh_create(usp_world *world, int ulysses, int ring, usp_mesh **mesh);
 USP_API usp_status usp_mesh_axis(const usp_mesh *mesh, usp_axis axis, int *rank, int *size);
 /* Collective. An ncclComm_t over this rank's row of the axis, for the caller's own collectives; made at the first call
- * for an axis, owned by the mesh. UNSUPPORTED on transports other than NCCL. */
+ * for an axis, owned by the mesh. MISMATCH if ranks name different axes or meshes; UNSUPPORTED on transports other than
+ * NCCL. */
 USP_API usp_status usp_mesh_axis_comm(usp_mesh *mesh, usp_axis axis, struct ncclComm **comm);
 USP_API void usp_mesh_destroy(usp_mesh *mesh);
 

@@ -58,10 +58,22 @@ static int axis_colour(const usp_mesh *mesh, usp_axis axis) {
     return colours[axis];
 }
 
+/* Ranks split one communicator together: for the same axis of the same mesh, and none has it already. */
+static usp_status agree_on_axis(usp_mesh *mesh, usp_axis axis, usp_status mine) {
+    static const usp_field fields[] = {{"axis", 0, sizeof(int)},
+                                       {"ulysses", sizeof(int), sizeof(int)},
+                                       {"ring", 2 * sizeof(int), sizeof(int)},
+                                       {"mesh", 3 * sizeof(int), sizeof(int)}};
+    int made = mine == USP_OK && mesh->axis_comm[axis];
+    int record[4] = {(int)axis, mesh->ulysses, mesh->ring, made};
+    return usp_world_agree(mesh->world, mine, &(usp_agreement){"axis", 0, record, sizeof record, fields, 4, 0});
+}
+
 usp_status usp_mesh_axis_comm(usp_mesh *mesh, usp_axis axis, struct ncclComm **comm) {
     int rank = 0, size = 0;
-    USP_REQUIRE(comm, "comm is NULL");
-    USP_TRY(usp_mesh_axis(mesh, axis, &rank, &size));
+    USP_REQUIRE(mesh, "mesh is NULL");
+    usp_status mine = comm ? usp_mesh_axis(mesh, axis, &rank, &size) : usp_fail(USP_INVALID, "comm is NULL");
+    USP_TRY(agree_on_axis(mesh, axis, mine));
     if (!mesh->axis_comm[axis]) {
         usp_comm *all = mesh->world->comm;
         USP_TRY(all->ops->split(all, axis_colour(mesh, axis), rank, &mesh->axis_comm[axis]));

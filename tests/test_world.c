@@ -477,6 +477,36 @@ Test(mesh, wrong_degrees) {
     usp_expect_ranks(4, SECONDS, wrong_degrees, NULL);
 }
 
+/* Rank 1 asks for something else than the others: nobody is left waiting, and the world goes on. */
+static int other_axes(usp_rank *rank, void *argument) {
+    struct ncclComm *comm = NULL;
+    usp_mesh *mesh = NULL;
+    int odd = rank->rank == 1;
+    const struct {
+        usp_axis axis;
+        struct ncclComm **comm;
+        usp_status own, others;
+    } calls[] = {{USP_AXIS_RING, &comm, USP_MISMATCH, USP_MISMATCH},
+                 {(usp_axis)4, &comm, USP_INVALID, USP_PEER_FAILED},
+                 {USP_AXIS_DATA, NULL, USP_INVALID, USP_PEER_FAILED},
+                 {USP_AXIS_DATA, &comm, USP_UNSUPPORTED, USP_UNSUPPORTED}}; /* threads have no NCCL */
+    (void)argument;
+    if (usp_mesh_create(rank->world, 2, 1, &mesh) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+    for (int i = 0; i < 4; i++) {
+        usp_status expected = odd ? calls[i].own : calls[i].others;
+        usp_status status = usp_mesh_axis_comm(mesh, odd ? calls[i].axis : USP_AXIS_DATA, odd ? calls[i].comm : &comm);
+        if (status != expected || comm)
+            usp_say(rank, "call %d: %s, \"%s\"", i, usp_status_string(status), usp_last_error());
+    }
+    usp_mesh_destroy(mesh);
+    usp_count(rank);
+    return 0;
+}
+
+Test(mesh, other_axes) {
+    usp_expect_ranks(4, SECONDS, other_axes, NULL);
+}
+
 Test(mesh, axes) {
     static const int sizes[] = {1, 2, 6, 8, 12};
     for (int i = 0; i < 5; i++) usp_expect_ranks(sizes[i], SECONDS, axes, NULL);
