@@ -373,7 +373,7 @@ usp_status usp_tcp_agree(const usp_bootstrap *bootstrap, usp_status mine) {
     if (bootstrap->size > USP_TCP_AGREE) return mine;
     int failed = bootstrap->allgather(bootstrap->user, &status, all, 1);
     if (mine != USP_OK) return mine;
-    if (failed) return usp_fail(USP_COMM, "the bootstrap's all-gather failed on rank %d", bootstrap->rank);
+    if (failed) return usp_fail(USP_COMM, "the all-gather callback failed on rank %d", bootstrap->rank);
     for (int i = 0; i < bootstrap->size; i++)
         if (all[i] != USP_OK)
             return usp_fail(USP_PEER_FAILED, "rank %d could not join: %s", i, usp_status_string((usp_status)all[i]));
@@ -398,7 +398,7 @@ static usp_status usp_share_cards(usp_mesh_making *making, usp_status mine) {
     const usp_bootstrap *bootstrap = making->bootstrap;
     making->mine.status = mine;
     if (bootstrap->allgather(bootstrap->user, &making->mine, making->cards, sizeof making->mine) != 0)
-        return usp_fail(USP_COMM, "the bootstrap's all-gather failed on rank %d", bootstrap->rank);
+        return usp_fail(USP_COMM, "the all-gather callback failed on rank %d", bootstrap->rank);
     if (mine != USP_OK) return mine;
     for (int i = 0; i < bootstrap->size; i++)
         if (making->cards[i].status != USP_OK)

@@ -6,6 +6,7 @@
 #include "environment.h"
 #include "error.h"
 #include "node.h"
+#include "tcp.h"
 #include <string.h>
 #include <time.h>
 
@@ -254,27 +255,45 @@ usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm,
     return finish_world(&config, status, world, out);
 }
 
-/* Ranks tell each other how their own preparation went, before a transport is built on ranks that are not coming. */
-static usp_status agree_to_begin(const usp_bootstrap *bootstrap, usp_status mine) {
-    enum { FEW = 1024 };
-    int local[FEW], status = (int)mine;
-    if (bootstrap->size > FEW) return mine;
-    if (bootstrap->allgather(bootstrap->user, &status, local, sizeof status) != 0)
-        return mine != USP_OK ? mine : usp_fail(USP_COMM, "the all-gather callback failed");
-    if (mine != USP_OK) return mine;
-    for (int rank = 0; rank < bootstrap->size; rank++)
-        if (local[rank] != USP_OK)
-            return usp_fail(USP_PEER_FAILED, "rank %d could not begin its world: %s", rank,
-                            usp_status_string((usp_status)local[rank]));
+/* What says which transport is built, and how; compared before it is. */
+typedef struct terms {
+    int32_t device, timeout_ms;
+} terms;
+
+static usp_status compare_terms(const terms *all, int size) {
+    for (int rank = 1; rank < size; rank++) {
+        if (all[rank].device != all[0].device)
+            return usp_fail(USP_MISMATCH, "world.device differs between rank 0 and rank %d", rank);
+        if (all[rank].timeout_ms != all[0].timeout_ms)
+            return usp_fail(USP_MISMATCH, "world.timeout_ms differs between rank 0 and rank %d", rank);
+    }
     return USP_OK;
+}
+
+/* Ranks tell each other how their own preparation went, before a transport is built on ranks that are not coming or
+ * would build another one. */
+static usp_status agree_to_begin(const usp_bootstrap *bootstrap, usp_status mine, const usp_host *host,
+                                 const usp_world *world) {
+    void *all = NULL;
+    if (mine == USP_OK) mine = usp_host_alloc(host, (size_t)bootstrap->size * sizeof(terms), "terms", &all);
+    usp_status status = usp_tcp_agree(bootstrap, mine);
+    if (status == USP_OK) {
+        const terms own = {(int32_t)world->device->ops->kind, world->timeout_ms};
+        int failed = bootstrap->allgather(bootstrap->user, &own, all, sizeof own);
+        status = failed ? usp_fail(USP_COMM, "the all-gather callback failed on rank %d", bootstrap->rank)
+                        : compare_terms(all, bootstrap->size);
+    }
+    usp_host_free(host, all);
+    return status;
 }
 
 /* `mine`: how this rank's own arguments are. */
 static usp_status create_over(const usp_bootstrap *bootstrap, usp_status mine, const usp_world_config *config,
                               usp_world **out) {
     usp_world *world = NULL;
+    usp_host host = usp_host_from_config(config);
     usp_status status = mine == USP_OK ? begin_world(config, &world) : mine;
-    status = agree_to_begin(bootstrap, status);
+    status = agree_to_begin(bootstrap, status, &host, world);
     if (status != USP_OK) {
         usp_world_destroy(world);
         return status;

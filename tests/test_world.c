@@ -228,6 +228,38 @@ Test(world, callback_that_fails) {
               usp_status_string(status), usp_last_error());
 }
 
+/* A bootstrap that counts. */
+typedef struct counter {
+    seat seat;
+    int calls;
+} counter;
+
+static int count_and_gather(void *user, const void *mine, void *all, size_t bytes) {
+    counter *c = user;
+    c->calls++;
+    return gather(&c->seat, mine, all, bytes);
+}
+
+/* What differs is found before a transport is built: ranks on different devices would build different ones. */
+static int other_limits(usp_rank *rank, void *argument) {
+    counter c = {{argument, rank->rank}, 0};
+    usp_world *world = NULL;
+    usp_world_config config = silent();
+    config.timeout_ms = rank->rank == 2 ? 5000 : 6000;
+    usp_heap_configure(rank->heap, &config);
+    usp_status status = usp_world_create_callback(&config, count_and_gather, &c, rank->size, rank->rank, &world);
+    if (status != USP_MISMATCH || world ||
+        !strstr(usp_last_error(), "world.timeout_ms differs between rank 0 and rank 2"))
+        usp_say(rank, "%s, \"%s\"", usp_status_string(status), usp_last_error());
+    if (c.calls > 2) usp_say(rank, "found after %d gathers", c.calls);
+    usp_count(rank);
+    return 0;
+}
+
+Test(world, other_limits) {
+    expect_on(SOCKETS, 3, 0, other_limits);
+}
+
 /* ---- log --------------------------------------------------------------------------------------------------------- */
 
 static int tells_of_creation(usp_rank *rank, void *argument) {
