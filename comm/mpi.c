@@ -5,6 +5,7 @@
 #include <mpi.h>
 #include <sched.h>
 #include <stdio.h>
+#include <string.h>
 #include <time.h>
 
 #include "control.h"
@@ -14,7 +15,8 @@
 enum {
     CHUNK_BYTES = 1 << 30, /* MPI counts in int */
     TAGS = 32768,          /* what MPI promises at least */
-    CANCEL_MS = 100        /* longest wait for cancelled receives */
+    CANCEL_MS = 100,       /* longest wait for cancelled receives */
+    GATHER_BYTES = 256     /* of a rank, in a gather of the set-up */
 };
 
 /* What a request carries. Sends and receives of a pair count alike, and the tag is the count: a message that is left
@@ -37,6 +39,9 @@ typedef struct usp_mpi {
     MPI_Status *statuses;
     usp_transfer *transfers;
     int *finished;
+
+    int stuck;                /* a collective of the set-up is late: MPI may yet write `comm` and `gathered` */
+    unsigned char gathered[]; /* [1 + size][GATHER_BYTES]: what is sent, and what comes */
 } usp_mpi;
 
 static usp_mpi *mpi_of(usp_comm *comm) {
@@ -186,13 +191,17 @@ static usp_status complete(usp_mpi *self) {
     return USP_OK;
 }
 
-/* After a failure: receives let go of the caller's memory. Sends cannot be taken back: MPI may still read theirs. */
+/* After a failure: MPI is asked to let go of receives. It may not do so in time, and sends cannot be taken back. */
 static void cancel(usp_mpi *self) {
     int64_t begin = now_ms();
+    int ended = 0;
     for (int i = 0; i < self->count; i++)
         if (self->transfers[i].is_recv && self->requests[i] != MPI_REQUEST_NULL) MPI_Cancel(&self->requests[i]);
-    for (int ended = 0; ended != MPI_UNDEFINED && now_ms() - begin < CANCEL_MS; sched_yield())
+    for (; ended != MPI_UNDEFINED && now_ms() - begin < CANCEL_MS; sched_yield())
         MPI_Testsome(self->count, self->requests, &ended, self->finished, self->statuses);
+    if (ended != MPI_UNDEFINED)
+        usp_host_log(self->base.host, 1, "rank %d: MPI still holds memory of the exchange that failed",
+                     self->base.rank);
 }
 
 /* Every message is one request for each chunk of it, the last of which need not be full. */
@@ -258,7 +267,7 @@ static void mpi_abort(usp_comm *comm) {
     usp_control_abort(mpi_of(comm)->control);
 }
 
-/* A failed communicator is not freed: MPI may still hold messages of it. */
+/* A failed communicator is not freed: MPI may still hold messages of it. What it may yet write is left behind. */
 static void mpi_destroy(usp_comm *comm) {
     int finalized = 0;
     if (comm == NULL) return;
@@ -267,11 +276,13 @@ static void mpi_destroy(usp_comm *comm) {
     if (!finalized && self->control != NULL && mpi_poll(comm) == USP_OK)
         MPI_Comm_free(&self->comm);
     else
-        usp_host_log(comm->host, 2, "rank %d: the MPI communicator of a failed world is left to MPI", comm->rank);
+        usp_host_log(comm->host, self->stuck ? 1 : 2,
+                     "rank %d: the MPI communicator of a failed world is left to MPI%s", comm->rank,
+                     self->stuck ? ", with memory" : "");
     usp_control_destroy(self->control);
     usp_host_free(comm->host, self->lists);
     usp_host_free(comm->host, self->sent);
-    usp_host_free(comm->host, self);
+    if (!self->stuck) usp_host_free(comm->host, self);
 }
 
 static const usp_comm_ops mpi_ops = {
@@ -292,14 +303,16 @@ static const usp_comm_ops mpi_ops = {
 
 /* ---- creation ---------------------------------------------------------------------------------------------------- */
 
-/* Waits for one collective of the set-up with the time limit; the channel that could name a rank is not there yet. */
+/* Waits for one collective of the set-up with the time limit; the channel that could name a rank is not there yet. MPI
+ * knows no way to take a collective back: one that is late stays. */
 static usp_status wait_for(usp_mpi *self, MPI_Request *request, const char *what) {
     int64_t begin = now_ms();
     int done = 0;
     for (int round = 0; !done; round++) {
         int code = MPI_Test(request, &done, MPI_STATUS_IGNORE);
         if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, what, code);
-        if (!done && self->base.timeout_ms >= 0 && now_ms() - begin > self->base.timeout_ms)
+        self->stuck = !done && self->base.timeout_ms >= 0 && now_ms() - begin > self->base.timeout_ms;
+        if (self->stuck)
             return usp_fail(USP_TIMEOUT, "rank %d: %s did not end within %d ms", self->base.rank, what,
                             self->base.timeout_ms);
         if (!done) pause_for(round);
@@ -316,13 +329,19 @@ static usp_status duplicate(usp_mpi *self, MPI_Comm borrowed) {
     return USP_OK;
 }
 
+/* By way of own memory: after a time-out the caller's may be gone. */
 static int gather(void *user, const void *mine, void *all, size_t bytes_per_rank) {
     usp_mpi *self = user;
     MPI_Request request;
+    unsigned char *come = self->gathered + GATHER_BYTES;
     int bytes = (int)bytes_per_rank;
-    int code = MPI_Iallgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, self->comm, &request);
+    if (bytes_per_rank > GATHER_BYTES) return (int)usp_fail(USP_INTERNAL, "a gather of %d bytes over MPI", bytes);
+    memcpy(self->gathered, mine, bytes_per_rank);
+    int code = MPI_Iallgather(self->gathered, bytes, MPI_BYTE, come, bytes, MPI_BYTE, self->comm, &request);
     if (code != MPI_SUCCESS) return (int)fail_mpi(self->base.rank, "MPI_Iallgather", code);
-    return (int)wait_for(self, &request, "MPI_Iallgather");
+    usp_status status = wait_for(self, &request, "MPI_Iallgather");
+    if (status == USP_OK) memcpy(all, come, bytes_per_rank * (size_t)self->base.size);
+    return (int)status;
 }
 
 static usp_status check_mpi(const usp_comm_config *config, MPI_Comm *borrowed, int fortran_comm) {
@@ -343,7 +362,8 @@ static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mp
     int rank = 0, size = 1;
     MPI_Comm_rank(borrowed, &rank);
     MPI_Comm_size(borrowed, &size);
-    USP_TRY(usp_host_alloc(config->host, sizeof(usp_mpi), "the MPI transport", &memory));
+    size_t bytes = sizeof(usp_mpi) + GATHER_BYTES * (1 + (size_t)size);
+    USP_TRY(usp_host_alloc(config->host, bytes, "the MPI transport", &memory));
     usp_status status = usp_host_alloc(config->host, 2 * sizeof(unsigned) * (size_t)size, "message counts", &messages);
     if (status != USP_OK) {
         usp_host_free(config->host, memory);
@@ -370,6 +390,9 @@ usp_status usp_comm_create_mpi(const usp_comm_config *config, int fortran_comm, 
         *comm = &self->base;
         return USP_OK;
     }
+    if (self->stuck) /* whatever the control channel made of it */
+        status = usp_fail(USP_TIMEOUT, "rank %d: the other ranks did not make this world within %d ms", self->base.rank,
+                          self->base.timeout_ms);
     mpi_destroy(&self->base);
     return status;
 }

@@ -3,6 +3,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include <mpi.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -94,6 +95,70 @@ static int leave(usp_comm *comm) {
     return usp_check_failure(comm, comm->ops->exchange(comm, NULL, 0, &recv, 1, NULL), USP_PEER_LOST, "rank 0");
 }
 
+/* ---- creation that is late --------------------------------------------------------------------------------------- */
+
+/* Memory that is given back but never used again, so that whoever still writes there is seen. */
+typedef struct block {
+    struct block *next;
+    size_t bytes;
+    int is_back;
+    _Alignas(16) unsigned char data[];
+} block;
+
+typedef struct memory {
+    block *blocks;
+    int calls, slow_call; /* the allocation in which this rank is late; 0: none */
+} memory;
+
+static void *take(void *user, size_t bytes) {
+    memory *m = user;
+    block *one = malloc(sizeof *one + bytes);
+    if (++m->calls == m->slow_call) rest(2 * LIMIT_MS);
+    if (one == NULL) return NULL;
+    *one = (block){.next = m->blocks, .bytes = bytes};
+    m->blocks = one;
+    return one->data;
+}
+
+static void give_back(void *user, void *data) {
+    memory *m = user;
+    for (block *one = m->blocks; one != NULL; one = one->next) {
+        if (one->data != data) continue;
+        one->is_back = 1;
+        memset(one->data, GUARD, one->bytes);
+    }
+}
+
+static int written_after(const memory *m) {
+    int wrong = 0;
+    for (const block *one = m->blocks; one != NULL; one = one->next)
+        for (size_t i = 0; one->is_back && i < one->bytes; i++) wrong += one->data[i] != GUARD;
+    return wrong;
+}
+
+/* Rank 0 is late in one of its allocations, and MPI ends what the others have given up. All are told in time, and MPI
+ * writes to no memory that was given back. */
+static int come_late(const usp_comm_config *config, int slow_call) {
+    memory m = {.slow_call = 0}; /* never freed: some of it is left to MPI */
+    usp_host careful = {.alloc = take, .free = give_back, .user = &m};
+    usp_comm_config own = {.device = config->device, .host = &careful, .timeout_ms = LIMIT_MS};
+    usp_comm *comm = NULL;
+    int rank = 0, all = 0;
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    if (rank == 0) m.slow_call = slow_call;
+    double begin = now_ms();
+    usp_status status = usp_comm_create_mpi(&own, MPI_Comm_c2f(MPI_COMM_WORLD), &comm);
+    double took = now_ms() - begin;
+    int wrong = usp_check_failure(NULL, status, USP_TIMEOUT, "within 500 ms");
+    wrong += usp_check(NULL, took < 3 * LIMIT_MS + MARGIN_MS, "answered after %.0f ms", took);
+    for (int i = 0; i < 20; i++) MPI_Barrier(MPI_COMM_WORLD);
+    int written = written_after(&m);
+    wrong += usp_check(NULL, written == 0, "rank %d: %d bytes were written after they were freed", rank, written);
+    MPI_Allreduce(&wrong, &all, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD);
+    if (rank == 0) printf("late in allocation %d: %s\n", slow_call, all == 0 ? "ok" : "failed");
+    return all;
+}
+
 /* ---- the play ---------------------------------------------------------------------------------------------------- */
 
 static int play(const usp_comm_config *config, int timeout_ms, const char *name, usp_scene scene) {
@@ -117,6 +182,7 @@ static int play_all(const usp_comm_config *config) {
     wrong += play(config, LIMIT_MS, "stay away", stay_away);
     wrong += play(config, CALM_MS, "give up", give_up);
     wrong += play(config, LIMIT_MS, "leave", leave);
+    wrong += come_late(config, 1) + come_late(config, 3); /* before the communicator, before the first gather */
     return wrong + play(config, CALM_MS, "conformance again", conform);
 }
 
