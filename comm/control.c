@@ -8,10 +8,10 @@
 #include "control.h"
 #include "error.h"
 #include "tcp.h"
+#include "thread.h"
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -624,17 +624,12 @@ static usp_status usp_connect_lines(usp_control *control, const usp_bootstrap *b
     return USP_OK;
 }
 
-/* The thread takes none of the program's signals. */
 static usp_status usp_start_thread(usp_control *control) {
     control->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     control->failed_descriptor = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (control->wake < 0 || control->failed_descriptor < 0)
         return usp_fail(USP_COMM, "no descriptor for the control channel: %s", strerror(errno));
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int reason = pthread_create(&control->thread, NULL, usp_serve, control);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    int reason = usp_thread_start(&control->thread, usp_serve, control);
     control->running = reason == 0;
     return reason == 0 ? USP_OK : usp_fail(USP_COMM, "no thread for the control channel: %s", strerror(reason));
 }

@@ -14,6 +14,7 @@
 #include "control.h"
 #include "error.h"
 #include "list.h"
+#include "thread.h"
 
 enum {
     OLDEST_NCCL = 22803, /* 2.28.3 */
@@ -246,8 +247,7 @@ static void run_release(usp_release *release, ncclComm_t comm, int forced) {
     release->comm = comm;
     atomic_store(&release->forced, forced);
     atomic_store(&release->stage, RELEASE_RUNNING);
-    if (pthread_create(&release->thread, NULL, release_main, release) != 0)
-        atomic_store(&release->stage, RELEASE_STUCK);
+    if (usp_thread_start(&release->thread, release_main, release) != 0) atomic_store(&release->stage, RELEASE_STUCK);
 }
 
 /* Waits a bounded time; 0: NCCL still has the communicator. */
@@ -883,7 +883,7 @@ static usp_status split_borrowed(usp_nccl *self, ncclComm_t borrowed) {
     split->parent = borrowed;
     split->config = own_config();
     split->rank = self->base.rank;
-    if (pthread_create(&split->thread, NULL, split_main, split) != 0) {
+    if (usp_thread_start(&split->thread, split_main, split) != 0) {
         usp_host_free(self->base.host, split);
         return usp_fail(USP_NO_MEMORY, "a thread could not be started");
     }

@@ -7,6 +7,7 @@
 #include "error.h"
 #include "node.h"
 #include "tcp.h"
+#include "thread.h"
 #include <string.h>
 #include <time.h>
 
@@ -149,7 +150,7 @@ static void *watch(void *argument) {
 }
 
 static usp_status start_watchdog(usp_world *world) {
-    if (pthread_create(&world->watchdog, NULL, watch, world) != 0)
+    if (usp_thread_start(&world->watchdog, watch, world) != 0)
         return usp_fail(USP_NO_MEMORY, "the watchdog thread could not be started");
     world->watching = 1;
     return USP_OK;

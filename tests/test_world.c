@@ -6,11 +6,13 @@
 #include "stage.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { SECONDS = 60, MOST_RANKS = 4, MOST_BYTES = 4096, SOON_MS = 5000, WHILE_MS = 300 };
 
@@ -342,6 +344,41 @@ Test(world, watchdog) {
     expect_on_all(3, 1, gives_up);
     expect_on_all(3, 0, gives_up);
     expect_on_all(2, 1, stays_well);
+}
+
+/* ---- signals ----------------------------------------------------------------------------------------------------- */
+
+static atomic_int handled;
+
+static void handle(int number) {
+    atomic_store(&handled, number);
+}
+
+static int gather_alone(void *user, const void *mine, void *all, size_t bytes) {
+    (void)user;
+    memcpy(all, mine, bytes);
+    return 0;
+}
+
+/* A signal that the program blocks, to wait for it, waits for the program: neither the watchdog nor the service of the
+ * control channel takes it. */
+Test(world, signals) {
+    usp_world *world = NULL;
+    usp_world_config config = silent();
+    sigset_t signals;
+    int number = 0;
+    config.watchdog = 1;
+    signal(SIGUSR1, handle);
+    cr_assert(usp_world_create_callback(&config, gather_alone, NULL, 1, 0, &world) == USP_OK, "%s", usp_last_error());
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGUSR1);
+    pthread_sigmask(SIG_BLOCK, &signals, NULL);
+    kill(getpid(), SIGUSR1);
+    for (int64_t end = now_ms() + WHILE_MS; now_ms() < end;) rest();
+    cr_expect(atomic_load(&handled) == 0, "a thread of the library took a signal that was not for it");
+    if (atomic_load(&handled) == 0) sigwait(&signals, &number);
+    cr_expect(number == SIGUSR1, "the program waited for signal %d", number);
+    usp_world_destroy(world);
 }
 
 /* ---- failure and end --------------------------------------------------------------------------------------------- */
