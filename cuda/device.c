@@ -43,7 +43,7 @@ static usp_status cuda_alloc(usp_device *device, size_t bytes, void **memory) {
 }
 
 static void cuda_free(usp_device *device, void *memory) {
-    if (enter(device) == USP_OK) cudaFree(memory);
+    if (memory != NULL && enter(device) == USP_OK) cudaFree(memory);
 }
 
 static usp_status cuda_copy(usp_device *device, void *to, const void *from, size_t bytes, usp_stream stream) {
@@ -69,7 +69,7 @@ static usp_status cuda_stream_create(usp_device *device, usp_stream *stream) {
 }
 
 static void cuda_stream_destroy(usp_device *device, usp_stream stream) {
-    if (enter(device) == USP_OK) cudaStreamDestroy(stream);
+    if (stream != NULL && enter(device) == USP_OK) cudaStreamDestroy(stream);
 }
 
 static usp_status busy_status(const char *what, cudaError_t error, int *busy) {
@@ -97,7 +97,7 @@ static usp_status cuda_event_create(usp_device *device, usp_event **event) {
 }
 
 static void cuda_event_destroy(usp_device *device, usp_event *event) {
-    if (enter(device) == USP_OK) cudaEventDestroy((cudaEvent_t)event);
+    if (event != NULL && enter(device) == USP_OK) cudaEventDestroy((cudaEvent_t)event);
 }
 
 static usp_status cuda_event_record(usp_device *device, usp_event *event, usp_stream stream) {

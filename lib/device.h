@@ -141,7 +141,8 @@ typedef struct usp_device_ops {
     const char *name;
     usp_device_kind kind;
 
-    /* memory: 256-byte aligned; NO_MEMORY. copy and zero run in stream order; copy between any two memories. */
+    /* Free and destroy take NULL, and do nothing then.
+     * memory: 256-byte aligned; NO_MEMORY. copy and zero run in stream order; copy between any two memories. */
     usp_status (*alloc)(usp_device *, size_t bytes, void **);
     void (*free)(usp_device *, void *);
     usp_status (*copy)(usp_device *, void *to, const void *from, size_t bytes, usp_stream);
