@@ -14,7 +14,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { USP_NO_RANK = -1 };
+enum { USP_NO_RANK = -1, USP_LEAVE_MS = 5000 /* longest wait of a rank that leaves */ };
 
 typedef enum usp_activity { USP_ABSENT, USP_COMPUTING, USP_EXCHANGING, USP_GATHERING, USP_LEFT } usp_activity;
 
@@ -446,23 +446,33 @@ static void usp_threads_abort(usp_comm *comm) {
     pthread_mutex_unlock(&meeting->mutex);
 }
 
-/* Takes the rank's events back, each as soon as the rank that may still use it has. */
+/* Takes back the event that tells `peer` what has been read; 0 if the peer, in a copy of its own that does not end, has
+ * not let go of it in time. */
+static int usp_take_back(usp_thread_comm *self, int peer, const struct timespec *deadline) {
+    usp_rendezvous *meeting = self->meeting;
+    usp_box *in = usp_box_of(meeting, peer, self->base.rank);
+    int late = 0;
+    while (in->unsettled && !late)
+        late = pthread_cond_timedwait(&meeting->seats[self->base.rank].wake, &meeting->mutex, deadline) == ETIMEDOUT;
+    if (in->unsettled) return 0;
+    self->base.device->ops->event_destroy(self->base.device, in->consumed);
+    in->consumed = NULL;
+    return 1;
+}
+
 static void usp_leave(usp_thread_comm *self) {
     usp_rendezvous *meeting = self->meeting;
-    usp_device *device = self->base.device;
     usp_seat *seat = &meeting->seats[self->base.rank];
+    int limit = self->base.timeout_ms, lost = 0;
+    struct timespec deadline = usp_deadline_in(limit < 0 || limit > USP_LEAVE_MS ? USP_LEAVE_MS : limit);
     pthread_mutex_lock(&meeting->mutex);
     seat->activity = USP_LEFT;
     usp_wake_all(meeting);
-    for (int peer = 0; peer < meeting->size; peer++) {
-        usp_box *in = usp_box_of(meeting, peer, self->base.rank);
-        while (in->unsettled) pthread_cond_wait(&seat->wake, &meeting->mutex);
-        if (in->consumed) device->ops->event_destroy(device, in->consumed);
-        in->consumed = NULL;
-    }
-    if (seat->posted) device->ops->event_destroy(device, seat->posted);
+    for (int peer = 0; peer < meeting->size; peer++) lost += !usp_take_back(self, peer, &deadline);
+    self->base.device->ops->event_destroy(self->base.device, seat->posted);
     seat->posted = NULL;
     pthread_mutex_unlock(&meeting->mutex);
+    if (lost) usp_host_log(self->base.host, 1, "rank %d leaves %d events to late ranks", self->base.rank, lost);
 }
 
 static void usp_threads_destroy(usp_comm *comm) {

@@ -171,7 +171,9 @@ USP_API usp_status usp_world_synchronize(usp_world *world, usp_stream stream);
 /* Gives the world up: this rank and, at their next wait, all others leave with an error that names this rank.
  * From any thread, any number of times. */
 USP_API void usp_world_abort(usp_world *world);
-/* Frees everything. Waits for nobody. Ranks still waiting for this one get PEER_LOST. */
+/* Frees everything. Waits for no call of another rank, and for what this one has begun a short time only: between
+ * threads at most 5 s for a rank that still copies, on NCCL at most 5 s for transfers to end and 5 s more for them to be
+ * aborted. What is not free then is left behind, with a warning. Ranks still waiting for this one get PEER_LOST. */
 USP_API void usp_world_destroy(usp_world *world);
 
 /* Memory of the world's device, for programs without CUDA headers; 256-byte aligned. */

@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -287,16 +288,17 @@ static void *usp_join_in_vain(void *argument) {
     return NULL;
 }
 
-static int usp_check_absent(void) {
-    usp_crew crew = {.size = 4, .timeout_ms = 500};
-    usp_actor actors[3];
+/* `count` ranks, each of which joins by itself. */
+static int usp_meet(void *(*body)(void *), int size, int count, int timeout_ms) {
+    usp_crew crew = {.size = size, .timeout_ms = timeout_ms};
+    usp_actor actors[USP_MOST];
     int wrong = 0;
     if (usp_rendezvous_create(crew.size, &crew.rendezvous) != USP_OK) return 1;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < count; i++) {
         actors[i] = (usp_actor){.crew = &crew, .rank = i};
-        if (pthread_create(&actors[i].thread, NULL, usp_join_in_vain, &actors[i]) != 0) exit(1);
+        if (pthread_create(&actors[i].thread, NULL, body, &actors[i]) != 0) exit(1);
     }
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < count; i++) {
         pthread_join(actors[i].thread, NULL);
         wrong += actors[i].wrong;
     }
@@ -310,6 +312,66 @@ static int usp_check_arguments(void) {
     wrong += usp_check_failure(NULL, usp_rendezvous_create(2, NULL), USP_INVALID, "rendezvous");
     usp_rendezvous_destroy(NULL);
     return wrong;
+}
+
+/* ---- a copy that does not end ------------------------------------------------------------------------------------ */
+
+static usp_status usp_copy_late(usp_device *device, void *to, const void *from, size_t bytes, usp_stream stream) {
+    (void)device, (void)stream;
+    usp_rest(3000);
+    memcpy(to, from, bytes);
+    return USP_OK;
+}
+
+/* What rank 1 leaves behind is no leak. */
+static _Alignas(16) char usp_pool[1 << 14];
+
+static void *usp_draw_memory(void *user, size_t bytes) {
+    size_t *used = user, at = *used;
+    *used += (bytes + 15) / 16 * 16;
+    return *used <= sizeof usp_pool ? usp_pool + at : NULL;
+}
+
+static void usp_keep_memory(void *user, void *memory) {
+    (void)user, (void)memory;
+}
+
+/* Rank 0 sends to rank 1 and is stuck in its copy from rank 2. */
+static usp_status usp_exchange_stuck(usp_comm *comm) {
+    char in[4], out[4] = {0};
+    usp_send send = {comm->rank == 0 ? 1 : 0, out, sizeof out};
+    usp_recv recv = {comm->rank == 0 ? 2 : 0, in, sizeof in};
+    usp_rest(comm->rank == 0 ? 50 : comm->rank == 1 ? 200 : 0);
+    return comm->ops->exchange(comm, &send, comm->rank != 1, &recv, comm->rank != 2, NULL);
+}
+
+/* Rank 1 has its message and leaves: not at once, since rank 0 still needs its event, and not when rank 0 is done. */
+static void *usp_meet_stuck(void *argument) {
+    usp_actor *actor = argument;
+    usp_world_config defaults = {.struct_size = sizeof defaults};
+    usp_host host = usp_host_from_config(&defaults);
+    size_t used = 0;
+    if (actor->rank == 1) host = (usp_host){.alloc = usp_draw_memory, .free = usp_keep_memory, .user = &used};
+    usp_device *device;
+    usp_comm *comm;
+    if (usp_device_create_cpu(&host, &device) != USP_OK) exit(1);
+    usp_device_ops slow = *device->ops;
+    slow.copy = usp_copy_late;
+    if (actor->rank == 0) device->ops = &slow;
+    usp_comm_config config = {.device = device, .host = &host, .timeout_ms = actor->crew->timeout_ms};
+    if (usp_comm_create_threads(&config, actor->crew->rendezvous, actor->rank, &comm) != USP_OK) exit(1);
+    usp_status status = usp_exchange_stuck(comm);
+    double begin = usp_seconds();
+    if (actor->rank == 1) {
+        actor->wrong = usp_check(comm, status == USP_OK, "%s", usp_last_error());
+        comm->ops->destroy(comm);
+        actor->wrong += usp_check(NULL, usp_seconds() - begin < 2, "left after %.1f s", usp_seconds() - begin);
+    } else {
+        actor->wrong = usp_check_failure(comm, status, USP_TIMEOUT, "rank 0");
+        comm->ops->destroy(comm);
+    }
+    device->ops->destroy(device);
+    return NULL;
 }
 
 /* ---- all of it --------------------------------------------------------------------------------------------------- */
@@ -336,7 +398,7 @@ static int usp_check_storms(void) {
 
 int main(void) {
     alarm(170);
-    int wrong = usp_check_arguments() + usp_check_absent();
+    int wrong = usp_check_arguments() + usp_meet(usp_join_in_vain, 4, 3, 500) + usp_meet(usp_meet_stuck, 3, 3, 1000);
     for (int size = 1; size <= USP_MOST; size++) wrong += usp_play(usp_scene_conformance, size, 20000, 0);
     for (int size = 2; size <= 6; size += 2) wrong += usp_check_failures(size, size / 2);
     wrong += usp_play(usp_scene_conformance, 3, -1, 0);
