@@ -72,16 +72,17 @@ static usp_status mark_segment(unsigned char *seen, const usp_segment *segment, 
     return USP_OK;
 }
 
-static usp_status check_coverage(const usp_host *host, const usp_sharding *sharding) {
+/* The segments of all ranks as they were gathered, [ranks][most], own every token once: so they fit the sharding. */
+static usp_status check_coverage(const usp_host *host, const usp_sharding *sharding, const usp_segment *gathered,
+                                 int64_t most) {
     void *memory = NULL;
     int64_t covered = 0;
     USP_TRY(usp_host_alloc(host, (size_t)sharding->tokens / 8 + 1, "coverage", &memory));
     usp_status status = USP_OK;
-    for (int rank = 0; rank < sharding->ranks && status == USP_OK; rank++)
-        for (int64_t i = sharding->first[rank]; i < sharding->first[rank + 1] && status == USP_OK; i++) {
-            status = mark_segment(memory, &sharding->segment[i], rank);
-            covered += sharding->segment[i].length;
-        }
+    for (int64_t i = 0; i < sharding->ranks * most && status == USP_OK; i++) {
+        status = mark_segment(memory, &gathered[i], (int)(i / most));
+        covered += gathered[i].length;
+    }
     usp_host_free(host, memory);
     USP_TRY(status);
     USP_REQUIRE(covered == sharding->tokens, "usp_sequence_config.segment: %lld of %lld tokens are owned by no rank",
@@ -118,13 +119,13 @@ static usp_status gather_segments(usp_world *world, const usp_sequence_config *c
     return status;
 }
 
-static void fill_custom(usp_sharding *sharding, const usp_segment *copies, int64_t most) {
+static void fill_custom(usp_sharding *sharding, const usp_segment *gathered, int64_t most) {
     sharding->first[0] = 0;
     for (int rank = 0; rank < sharding->ranks; rank++) {
         sharding->first[rank + 1] = sharding->first[rank];
         sharding->local[rank] = 0;
         for (int64_t i = 0; i < most; i++) {
-            const usp_segment *segment = &copies[rank * most + i];
+            const usp_segment *segment = &gathered[rank * most + i];
             add_segment(sharding, rank, segment->start, segment->length, segment->stride);
         }
     }
@@ -264,10 +265,10 @@ static usp_status fill_custom_layout(usp_sequence *sequence, const usp_sequence_
     void *all = NULL;
     usp_status status = gather_segments(sequence->world, config, most, &all);
     if (status == USP_OK) {
-        const usp_segment *segments = all;
-        fill_custom(&sequence->query, segments + (int64_t)sequence->copy * sequence->ranks * most, most);
-        status = check_coverage(host, &sequence->query);
+        const usp_segment *gathered = (usp_segment *)all + (int64_t)sequence->copy * sequence->ranks * most;
+        status = check_coverage(host, &sequence->query, gathered, most);
         status = usp_world_agree(sequence->world, status, &(usp_agreement){.what = "sequence"});
+        if (status == USP_OK) fill_custom(&sequence->query, gathered, most);
     }
     usp_host_free(host, all);
     return status;

@@ -227,6 +227,20 @@ static int try_sequences(bench *b, usp_sequence_config good, const wrong *fields
     return 0;
 }
 
+/* Every rank brings every token, in segments of which no two can be joined: more than a sequence has room for. */
+static int try_overlap(bench *b) {
+    static const wrong twice = {"owned twice", 0, POINTER, 0, USP_INVALID, NULL};
+    usp_segment all[TOKENS];
+    usp_sequence *sequence = NULL;
+    usp_sequence_config config = good_sequence();
+    for (int i = 0; i < TOKENS; i++) all[i] = (usp_segment){i * 2 % TOKENS + i * 2 / TOKENS, 1, 1};
+    config.layout = USP_LAYOUT_CUSTOM;
+    config.segments = TOKENS;
+    config.segment = all;
+    judge(b->rank, &twice, "sequence", usp_sequence_create(b->mesh, &config, &sequence));
+    return sequence || check_unharmed(b, "overlap");
+}
+
 static int wrong_fields(usp_rank *rank, void *argument) {
     static const int64_t ends[] = {10, 20, TOKENS};
     bench b;
@@ -251,7 +265,8 @@ static int wrong_fields(usp_rank *rank, void *argument) {
         try_sequences(&b, good_sequence(), sequence_fields,
                       (int)(sizeof sequence_fields / sizeof sequence_fields[0])) ||
         try_sequences(&b, documents, document_fields, (int)(sizeof document_fields / sizeof document_fields[0])) ||
-        try_sequences(&b, custom, segment_fields, (int)(sizeof segment_fields / sizeof segment_fields[0]));
+        try_sequences(&b, custom, segment_fields, (int)(sizeof segment_fields / sizeof segment_fields[0])) ||
+        (rank->size > 1 && try_overlap(&b));
     if (failed) return 1;
     close_bench(&b);
     usp_count(rank);
