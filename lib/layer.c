@@ -84,7 +84,7 @@ static usp_status check_kernels(const usp_mesh *mesh, const usp_layer_config *c)
 
 /* Most messages of any one exchange: two bundles and a state to and from all peers, or all states to all. */
 static int64_t message_capacity(const usp_layer *layer) {
-    int64_t queries = layer->schedule->query.capacity, keys = layer->schedule->key.capacity;
+    int64_t queries = layer->sequence->query.segment_limit, keys = layer->sequence->key.segment_limit;
     int64_t segments = queries > keys ? queries : keys, ring = layer->mesh.ring;
     int64_t states = layer->schedule->own_chunk_limit * ring + layer->schedule->chunk_capacity;
     return 2 * layer->mesh.ulysses * segments + states + layer->mesh.ulysses + ring + 8;

@@ -9,7 +9,7 @@
 
 /* A segment of one of the ring rank's U ranks. */
 typedef struct piece {
-    int u, segment;
+    int u;
     int64_t index;  /* among all pieces by u, then local order */
     int64_t source; /* local index of its first token */
     usp_segment tokens;
@@ -27,7 +27,7 @@ static int64_t collect_pieces(const usp_sharding *sharding, const usp_shape *sha
         int p = r * shape->ulysses + u;
         int64_t source = 0;
         for (int64_t i = sharding->first[p]; i < sharding->first[p + 1]; i++) {
-            pieces[count] = (piece){u, (int)(i - sharding->first[p]), count, source, sharding->segment[i]};
+            pieces[count] = (piece){u, count, source, sharding->segment[i]};
             count++;
             source += sharding->segment[i].length;
         }
@@ -42,34 +42,35 @@ static int rows_are_positions(const usp_shape *shape) {
 }
 
 static void add_block_segment(usp_ring_side *side, usp_ring_block *block, const usp_segment *tokens) {
-    usp_segment *last = block->segments ? &side->segment[block->first_segment + block->segments - 1] : NULL;
-    if (last && last->stride == tokens->stride && last->start + last->length * last->stride == tokens->start)
+    usp_ring_segment *segment = &side->segment[block->first_segment + block->segments];
+    usp_ring_segment *last = block->segments ? segment - 1 : NULL;
+    if (last && last->stride == tokens->stride && last->start + last->length * last->stride == tokens->start) {
         last->length += tokens->length;
-    else
-        side->segment[block->first_segment + block->segments++] = *tokens;
+    } else {
+        if (last && last->start + (last->length - 1) * last->stride >= tokens->start) block->ordered = 0;
+        *segment = (usp_ring_segment){tokens->start, tokens->length, tokens->stride, block->rows};
+        block->segments++;
+    }
     block->rows += tokens->length;
 }
 
 static void plan_block(usp_ring_side *side, const usp_shape *shape, int64_t first_segment, int r, const piece *pieces,
                        int64_t count) {
     usp_ring_block *block = &side->block[r];
-    *block = (usp_ring_block){.first_segment = first_segment};
+    *block = (usp_ring_block){.first_segment = first_segment, .ordered = 1};
     if (r == shape->r) side->landings = count;
     for (int64_t i = 0; i < count; i++) {
         const piece *at = &pieces[i];
         int positions = rows_are_positions(shape);
         if (r == shape->r)
-            side->landing[at->index] = (usp_landing){at->u,
-                                                     at->segment,
-                                                     at->source,
-                                                     at->tokens.length,
-                                                     positions ? at->tokens.start : block->rows,
-                                                     positions ? at->tokens.stride : 1};
+            side->landing[at->index] =
+                (usp_landing){at->u, at->source, at->tokens.length, positions ? at->tokens.start : block->rows,
+                              positions ? at->tokens.stride : 1};
         add_block_segment(side, block, &at->tokens);
     }
     if (rows_are_positions(shape) && count > 0) {
         block->segments = 1;
-        side->segment[first_segment] = (usp_segment){0, block->rows, 1};
+        side->segment[first_segment] = (usp_ring_segment){0, block->rows, 1, 0};
     }
 }
 
@@ -93,16 +94,15 @@ static band query_band(usp_mask mask) {
 }
 
 /* Index of the first of a segment's tokens at position >= x, at most its length. */
-static int64_t first_at_least(const usp_segment *segment, int64_t x) {
+static int64_t first_at_least(const usp_ring_segment *segment, int64_t x) {
     int64_t offset = x - segment->start;
     if (offset <= 0) return 0;
     int64_t index = (offset + segment->stride - 1) / segment->stride;
     return index < segment->length ? index : segment->length;
 }
 
-/* The tile of rows at positions x0 .. x1 and the columns of one segment whose first row index is `row`; 0 if it is
- * empty. */
-static int make_tile(const usp_segment *columns, int64_t row, int64_t x0, int64_t x1, band allowed, int keys_are_rows,
+/* The tile of rows at positions x0 .. x1 and the columns of one segment; 0 if it is empty. */
+static int make_tile(const usp_ring_segment *columns, int64_t x0, int64_t x1, band allowed, int keys_are_rows,
                      usp_tile *tile) {
     int64_t begin = first_at_least(columns, x0 + allowed.low), end = first_at_least(columns, x1 + allowed.high + 1);
     int64_t full_begin = first_at_least(columns, x1 + allowed.low),
@@ -110,15 +110,24 @@ static int make_tile(const usp_segment *columns, int64_t row, int64_t x0, int64_
     if (begin >= end) return 0;
     if (full_begin >= full_end) full_begin = full_end = end;
     int64_t low = keys_are_rows ? -allowed.high : allowed.low, high = keys_are_rows ? -allowed.low : allowed.high;
-    *tile = (usp_tile){.begin = (int32_t)(row + begin),
-                       .end = (int32_t)(row + end),
-                       .full_begin = (int32_t)(row + full_begin),
-                       .full_end = (int32_t)(row + full_end),
-                       .origin = (int32_t)(columns->start - row * columns->stride),
+    *tile = (usp_tile){.begin = (int32_t)(columns->row + begin),
+                       .end = (int32_t)(columns->row + end),
+                       .full_begin = (int32_t)(columns->row + full_begin),
+                       .full_end = (int32_t)(columns->row + full_end),
+                       .origin = (int32_t)(columns->start - columns->row * columns->stride),
                        .stride = (int32_t)columns->stride,
                        .low = (int32_t)(low < INT32_MIN ? INT32_MIN : low),
                        .high = (int32_t)(high > INT32_MAX ? INT32_MAX : high)};
     return 1;
+}
+
+/* Columns begin .. end, of any segments, with each of which every row may pair: their positions do not matter. */
+static usp_tile full_tile(int64_t begin, int64_t end) {
+    return (usp_tile){(int32_t)begin, (int32_t)end, (int32_t)begin, (int32_t)end, 0, 1, INT32_MIN, INT32_MAX};
+}
+
+static int is_full(const usp_tile *tile) {
+    return tile->full_begin == tile->begin && tile->full_end == tile->end;
 }
 
 /* Where planned work is written; with NULL arrays it is only counted. */
@@ -126,23 +135,73 @@ typedef struct work_list {
     usp_work *work;
     usp_tile *tile;
     int64_t works, tiles;
+    usp_tile last; /* the one that was added last */
 } work_list;
 
-static void add_work(work_list *list, const usp_segment *rows, int64_t row, int64_t offset, const usp_segment *columns,
-                     int64_t column_segments, band allowed, int keys_are_rows, int64_t tile_base) {
-    int64_t count = rows->length - offset < USP_WORK_ROWS ? rows->length - offset : USP_WORK_ROWS;
-    int64_t x0 = rows->start + offset * rows->stride, x1 = x0 + (count - 1) * rows->stride, column = 0;
-    int64_t first = list->tiles;
-    for (int64_t i = 0; i < column_segments; column += columns[i++].length) {
-        usp_tile tile;
-        if (!make_tile(&columns[i], column, x0, x1, allowed, keys_are_rows, &tile)) continue;
-        if (list->tile) list->tile[list->tiles] = tile;
+/* Full tiles side by side become one: else a work item would have as many as there are segments before it. */
+static void add_tile(work_list *list, int64_t first, usp_tile tile) {
+    if (list->tiles > first && is_full(&list->last) && is_full(&tile) && list->last.end == tile.begin)
+        tile = full_tile(list->last.begin, tile.end);
+    else
         list->tiles++;
+    if (list->tile) list->tile[list->tiles - 1] = tile;
+    list->last = tile;
+}
+
+/* Index of the first segment of an ordered block that begins at position >= x. */
+static int64_t find_segment(const usp_ring_segment *segment, int64_t segments, int64_t x) {
+    int64_t low = 0, high = segments;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        if (segment[middle].start >= x)
+            high = middle;
+        else
+            low = middle + 1;
     }
+    return low;
+}
+
+/* Segments outside begin .. end have no allowed column; those in full_begin .. full_end have no other. */
+typedef struct reach {
+    int64_t begin, full_begin, full_end, end;
+} reach;
+
+static reach find_reach(const usp_ring_segment *columns, const usp_ring_block *block, int64_t x0, int64_t x1,
+                        band allowed) {
+    int64_t segments = block->segments;
+    if (!block->ordered) return (reach){0, 0, 0, segments};
+    int64_t begin = find_segment(columns, segments, x0 + allowed.low),
+            full_end = find_segment(columns, segments, x0 + allowed.high + 1);
+    return (reach){.begin = begin > 0 ? begin - 1 : 0, /* the one before may end within reach, the last beyond it */
+                   .full_begin = find_segment(columns, segments, x1 + allowed.low),
+                   .full_end = full_end > 0 ? full_end - 1 : 0,
+                   .end = find_segment(columns, segments, x1 + allowed.high + 1)};
+}
+
+static void add_tiles(work_list *list, const usp_ring_segment *columns, const usp_ring_block *block, int64_t x0,
+                      int64_t x1, band allowed, int keys_are_rows) {
+    reach in = find_reach(columns, block, x0, x1, allowed);
+    int64_t first = list->tiles;
+    for (int64_t i = in.begin; i < in.end; i++) {
+        usp_tile tile;
+        if (i == in.full_begin && in.full_begin < in.full_end) {
+            i = in.full_end - 1;
+            add_tile(list, first, full_tile(columns[in.full_begin].row, columns[i].row + columns[i].length));
+        } else if (make_tile(&columns[i], x0, x1, allowed, keys_are_rows, &tile)) {
+            add_tile(list, first, tile);
+        }
+    }
+}
+
+static void add_work(work_list *list, const usp_ring_segment *rows, int64_t offset, const usp_ring_segment *columns,
+                     const usp_ring_block *column_block, band allowed, int keys_are_rows, int64_t tile_base) {
+    int64_t count = rows->length - offset < USP_WORK_ROWS ? rows->length - offset : USP_WORK_ROWS;
+    int64_t x0 = rows->start + offset * rows->stride, x1 = x0 + (count - 1) * rows->stride, first = list->tiles;
+    add_tiles(list, columns, column_block, x0, x1, allowed, keys_are_rows);
     if (list->work)
-        list->work[list->works] = (usp_work){.begin = (int32_t)(row + offset),
+        list->work[list->works] = (usp_work){.begin = (int32_t)(rows->row + offset),
                                              .count = (int32_t)count,
-                                             .origin = (int32_t)(rows->start - row * rows->stride),
+                                             .origin = (int32_t)(rows->start - rows->row * rows->stride),
                                              .stride = (int32_t)rows->stride,
                                              .first_tile = (int32_t)(first - tile_base),
                                              .tiles = (int32_t)(list->tiles - first)};
@@ -154,17 +213,14 @@ static void add_work(work_list *list, const usp_segment *rows, int64_t row, int6
 static void add_works(work_list *list, const usp_ring_side *row_side, int row_block, const usp_ring_side *column_side,
                       int column_block, band allowed, int keys_are_rows) {
     const usp_ring_block *rows = &row_side->block[row_block], *columns = &column_side->block[column_block];
-    int64_t row = keys_are_rows ? 0 : rows->rows, tile_base = list->tiles;
+    int64_t tile_base = list->tiles;
     for (int64_t n = 0; n < rows->segments; n++) {
         int64_t i = keys_are_rows ? n : rows->segments - 1 - n;
-        const usp_segment *segment = &row_side->segment[rows->first_segment + i];
+        const usp_ring_segment *segment = &row_side->segment[rows->first_segment + i];
         int64_t cuts = (segment->length + USP_WORK_ROWS - 1) / USP_WORK_ROWS;
-        if (!keys_are_rows) row -= segment->length;
         for (int64_t c = 0; c < cuts; c++)
-            add_work(list, segment, row, (keys_are_rows ? c : cuts - 1 - c) * USP_WORK_ROWS,
-                     column_side->segment + columns->first_segment, columns->segments, allowed, keys_are_rows,
-                     tile_base);
-        if (keys_are_rows) row += segment->length;
+            add_work(list, segment, (keys_are_rows ? c : cuts - 1 - c) * USP_WORK_ROWS,
+                     column_side->segment + columns->first_segment, columns, allowed, keys_are_rows, tile_base);
     }
 }
 
@@ -196,10 +252,10 @@ static void collect_chunks(usp_schedule *schedule) {
     const usp_ring_side *side = &schedule->query;
     schedule->chunks = 0;
     for (int r = 0; r < schedule->shape.ring; r++) {
-        const usp_segment *segment = side->segment + side->block[r].first_segment;
-        int64_t row = 0;
-        for (int64_t i = 0; i < side->block[r].segments; row += segment[i++].length)
-            schedule->chunk[schedule->chunks++] = (usp_chunk){r, 0, segment[i].start, row, segment[i].length};
+        const usp_ring_segment *segment = side->segment + side->block[r].first_segment;
+        for (int64_t i = 0; i < side->block[r].segments; i++)
+            schedule->chunk[schedule->chunks++] =
+                (usp_chunk){r, 0, segment[i].start, segment[i].row, segment[i].length};
     }
     qsort(schedule->chunk, (size_t)schedule->chunks, sizeof *schedule->chunk, chunk_by_start);
 }
@@ -234,14 +290,18 @@ static void plan_chunks(usp_device *device, usp_schedule *schedule) {
 
 /* ---- planning as a whole ----------------------------------------------------------------------------------------- */
 
-static void plan(usp_sequence *sequence, usp_schedule *schedule) {
+static void plan_sides(const usp_sequence *sequence, usp_schedule *schedule) {
     plan_side(&schedule->query, &sequence->query, &schedule->shape, schedule->scratch);
     plan_side(&schedule->key, &sequence->key, &schedule->shape, schedule->scratch);
+}
+
+/* What follows from the sides. */
+static void plan_work(const usp_sequence *sequence, usp_schedule *schedule) {
     if (schedule->shape.attention == USP_LINEAR) {
         plan_chunks(sequence->world->device, schedule);
         return;
     }
-    work_list list = {schedule->work, schedule->tile, 0, 0};
+    work_list list = {.work = schedule->work, .tile = schedule->tile};
     plan_steps(schedule, &list);
     schedule->works = list.works;
     schedule->tiles = list.tiles;
@@ -274,22 +334,18 @@ static void *allocate(const usp_host *host, int64_t count, size_t bytes, usp_sta
 
 static void allocate_side(const usp_host *host, const usp_sharding *sharding, const usp_shape *shape,
                           usp_ring_side *side, usp_status *status) {
-    side->capacity = sharding->capacity;
     side->block = allocate(host, shape->ring, sizeof *side->block, status);
     side->segment = allocate(host, sharding->capacity, sizeof *side->segment, status);
     side->landing = allocate(host, sharding->capacity, sizeof *side->landing, status);
 }
 
-/* Room for any documents: a document adds at most one work item a segment, and any two segments may share a tile. */
-static usp_status bound_works(const usp_sequence *sequence, usp_schedule *schedule) {
-    int64_t chunks = 2 * sequence->max_documents * schedule->shape.ulysses, rows = schedule->query.limit;
-    int64_t segments = chunks < rows ? chunks : rows;
-    schedule->work_capacity = 2 * schedule->shape.ring * (rows / USP_WORK_ROWS + segments);
-    if (segments && schedule->work_capacity > INT32_MAX / segments)
-        return usp_fail(USP_NO_MEMORY, "usp_sequence_config.max_documents is %lld: the tiles cannot be counted",
-                        (long long)sequence->max_documents);
-    schedule->tile_capacity = schedule->work_capacity * segments;
-    return USP_OK;
+/* Room for any documents. A step's work items end at every USP_WORK_ROWS rows or with a segment, in either view. Each
+ * has at most two tiles: its rows are consecutive positions, so that besides a run of segments of which it sees all
+ * there is but its own segment, of which it may see a part. */
+static void bound_works(usp_schedule *schedule) {
+    int64_t step = schedule->query.limit / USP_WORK_ROWS + schedule->query.segment_limit;
+    schedule->work_capacity = 2 * schedule->shape.ring * step;
+    schedule->tile_capacity = 2 * schedule->work_capacity;
 }
 
 static usp_status allocate_works(usp_sequence *sequence, usp_schedule *schedule) {
@@ -297,32 +353,31 @@ static usp_status allocate_works(usp_sequence *sequence, usp_schedule *schedule)
     const usp_host *host = &sequence->world->host;
     schedule->step = allocate(host, schedule->shape.ring, sizeof *schedule->step, &status);
     USP_TRY(status);
-    plan(sequence, schedule); /* counts, the arrays being NULL */
-    schedule->work_capacity = schedule->works;
-    schedule->tile_capacity = schedule->tiles;
-    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) USP_TRY(bound_works(sequence, schedule));
+    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) {
+        bound_works(schedule);
+    } else {
+        plan_work(sequence, schedule); /* counts, the arrays being NULL */
+        schedule->work_capacity = schedule->works;
+        schedule->tile_capacity = schedule->tiles;
+    }
+    if (schedule->work_capacity > INT32_MAX || schedule->tile_capacity > INT32_MAX)
+        return usp_fail(USP_NO_MEMORY,
+                        "usp_sequence_config: attention over its segments or documents takes %lld work items and "
+                        "%lld tiles, more than 32 bits count",
+                        (long long)schedule->work_capacity, (long long)schedule->tile_capacity);
     schedule->work = allocate(host, schedule->work_capacity, sizeof *schedule->work, &status);
     schedule->tile = allocate(host, schedule->tile_capacity, sizeof *schedule->tile, &status);
     return status;
-}
-
-static int64_t most_segments(const usp_ring_side *side, int ring) {
-    int64_t most = 0;
-    for (int r = 0; r < ring; r++)
-        if (side->block[r].segments > most) most = side->block[r].segments;
-    return most;
 }
 
 static usp_status allocate_chunks(usp_sequence *sequence, usp_schedule *schedule) {
     usp_status status = USP_OK;
     const usp_host *host = &sequence->world->host;
     usp_device *device = sequence->world->device;
-    int64_t rows = schedule->query.limit;
-    schedule->chunk_capacity = sequence->query.capacity;
-    schedule->own_chunk_limit = most_segments(&schedule->query, schedule->shape.ring);
-    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT)
-        schedule->own_chunk_limit = 2 * sequence->max_documents * schedule->shape.ulysses;
-    schedule->block_capacity = rows / device->ops->linear_block(device, rows) + schedule->own_chunk_limit;
+    int64_t rows = schedule->query.limit, most = schedule->query.segment_limit, all = most * schedule->shape.ring;
+    schedule->own_chunk_limit = most;
+    schedule->chunk_capacity = all < sequence->query.capacity ? all : sequence->query.capacity;
+    schedule->block_capacity = rows / device->ops->linear_block(device, rows) + most;
     schedule->chunk = allocate(host, schedule->chunk_capacity, sizeof *schedule->chunk, &status);
     schedule->chunk_step = allocate(host, schedule->chunk_capacity, sizeof *schedule->chunk_step, &status);
     schedule->block = allocate(host, schedule->block_capacity, sizeof *schedule->block, &status);
@@ -348,15 +403,19 @@ static usp_status allocate_device(usp_sequence *sequence, usp_schedule *schedule
     return USP_OK;
 }
 
-/* The most rows of any ring rank; with documents to come, U chunk pairs of each, rounded up. */
-static void set_limit(const usp_sequence *sequence, const usp_sharding *sharding, const usp_shape *shape,
-                      usp_ring_side *side) {
-    int64_t bound = shape->ulysses * sharding->limit;
-    side->limit = 0;
-    for (int r = 0; r < shape->ring; r++)
+/* The most rows and segments of any ring rank. With documents to come: of each, two chunks of a zigzag of the ring,
+ * each rounded up by less than one; a ring of one holds them all in one piece. */
+static void set_limits(const usp_sequence *sequence, int ring, usp_ring_side *side) {
+    side->limit = side->segment_limit = 0;
+    for (int r = 0; r < ring; r++) {
         if (side->block[r].rows > side->limit) side->limit = side->block[r].rows;
-    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT)
-        side->limit = bound < sequence->max_tokens ? bound : sequence->max_tokens;
+        if (side->block[r].segments > side->segment_limit) side->segment_limit = side->block[r].segments;
+    }
+    if (sequence->layout != USP_LAYOUT_ZIGZAG_PER_DOCUMENT) return;
+    int64_t chunks = ring > 1 ? 2 * sequence->max_documents : 1;
+    int64_t rows = sequence->max_tokens / ring + 2 * sequence->max_documents;
+    side->limit = rows < sequence->max_tokens ? rows : sequence->max_tokens;
+    side->segment_limit = chunks < side->limit ? chunks : side->limit;
 }
 
 static void free_side(const usp_host *host, usp_ring_side *side) {
@@ -395,13 +454,12 @@ static usp_status build(usp_sequence *sequence, usp_schedule *schedule) {
     allocate_side(host, &sequence->key, &schedule->shape, &schedule->key, &status);
     USP_TRY(status);
     USP_TRY(allocate_scratch(sequence, &schedule->scratch));
-    plan_side(&schedule->query, &sequence->query, &schedule->shape, schedule->scratch);
-    plan_side(&schedule->key, &sequence->key, &schedule->shape, schedule->scratch);
-    set_limit(sequence, &sequence->query, &schedule->shape, &schedule->query);
-    set_limit(sequence, &sequence->key, &schedule->shape, &schedule->key);
+    plan_sides(sequence, schedule);
+    set_limits(sequence, schedule->shape.ring, &schedule->query);
+    set_limits(sequence, schedule->shape.ring, &schedule->key);
     int linear = schedule->shape.attention == USP_LINEAR;
     USP_TRY(linear ? allocate_chunks(sequence, schedule) : allocate_works(sequence, schedule));
-    plan(sequence, schedule);
+    plan_work(sequence, schedule);
     USP_TRY(allocate_device(sequence, schedule));
     USP_TRY(upload(sequence, schedule, NULL));
     return usp_world_synchronize(sequence->world, NULL); /* any stream of the caller may read it from now on */
@@ -467,7 +525,8 @@ void usp_schedule_release(usp_sequence *sequence, usp_schedule *schedule) {
 
 usp_status usp_schedule_replan(usp_sequence *sequence, usp_stream stream) {
     for (usp_schedule *schedule = sequence->schedules; schedule; schedule = schedule->next) {
-        plan(sequence, schedule);
+        plan_sides(sequence, schedule);
+        plan_work(sequence, schedule);
         USP_TRY(upload(sequence, schedule, stream));
     }
     return USP_OK;
@@ -499,7 +558,7 @@ double usp_schedule_pairs(const usp_sequence *sequence, const usp_schedule *sche
     if (schedule->shape.mask != USP_MASK_CAUSAL) return (double)block->rows * (double)sequence->key.tokens;
     double pairs = 0;
     for (int64_t i = 0; i < block->segments; i++) {
-        const usp_segment *s = &schedule->query.segment[block->first_segment + i];
+        const usp_ring_segment *s = &schedule->query.segment[block->first_segment + i];
         double length = (double)s->length;
         pairs += length * ((double)s->start + 1) + (double)s->stride * length * (length - 1) / 2;
     }

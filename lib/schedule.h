@@ -10,24 +10,29 @@
 
 /* Consecutive local tokens of one ulysses rank and the rows of the ring block where they land: row, row + step, ... */
 typedef struct usp_landing {
-    int u, segment;
+    int u;
     int64_t source, count, row, step;
 } usp_landing;
 
-/* A ring rank's block: rows, and its segments in row order (a segment's rows are consecutive). */
+/* Rows row .. row + length of a ring rank's block, at positions start, start + stride, ... */
+typedef struct usp_ring_segment {
+    int64_t start, length, stride, row;
+} usp_ring_segment;
+
+/* A ring rank's block: rows, and its segments in row order. */
 typedef struct usp_ring_block {
     int64_t rows;
     int64_t first_segment, segments; /* in usp_ring_side.segment */
+    int ordered;                     /* each segment lies behind all positions of the one before */
 } usp_ring_block;
 
 /* One side (queries or keys) of a schedule. */
 typedef struct usp_ring_side {
-    usp_ring_block *block; /* [ring] */
-    usp_segment *segment;  /* of all blocks */
-    usp_landing *landing;  /* of the own block: by u, then in the local order of that rank */
+    usp_ring_block *block;     /* [ring] */
+    usp_ring_segment *segment; /* of all blocks */
+    usp_landing *landing;      /* of the own block: by u, then in the local order of that rank */
     int64_t landings;
-    int64_t capacity; /* of segment and of landing */
-    int64_t limit;    /* no ring rank ever holds more rows, whatever the documents become */
+    int64_t limit, segment_limit; /* no ring rank ever holds more rows or segments, whatever the documents become */
 } usp_ring_side;
 
 /* The two views of one ring step's work, rows and columns swapped, as indices into the schedule's arrays. */

@@ -231,14 +231,19 @@ static usp_status allocate_arrays(usp_sequence *sequence, int64_t most) {
     return USP_OK;
 }
 
-/* The most tokens of any rank. Of each document a rank gets two chunks, each rounded up by less than one. */
-static void set_limit(usp_sharding *sharding, const usp_sequence *sequence) {
-    sharding->limit = 0;
-    for (int rank = 0; rank < sharding->ranks; rank++)
+/* The most tokens and segments of any rank. With documents to come: of each, two chunks, each rounded up by less than
+ * one. */
+static void set_limits(usp_sharding *sharding, const usp_sequence *sequence) {
+    sharding->limit = sharding->segment_limit = 0;
+    for (int rank = 0; rank < sharding->ranks; rank++) {
+        int64_t segments = usp_sharding_count(sharding, rank);
         if (sharding->local[rank] > sharding->limit) sharding->limit = sharding->local[rank];
-    int64_t bound = sequence->max_tokens / sequence->ranks + 2 * sequence->max_documents;
-    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT)
-        sharding->limit = bound < sequence->max_tokens ? bound : sequence->max_tokens;
+        if (segments > sharding->segment_limit) sharding->segment_limit = segments;
+    }
+    if (sequence->layout != USP_LAYOUT_ZIGZAG_PER_DOCUMENT) return;
+    int64_t chunks = 2 * sequence->max_documents, tokens = sequence->max_tokens / sequence->ranks + chunks;
+    sharding->limit = tokens < sequence->max_tokens ? tokens : sequence->max_tokens;
+    sharding->segment_limit = chunks < sharding->limit ? chunks : sharding->limit;
 }
 
 static void set_documents(usp_sequence *sequence, int64_t documents, const int64_t *ends) {
@@ -314,10 +319,10 @@ static usp_status build(usp_sequence *sequence, const usp_sequence_config *confi
         USP_TRY(fill_custom_layout(sequence, config, most));
     else
         fill(&sequence->query, sequence);
-    set_limit(&sequence->query, sequence);
+    set_limits(&sequence->query, sequence);
     if (sequence->cross) {
         fill(&sequence->key, sequence);
-        set_limit(&sequence->key, sequence);
+        set_limits(&sequence->key, sequence);
     } else {
         sequence->key = sequence->query;
     }

@@ -7,11 +7,11 @@
 typedef struct usp_sharding {
     int64_t tokens;
     int ranks;
-    int64_t capacity;     /* of segment */
-    int64_t limit;        /* no rank ever owns more tokens, whatever the documents become */
-    int64_t *first;       /* [ranks + 1] */
-    int64_t *local;       /* [ranks] tokens owned */
-    usp_segment *segment; /* none empty; a rank's adjacent ones are joined */
+    int64_t capacity;             /* of segment */
+    int64_t limit, segment_limit; /* no rank ever owns more tokens or segments, whatever the documents become */
+    int64_t *first;               /* [ranks + 1] */
+    int64_t *local;               /* [ranks] tokens owned */
+    usp_segment *segment;         /* none empty; a rank's adjacent ones are joined */
 } usp_sharding;
 
 struct usp_schedule;

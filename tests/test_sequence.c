@@ -128,7 +128,7 @@ static int check_scatter(usp_rank *rank, const usp_sequence *s, int64_t tokens) 
 static int64_t position_of(const usp_ring_side *side, int r, int64_t row) {
     const usp_ring_block *block = &side->block[r];
     for (int64_t i = 0; i < block->segments; i++) {
-        const usp_segment *s = &side->segment[block->first_segment + i];
+        const usp_ring_segment *s = &side->segment[block->first_segment + i];
         if (row < s->length) return s->start + row * s->stride;
         row -= s->length;
     }
@@ -172,10 +172,11 @@ static int count_pairs(usp_rank *rank, const usp_schedule *plan, int step, int b
             for (int t = 0; t < work->tiles; t++) {
                 const usp_tile *tile = &tiles.tile[work->first_tile + t];
                 for (int32_t j = tile->begin; j < tile->end; j++) {
-                    int64_t y = tile->origin + (int64_t)j * tile->stride, offset = by_keys ? x - y : y - x;
+                    int64_t y = position_of(column_side, column_block, j), offset = by_keys ? x - y : y - x;
                     int allowed = offset >= tile->low && offset <= tile->high;
-                    if (y != position_of(column_side, column_block, j))
-                        return usp_say(rank, "tile column %d has position %lld", j, (long long)y);
+                    int any = tile->low == INT32_MIN && tile->high == INT32_MAX; /* maybe of several segments */
+                    if (!any && tile->origin + (int64_t)j * tile->stride != y)
+                        return usp_say(rank, "tile column %d does not have position %lld", j, (long long)y);
                     if (!allowed && j >= tile->full_begin && j < tile->full_end)
                         return usp_say(rank, "a tile calls a forbidden pair full");
                     if (allowed) pairs[by_keys ? j * (MOST + 1) + x : i * (MOST + 1) + y]++;
@@ -386,6 +387,90 @@ static int replan(usp_rank *rank, void *argument) {
     return 0;
 }
 
+/* ---- many documents ---------------------------------------------------------------------------------------------- */
+
+/* What was planned fits into what was found at create, and no list is longer than a few items a segment. */
+static int check_room(usp_rank *rank, const usp_schedule *plan, int64_t tokens, int64_t most) {
+    int64_t items = 2 * (tokens / USP_WORK_ROWS + 2 * (plan->shape.ring + 1) * most);
+    if (plan->works > plan->work_capacity || plan->tiles > plan->tile_capacity || plan->chunks > plan->chunk_capacity ||
+        plan->own_chunks > plan->own_chunk_limit || plan->blocks > plan->block_capacity)
+        return usp_say(rank, "more was planned than there is room for");
+    for (int r = 0; r < plan->shape.ring; r++)
+        if (plan->query.block[r].rows > plan->query.limit || plan->query.block[r].segments > plan->query.segment_limit)
+            return usp_say(rank, "ring rank %d holds more than its limit", r);
+    if (plan->work_capacity > items || plan->tile_capacity > 2 * items)
+        return usp_say(rank, "room for %lld work items and %lld tiles", (long long)plan->work_capacity,
+                       (long long)plan->tile_capacity);
+    return 0;
+}
+
+/* Schedules of every kind on one sequence. */
+enum { PLANS = 3 };
+
+static int acquire_plans(usp_rank *rank, usp_sequence *s, usp_split split, usp_schedule **plans) {
+    for (int i = 0; i < PLANS; i++) {
+        usp_shape shape = {split.ulysses,
+                           split.ring,
+                           rank->rank % split.ulysses,
+                           rank->rank / split.ulysses,
+                           i < 2 ? USP_SOFTMAX : USP_LINEAR,
+                           i == 1 ? USP_MASK_FULL : USP_MASK_CAUSAL};
+        if (usp_schedule_acquire(s, &shape, &plans[i]) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+    }
+    return 0;
+}
+
+/* Re-plans `rounds` times with documents cut anywhere, the same on all ranks: many, few, empty ones. */
+static int replan_often(usp_rank *rank, usp_sequence *s, usp_schedule *const *plans, int most, int rounds) {
+    uint64_t state = 7;
+    int64_t *ends = malloc((size_t)most * sizeof *ends);
+    int failed = 0;
+    for (int round = 0; round < rounds && !failed; round++) {
+        int count = round == 0 ? most : 1 + usp_random_below(&state, most);
+        for (int64_t d = 0, left = s->max_tokens, end = 0; d < count; d++) {
+            int64_t even = left / (count - d),
+                    length = round == 0 ? even : usp_random_below(&state, (int)(2 * even + 2));
+            length = length < left ? length : left;
+            left -= length;
+            ends[d] = end += length;
+        }
+        if (usp_sequence_replan(s, count, ends, NULL) != USP_OK) failed = usp_say(rank, "%s", usp_last_error());
+        for (int i = 0; i < PLANS && !failed; i++) failed = check_room(rank, plans[i], s->max_tokens, most);
+        double work;
+        for (int i = 0; i < 2 && !failed && s->max_tokens <= MOST; i++)
+            failed = check_landings(rank, s, plans[i]) || check_pairs(rank, s, plans[i], &work);
+    }
+    free(ends);
+    return failed;
+}
+
+typedef struct crowd {
+    int64_t tokens;
+    int documents, rounds;
+} crowd;
+
+/* Plans of all meshes stay true and within their room, whatever documents come. argument: crowd */
+static int many_documents(usp_rank *rank, void *argument) {
+    const crowd *c = argument;
+    usp_mesh *mesh = NULL;
+    usp_sequence *s = NULL;
+    usp_schedule *plans[PLANS];
+    usp_sequence_config config = {.struct_size = sizeof config,
+                                  .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
+                                  .tokens = c->tokens,
+                                  .max_documents = c->documents};
+    int failed = usp_mesh_create(rank->world, 1, rank->size, &mesh) != USP_OK;
+    for (int i = 0; i < USP_SPLITS && !failed; i++) {
+        if (usp_splits[i].ulysses * usp_splits[i].ring != rank->size) continue;
+        if (usp_sequence_create(mesh, &config, &s) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+        failed = acquire_plans(rank, s, usp_splits[i], plans) || replan_often(rank, s, plans, c->documents, c->rounds);
+        usp_sequence_destroy(s);
+        usp_count(rank);
+    }
+    usp_mesh_destroy(mesh);
+    return failed;
+}
+
 /* ---- tests ------------------------------------------------------------------------------------------------------- */
 
 Test(sequence, partition_and_coverage) {
@@ -413,4 +498,11 @@ Test(sequence, replan) {
     usp_references references = {0};
     for (int size = 1; size <= 4; size++) usp_expect_ranks(size, SECONDS, replan, &references);
     usp_references_free(&references);
+}
+
+Test(sequence, many_documents) {
+    crowd small = {MOST, 40, 20}, large = {65536, 2048, 2}, larger = {1000000, 10000, 1};
+    for (int size = 1; size <= 8; size += size < 4 ? 1 : 2) usp_expect_ranks(size, SECONDS, many_documents, &small);
+    usp_expect_ranks(2, SECONDS, many_documents, &large);
+    usp_expect_ranks(4, SECONDS, many_documents, &larger);
 }
