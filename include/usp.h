@@ -293,7 +293,8 @@ typedef struct usp_layer_config {
     int value_heads;                   /* linear only; 0: kv_heads */
     int head_dim;                      /* of q and k */
     int value_dim;                     /* of v and out; 0: head_dim */
-    float scale;                       /* > 0; 0: 1 / sqrt(head_dim) for softmax, 1 for linear */
+    float scale;                       /* > 0; 0: 1 / sqrt(head_dim) for softmax, 1 for linear. With final_state in
+                                          2^-64 .. 2^64: backward divides dfinal_state by it */
     int return_lse;                    /* softmax: 1: forward writes the log-sum-exp of own tokens */
     int deterministic;                 /* 1: never choose a kernel whose result depends on timing */
     usp_state_exchange state_exchange; /* linear */

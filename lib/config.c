@@ -77,6 +77,10 @@ static usp_status check_linear(const usp_layer_config *c) {
     if (c->mask != USP_MASK_CAUSAL && c->initial_state)
         return usp_fail(USP_UNSUPPORTED,
                         "usp_layer_config.initial_state is set: bidirectional linear attention has no first token");
+    USP_REQUIRE(!c->final_state || (c->scale >= 0x1p-64f && c->scale <= 0x1p64f),
+                "usp_layer_config.scale is %g: with final_state it must be in 2^-64 .. 2^64, since backward divides "
+                "dfinal_state by it",
+                (double)c->scale);
     for (int h = 0; c->decay && h < most; h++)
         USP_REQUIRE(isfinite(c->decay[h]) && c->decay[h] <= 0,
                     "usp_layer_config.decay[%d] is %g: must be a logarithm <= 0", h, (double)c->decay[h]);

@@ -260,6 +260,7 @@ static const usp_case linear_cases[] = {
     {.tokens = 61, .final_state = 1, .state_exchange = USP_STATE_GATHER, .recompute_state = 1},
     /* heads and dims */
     {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .heads = 8, .head_dim = 8, .value_dim = 20, .scale = 0.3f},
+    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .initial_state = 1, .final_state = 1, .scale = 0x1p-64f},
     {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .heads = 5, .head_dim = 12, .value_dim = 4, .final_state = 1},
     {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .heads = 8, .kv_heads = 2, .initial_state = 1},
     {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .heads = 2, .kv_heads = 2, .value_heads = 8, .final_state = 1},

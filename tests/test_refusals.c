@@ -95,16 +95,19 @@ static void try_passes(usp_stage *s) {
     }
 }
 
+/* The last four only where backward divides by the scale. */
 static void try_scales(usp_stage *s) {
-    static const float wrong[] = {-1, -1e-30f, INFINITY, -INFINITY, NAN};
-    for (int i = 0; i < 5; i++) {
+    static const float wrong[] = {-1, -1e-30f, INFINITY, -INFINITY, NAN, 1e-39f, 1e-38f, 0x1.fffffep-65f, 1e20f};
+    int linear = s->c.attention == USP_LINEAR;
+    for (int i = 0; i < (linear ? 9 : 5); i++) {
         usp_layer *layer = NULL;
         usp_layer_config config = {.struct_size = sizeof config,
                                    .attention = s->c.attention,
                                    .batch = 1,
                                    .heads = 2,
                                    .head_dim = 8,
-                                   .scale = wrong[i]};
+                                   .scale = wrong[i],
+                                   .final_state = linear};
         expect_refusal(s->rank, "create", "usp_layer_config.scale",
                        usp_layer_create(s->mesh, s->sequence, &config, &layer));
         usp_layer_destroy(layer);
