@@ -241,7 +241,10 @@ USP_API usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_
                                        usp_sequence **sequence);
 /* Local, the same on every rank. Gives the sequence other documents (per-document layout), at most max_documents and at
  * most `tokens` in all; the last end is the new length. Layers on the sequence follow; nothing is allocated. Device
- * work of earlier calls must be complete or on `stream`. */
+ * work of earlier calls must be complete or on `stream`, and later calls on other streams must be made to wait for
+ * `stream`. Graphs that hold calls of layers on the sequence are stale, with one rank too: counts, offsets and grids
+ * are in them; capture again. Waits on the host for nothing but the uploads of the replan before, at most timeout_ms.
+ * Errors: INVALID (also while `stream` is captured), DEVICE, the world's. */
 USP_API usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const int64_t *document_ends,
                                        usp_stream stream);
 /* The segments of sequence rank `rank`: writes at most `capacity`, always the whole number to *count. */
@@ -376,7 +379,8 @@ USP_API usp_status usp_layer_get_shard(const usp_layer *layer, usp_shard *shard)
 USP_API size_t usp_layer_describe(const usp_layer *layer, char *text, size_t capacity);
 
 /* Collective among the ranks of one data copy, in the same order for all layers of a world. Enqueue on `stream` and
- * return (on the CPU: return when done). Allocate nothing, never wait for the device, may be captured in a CUDA graph.
+ * return (on the CPU: return when done, and take some 256 KiB of stack). Allocate nothing, never wait for the device,
+ * may be captured in a CUDA graph (UNSUPPORTED where ranks of usp_world_create_threads exchange).
  * workspace: `bytes` long, contents free; one workspace serves any number of layers that run one after the other on one
  * stream. Errors: INVALID, WORKSPACE, UNSUPPORTED (captured between thread-ranks): programming errors, found before
  * anything moved, after which the caller should usp_world_abort since other ranks may wait; else the world's: a DEVICE

@@ -529,7 +529,7 @@ usp_status usp_schedule_replan(usp_sequence *sequence, usp_stream stream) {
         plan_work(sequence, schedule);
         USP_TRY(upload(sequence, schedule, stream));
     }
-    return USP_OK;
+    return usp_world_fork(sequence->world, stream, sequence->uploads);
 }
 
 void usp_schedule_destroy_all(usp_sequence *sequence) {

@@ -83,7 +83,8 @@ typedef struct usp_chunk {
 usp_status usp_schedule_acquire(usp_sequence *sequence, const usp_shape *shape, usp_schedule **schedule);
 void usp_schedule_release(usp_sequence *sequence, usp_schedule *schedule);
 
-/* Plans all schedules again after the sequence's documents changed. */
+/* Plans all schedules again after the sequence's documents changed, and uploads them; `uploads` ends with that. The
+ * upload before must have ended: it reads the same host memory. */
 usp_status usp_schedule_replan(usp_sequence *sequence, usp_stream stream);
 void usp_schedule_destroy_all(usp_sequence *sequence);
 

@@ -222,13 +222,15 @@ static void free_sharding(const usp_host *host, usp_sharding *sharding) {
 
 static usp_status allocate_arrays(usp_sequence *sequence, int64_t most) {
     const usp_host *host = &sequence->world->host;
+    usp_device *device = sequence->world->device;
     int64_t segments = (sequence->layout == USP_LAYOUT_CUSTOM ? most : 2 * sequence->max_documents) * sequence->ranks;
     void *ends = NULL;
     USP_TRY(usp_host_alloc(host, (size_t)sequence->max_documents * sizeof(int64_t), "documents", &ends));
     sequence->document_ends = ends;
     USP_TRY(allocate_sharding(host, &sequence->query, segments));
     if (sequence->cross) USP_TRY(allocate_sharding(host, &sequence->key, segments));
-    return USP_OK;
+    if (sequence->layout != USP_LAYOUT_ZIGZAG_PER_DOCUMENT) return USP_OK;
+    return device->ops->stream_create(device, &sequence->uploads);
 }
 
 /* The most tokens and segments of any rank. With documents to come: of each, two chunks, each rounded up by less than
@@ -353,6 +355,14 @@ usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *
     return USP_OK;
 }
 
+/* A captured upload would read the plan again whenever the graph runs. */
+static usp_status check_capture(usp_device *device, usp_stream stream) {
+    int capturing = 0;
+    USP_TRY(device->ops->capturing(device, stream, &capturing));
+    USP_REQUIRE(!capturing, "stream is being captured: other documents are planned on the host, outside of graphs");
+    return USP_OK;
+}
+
 usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const int64_t *ends, usp_stream stream) {
     USP_REQUIRE(sequence, "sequence is NULL");
     USP_REQUIRE(sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
@@ -360,6 +370,9 @@ usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const 
     USP_REQUIRE(documents >= 1 && documents <= sequence->max_documents, "documents is %lld: must be in 1 .. %lld",
                 (long long)documents, (long long)sequence->max_documents);
     USP_TRY(check_documents(documents, ends, sequence->max_tokens));
+    usp_device *device = sequence->world->device;
+    USP_TRY(check_capture(device, stream));
+    USP_TRY(usp_world_synchronize(sequence->world, sequence->uploads)); /* what is planned anew may still be read */
     set_documents(sequence, documents, ends);
     fill(&sequence->query, sequence);
     sequence->key = sequence->query;
@@ -381,7 +394,9 @@ uint64_t usp_sequence_identity(const usp_sequence *sequence) {
 void usp_sequence_destroy(usp_sequence *sequence) {
     if (!sequence) return;
     const usp_host *host = &sequence->world->host;
+    usp_device *device = sequence->world->device;
     usp_schedule_destroy_all(sequence);
+    if (sequence->uploads) device->ops->stream_destroy(device, sequence->uploads);
     if (sequence->cross) free_sharding(host, &sequence->key);
     free_sharding(host, &sequence->query);
     usp_host_free(host, sequence->document_ends);

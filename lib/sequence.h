@@ -26,6 +26,7 @@ struct usp_sequence {
     int64_t *document_ends;  /* [max_documents] */
     usp_sharding query, key; /* key shares query's arrays unless cross */
     struct usp_schedule *schedules;
+    usp_stream uploads; /* with documents to come: busy until the last upload of schedules has been read */
 };
 
 /* The same on all ranks of one sequence, and another for other tokens on any rank. */

@@ -471,6 +471,83 @@ static int many_documents(usp_rank *rank, void *argument) {
     return failed;
 }
 
+/* ---- uploads ----------------------------------------------------------------------------------------------------- */
+
+/* A device whose copies run only when a stream is asked whether it is done, as those of pinned memory may. */
+typedef struct late_device {
+    usp_device_ops ops; /* first: what the device points to */
+    struct {
+        void *to;
+        const void *from;
+        size_t bytes;
+        uint64_t hash; /* of what was to be copied */
+    } copies[64];
+    int count, run, changed;
+} late_device;
+
+static usp_status late_copy(usp_device *device, void *to, const void *from, size_t bytes, usp_stream stream) {
+    late_device *late = (late_device *)(uintptr_t)device->ops;
+    (void)stream;
+    late->copies[late->count].to = to;
+    late->copies[late->count].from = from;
+    late->copies[late->count].bytes = bytes;
+    late->copies[late->count++].hash = usp_hash(0, from, bytes);
+    return USP_OK;
+}
+
+static usp_status late_query(usp_device *device, usp_stream stream, int *busy) {
+    late_device *late = (late_device *)(uintptr_t)device->ops;
+    (void)stream;
+    for (int i = 0; i < late->count; i++) {
+        late->changed += usp_hash(0, late->copies[i].from, late->copies[i].bytes) != late->copies[i].hash;
+        memcpy(late->copies[i].to, late->copies[i].from, late->copies[i].bytes);
+    }
+    late->run += late->count;
+    late->count = *busy = 0;
+    return USP_OK;
+}
+
+static usp_status always_capturing(usp_device *device, usp_stream stream, int *yes) {
+    (void)device, (void)stream;
+    *yes = 1;
+    return USP_OK;
+}
+
+/* What an upload still reads is not planned again; and no graph shall hold an upload. */
+static int late_uploads(usp_rank *rank, void *argument) {
+    static const int64_t first[] = {40, 97}, second[] = {10, 50, 97};
+    usp_device *device = rank->world->device;
+    const usp_device_ops *ops = device->ops;
+    late_device *late = calloc(1, sizeof *late);
+    usp_mesh *mesh = NULL;
+    usp_schedule *plans[PLANS];
+    usp_case_configs *configs = malloc(sizeof *configs);
+    int failed = usp_mesh_create(rank->world, 1, rank->size, &mesh) != USP_OK;
+    usp_sequence *s = open_sequence(rank, mesh, USP_LAYOUT_ZIGZAG_PER_DOCUMENT, MOST, 0, configs);
+    (void)argument;
+    failed = failed || !s || acquire_plans(rank, s, (usp_split){1, rank->size}, plans);
+    late->ops = *ops;
+    late->ops.copy = late_copy;
+    late->ops.query = late_query;
+    device->ops = &late->ops;
+    if (!failed &&
+        (usp_sequence_replan(s, 2, first, NULL) != USP_OK || usp_sequence_replan(s, 3, second, NULL) != USP_OK ||
+         usp_world_synchronize(rank->world, NULL) != USP_OK))
+        failed = usp_say(rank, "replan: %s", usp_last_error());
+    late->ops.capturing = always_capturing;
+    if (!failed && (usp_sequence_replan(s, 2, first, NULL) != USP_INVALID || s->documents != 3 || late->count))
+        failed = usp_say(rank, "a replan is captured");
+    device->ops = ops;
+    if (!failed && (late->run == 0 || late->changed))
+        failed = usp_say(rank, "%d of %d uploads read what was planned later", late->changed, late->run);
+    usp_sequence_destroy(s);
+    usp_mesh_destroy(mesh);
+    free(configs);
+    free(late);
+    usp_count(rank);
+    return failed;
+}
+
 /* ---- tests ------------------------------------------------------------------------------------------------------- */
 
 Test(sequence, partition_and_coverage) {
@@ -505,4 +582,8 @@ Test(sequence, many_documents) {
     for (int size = 1; size <= 8; size += size < 4 ? 1 : 2) usp_expect_ranks(size, SECONDS, many_documents, &small);
     usp_expect_ranks(2, SECONDS, many_documents, &large);
     usp_expect_ranks(4, SECONDS, many_documents, &larger);
+}
+
+Test(sequence, late_uploads) {
+    usp_expect_ranks(2, SECONDS, late_uploads, NULL);
 }
