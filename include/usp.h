@@ -172,8 +172,8 @@ USP_API usp_status usp_world_synchronize(usp_world *world, usp_stream stream);
  * From any thread, any number of times. */
 USP_API void usp_world_abort(usp_world *world);
 /* Frees everything. Waits for no call of another rank, and for what this one has begun a short time only: between
- * threads at most 5 s for a rank that still copies, on NCCL at most 5 s for transfers to end and 5 s more for them to be
- * aborted. What is not free then is left behind, with a warning. Ranks still waiting for this one get PEER_LOST. */
+ * threads at most 5 s for a rank that still copies, on NCCL at most 5 s for transfers to end and 5 s more for them to
+ * be aborted. What is not free then is left behind, with a warning. Ranks still waiting for this one get PEER_LOST. */
 USP_API void usp_world_destroy(usp_world *world);
 
 /* Memory of the world's device, for programs without CUDA headers; 256-byte aligned. */
@@ -317,8 +317,9 @@ typedef struct usp_tensor {
 } usp_tensor;
 
 /* All tensors hold this rank's own tokens, in local order. States are fp32 [batch, H, head_dim, value_dim], the same on
- * every rank of the mesh, and always the state after a token. Strides may be any numbers under which no two elements of
- * an output share a place; out must not overlap q, k or v. */
+ * every rank of the mesh, and always the state after a token. Strides of inputs may be any numbers. Those of outputs
+ * must nest (INVALID else): ordered by size, each at least as long as all that lies within it, as in any view of a
+ * dense tensor, so that no two elements share a place. out must not overlap q, k or v. */
 typedef struct usp_forward {
     size_t struct_size;
     usp_tensor q;               /* [batch, local_tokens, heads, head_dim] */

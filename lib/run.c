@@ -165,8 +165,10 @@ static usp_status check_tensor(const usp_layer *layer, const usp_tensor *tensor,
     return USP_OK;
 }
 
-static usp_status check_pointer(const void *pointer, int wanted, const char *name) {
+/* fp32 numbers; looked at only where they are wanted. */
+static usp_status check_pointer(const float *pointer, int wanted, const char *name) {
     USP_REQUIRE(!wanted || pointer, "%s is NULL while the layer's configuration asks for it", name);
+    USP_REQUIRE(!wanted || (uintptr_t)pointer % sizeof *pointer == 0, "%s is not aligned to its elements", name);
     return USP_OK;
 }
 
@@ -176,7 +178,7 @@ typedef struct extents {
     int heads[USP_OPERANDS];
 } extents;
 
-static extents whole_extents(const usp_layer *layer, int inner) {
+static extents extents_of(const usp_layer *layer, int inner) {
     extents e = {layer->sequence->query.local[layer->mesh.p], layer->sequence->key.local[layer->mesh.p], {0}};
     if (inner) {
         e.queries = layer->schedule->query.block[layer->mesh.r].rows;
@@ -187,12 +189,73 @@ static extents whole_extents(const usp_layer *layer, int inner) {
     return e;
 }
 
+/* A tensor of a call. */
+typedef struct argument {
+    const char *name;
+    const usp_tensor *tensor;
+    usp_operand operand; /* whose shape it has */
+    int written;
+} argument;
+
+static int64_t tokens_of(const extents *e, usp_operand operand) {
+    return operand == USP_KEY || operand == USP_VALUE ? e->keys : e->queries;
+}
+
+static uint64_t size_of(int64_t stride) {
+    return stride < 0 ? 0 - (uint64_t)stride : (uint64_t)stride;
+}
+
+/* Whether no two elements share a place: strides by size, each at least as long as all that lies within it. */
+static int strides_nest(const usp_tensor *tensor, int64_t batch, int64_t tokens, int64_t heads, int dim) {
+    int64_t extent[] = {batch, tokens, heads};
+    uint64_t stride[] = {size_of(tensor->stride_batch), size_of(tensor->stride_token), size_of(tensor->stride_head)};
+    uint64_t span = (uint64_t)dim;
+    for (int left = 3; left > 0; left--) {
+        int next = 0;
+        for (int i = 1; i < left; i++)
+            if (extent[next] == 1 || (extent[i] > 1 && stride[i] < stride[next])) next = i;
+        uint64_t steps = (uint64_t)extent[next] - 1;
+        if (steps && (stride[next] < span || (INT64_MAX - span) / stride[next] < steps)) return 0;
+        span += steps * stride[next];
+        extent[next] = extent[left - 1];
+        stride[next] = stride[left - 1];
+    }
+    return 1;
+}
+
+/* Elements of what is written have places of their own, and it is none of the tensors `before` it. */
+static usp_status check_written(const usp_layer *layer, const extents *e, const argument *list, int before) {
+    const argument *a = &list[before];
+    const usp_tensor *t = a->tensor;
+    USP_REQUIRE(
+        strides_nest(t, layer->config.batch, tokens_of(e, a->operand), e->heads[a->operand], layer->dim[a->operand]),
+        "%s has strides %lld, %lld, %lld of batch, token and head: elements share a place", a->name,
+        (long long)t->stride_batch, (long long)t->stride_token, (long long)t->stride_head);
+    for (int i = 0; i < before; i++) {
+        int empty = tokens_of(e, list[i].operand) == 0 || e->heads[list[i].operand] == 0;
+        USP_REQUIRE(empty || list[i].tensor->data != t->data, "%s.data is that of %s", a->name, list[i].name);
+    }
+    return USP_OK;
+}
+
+static usp_status check_arguments(const usp_layer *layer, const argument *list, int count, int inner) {
+    extents e = extents_of(layer, inner);
+    for (int i = 0; i < count; i++) {
+        int64_t tokens = tokens_of(&e, list[i].operand);
+        int heads = e.heads[list[i].operand];
+        USP_TRY(check_tensor(layer, list[i].tensor, tokens, heads, list[i].name));
+        if (list[i].written && tokens > 0 && heads > 0) USP_TRY(check_written(layer, &e, list, i));
+    }
+    return USP_OK;
+}
+
 static usp_status check_forward(const usp_layer *layer, const usp_forward *args, int inner) {
-    extents e = whole_extents(layer, inner);
-    USP_TRY(check_tensor(layer, &args->q, e.queries, e.heads[USP_QUERY], "usp_forward.q"));
-    USP_TRY(check_tensor(layer, &args->k, e.keys, e.heads[USP_KEY], "usp_forward.k"));
-    USP_TRY(check_tensor(layer, &args->v, e.keys, e.heads[USP_VALUE], "usp_forward.v"));
-    USP_TRY(check_tensor(layer, &args->out, e.queries, e.heads[USP_OUT], "usp_forward.out"));
+    const argument list[] = {{"usp_forward.q", &args->q, USP_QUERY, 0},
+                             {"usp_forward.k", &args->k, USP_KEY, 0},
+                             {"usp_forward.v", &args->v, USP_VALUE, 0},
+                             {"usp_forward.out", &args->out, USP_OUT, 1}};
+    extents e = extents_of(layer, inner);
+    USP_TRY(check_arguments(layer, list, sizeof list / sizeof *list, inner));
     USP_TRY(check_pointer(args->lse, layer->config.return_lse && e.queries && e.heads[USP_OUT], "usp_forward.lse"));
     USP_TRY(check_pointer(args->initial_state, layer->config.initial_state, "usp_forward.initial_state"));
     USP_TRY(check_pointer(args->final_state, layer->config.final_state, "usp_forward.final_state"));
@@ -200,15 +263,12 @@ static usp_status check_forward(const usp_layer *layer, const usp_forward *args,
 }
 
 static usp_status check_backward(const usp_layer *layer, const usp_backward *args, int inner) {
-    extents e = whole_extents(layer, inner);
-    USP_TRY(check_tensor(layer, &args->q, e.queries, e.heads[USP_QUERY], "usp_backward.q"));
-    USP_TRY(check_tensor(layer, &args->k, e.keys, e.heads[USP_KEY], "usp_backward.k"));
-    USP_TRY(check_tensor(layer, &args->v, e.keys, e.heads[USP_VALUE], "usp_backward.v"));
-    USP_TRY(check_tensor(layer, &args->out, e.queries, e.heads[USP_OUT], "usp_backward.out"));
-    USP_TRY(check_tensor(layer, &args->dout, e.queries, e.heads[USP_OUT], "usp_backward.dout"));
-    USP_TRY(check_tensor(layer, &args->dq, e.queries, e.heads[USP_QUERY], "usp_backward.dq"));
-    USP_TRY(check_tensor(layer, &args->dk, e.keys, e.heads[USP_KEY], "usp_backward.dk"));
-    USP_TRY(check_tensor(layer, &args->dv, e.keys, e.heads[USP_VALUE], "usp_backward.dv"));
+    const argument list[] = {
+        {"usp_backward.q", &args->q, USP_QUERY, 0},     {"usp_backward.k", &args->k, USP_KEY, 0},
+        {"usp_backward.v", &args->v, USP_VALUE, 0},     {"usp_backward.out", &args->out, USP_OUT, 0},
+        {"usp_backward.dout", &args->dout, USP_OUT, 0}, {"usp_backward.dq", &args->dq, USP_QUERY, 1},
+        {"usp_backward.dk", &args->dk, USP_KEY, 1},     {"usp_backward.dv", &args->dv, USP_VALUE, 1}};
+    USP_TRY(check_arguments(layer, list, sizeof list / sizeof *list, inner));
     USP_TRY(check_pointer(args->dfinal_state, layer->config.final_state, "usp_backward.dfinal_state"));
     USP_TRY(check_pointer(args->dinitial_state, layer->config.initial_state, "usp_backward.dinitial_state"));
     USP_TRY(check_pointer(args->initial_state, layer->config.initial_state, "usp_backward.initial_state"));
@@ -558,15 +618,13 @@ static size_t exchange_bytes(const usp_layer *layer) {
 }
 
 static usp_status check_exchange(const usp_layer *layer, usp_operand operand, const usp_tensor *tokens,
-                                 const usp_tensor *heads, const void *workspace, size_t bytes) {
+                                 const usp_tensor *heads, int to_heads, const void *workspace, size_t bytes) {
     USP_REQUIRE(layer, "layer is NULL");
     USP_TRY(usp_world_poll(layer->world));
     USP_REQUIRE(operand >= USP_QUERY && operand <= USP_OUT, "operand is %d: no such operand", (int)operand);
     USP_REQUIRE(tokens && heads, "tokens or heads is NULL");
-    int keys = operand == USP_KEY || operand == USP_VALUE;
-    extents here = whole_extents(layer, 0), there = whole_extents(layer, 1);
-    USP_TRY(check_tensor(layer, tokens, keys ? here.keys : here.queries, here.heads[operand], "tokens"));
-    USP_TRY(check_tensor(layer, heads, keys ? there.keys : there.queries, there.heads[operand], "heads"));
+    USP_TRY(check_arguments(layer, &(argument){"tokens", tokens, operand, !to_heads}, 1, 0));
+    USP_TRY(check_arguments(layer, &(argument){"heads", heads, operand, to_heads}, 1, 1));
     return check_workspace(workspace, bytes, layer->sizes.exchange_workspace);
 }
 
@@ -600,7 +658,7 @@ static usp_status move_to_heads(usp_layer *layer, const usp_transit *transit, co
 
 usp_status usp_layer_tokens_to_heads(usp_layer *layer, usp_operand operand, const usp_tensor *tokens,
                                      const usp_tensor *heads, void *workspace, size_t bytes, usp_stream stream) {
-    USP_TRY(check_exchange(layer, operand, tokens, heads, workspace, bytes));
+    USP_TRY(check_exchange(layer, operand, tokens, heads, 1, workspace, bytes));
     usp_arena arena = {workspace, 0};
     usp_transit transit = carve_out(layer, operand_bundle(layer, operand, 0), &arena);
     return usp_world_conclude(layer->world, move_to_heads(layer, &transit, tokens, heads, stream));
@@ -618,7 +676,7 @@ static usp_status move_to_tokens(usp_layer *layer, const usp_transit *transit, c
 
 usp_status usp_layer_heads_to_tokens(usp_layer *layer, usp_operand operand, const usp_tensor *heads,
                                      const usp_tensor *tokens, void *workspace, size_t bytes, usp_stream stream) {
-    USP_TRY(check_exchange(layer, operand, tokens, heads, workspace, bytes));
+    USP_TRY(check_exchange(layer, operand, tokens, heads, 0, workspace, bytes));
     usp_arena arena = {workspace, 0};
     usp_transit transit = carve_out(layer, operand_bundle(layer, operand, 1), &arena);
     return usp_world_conclude(layer->world, move_to_tokens(layer, &transit, heads, tokens, stream));

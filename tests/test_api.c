@@ -713,22 +713,27 @@ Test(api, no_memory_for_objects) {
 
 /* ---- arguments of running layers --------------------------------------------------------------------------------- */
 
-/* A tensor without data. */
+/* A tensor of a call. */
 typedef struct wrong_run {
     const char *name;
     size_t offset;
+    int written;
 } wrong_run;
 
+/* What is wrong with it; from NO_STRIDES on only with one that is written. */
+typedef enum spoil { NO_DATA, ODD_DATA, NO_STRIDES, ONE_TOKEN, SHORT_HEADS, HUGE_STRIDE, ANOTHERS, SPOILS } spoil;
+
 static const wrong_run wrong_forwards[] = {
-    {"q", offsetof(usp_forward, q)},
-    {"k", offsetof(usp_forward, k)},
-    {"v", offsetof(usp_forward, v)},
-    {"out", offsetof(usp_forward, out)},
+    {"q", offsetof(usp_forward, q), 0},
+    {"k", offsetof(usp_forward, k), 0},
+    {"v", offsetof(usp_forward, v), 0},
+    {"out", offsetof(usp_forward, out), 1},
 };
 static const wrong_run wrong_backwards[] = {
-    {"q", offsetof(usp_backward, q)},     {"k", offsetof(usp_backward, k)},       {"v", offsetof(usp_backward, v)},
-    {"out", offsetof(usp_backward, out)}, {"dout", offsetof(usp_backward, dout)}, {"dq", offsetof(usp_backward, dq)},
-    {"dk", offsetof(usp_backward, dk)},   {"dv", offsetof(usp_backward, dv)},
+    {"q", offsetof(usp_backward, q), 0},       {"k", offsetof(usp_backward, k), 0},
+    {"v", offsetof(usp_backward, v), 0},       {"out", offsetof(usp_backward, out), 0},
+    {"dout", offsetof(usp_backward, dout), 0}, {"dq", offsetof(usp_backward, dq), 1},
+    {"dk", offsetof(usp_backward, dk), 1},     {"dv", offsetof(usp_backward, dv), 1},
 };
 
 static usp_status forward_with(usp_stage *s, const usp_forward *f, void *workspace, size_t bytes) {
@@ -748,23 +753,67 @@ static void remove_pointer(void *fields, size_t offset) {
     memset((char *)fields + offset, 0, sizeof(void *));
 }
 
-static void try_tensors(usp_stage *s) {
-    void *workspace = s->workspace.device;
-    for (int i = 0; i < (int)(sizeof wrong_forwards / sizeof wrong_forwards[0]); i++) {
+static void spoil_tensor(usp_tensor *tensor, spoil how, const usp_tensor *q) {
+    usp_tensor spoiled[SPOILS];
+    for (int i = 0; i < SPOILS; i++) spoiled[i] = *tensor;
+    spoiled[NO_DATA].data = NULL;
+    spoiled[ODD_DATA].data = (char *)tensor->data + 1;
+    spoiled[NO_STRIDES] = (usp_tensor){.data = tensor->data};
+    spoiled[ONE_TOKEN].stride_token = 0;
+    spoiled[SHORT_HEADS].stride_head = 1;
+    spoiled[HUGE_STRIDE].stride_token = INT64_MIN;
+    spoiled[ANOTHERS].data = q->data;
+    *tensor = spoiled[how];
+}
+
+static void try_forward_tensor(usp_stage *s, const wrong_run *run) {
+    for (int how = 0; how < (run->written ? SPOILS : NO_STRIDES); how++) {
         usp_forward f = usp_stage_forward_arguments(s, 1);
-        remove_pointer(&f, wrong_forwards[i].offset);
-        expect_refusal(s->rank, USP_INVALID, wrong_forwards[i].name,
-                       forward_with(s, &f, workspace, s->sizes.forward_workspace));
-    }
-    for (int i = 0; i < (int)(sizeof wrong_backwards / sizeof wrong_backwards[0]); i++) {
-        usp_backward b = usp_stage_backward_arguments(s);
-        remove_pointer(&b, wrong_backwards[i].offset);
-        expect_refusal(s->rank, USP_INVALID, wrong_backwards[i].name,
-                       backward_with(s, &b, workspace, s->sizes.backward_workspace));
+        spoil_tensor((usp_tensor *)((char *)&f + run->offset), (spoil)how, &f.q);
+        expect_refusal(s->rank, USP_INVALID, run->name,
+                       forward_with(s, &f, s->workspace.device, s->sizes.forward_workspace));
     }
 }
 
-/* lse and states that the layer was made with must be there. */
+static void try_backward_tensor(usp_stage *s, const wrong_run *run) {
+    for (int how = 0; how < (run->written ? SPOILS : NO_STRIDES); how++) {
+        usp_backward b = usp_stage_backward_arguments(s);
+        spoil_tensor((usp_tensor *)((char *)&b + run->offset), (spoil)how, &b.q);
+        expect_refusal(s->rank, USP_INVALID, run->name,
+                       backward_with(s, &b, s->workspace.device, s->sizes.backward_workspace));
+    }
+}
+
+static void try_tensors(usp_stage *s) {
+    for (int i = 0; i < (int)(sizeof wrong_forwards / sizeof wrong_forwards[0]); i++)
+        try_forward_tensor(s, &wrong_forwards[i]);
+    for (int i = 0; i < (int)(sizeof wrong_backwards / sizeof wrong_backwards[0]); i++)
+        try_backward_tensor(s, &wrong_backwards[i]);
+}
+
+/* The exchange alone: the side that is written must have places of its own. */
+static void try_exchange(usp_stage *s) {
+    usp_forward f = usp_stage_forward_arguments(s, 1);
+    usp_tensor flat = {.data = f.out.data};
+    void *workspace = s->workspace.device;
+    size_t bytes = s->sizes.exchange_workspace;
+    if (bytes > s->workspace.bytes) return;
+    expect_refusal(s->rank, USP_INVALID, "heads",
+                   usp_layer_tokens_to_heads(s->layer, USP_QUERY, &f.q, &flat, workspace, bytes, s->rank->stream));
+    expect_refusal(s->rank, USP_INVALID, "tokens",
+                   usp_layer_heads_to_tokens(s->layer, USP_QUERY, &f.q, &flat, workspace, bytes, s->rank->stream));
+}
+
+static void try_odd_pointer(usp_stage *s, const char *name, size_t offset) {
+    usp_forward f = usp_stage_forward_arguments(s, 1);
+    char *pointer;
+    memcpy(&pointer, (char *)&f + offset, sizeof pointer);
+    pointer += 2;
+    memcpy((char *)&f + offset, &pointer, sizeof pointer);
+    expect_refusal(s->rank, USP_INVALID, name, forward_with(s, &f, s->workspace.device, s->sizes.forward_workspace));
+}
+
+/* lse and states that the layer was made with must be there, on the boundaries of their elements. */
 static void try_options(usp_stage *s) {
     const struct {
         const char *name;
@@ -782,6 +831,7 @@ static void try_options(usp_stage *s) {
         usp_backward b = usp_stage_backward_arguments(s);
         remove_pointer(&f, forward[i].offset);
         remove_pointer(&b, backward[i].offset);
+        if (forward[i].wanted) try_odd_pointer(s, forward[i].name, forward[i].offset);
         if (forward[i].wanted)
             expect_refusal(s->rank, USP_INVALID, forward[i].name,
                            forward_with(s, &f, workspace, s->sizes.forward_workspace));
@@ -845,6 +895,7 @@ static int wrong_runs(usp_rank *rank, void *argument) {
         if (usp_stage_fill(&stage)) return 1;
         int live = atomic_load(&rank->heap->live);
         try_tensors(&stage);
+        try_exchange(&stage);
         try_options(&stage);
         try_memory(&stage);
         try_structs(&stage);
