@@ -120,7 +120,8 @@ typedef struct usp_world_info {
     int watchdog;
 } usp_world_info;
 
-/* Where the thread-ranks of one process meet: one per world, made by any thread, destroyed after its worlds. */
+/* Where the thread-ranks of one process meet, at most 4096: one per world, made by any thread, destroyed after its
+ * worlds. */
 typedef struct usp_rendezvous usp_rendezvous;
 USP_API usp_status usp_rendezvous_create(int size, usp_rendezvous **rendezvous);
 USP_API void usp_rendezvous_destroy(usp_rendezvous *rendezvous);
@@ -137,8 +138,8 @@ typedef int (*usp_allgather_fn)(void *user, const void *mine, void *all, size_t 
 /* Six ways to make a world; all collective among the ranks of the new world. `config` NULL means all defaults.
  * Errors: INVALID, UNSUPPORTED (no such backend here), NO_MEMORY, MISMATCH (device or timeout differ between ranks),
  * PEER_FAILED, TIMEOUT, COMM. Multi-process worlds open TCP connections between all ranks for liveness. A rank whose
- * own arguments are wrong tells the others, except where there is no channel yet (nccl, nccl_id, mpi): there they wait
- * for the time limit. */
+ * own arguments are wrong tells the others, except where it has no way to (nccl, nccl_id; a rank out of range or taken,
+ * no callback, no communicator): there they wait for the time limit. */
 
 /* Ranks are threads of this process, each making the call with its own rank. CPU, or CUDA with any number of ranks a
  * GPU. */
@@ -213,7 +214,7 @@ typedef enum usp_layout {
     USP_LAYOUT_ZIGZAG = 0,              /* rank p owns chunks p and 2N-1-p of 2N; chunk c is [c S / 2N, (c+1) S / 2N) */
     USP_LAYOUT_CONTIGUOUS = 1,          /* rank p owns [p S / N, (p+1) S / N) */
     USP_LAYOUT_STRIPE = 2,              /* rank p owns p, p + N, p + 2N, ... */
-    USP_LAYOUT_ZIGZAG_PER_DOCUMENT = 3, /* zigzag inside each document */
+    USP_LAYOUT_ZIGZAG_PER_DOCUMENT = 3, /* zigzag inside each document; attention itself still spans all of them */
     USP_LAYOUT_CUSTOM = 4               /* each rank brings its segments */
 } usp_layout;
 
@@ -234,7 +235,8 @@ typedef struct usp_sequence_config {
     const usp_segment *segment;   /* custom layout: all ranks' segments must cover every token exactly once */
 } usp_sequence_config;
 
-/* Collective. Usable with every mesh of the same N on the same world. Copies what the config points to.
+/* Collective. Usable with every mesh of the same N on the same world. Copies what the config points to. The helpers
+ * below speak of queries; for those of cross-attention's keys make a second sequence, of key_tokens tokens.
  * Errors: INVALID, MISMATCH, PEER_FAILED, NO_MEMORY, UNSUPPORTED (custom layout or documents with key_tokens), the
  * world's. */
 USP_API usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *config,
@@ -290,16 +292,16 @@ typedef struct usp_layer_config {
     usp_attention attention;
     usp_mask mask;
     usp_dtype dtype;
-    int batch;
-    int heads;
-    int kv_heads;                      /* 0: heads */
-    int value_heads;                   /* linear only; 0: kv_heads */
-    int head_dim;                      /* of q and k */
-    int value_dim;                     /* of v and out; 0: head_dim */
-    float scale;                       /* > 0; 0: 1 / sqrt(head_dim) for softmax, 1 for linear. With final_state in
-                                          2^-64 .. 2^64: backward divides dfinal_state by it */
-    int return_lse;                    /* softmax: 1: forward writes the log-sum-exp of own tokens */
-    int deterministic;                 /* 1: never choose a kernel whose result depends on timing */
+    int batch;         /* 1 .. 65536 */
+    int heads;         /* 1 .. 65536 */
+    int kv_heads;      /* 0: heads */
+    int value_heads;   /* linear only; 0: kv_heads */
+    int head_dim;      /* of q and k; at most 512 (linear on GPUs 1024, where shared memory holds them) */
+    int value_dim;     /* of v and out; 0: head_dim */
+    float scale;       /* > 0; 0: 1 / sqrt(head_dim) for softmax, 1 for linear. With final_state in
+                          2^-64 .. 2^64: backward divides dfinal_state by it */
+    int return_lse;    /* softmax: 1: forward writes the log-sum-exp of own tokens */
+    int deterministic; /* 1: never choose a kernel whose result depends on timing */
     usp_state_exchange state_exchange; /* linear */
     int recompute_state; /* linear: 1: saved keeps no states, backward exchanges them again (LASP "naive"; 0: "cache")
                           */

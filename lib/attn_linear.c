@@ -370,6 +370,7 @@ static usp_status copy_heads(usp_layer *layer, const usp_inner *inner, const pro
                      .from = from,
                      .to = to,
                      .accumulate = accumulate};
+    if (copy.tokens == 0) return USP_OK;
     copy.from.data = (float *)from.data + from_head * from.stride_head;
     copy.to.data = (char *)to.data + to_head * to.stride_head * (int64_t)usp_dtype_size(to_dtype);
     return device->ops->copy_rows(device, &copy, inner->stream);

@@ -473,17 +473,17 @@ static usp_status check_order(const usp_sequence *sequence, const usp_shape *sha
     if (sequence->cross) return usp_fail(USP_UNSUPPORTED, "linear attention needs queries and keys of one length");
     if (shape->ring > 1 && sequence->layout == USP_LAYOUT_STRIPE)
         return usp_fail(USP_UNSUPPORTED,
-                        "linear attention on the stripe layout needs ring = 1: with ring %d the state "
-                        "would have to change ranks at every token",
+                        "linear attention on the stripe layout needs ring = 1: with ring %d no rank owns a run of "
+                        "positions that one state could sum up; take zigzag or contiguous",
                         shape->ring);
     if (shape->mask != USP_MASK_CAUSAL || rows_are_positions(shape)) return USP_OK;
     const usp_sharding *sharding = &sequence->query;
     for (int64_t i = 0; i < sharding->first[sharding->ranks]; i++)
         if (sharding->segment[i].stride != 1)
             return usp_fail(USP_UNSUPPORTED,
-                            "causal linear attention with ring %d needs segments of stride 1; one "
-                            "has stride %lld",
-                            shape->ring, (long long)sharding->segment[i].stride);
+                            "causal linear attention with ulysses %d, ring %d needs segments of stride 1; one has "
+                            "stride %lld",
+                            shape->ulysses, shape->ring, (long long)sharding->segment[i].stride);
     return USP_OK;
 }
 

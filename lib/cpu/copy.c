@@ -34,6 +34,7 @@ usp_status usp_cpu_copy_rows(usp_device *device, const usp_copy *a, usp_stream s
                 (int64_t)a->heads * a->dim <= INT32_MAX;
     int heads = dense ? 1 : a->heads, dim = dense ? a->heads * a->dim : a->dim;
     (void)stream;
+    if (dim == 0) return USP_OK; /* no heads, and perhaps no memory */
     for (int64_t t = 0; t < a->tokens; t++)
         for (int b = 0; b < a->batch; b++)
             for (int h = 0; h < heads; h++)

@@ -88,10 +88,11 @@ static usp_status cpu_capturing(usp_device *device, usp_stream stream, int *yes)
 }
 
 static usp_status cpu_supports(usp_device *device, const usp_kernel_shape *shape) {
-    int largest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
+    int wide = shape->dim > USP_CPU_DIM;
     (void)device;
-    if (largest > USP_CPU_DIM)
-        return usp_fail(USP_UNSUPPORTED, "head dimension %d is larger than the CPU kernels' %d", largest, USP_CPU_DIM);
+    if (wide || shape->value_dim > USP_CPU_DIM)
+        return usp_fail(USP_UNSUPPORTED, "%s is %d: the CPU kernels take up to %d", wide ? "head_dim" : "value_dim",
+                        wide ? shape->dim : shape->value_dim, USP_CPU_DIM);
     if (!usp_dtype_size(shape->dtype))
         return usp_fail(USP_UNSUPPORTED, "the CPU has no kernels for dtype %d", (int)shape->dtype);
     if (shape->attention != USP_SOFTMAX && shape->attention != USP_LINEAR)
