@@ -1,4 +1,4 @@
-/* common.cuh - what all kernels share: element types, rows of a tensor, and a checked launch.
+/* common.cuh - what all kernels share: element types, rows of a tensor, sums of a warp, and a checked launch.
  * It holds no kernel and knows no attention kind. */
 #ifndef USP_CUDA_COMMON_CUH
 #define USP_CUDA_COMMON_CUH
@@ -80,7 +80,18 @@ static inline bool usp_rows_aligned(const usp_tensor &x, size_t element) {
     return ((bits | reinterpret_cast<uint64_t>(x.data)) & 15) == 0;
 }
 
+/* Over the lanes of a warp. */
+static __device__ __forceinline__ float usp_warp_sum(float x) {
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+    return x;
+}
+
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
+
+/* The kernel among three that serves a dtype. */
+template <typename Kernel> static Kernel usp_of_dtype(usp_dtype dtype, Kernel f32, Kernel f16, Kernel bf16) {
+    return dtype == USP_F32 ? f32 : dtype == USP_F16 ? f16 : bf16;
+}
 
 /* Launches and reports; more than 48 KB of shared memory is asked for. `what` names the kernel in the error. */
 template <typename... Parameters, typename... Arguments>

@@ -5,6 +5,7 @@
 #include "device.h"
 #include "error.h"
 #include "launch.h"
+#include "linear.h"
 #include "softmax.h"
 
 typedef struct usp_cuda_device {

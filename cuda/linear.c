@@ -32,14 +32,14 @@ static usp_status dispatch(const usp_linear *args, usp_linear_call call, usp_str
     return families[i]->call[call](args, stream);
 }
 
-usp_status usp_cuda_linear_totals(const usp_linear *linear, usp_stream stream) {
-    return dispatch(linear, USP_CALL_TOTALS, stream);
+usp_status usp_cuda_linear_totals(const usp_linear *args, usp_stream stream) {
+    return dispatch(args, USP_CALL_TOTALS, stream);
 }
 
-usp_status usp_cuda_linear_output(const usp_linear *linear, usp_stream stream) {
-    return dispatch(linear, USP_CALL_OUTPUT, stream);
+usp_status usp_cuda_linear_output(const usp_linear *args, usp_stream stream) {
+    return dispatch(args, USP_CALL_OUTPUT, stream);
 }
 
-usp_status usp_cuda_linear_apply(const usp_linear *linear, usp_stream stream) {
-    return dispatch(linear, USP_CALL_APPLY, stream);
+usp_status usp_cuda_linear_apply(const usp_linear *args, usp_stream stream) {
+    return dispatch(args, USP_CALL_APPLY, stream);
 }

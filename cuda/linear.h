@@ -1,5 +1,5 @@
-/* linear.h - the families of kernels behind the linear attention entries of the CUDA device.
- * Only cuda/linear.c chooses between them; the scan of states has one kernel and no family. */
+/* linear.h - the linear attention entries of the CUDA device, and the families of kernels behind them.
+ * Entries behave as lib/device.h says; only cuda/linear.c chooses between families. */
 #ifndef USP_CUDA_LINEAR_H
 #define USP_CUDA_LINEAR_H
 
@@ -8,11 +8,21 @@ extern "C" {
 #endif
 #include "device.h"
 
+/* ---- entries, as device.c calls them ----------------------------------------------------------------------------- */
+
+/* UNSUPPORTED with the reason, or OK. */
+usp_status usp_cuda_linear_supports(const usp_kernel_shape *shape);
+usp_status usp_cuda_linear_totals(const usp_linear *args, usp_stream stream);
+usp_status usp_cuda_linear_scan(const usp_scan *args, usp_stream stream); /* one kernel, no family */
+usp_status usp_cuda_linear_output(const usp_linear *args, usp_stream stream);
+usp_status usp_cuda_linear_apply(const usp_linear *args, usp_stream stream);
+
+/* ---- families ---------------------------------------------------------------------------------------------------- */
+
 typedef enum usp_linear_call { USP_CALL_TOTALS, USP_CALL_OUTPUT, USP_CALL_APPLY } usp_linear_call;
 
-/* Kernels that serve some arguments. `shared`: bytes of shared memory that they need of a block of threads. */
+/* Kernels that serve some arguments. `shared`: bytes of shared memory that they need of a thread block. */
 typedef struct usp_linear_family {
-    const char *name;
     size_t (*shared)(int dim, int value_dim);
     int (*fits)(const usp_linear *args, usp_linear_call call);
     usp_status (*call[3])(const usp_linear *args, usp_stream stream); /* by usp_linear_call */

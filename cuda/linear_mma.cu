@@ -8,7 +8,6 @@
  *
  * Products stand in the order in which they run: what adds to the same sums is kept a few products apart, since each
  * takes longer than it keeps the tensor core busy. */
-#include "launch.h"
 #include "linear.cuh"
 #include "tiles.cuh"
 #include <type_traits>
@@ -434,5 +433,4 @@ static int fits(const usp_linear *linear, usp_linear_call call) {
            (reinterpret_cast<uintptr_t>(linear->acc) & 7) == 0;
 }
 
-extern "C" const usp_linear_family usp_linear_mma = {
-    "mma", most_shared, fits, {launch_totals, launch_output, launch_apply}};
+extern "C" const usp_linear_family usp_linear_mma = {most_shared, fits, {launch_totals, launch_output, launch_apply}};

@@ -1,6 +1,5 @@
 /* linear_scan.cu - the exclusive scan over states that turns every block's own sum into the state before the block.
  * A thread walks all states of a group for a few elements of one head; nothing is exchanged between threads. */
-#include "launch.h"
 #include "linear.cuh"
 
 static constexpr unsigned threads_per_block = 128;
@@ -95,17 +94,4 @@ usp_status usp_cuda_linear_scan(const usp_scan *scan, usp_stream stream) {
                                 dim3(threads_per_block), 0, stream, *scan, first));
     }
     return USP_OK;
-}
-
-/* ---- scaling a state --------------------------------------------------------------------------------------------- */
-
-static __global__ void __launch_bounds__(threads_per_block) scale_floats(float *data, int64_t count, float factor) {
-    int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (at < count) data[at] *= factor;
-}
-
-usp_status usp_cuda_scale(float *data, int64_t count, float factor, usp_stream stream) {
-    if (count == 0) return USP_OK;
-    dim3 grid(static_cast<unsigned>((count + threads_per_block - 1) / threads_per_block));
-    return usp_cuda_launch("scale", scale_floats, grid, dim3(threads_per_block), 0, stream, data, count, factor);
 }

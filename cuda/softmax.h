@@ -10,9 +10,10 @@ extern "C" {
 
 /* ---- entries, as device.c calls them ----------------------------------------------------------------------------- */
 
+/* UNSUPPORTED with the reason, or OK. */
 usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape);
 usp_status usp_cuda_softmax_forward(const usp_softmax *args, usp_stream stream);
-usp_status usp_cuda_softmax_delta(const usp_softmax *args, float *delta, usp_stream stream);
+usp_status usp_cuda_softmax_delta(const usp_softmax *args, float *delta, usp_stream stream); /* one kernel, no family */
 usp_status usp_cuda_softmax_backward_query(const usp_softmax *args, usp_stream stream);
 usp_status usp_cuda_softmax_backward_key(const usp_softmax *args, usp_stream stream);
 
@@ -20,9 +21,8 @@ usp_status usp_cuda_softmax_backward_key(const usp_softmax *args, usp_stream str
 
 typedef enum usp_softmax_call { USP_CALL_FORWARD, USP_CALL_BACKWARD_QUERY, USP_CALL_BACKWARD_KEY } usp_softmax_call;
 
-/* Kernels that serve some arguments. `shared`: bytes of shared memory that they need of a block. */
+/* Kernels that serve some arguments. `shared`: bytes of shared memory that they need of a thread block. */
 typedef struct usp_softmax_family {
-    const char *name;
     size_t (*shared)(int dim, int value_dim);
     int (*fits)(const usp_softmax *args, usp_softmax_call call);
     usp_status (*call[3])(const usp_softmax *args, usp_stream stream); /* by usp_softmax_call */

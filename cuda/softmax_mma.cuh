@@ -44,8 +44,12 @@ template <typename Launch> static usp_status usp_start_any(const usp_softmax &ar
     return usp_start_type<Launch, __nv_bfloat16>(args, stream);
 }
 
+/* ---- the launchers of the family --------------------------------------------------------------------------------- */
+
 extern "C" {
 usp_status usp_softmax_mma_forward(const usp_softmax *args, usp_stream stream);
+usp_status usp_softmax_mma_backward_query(const usp_softmax *args, usp_stream stream);
+usp_status usp_softmax_mma_backward_key(const usp_softmax *args, usp_stream stream);
 }
 
 #endif

@@ -1,5 +1,5 @@
-/* softmax_forward.cu - forward softmax attention on tensor cores (mma.sync, sm_80 and up), 16-bit elements, dims up to
- * 128. One block folds all keys of one work item into the running sums of its queries; it never meets another block. */
+/* softmax_mma_forward.cu - forward softmax attention on tensor cores (mma.sync, sm_80 and up), 16-bit elements, dims up
+ * to 128. A block folds all keys of one work item into the running sums of its queries; it never meets another one. */
 #include "softmax_mma.cuh"
 
 template <int DIM, typename Shape> struct usp_forward_memory {
@@ -76,6 +76,8 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         usp_store(out, acc, acc_stride, rows, args.value_dim);
 }
 
+/* ---- launcher ---------------------------------------------------------------------------------------------------- */
+
 struct usp_forward_launch {
     static constexpr const char *what = "softmax forward";
     template <int DIM> using shape = usp_forward_shape<DIM>;
@@ -88,6 +90,6 @@ struct usp_forward_launch {
     }
 };
 
-extern "C" usp_status usp_softmax_mma_forward(const usp_softmax *args, usp_stream stream) {
+usp_status usp_softmax_mma_forward(const usp_softmax *args, usp_stream stream) {
     return usp_start_any<usp_forward_launch>(*args, stream);
 }

@@ -1,4 +1,4 @@
-/* softmax_generic.cu - softmax attention in plain fp32 for every element type, stride, alignment and scale, and delta.
+/* softmax_any.cu - softmax attention for any element type, dim, stride, alignment and scale, in plain fp32.
  * It is simple rather than fast: a warp has ROWS rows, a lane one of 32 columns at a time. */
 #include "softmax.cuh"
 
@@ -80,11 +80,6 @@ static __device__ void usp_deliver_any(const float (&row)[USP_ANY_WIDTH], float 
         else
             sum[d] = x;
     }
-}
-
-static __device__ __forceinline__ float usp_warp_sum(float x) {
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
-    return x;
 }
 
 static __device__ __forceinline__ float usp_warp_max(float x) {
@@ -278,75 +273,42 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
     }
 }
 
-/* ---- delta ------------------------------------------------------------------------------------------------------- */
-
-constexpr int USP_DELTA_WARPS = 8;
-
-/* A warp for one row of one head of one batch entry, heads running fastest as they usually do in memory. */
-template <typename T>
-static __global__ void __launch_bounds__(USP_DELTA_WARPS * 32)
-    usp_softmax_delta_kernel(const __grid_constant__ usp_softmax args, float *delta) {
-    int64_t rows = args.queries * args.batch * args.heads, stride = (int64_t)gridDim.x * USP_DELTA_WARPS;
-    for (int64_t row = (int64_t)blockIdx.x * USP_DELTA_WARPS + threadIdx.x / 32; row < rows; row += stride) {
-        int head = (int)(row % args.heads), batch = (int)(row / args.heads % args.batch);
-        int64_t token = row / args.heads / args.batch;
-        const T *dout = usp_row<T>(args.dout, token, batch, head), *out = usp_row<T>(args.out, token, batch, head);
-        float sum = 0;
-        for (int d = threadIdx.x % 32; d < args.value_dim; d += 32)
-            sum = fmaf(usp_to_float(dout[d]), usp_to_float(out[d]), sum);
-        sum = usp_warp_sum(sum);
-        if (threadIdx.x % 32 == 0) delta[((int64_t)batch * args.heads + head) * args.queries + token] = sum;
-    }
-}
-
 /* ---- launchers --------------------------------------------------------------------------------------------------- */
 
-/* The kernel among three that serves a dtype. */
-template <typename Kernel> static Kernel usp_of_dtype(usp_dtype dtype, Kernel f32, Kernel f16, Kernel bf16) {
-    return dtype == USP_F32 ? f32 : dtype == USP_F16 ? f16 : bf16;
-}
-
 /* Two sets of rows and one of columns: what backward takes, and more than forward does. */
-static size_t usp_shared(int dim, int value_dim) {
+static size_t most_shared(int dim, int value_dim) {
     int rows = USP_ANY_BLOCK * (usp_padded(dim) + usp_padded(value_dim));
     return sizeof(float) * (rows + 32 * usp_pitch(dim > value_dim ? dim : value_dim));
 }
 
-static int usp_fits(const usp_softmax *, usp_softmax_call) {
-    return 1;
-}
-
-static usp_status usp_launch_forward(const usp_softmax *args, usp_stream stream) {
+static usp_status launch_forward(const usp_softmax *args, usp_stream stream) {
     auto kernel = usp_of_dtype(args->dtype, usp_softmax_forward_any_kernel<float>,
                                usp_softmax_forward_any_kernel<__half>, usp_softmax_forward_any_kernel<__nv_bfloat16>);
     return usp_launch_jobs("softmax forward", kernel, *args, args->heads, USP_ANY_BLOCK, USP_ANY_WARPS * 32,
-                           usp_shared(args->dim, args->value_dim), stream);
+                           most_shared(args->dim, args->value_dim), stream);
 }
 
-static usp_status usp_launch_backward_query(const usp_softmax *args, usp_stream stream) {
+static usp_status launch_backward_query(const usp_softmax *args, usp_stream stream) {
     auto kernel = usp_of_dtype(args->dtype, usp_softmax_backward_query_any_kernel<float>,
                                usp_softmax_backward_query_any_kernel<__half>,
                                usp_softmax_backward_query_any_kernel<__nv_bfloat16>);
     return usp_launch_jobs("softmax backward for queries", kernel, *args, args->heads, USP_ANY_BLOCK,
-                           USP_ANY_WARPS * 32, usp_shared(args->dim, args->value_dim), stream);
+                           USP_ANY_WARPS * 32, most_shared(args->dim, args->value_dim), stream);
 }
 
-static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream stream) {
+static usp_status launch_backward_key(const usp_softmax *args, usp_stream stream) {
     auto kernel =
         usp_of_dtype(args->dtype, usp_softmax_backward_key_any_kernel<float>,
                      usp_softmax_backward_key_any_kernel<__half>, usp_softmax_backward_key_any_kernel<__nv_bfloat16>);
     return usp_launch_jobs("softmax backward for keys", kernel, *args, args->key_heads, USP_ANY_BLOCK,
-                           USP_ANY_WARPS * 32, usp_shared(args->dim, args->value_dim), stream);
+                           USP_ANY_WARPS * 32, most_shared(args->dim, args->value_dim), stream);
 }
 
-const usp_softmax_family usp_softmax_any = {
-    "any", usp_shared, usp_fits, {usp_launch_forward, usp_launch_backward_query, usp_launch_backward_key}};
+/* ---- the family -------------------------------------------------------------------------------------------------- */
 
-extern "C" usp_status usp_cuda_softmax_delta(const usp_softmax *args, float *delta, usp_stream stream) {
-    int64_t rows = args->queries * args->batch * args->heads, blocks = (rows + USP_DELTA_WARPS - 1) / USP_DELTA_WARPS;
-    if (rows == 0) return USP_OK;
-    auto kernel = usp_of_dtype(args->dtype, usp_softmax_delta_kernel<float>, usp_softmax_delta_kernel<__half>,
-                               usp_softmax_delta_kernel<__nv_bfloat16>);
-    return usp_cuda_launch("softmax delta", kernel, dim3((unsigned)(blocks < INT32_MAX ? blocks : INT32_MAX)),
-                           dim3(USP_DELTA_WARPS * 32), 0, stream, *args, delta);
+static int fits(const usp_softmax *, usp_softmax_call) {
+    return 1;
 }
+
+extern "C" const usp_softmax_family usp_softmax_any = {
+    most_shared, fits, {launch_forward, launch_backward_query, launch_backward_key}};

@@ -1,6 +1,6 @@
-/* softmax_backward.cu - backward softmax attention on tensor cores (mma.sync, sm_80 and up), 16-bit elements, dims up
- * to 128: dq by work items of queries, dk and dv by work items of keys. No atomics: each row is summed by one block, in
- * order. */
+/* softmax_mma_backward.cu - backward softmax attention on tensor cores (mma.sync, sm_80 and up), 16-bit elements, dims
+ * up to 128: dq by work items of queries, dk and dv by work items of keys. No atomics: each row is summed by one block,
+ * in order. */
 #include "softmax_mma.cuh"
 
 /* P = 2^(score scale2 - base). A row that allows no key has lse -inf: an infinite base makes its weights 0. */
@@ -209,40 +209,10 @@ struct usp_backward_key_launch {
     }
 };
 
-static usp_status usp_launch_backward_query(const usp_softmax *args, usp_stream stream) {
+usp_status usp_softmax_mma_backward_query(const usp_softmax *args, usp_stream stream) {
     return usp_start_any<usp_backward_query_launch>(*args, stream);
 }
 
-static usp_status usp_launch_backward_key(const usp_softmax *args, usp_stream stream) {
+usp_status usp_softmax_mma_backward_key(const usp_softmax *args, usp_stream stream) {
     return usp_start_any<usp_backward_key_launch>(*args, stream);
 }
-
-/* ---- family ------------------------------------------------------------------------------------------------------ */
-
-static size_t usp_shared(int, int) {
-    return USP_LEAST_SHARED;
-}
-
-/* Pairs of fp32 are written at once. */
-static bool usp_pairs_aligned(const usp_tensor &x) {
-    return ((x.stride_token | x.stride_batch | x.stride_head) % 2 == 0) && reinterpret_cast<uintptr_t>(x.data) % 8 == 0;
-}
-
-static bool usp_result_fits(const usp_softmax &args, const usp_tensor &sum, const usp_tensor &result) {
-    return (!args.last || usp_rows_aligned(result, 2)) && ((args.first && args.last) || usp_pairs_aligned(sum));
-}
-
-static int usp_fits(const usp_softmax *args, usp_softmax_call call) {
-    const usp_softmax &a = *args;
-    if (a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || a.dim > 128 || a.value_dim > 128 || !(a.scale > 0))
-        return 0;
-    if (!usp_rows_aligned(a.q, 2) || !usp_rows_aligned(a.k, 2) || !usp_rows_aligned(a.v, 2)) return 0;
-    if (call == USP_CALL_FORWARD)
-        return (!a.last || usp_rows_aligned(a.out, 2)) && reinterpret_cast<uintptr_t>(a.acc) % 8 == 0;
-    if (!usp_rows_aligned(a.dout, 2)) return 0;
-    if (call == USP_CALL_BACKWARD_QUERY) return usp_result_fits(a, a.dq_sum, a.dq);
-    return usp_result_fits(a, a.dk_sum, a.dk) && usp_result_fits(a, a.dv_sum, a.dv);
-}
-
-const usp_softmax_family usp_softmax_mma = {
-    "mma", usp_shared, usp_fits, {usp_softmax_mma_forward, usp_launch_backward_query, usp_launch_backward_key}};

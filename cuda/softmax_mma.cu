@@ -1,0 +1,31 @@
+/* softmax_mma.cu - softmax attention on tensor cores as a family: which calls it serves, and its table. The kernels are
+ * in softmax_mma_forward.cu and softmax_mma_backward.cu, two files so that they compile side by side. */
+#include "softmax_mma.cuh"
+
+static size_t most_shared(int, int) {
+    return USP_LEAST_SHARED;
+}
+
+/* Pairs of fp32 are written at once. */
+static bool pairs_aligned(const usp_tensor &x) {
+    return ((x.stride_token | x.stride_batch | x.stride_head) % 2 == 0) && reinterpret_cast<uintptr_t>(x.data) % 8 == 0;
+}
+
+static bool result_fits(const usp_softmax &args, const usp_tensor &sum, const usp_tensor &result) {
+    return (!args.last || usp_rows_aligned(result, 2)) && ((args.first && args.last) || pairs_aligned(sum));
+}
+
+static int fits(const usp_softmax *args, usp_softmax_call call) {
+    const usp_softmax &a = *args;
+    if (a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || a.dim > 128 || a.value_dim > 128 || !(a.scale > 0))
+        return 0;
+    if (!usp_rows_aligned(a.q, 2) || !usp_rows_aligned(a.k, 2) || !usp_rows_aligned(a.v, 2)) return 0;
+    if (call == USP_CALL_FORWARD)
+        return (!a.last || usp_rows_aligned(a.out, 2)) && reinterpret_cast<uintptr_t>(a.acc) % 8 == 0;
+    if (!usp_rows_aligned(a.dout, 2)) return 0;
+    if (call == USP_CALL_BACKWARD_QUERY) return result_fits(a, a.dq_sum, a.dq);
+    return result_fits(a, a.dk_sum, a.dk) && result_fits(a, a.dv_sum, a.dv);
+}
+
+extern "C" const usp_softmax_family usp_softmax_mma = {
+    most_shared, fits, {usp_softmax_mma_forward, usp_softmax_mma_backward_query, usp_softmax_mma_backward_key}};
