@@ -9,7 +9,7 @@
 #include "../error.h"
 #include "kernels.h"
 
-typedef struct usp_strip {
+typedef struct usp_softmax_strip {
     _Alignas(64) int32_t position[USP_CPU_BLOCK];
     _Alignas(64) float max[USP_CPU_BLOCK]; /* forward */
     _Alignas(64) float sum[USP_CPU_BLOCK];
@@ -27,11 +27,11 @@ typedef struct usp_strip {
     int block, width;   /* columns of a tile at most; rows, padded */
     int begin, count;   /* rows of the tensors */
     int batch, head, key_head;
-} usp_strip;
+} usp_softmax_strip;
 
 /* ---- strips ------------------------------------------------------------------------------------------------------ */
 
-static void strip_init(usp_strip *s, const usp_panel *panel, const usp_softmax *args) {
+static void strip_init(usp_softmax_strip *s, const usp_panel *panel, const usp_softmax *args) {
     s->panel = panel;
     s->args = args;
     s->dim = usp_cpu_pad(args->dim);
@@ -40,7 +40,7 @@ static void strip_init(usp_strip *s, const usp_panel *panel, const usp_softmax *
 }
 
 /* Lays the tiles out for `count` rows of the work item from its row `first` on. */
-static void strip_place(usp_strip *s, const usp_work *work, int first) {
+static void strip_place(usp_softmax_strip *s, const usp_work *work, int first) {
     float *free = s->arena;
     s->begin = work->begin + first;
     s->count = work->count - first < s->block ? work->count - first : s->block;
@@ -58,7 +58,7 @@ static void strip_place(usp_strip *s, const usp_work *work, int first) {
     }
 }
 
-static void load_rows(usp_strip *s, float *to, const usp_tensor *tensor, int head, int dim, float scale) {
+static void load_rows(usp_softmax_strip *s, float *to, const usp_tensor *tensor, int head, int dim, float scale) {
     float line[USP_CPU_DIM];
     if (s->count < s->width) memset(to, 0, sizeof *to * (size_t)(dim * s->width));
     for (int i = 0; i < s->count; i++) {
@@ -68,7 +68,8 @@ static void load_rows(usp_strip *s, float *to, const usp_tensor *tensor, int hea
 }
 
 /* Rows of zeros follow up to a multiple of USP_CPU_ROWS, as products want. */
-static void load_columns(usp_strip *s, float *to, const usp_tensor *tensor, int head, int dim, int begin, int count) {
+static void load_columns(usp_softmax_strip *s, float *to, const usp_tensor *tensor, int head, int dim, int begin,
+                         int count) {
     int stride = usp_cpu_pad(dim), rows = (count + USP_CPU_ROWS - 1) / USP_CPU_ROWS * USP_CPU_ROWS;
     for (int j = 0; j < count; j++, to += stride) {
         s->panel->load(s->args->dtype, usp_cpu_row(tensor, s->args->dtype, begin + j, s->batch, head), to, dim);
@@ -78,7 +79,7 @@ static void load_columns(usp_strip *s, float *to, const usp_tensor *tensor, int 
 }
 
 /* score[j][i] = columns[j] . rows[i] over `dim`, for the q.k (which 0) or the dout.v (which 1) part. */
-static void multiply_scores(usp_strip *s, int which, int count) {
+static void multiply_scores(usp_softmax_strip *s, int which, int count) {
     usp_product p = {.m = (count + USP_CPU_ROWS - 1) / USP_CPU_ROWS * USP_CPU_ROWS, .n = s->width};
     p.k = which ? s->args->value_dim : s->args->dim;
     p.a = s->column[which], p.a_row = which ? s->value_dim : s->dim, p.a_step = 1;
@@ -88,7 +89,7 @@ static void multiply_scores(usp_strip *s, int which, int count) {
 }
 
 /* total[which][i] += sum over columns j of score[j][i] * column[which][j]. */
-static void multiply_totals(usp_strip *s, const float *score, int which, int count) {
+static void multiply_totals(usp_softmax_strip *s, const float *score, int which, int count) {
     int dim = which ? s->value_dim : s->dim;
     usp_product p = {.m = s->width, .n = dim, .k = count, .accumulate = 1};
     p.a = score, p.a_row = 1, p.a_step = s->width;
@@ -100,13 +101,13 @@ static void multiply_totals(usp_strip *s, const float *score, int which, int cou
 /* ---- tiles ------------------------------------------------------------------------------------------------------- */
 
 /* What of a tile one step takes: columns, and the band as limits on column position - row position. */
-typedef struct usp_step {
+typedef struct usp_tile_step {
     int begin, count;
     int32_t origin, stride, low, high;
     int masked;
-} usp_step;
+} usp_tile_step;
 
-typedef void (*usp_step_fn)(usp_strip *s, const usp_step *step);
+typedef void (*usp_tile_step_fn)(usp_softmax_strip *s, const usp_tile_step *step);
 
 static int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
@@ -117,7 +118,7 @@ static int64_t most(int64_t a, int64_t b) {
 }
 
 /* Decides from the corners of the step whether no pair (0), every pair (1) or some pairs (2) may be allowed. */
-static int step_kind(const usp_strip *s, const usp_step *step) {
+static int step_kind(const usp_softmax_strip *s, const usp_tile_step *step) {
     int64_t row0 = s->position[0], row1 = s->position[s->count - 1];
     int64_t column0 = step->origin, column1 = column0 + (int64_t)(step->count - 1) * step->stride;
     int64_t lowest = least(column0, column1) - most(row0, row1), highest = most(column0, column1) - least(row0, row1);
@@ -125,17 +126,17 @@ static int step_kind(const usp_strip *s, const usp_step *step) {
     return lowest >= step->low && highest <= step->high ? 1 : 2;
 }
 
-static void mask_step(usp_strip *s, const usp_step *step) {
+static void mask_step(usp_softmax_strip *s, const usp_tile_step *step) {
     usp_scores scores = {s->score[0], step->count, s->width};
     if (step->masked) s->panel->mask(scores, s->position, step->origin, step->stride, step->low, step->high);
 }
 
 /* Cuts a tile where the column index is a multiple of the block, so that a row's sums do not depend on how rows are
  * grouped into work items. */
-static void walk_tile(usp_strip *s, const usp_tile *tile, int rows_are_keys, usp_step_fn visit) {
+static void walk_tile(usp_softmax_strip *s, const usp_tile *tile, int rows_are_keys, usp_tile_step_fn visit) {
     for (int begin = tile->begin, end; begin < tile->end; begin = end) {
         end = (int)least(tile->end, ((int64_t)begin / s->block + 1) * s->block);
-        usp_step step = {.begin = begin, .count = end - begin, .stride = tile->stride};
+        usp_tile_step step = {.begin = begin, .count = end - begin, .stride = tile->stride};
         step.origin = (int32_t)(tile->origin + (int64_t)begin * tile->stride);
         step.low = rows_are_keys ? (int32_t)most(-(int64_t)tile->high, INT32_MIN) : tile->low;
         step.high = rows_are_keys ? (int32_t)least(-(int64_t)tile->low, INT32_MAX) : tile->high;
@@ -145,15 +146,15 @@ static void walk_tile(usp_strip *s, const usp_tile *tile, int rows_are_keys, usp
     }
 }
 
-static void walk_tiles(usp_strip *s, const usp_work *work, int rows_are_keys, usp_step_fn visit) {
+static void walk_tiles(usp_softmax_strip *s, const usp_work *work, int rows_are_keys, usp_tile_step_fn visit) {
     const usp_tile *tile = s->args->tiles.tile + work->first_tile;
     for (int t = 0; t < work->tiles; t++) walk_tile(s, tile + t, rows_are_keys, visit);
 }
 
-typedef void (*usp_strip_fn)(usp_strip *s, const usp_work *work);
+typedef void (*usp_softmax_strip_fn)(usp_softmax_strip *s, const usp_work *work);
 
 /* Every strip of every work item for s->head. */
-static void walk_strips(usp_strip *s, usp_strip_fn run) {
+static void walk_strips(usp_softmax_strip *s, usp_softmax_strip_fn run) {
     const usp_tiles *tiles = &s->args->tiles;
     for (int w = 0; w < tiles->works; w++)
         for (int first = 0; first < tiles->work[w].count; first += s->block) {
@@ -163,19 +164,19 @@ static void walk_strips(usp_strip *s, usp_strip_fn run) {
 }
 
 /* lse and delta are [batch, heads, queries]. */
-static int64_t stat_at(const usp_strip *s, int head, int64_t query) {
+static int64_t stat_at(const usp_softmax_strip *s, int head, int64_t query) {
     return ((int64_t)s->batch * s->args->heads + head) * s->args->queries + query;
 }
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
-static float *acc_row(const usp_strip *s, int i) {
+static float *acc_row(const usp_softmax_strip *s, int i) {
     const usp_softmax *a = s->args;
     return a->acc + (((int64_t)(s->begin + i) * a->batch + s->batch) * a->heads + s->head) * a->value_dim;
 }
 
 /* Takes the running (acc, lse) up as sums with maximum lse and weight 1. */
-static void forward_begin(usp_strip *s) {
+static void forward_begin(usp_softmax_strip *s) {
     const usp_softmax *a = s->args;
     memset(s->total[1], 0, sizeof(float) * (size_t)(s->width * s->value_dim));
     for (int i = 0; i < s->width; i++) {
@@ -187,7 +188,7 @@ static void forward_begin(usp_strip *s) {
     }
 }
 
-static void forward_step(usp_strip *s, const usp_step *step) {
+static void forward_step(usp_softmax_strip *s, const usp_tile_step *step) {
     const usp_softmax *a = s->args;
     usp_scores scores = {s->score[0], step->count, s->width};
     load_columns(s, s->column[0], &a->k, s->key_head, a->dim, step->begin, step->count);
@@ -200,7 +201,7 @@ static void forward_step(usp_strip *s, const usp_step *step) {
 }
 
 /* Only a row without keys has sum 0: a NaN, which no maximum sees, stays one. */
-static void forward_end(usp_strip *s) {
+static void forward_end(usp_softmax_strip *s) {
     const usp_softmax *a = s->args;
     for (int i = 0; i < s->width; i++) s->factor[i] = s->sum[i] == 0 ? 0 : 1 / s->sum[i];
     s->panel->scale(s->total[1], s->factor, s->width, s->value_dim);
@@ -215,7 +216,7 @@ static void forward_end(usp_strip *s) {
     }
 }
 
-static void forward_strip(usp_strip *s, const usp_work *work) {
+static void forward_strip(usp_softmax_strip *s, const usp_work *work) {
     load_rows(s, s->row[0], &s->args->q, s->head, s->args->dim, s->args->scale);
     forward_begin(s);
     walk_tiles(s, work, 0, forward_step);
@@ -223,8 +224,8 @@ static void forward_strip(usp_strip *s, const usp_work *work) {
 }
 
 /* Every strip of every query head, with its key head. */
-static usp_status run_query_heads(usp_device *device, const usp_softmax *args, usp_strip_fn run) {
-    usp_strip strip;
+static usp_status run_query_heads(usp_device *device, const usp_softmax *args, usp_softmax_strip_fn run) {
+    usp_softmax_strip strip;
     strip_init(&strip, usp_cpu_panel(device), args);
     for (strip.batch = 0; strip.batch < args->batch; strip.batch++)
         for (strip.head = 0; strip.head < args->heads; strip.head++) {
@@ -268,7 +269,7 @@ usp_status usp_cpu_softmax_delta(usp_device *device, const usp_softmax *a, float
 /* ---- backward ---------------------------------------------------------------------------------------------------- */
 
 /* lse and delta of `count` queries; rows without any key, and padding, get a weight of 0. */
-static void load_stats(usp_strip *s, int head, int begin, int count, int padded) {
+static void load_stats(usp_softmax_strip *s, int head, int begin, int count, int padded) {
     for (int i = 0; i < padded; i++) {
         float lse = i < count ? s->args->lse[stat_at(s, head, begin + i)] : -INFINITY;
         s->lse[i] = lse == -INFINITY ? INFINITY : lse;
@@ -277,7 +278,7 @@ static void load_stats(usp_strip *s, int head, int begin, int count, int padded)
 }
 
 /* Scores, weights P in score[0] and P (dout.v - delta) in score[1]. */
-static void backward_scores(usp_strip *s, const usp_step *step, int by_column) {
+static void backward_scores(usp_softmax_strip *s, const usp_tile_step *step, int by_column) {
     usp_scores scores = {s->score[0], step->count, s->width};
     multiply_scores(s, 0, step->count);
     multiply_scores(s, 1, step->count);
@@ -285,13 +286,13 @@ static void backward_scores(usp_strip *s, const usp_step *step, int by_column) {
     s->panel->weigh(scores, s->score[1], s->lse, s->delta, by_column);
 }
 
-static void clear_totals(usp_strip *s) {
+static void clear_totals(usp_softmax_strip *s) {
     memset(s->total[0], 0, sizeof(float) * (size_t)(s->width * s->dim));
     memset(s->total[1], 0, sizeof(float) * (size_t)(s->width * s->value_dim));
 }
 
 /* One gradient's rows: scale * total, plus the running sum unless it begins here, to the running sum or the result. */
-static void store_gradient(const usp_strip *s, int which, float scale, int head, const usp_tensor *sum,
+static void store_gradient(const usp_softmax_strip *s, int which, float scale, int head, const usp_tensor *sum,
                            const usp_tensor *result) {
     const usp_softmax *a = s->args;
     int dim = which ? a->value_dim : a->dim, stride = which ? s->value_dim : s->dim;
@@ -307,7 +308,7 @@ static void store_gradient(const usp_strip *s, int which, float scale, int head,
     }
 }
 
-static void query_step(usp_strip *s, const usp_step *step) {
+static void query_step(usp_softmax_strip *s, const usp_tile_step *step) {
     const usp_softmax *a = s->args;
     load_columns(s, s->column[0], &a->k, s->key_head, a->dim, step->begin, step->count);
     load_columns(s, s->column[1], &a->v, s->key_head, a->value_dim, step->begin, step->count);
@@ -315,7 +316,7 @@ static void query_step(usp_strip *s, const usp_step *step) {
     multiply_totals(s, s->score[1], 0, step->count);
 }
 
-static void query_strip(usp_strip *s, const usp_work *work) {
+static void query_strip(usp_softmax_strip *s, const usp_work *work) {
     const usp_softmax *a = s->args;
     load_rows(s, s->row[0], &a->q, s->head, a->dim, a->scale);
     load_rows(s, s->row[1], &a->dout, s->head, a->value_dim, 1);
@@ -330,7 +331,7 @@ usp_status usp_cpu_softmax_backward_query(usp_device *device, const usp_softmax 
     return run_query_heads(device, args, query_strip);
 }
 
-static void key_step(usp_strip *s, const usp_step *step) {
+static void key_step(usp_softmax_strip *s, const usp_tile_step *step) {
     const usp_softmax *a = s->args;
     load_columns(s, s->column[0], &a->q, s->head, a->dim, step->begin, step->count);
     load_columns(s, s->column[1], &a->dout, s->head, a->value_dim, step->begin, step->count);
@@ -341,7 +342,7 @@ static void key_step(usp_strip *s, const usp_step *step) {
 }
 
 /* Sums over all query heads that read this key head, in ascending order. */
-static void key_strip(usp_strip *s, const usp_work *work) {
+static void key_strip(usp_softmax_strip *s, const usp_work *work) {
     const usp_softmax *a = s->args;
     load_rows(s, s->row[0], &a->k, s->key_head, a->dim, a->scale);
     load_rows(s, s->row[1], &a->v, s->key_head, a->value_dim, 1);
@@ -353,7 +354,7 @@ static void key_strip(usp_strip *s, const usp_work *work) {
 }
 
 usp_status usp_cpu_softmax_backward_key(usp_device *device, const usp_softmax *args, usp_stream stream) {
-    usp_strip strip;
+    usp_softmax_strip strip;
     (void)stream;
     strip_init(&strip, usp_cpu_panel(device), args);
     for (strip.batch = 0; strip.batch < args->batch; strip.batch++)
