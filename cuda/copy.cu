@@ -4,7 +4,6 @@
 #include "launch.h"
 
 static constexpr unsigned threads_per_block = 256, most_blocks = 132 * 16;
-static constexpr int64_t most_units = 1u << 30; /* of one launch, so that the kernels divide 32-bit numbers */
 
 /* Unit x of the copy is `column` of a row: columns run fastest, then heads, batches and tokens. */
 struct copy_unit {
@@ -68,22 +67,56 @@ static bool whole_vectors(const usp_copy *copy) {
            usp_rows_aligned(copy->from, element) && usp_rows_aligned(copy->to, element);
 }
 
-usp_status usp_cuda_copy_rows(const usp_copy *copy, usp_stream stream) {
+static int64_t units_of_row(const usp_copy *copy, bool vectors) {
+    return vectors ? copy->dim * usp_dtype_size(copy->from_dtype) / sizeof(uint4) : copy->dim;
+}
+
+static usp_status launch(const usp_copy *copy, bool vectors, usp_stream stream) {
+    int64_t columns = units_of_row(copy, vectors);
+    unsigned units = static_cast<unsigned>(columns * copy->heads * copy->batch * copy->tokens);
+    unsigned blocks = (units + threads_per_block - 1) / threads_per_block;
+    return usp_cuda_launch("copy_rows", choose_kernel(copy, vectors), dim3(blocks < most_blocks ? blocks : most_blocks),
+                           dim3(threads_per_block), 0, stream, *copy, units, static_cast<unsigned>(columns));
+}
+
+/* ---- parts ------------------------------------------------------------------------------------------------------- */
+
+/* How many of `extent` pieces of `units` each make up `most` units: one at least. */
+static int64_t pieces(int64_t most, int64_t units, int64_t extent) {
+    int64_t count = most / units;
+    return count < 1 ? 1 : count < extent ? count : extent;
+}
+
+static int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+/* The part from (token, batch, head) on that is as large as `size`, or what is left of it. */
+static usp_copy cut(const usp_copy *copy, const usp_copy *size, int64_t token, int batch, int head) {
+    usp_copy part = *copy;
+    part.tokens = least(size->tokens, copy->tokens - token);
+    part.batch = static_cast<int>(least(size->batch, copy->batch - batch));
+    part.heads = static_cast<int>(least(size->heads, copy->heads - head));
+    part.from.data = usp_row_bytes(copy->from, copy->from_dtype, token, batch, head);
+    part.to.data = usp_row_bytes(copy->to, copy->to_dtype, token, batch, head);
+    return part;
+}
+
+usp_status usp_cuda_copy_rows(const usp_copy *copy, int64_t most, usp_stream stream) {
     bool vectors = whole_vectors(copy);
-    copy_kernel kernel = choose_kernel(copy, vectors);
-    int64_t columns = vectors ? copy->dim * usp_dtype_size(copy->from_dtype) / sizeof(uint4) : copy->dim;
-    int64_t token_units = columns * copy->heads * copy->batch;
-    if (token_units == 0) return USP_OK;
-    int64_t tokens = token_units < most_units ? most_units / token_units : 1; /* of one launch */
-    for (int64_t first = 0; first < copy->tokens; first += tokens) {
-        usp_copy part = *copy;
-        if (part.tokens - first < tokens) tokens = part.tokens - first;
-        part.from.data = usp_row_bytes(copy->from, copy->from_dtype, first, 0, 0);
-        part.to.data = usp_row_bytes(copy->to, copy->to_dtype, first, 0, 0);
-        unsigned units = static_cast<unsigned>(tokens * token_units);
-        unsigned blocks = (units + threads_per_block - 1) / threads_per_block;
-        USP_TRY(usp_cuda_launch("copy_rows", kernel, dim3(blocks < most_blocks ? blocks : most_blocks),
-                                dim3(threads_per_block), 0, stream, part, units, static_cast<unsigned>(columns)));
+    int64_t units = units_of_row(copy, vectors);
+    usp_copy size = *copy;
+    if (units == 0 || copy->heads == 0 || copy->batch == 0) return USP_OK;
+    size.heads = static_cast<int>(pieces(most, units, copy->heads));
+    size.batch = static_cast<int>(pieces(most, units * size.heads, copy->batch));
+    size.tokens = pieces(most, units * size.heads * size.batch, copy->tokens);
+    for (int64_t token = 0; token < copy->tokens; token += size.tokens) {
+        for (int batch = 0; batch < copy->batch; batch += size.batch) {
+            for (int head = 0; head < copy->heads; head += size.heads) {
+                usp_copy part = cut(copy, &size, token, batch, head);
+                USP_TRY(launch(&part, vectors, stream));
+            }
+        }
     }
     return USP_OK;
 }

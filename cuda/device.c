@@ -137,7 +137,7 @@ static usp_status cuda_supports(usp_device *device, const usp_kernel_shape *shap
 
 static usp_status cuda_copy_rows(usp_device *device, const usp_copy *copy, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_copy_rows(copy, stream);
+    return usp_cuda_copy_rows(copy, USP_COPY_UNITS, stream);
 }
 
 static usp_status cuda_softmax_forward(usp_device *device, const usp_softmax *softmax, usp_stream stream) {

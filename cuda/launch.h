@@ -11,7 +11,11 @@ extern "C" {
 /* Shared memory that one block may have on the current GPU; 0 if the GPU does not answer. */
 size_t usp_cuda_shared_limit(void);
 
-usp_status usp_cuda_copy_rows(const usp_copy *copy, usp_stream stream);
+/* Elements, or 16-byte pieces of rows, of one launch: so few that kernels divide 32-bit numbers. A row has fewer. */
+enum { USP_COPY_UNITS = 1 << 30 };
+
+/* `most`: USP_COPY_UNITS. */
+usp_status usp_cuda_copy_rows(const usp_copy *copy, int64_t most, usp_stream stream);
 usp_status usp_cuda_scale(float *data, int64_t count, float factor, usp_stream stream);
 
 #ifdef __cplusplus

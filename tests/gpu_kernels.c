@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../cuda/launch.h"
 #include "gpu_test.h"
 
 enum { SKIPPED = 77 };
@@ -17,6 +18,7 @@ typedef struct copy_test {
     usp_gpu_view from, to;
     usp_dtype from_dtype, to_dtype;
     int accumulate;
+    int64_t units; /* of one launch on the GPU; 0: as many as it takes */
 } copy_test;
 
 static usp_tensor typed_tensor(const usp_gpu_world *w, const usp_gpu_view *v, usp_dtype dtype) {
@@ -36,6 +38,7 @@ static usp_status copy_rows(const usp_gpu_world *w, const void *args) {
                   .accumulate = c->accumulate,
                   .from = typed_tensor(w, &c->from, c->from_dtype),
                   .to = typed_tensor(w, &c->to, c->to_dtype)};
+    if (c->units > 0 && w->device->ops->kind == USP_DEVICE_CUDA) return usp_cuda_copy_rows(&a, c->units, w->stream);
     return w->device->ops->copy_rows(w->device, &a, w->stream);
 }
 
@@ -63,6 +66,36 @@ static void check_copies(usp_gpu_test *t, usp_gpu_arrangement how, usp_dtype fro
             check_copy(t, &c);
         }
     }
+}
+
+/* Launches of less than a row, of some heads, of some batch entries and of some tokens. */
+static void check_parts(usp_gpu_test *t, usp_dtype to) {
+    static const int64_t units[] = {1, 2 * 16, 7 * 16, 20 * 16, 1000};
+    for (size_t i = 0; i < sizeof units / sizeof *units; i++) {
+        snprintf(t->name, sizeof t->name, "copy of f32 to dtype %d, %lld units a launch", to, (long long)units[i]);
+        usp_gpu_begin_case(t, USP_F32);
+        copy_test c = {.from_dtype = USP_F32, .to_dtype = to, .units = units[i]};
+        c.from = usp_gpu_make_view(t, "from", PACKED, 5, 3, 5, 16);
+        c.to = usp_gpu_make_view(t, "to", BHSD, 5, 3, 5, 16);
+        usp_gpu_fill(t, &c.from, 100);
+        check_copy(t, &c);
+    }
+}
+
+/* One token of more elements than 32 bits count. All heads of a batch entry are the same number, so that it needs no
+ * room. */
+static void check_long_token(usp_gpu_test *t) {
+    enum { BATCH = 65537, HEADS = 65536 };
+    snprintf(t->name, sizeof t->name, "copy of a token of %d x %d elements", BATCH, HEADS);
+    usp_gpu_begin_case(t, USP_F32);
+    copy_test c = {.from = usp_gpu_make_view(t, "from", BSHD, 1, BATCH, 1, 1),
+                   .to = usp_gpu_make_view(t, "to", BSHD, 1, BATCH, 1, 1)};
+    usp_gpu_fill(t, &c.from, 100);
+    c.from.heads = c.to.heads = HEADS;
+    c.from.stride_head = c.to.stride_head = 0;
+    memcpy(t->before, t->plain.base, t->used);
+    if (!usp_gpu_run_alone(t, "copy_rows", copy_rows, &c, t->after)) return;
+    usp_gpu_expect(t, memcmp(t->after + c.to.at, t->before + c.from.at, BATCH * sizeof(float)) == 0, "the copy");
 }
 
 /* ---- the rest of the table --------------------------------------------------------------------------------------- */
@@ -129,6 +162,9 @@ static void check_common(usp_gpu_test *t) {
     for (int how = 0; how < ARRANGEMENTS; how++)
         for (int pair = 0; pair < 9; pair++)
             check_copies(t, (usp_gpu_arrangement)how, (usp_dtype)(pair / 3), (usp_dtype)(pair % 3));
+    check_parts(t, USP_F32);
+    check_parts(t, USP_BF16);
+    check_long_token(t);
 }
 
 static usp_status copy_half(const usp_gpu_world *w, const void *args) {
