@@ -142,7 +142,7 @@ static usp_status cuda_copy_rows(usp_device *device, const usp_copy *copy, usp_s
 
 static usp_status cuda_softmax_forward(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_softmax_forward(softmax, stream);
+    return usp_cuda_softmax(softmax, USP_CALL_FORWARD, USP_CUDA_GRID, stream);
 }
 
 static usp_status cuda_softmax_delta(usp_device *device, const usp_softmax *softmax, float *delta, usp_stream stream) {
@@ -152,12 +152,12 @@ static usp_status cuda_softmax_delta(usp_device *device, const usp_softmax *soft
 
 static usp_status cuda_softmax_backward_query(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_softmax_backward_query(softmax, stream);
+    return usp_cuda_softmax(softmax, USP_CALL_BACKWARD_QUERY, USP_CUDA_GRID, stream);
 }
 
 static usp_status cuda_softmax_backward_key(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_softmax_backward_key(softmax, stream);
+    return usp_cuda_softmax(softmax, USP_CALL_BACKWARD_KEY, USP_CUDA_GRID, stream);
 }
 
 /* Longer blocks move fewer states through memory, shorter ones give short inputs enough blocks to fill the GPU; the
@@ -169,7 +169,7 @@ static int64_t cuda_linear_block(usp_device *device, int64_t rows) {
 
 static usp_status cuda_linear_totals(usp_device *device, const usp_linear *linear, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_linear_totals(linear, stream);
+    return usp_cuda_linear(linear, USP_CALL_TOTALS, USP_CUDA_GRID, stream);
 }
 
 static usp_status cuda_linear_scan(usp_device *device, const usp_scan *scan, usp_stream stream) {
@@ -179,12 +179,12 @@ static usp_status cuda_linear_scan(usp_device *device, const usp_scan *scan, usp
 
 static usp_status cuda_linear_output(usp_device *device, const usp_linear *linear, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_linear_output(linear, stream);
+    return usp_cuda_linear(linear, USP_CALL_OUTPUT, USP_CUDA_GRID, stream);
 }
 
 static usp_status cuda_linear_apply(usp_device *device, const usp_linear *linear, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_linear_apply(linear, stream);
+    return usp_cuda_linear(linear, USP_CALL_APPLY, USP_CUDA_GRID, stream);
 }
 
 static usp_status cuda_scale(usp_device *device, float *data, int64_t count, float factor, usp_stream stream) {

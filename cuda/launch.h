@@ -11,6 +11,9 @@ extern "C" {
 /* Shared memory that one block may have on the current GPU; 0 if the GPU does not answer. */
 size_t usp_cuda_shared_limit(void);
 
+/* Thread blocks of one launch: as many as a grid takes in x. What needs more is launched in parts; tests give less. */
+enum { USP_CUDA_GRID = INT32_MAX };
+
 /* Elements, or 16-byte pieces of rows, of one launch: so few that kernels divide 32-bit numbers. A row has fewer. */
 enum { USP_COPY_UNITS = 1 << 30 };
 

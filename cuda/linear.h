@@ -10,16 +10,15 @@ extern "C" {
 
 /* ---- entries, as device.c calls them ----------------------------------------------------------------------------- */
 
+typedef enum usp_linear_call { USP_CALL_TOTALS, USP_CALL_OUTPUT, USP_CALL_APPLY } usp_linear_call;
+
 /* UNSUPPORTED with the reason, or OK. */
 usp_status usp_cuda_linear_supports(const usp_kernel_shape *shape);
-usp_status usp_cuda_linear_totals(const usp_linear *args, usp_stream stream);
+/* `grid`: USP_CUDA_GRID. */
+usp_status usp_cuda_linear(const usp_linear *args, usp_linear_call call, int grid, usp_stream stream);
 usp_status usp_cuda_linear_scan(const usp_scan *args, usp_stream stream); /* one kernel, no family */
-usp_status usp_cuda_linear_output(const usp_linear *args, usp_stream stream);
-usp_status usp_cuda_linear_apply(const usp_linear *args, usp_stream stream);
 
 /* ---- families ---------------------------------------------------------------------------------------------------- */
-
-typedef enum usp_linear_call { USP_CALL_TOTALS, USP_CALL_OUTPUT, USP_CALL_APPLY } usp_linear_call;
 
 /* Kernels that serve some arguments. `shared`: bytes of shared memory that they need of a thread block. */
 typedef struct usp_linear_family {
@@ -32,7 +31,10 @@ typedef struct usp_linear_family {
 extern const usp_linear_family usp_linear_mma;
 /* Everything else, in plain fp32: any element, stride and alignment, dims up to USP_LINEAR_MAX_DIM. */
 extern const usp_linear_family usp_linear_any;
-enum { USP_LINEAR_MAX_DIM = 1024 };
+enum {
+    USP_LINEAR_MAX_DIM = 1024,
+    USP_SCAN_THREADS = 128 /* of one thread block of the scan: numbers of a state at least */
+};
 
 #ifdef __cplusplus
 }

@@ -2,7 +2,7 @@
  * A thread walks all states of a group for a few elements of one head; nothing is exchanged between threads. */
 #include "linear.cuh"
 
-static constexpr unsigned threads_per_block = 128;
+static constexpr unsigned threads_per_block = USP_SCAN_THREADS;
 static constexpr int ahead = 8;           /* states read before the first of them is needed */
 static constexpr int most_groups = 65535; /* of one launch: what a grid takes in y */
 

@@ -15,18 +15,16 @@ struct usp_job {
     int begin, count, head, batch;
 };
 
-/* Heads (of all batch entries) that are worked on side by side. Inside a bundle all heads of one work item come before
+/* This block's job, one of those that usp_launch_jobs starts. Inside a bundle all heads of one work item come before
  * the next one, heaviest first, so that no heavy job starts late; blocks running together still share columns in the
- * cache. */
-constexpr unsigned USP_BUNDLE = 16;
-
-/* This block's job, one of those that usp_launch_jobs starts. Under a causal mask the last queries and the first keys
- * have most work: `backward` gives out the last rows first. count is not positive if the work item has no such part. */
+ * cache. Under a causal mask the last queries and the first keys have most work: `backward` gives out the last rows
+ * first. count is not positive if the work item has no such part. */
 static __device__ __forceinline__ usp_job usp_take_job(const usp_softmax &args, int heads, int rows, bool backward) {
-    unsigned parts = USP_WORK_ROWS / rows, items = args.tiles.works * parts, bundle = blockIdx.x / (items * USP_BUNDLE);
-    unsigned inside = blockIdx.x % (items * USP_BUNDLE),
-             width = min(USP_BUNDLE, args.batch * heads - bundle * USP_BUNDLE);
-    unsigned item = inside / width, line = bundle * USP_BUNDLE + inside % width;
+    constexpr unsigned most_lines = USP_SOFTMAX_BUNDLE;
+    unsigned parts = USP_WORK_ROWS / rows, items = args.tiles.works * parts, bundle = blockIdx.x / (items * most_lines);
+    unsigned inside = blockIdx.x % (items * most_lines),
+             width = min(most_lines, args.batch * heads - bundle * most_lines);
+    unsigned item = inside / width, line = bundle * most_lines + inside % width;
     if (backward) item = items - 1 - item;
     const usp_work *work = args.tiles.work + item / parts;
     int skipped = item % parts * rows;
@@ -38,14 +36,12 @@ static inline int64_t usp_jobs(const usp_softmax &args, int heads, int rows) {
     return (int64_t)args.tiles.works * (USP_WORK_ROWS / rows) * heads * args.batch;
 }
 
-/* Starts one block per job; none if there is no job. */
+/* Starts one block per job; none if there is no job. There are no more than a grid holds (softmax.c). */
 template <typename Kernel>
 static usp_status usp_launch_jobs(const char *what, Kernel kernel, const usp_softmax &args, int heads, int rows,
                                   int threads, size_t shared, usp_stream stream) {
     int64_t jobs = usp_jobs(args, heads, rows);
     if (jobs == 0) return USP_OK;
-    if (jobs > INT32_MAX / USP_BUNDLE)
-        return usp_fail(USP_UNSUPPORTED, "%s: %lld blocks are more than one launch takes", what, (long long)jobs);
     return usp_cuda_launch(what, kernel, dim3((unsigned)jobs), dim3(threads), shared, stream, args);
 }
 

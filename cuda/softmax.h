@@ -10,16 +10,15 @@ extern "C" {
 
 /* ---- entries, as device.c calls them ----------------------------------------------------------------------------- */
 
+typedef enum usp_softmax_call { USP_CALL_FORWARD, USP_CALL_BACKWARD_QUERY, USP_CALL_BACKWARD_KEY } usp_softmax_call;
+
 /* UNSUPPORTED with the reason, or OK. */
 usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape);
-usp_status usp_cuda_softmax_forward(const usp_softmax *args, usp_stream stream);
+/* `grid`: USP_CUDA_GRID. */
+usp_status usp_cuda_softmax(const usp_softmax *args, usp_softmax_call call, int grid, usp_stream stream);
 usp_status usp_cuda_softmax_delta(const usp_softmax *args, float *delta, usp_stream stream); /* one kernel, no family */
-usp_status usp_cuda_softmax_backward_query(const usp_softmax *args, usp_stream stream);
-usp_status usp_cuda_softmax_backward_key(const usp_softmax *args, usp_stream stream);
 
 /* ---- families ---------------------------------------------------------------------------------------------------- */
-
-typedef enum usp_softmax_call { USP_CALL_FORWARD, USP_CALL_BACKWARD_QUERY, USP_CALL_BACKWARD_KEY } usp_softmax_call;
 
 /* Kernels that serve some arguments. `shared`: bytes of shared memory that they need of a thread block. */
 typedef struct usp_softmax_family {
@@ -32,7 +31,11 @@ typedef struct usp_softmax_family {
 extern const usp_softmax_family usp_softmax_mma;
 /* Everything else, in plain fp32: any element, stride and alignment, dims up to USP_SOFTMAX_MAX_DIM. */
 extern const usp_softmax_family usp_softmax_any;
-enum { USP_SOFTMAX_MAX_DIM = 512 };
+enum {
+    USP_SOFTMAX_MAX_DIM = 512,
+    USP_SOFTMAX_LEAST_ROWS = 16, /* of a work item that one thread block takes at least */
+    USP_SOFTMAX_BUNDLE = 16      /* heads, of all batch entries, that are worked on side by side */
+};
 
 #ifdef __cplusplus
 }

@@ -3,6 +3,7 @@
 #include "softmax.cuh"
 
 constexpr int USP_ANY_WARPS = 4, USP_ANY_ROWS = 4, USP_ANY_BLOCK = USP_ANY_WARPS * USP_ANY_ROWS;
+static_assert(USP_ANY_BLOCK >= USP_SOFTMAX_LEAST_ROWS, "a grid must hold all jobs");
 constexpr int USP_ANY_WIDTH = USP_SOFTMAX_MAX_DIM / 32; /* sums of one row that a lane keeps at most */
 
 /* Elements of a row in shared memory; the rest up to here is zero. */

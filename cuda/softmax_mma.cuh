@@ -26,6 +26,7 @@ static usp_status usp_start(const usp_softmax &args, usp_stream stream) {
     }
     constexpr int bytes = Launch::template memory<DIM, Shape>::bytes;
     static_assert(bytes <= USP_LEAST_SHARED, "tiles must fit every GPU");
+    static_assert(Shape::rows >= USP_SOFTMAX_LEAST_ROWS, "a grid must hold all jobs");
     return usp_launch_jobs(Launch::what, Launch::template kernel<T, DIM, Shape>(), args, Launch::heads(args),
                            Shape::rows, Shape::threads, bytes, stream);
 }

@@ -131,10 +131,11 @@ typedef struct usp_scan {
     float *final;
 } usp_scan;
 
-/* What a layer will ask of the kernels, for the one selector. */
+/* What a layer will ask of the kernels: numbers that all ranks agree on, so that all ranks are refused or none. */
 typedef struct usp_kernel_shape {
     usp_attention attention;
     usp_dtype dtype;
+    int batch, heads; /* heads of the whole layer */
     int dim, value_dim;
 } usp_kernel_shape;
 
@@ -161,7 +162,8 @@ typedef struct usp_device_ops {
     usp_status (*capturing)(usp_device *, usp_stream, int *yes); /* is a graph being captured on the stream? */
 
     /* kernels */
-    usp_status (*supports)(usp_device *, const usp_kernel_shape *); /* UNSUPPORTED with the reason, or OK */
+    /* UNSUPPORTED with the reason, or OK: then the entries below serve every call of the layer, of any size. */
+    usp_status (*supports)(usp_device *, const usp_kernel_shape *);
     usp_status (*copy_rows)(usp_device *, const usp_copy *, usp_stream);
     usp_status (*softmax_forward)(usp_device *, const usp_softmax *, usp_stream);
     usp_status (*softmax_delta)(usp_device *, const usp_softmax *, float *delta, usp_stream);

@@ -79,7 +79,12 @@ static usp_status check_size(const usp_sequence *sequence, const usp_layer_confi
 
 static usp_status check_kernels(const usp_mesh *mesh, const usp_layer_config *c) {
     usp_device *device = mesh->world->device;
-    return device->ops->supports(device, &(usp_kernel_shape){c->attention, c->dtype, c->head_dim, c->value_dim});
+    return device->ops->supports(device, &(usp_kernel_shape){.attention = c->attention,
+                                                             .dtype = c->dtype,
+                                                             .batch = c->batch,
+                                                             .heads = usp_layer_config_heads(c),
+                                                             .dim = c->head_dim,
+                                                             .value_dim = c->value_dim});
 }
 
 /* Most messages of any one exchange: two bundles and a state to and from all peers, or all states to all. */

@@ -141,6 +141,27 @@ static void check_scale(usp_gpu_test *t, int count) {
     usp_gpu_run(t, "scale", scale, &s, (const usp_gpu_view *[]){&s.data, NULL});
 }
 
+/* What no launch can hold is refused by a sentence that names it, and nothing less is. */
+static void check_limits(usp_gpu_test *t) {
+    static const struct limit {
+        usp_kernel_shape most, over;
+        const char *named;
+    } limits[] = {
+        {{USP_SOFTMAX, USP_BF16, 65535, 4096, 64, 64}, {USP_SOFTMAX, USP_BF16, 65536, 4096, 64, 64}, "65536 x 4096"},
+        {{USP_LINEAR, USP_BF16, 65535, 32768, 8, 8}, {USP_LINEAR, USP_BF16, 65536, 32768, 8, 8}, "65536 x 32768"},
+        {{USP_LINEAR, USP_BF16, 65535, 1024, 64, 64}, {USP_LINEAR, USP_BF16, 65536, 1024, 64, 64}, "batch 65536"},
+        {{USP_SOFTMAX, USP_F32, 1, 1, 64, 64}, {USP_SOFTMAX, USP_F32, 1, 1, 64, 513}, "513"},
+        {{USP_LINEAR, USP_F32, 1, 1, 1024, 64}, {USP_LINEAR, USP_F32, 1, 1, 1025, 64}, "1025"},
+    };
+    usp_device *gpu = t->gpu.device;
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++) {
+        snprintf(t->name, sizeof t->name, "limit %s", limits[i].named);
+        usp_gpu_expect(t, gpu->ops->supports(gpu, &limits[i].most) == USP_OK, "the most");
+        usp_gpu_expect(t, gpu->ops->supports(gpu, &limits[i].over) == USP_UNSUPPORTED, "more than the most");
+        usp_gpu_expect(t, strstr(usp_last_error(), limits[i].named) != NULL, "the sentence");
+    }
+}
+
 static void check_memory(usp_gpu_test *t) {
     usp_device *gpu = t->gpu.device;
     void *memory = NULL;
@@ -156,6 +177,7 @@ static void check_memory(usp_gpu_test *t) {
 
 static void check_common(usp_gpu_test *t) {
     check_memory(t);
+    check_limits(t);
     check_streams(t);
     check_scale(t, 0);
     check_scale(t, 100003);

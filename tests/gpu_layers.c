@@ -201,6 +201,32 @@ static int axes(usp_rank *rank) {
 }
 #endif
 
+/* ---- limits ------------------------------------------------------------------------------------------------------ */
+
+/* More heads than a launch holds: every rank is refused at create, by a sentence that says so. */
+static int limits(usp_rank *rank) {
+    usp_sequence_config tokens = {.struct_size = sizeof tokens, .tokens = 8 * rank->size};
+    usp_layer_config config = {.struct_size = sizeof config,
+                               .attention = USP_SOFTMAX,
+                               .dtype = USP_BF16,
+                               .batch = 65536,
+                               .heads = 4096,
+                               .head_dim = 8};
+    usp_mesh *mesh = NULL;
+    usp_sequence *sequence = NULL;
+    usp_layer *layer = NULL;
+    if (usp_mesh_create(rank->world, 1, rank->size, &mesh) != USP_OK ||
+        usp_sequence_create(mesh, &tokens, &sequence) != USP_OK)
+        return usp_say(rank, "%s", usp_last_error());
+    usp_status status = usp_layer_create(mesh, sequence, &config, &layer);
+    int refused = status == USP_UNSUPPORTED && strstr(usp_last_error(), "65536 x 4096") != NULL;
+    if (!refused) usp_say(rank, "65536 x 4096 heads: %s, %s", usp_status_string(status), usp_last_error());
+    usp_layer_destroy(layer);
+    usp_sequence_destroy(sequence);
+    usp_mesh_destroy(mesh);
+    return !refused;
+}
+
 /* ---- what runs in one world -------------------------------------------------------------------------------------- */
 
 typedef struct everything {
@@ -237,6 +263,7 @@ static int run_everything(usp_rank *rank, void *argument) {
     if (all->graphs && graphs(rank, NULL)) return usp_say(rank, "... in graphs");
     if (streams(rank, NULL)) return usp_say(rank, "... in streams");
     if (all->axes && axes(rank)) return usp_say(rank, "... in axes");
+    if (limits(rank)) return usp_say(rank, "... in limits");
     if (usp_body_costs(rank, (void *)(uintptr_t)&usp_half_table)) return usp_say(rank, "... in costs");
     return 0;
 }

@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "../cuda/launch.h"
+#include "../cuda/linear.h"
 #include "gpu_test.h"
 
 /* ---- linear: cases ----------------------------------------------------------------------------------------------- */
@@ -60,6 +62,7 @@ typedef struct linear_test {
     size_t block, step, decay;
     usp_gpu_view q, k, v, out, acc, states, chunk_states, final;
     int first, last; /* of the call */
+    int grid;        /* of one launch on the GPU */
 } linear_test;
 
 static usp_head_map map_of(const linear_case *c, int heads) {
@@ -97,9 +100,14 @@ static usp_linear linear_args(const usp_gpu_world *w, const linear_test *l, cons
                         .out = usp_gpu_tensor(w, &l->out)};
 }
 
+static int is_cut(const usp_gpu_world *w, const linear_test *l) {
+    return l->grid < USP_CUDA_GRID && w->device->ops->kind == USP_DEVICE_CUDA;
+}
+
 static usp_status linear_totals(const usp_gpu_world *w, const void *args) {
     const linear_test *l = args;
     usp_linear a = linear_args(w, l, &l->states);
+    if (is_cut(w, l)) return usp_cuda_linear(&a, USP_CALL_TOTALS, l->grid, w->stream);
     return w->device->ops->linear_totals(w->device, &a, w->stream);
 }
 
@@ -123,12 +131,14 @@ static usp_status linear_scan(const usp_gpu_world *w, const void *args) {
 static usp_status linear_output(const usp_gpu_world *w, const void *args) {
     const linear_test *l = args;
     usp_linear a = linear_args(w, l, &l->states);
+    if (is_cut(w, l)) return usp_cuda_linear(&a, USP_CALL_OUTPUT, l->grid, w->stream);
     return w->device->ops->linear_output(w->device, &a, w->stream);
 }
 
 static usp_status linear_apply(const usp_gpu_world *w, const void *args) {
     const linear_test *l = args;
     usp_linear a = linear_args(w, l, &l->chunk_states);
+    if (is_cut(w, l)) return usp_cuda_linear(&a, USP_CALL_APPLY, l->grid, w->stream);
     return w->device->ops->linear_apply(w->device, &a, w->stream);
 }
 
@@ -163,8 +173,8 @@ static usp_gpu_view make_states(usp_gpu_test *t, const char *name, const linear_
     return v;
 }
 
-static linear_test make_linear(usp_gpu_test *t, const linear_case *c) {
-    linear_test l = {.c = c};
+static linear_test make_linear(usp_gpu_test *t, const linear_case *c, int grid) {
+    linear_test l = {.c = c, .grid = grid};
     make_blocks(t, &l);
     make_decay(t, &l);
     l.q = usp_gpu_make_view(t, "q", c->how, l.tokens, c->batch, c->q_heads, c->dim);
@@ -191,10 +201,10 @@ static void check_linear_rows(usp_gpu_test *t, linear_test *l, const char *what,
     }
 }
 
-static void check_linear(usp_gpu_test *t, const linear_case *c) {
-    snprintf(t->name, sizeof t->name, "linear, %s", c->name);
+static void check_linear(usp_gpu_test *t, const linear_case *c, int grid) {
+    snprintf(t->name, sizeof t->name, "linear, %s, %d thread blocks a launch", c->name, grid);
     usp_gpu_begin_case(t, c->dtype);
-    linear_test l = make_linear(t, c);
+    linear_test l = make_linear(t, c, grid);
     usp_gpu_run(t, "linear_totals", linear_totals, &l, (const usp_gpu_view *[]){&l.states, NULL});
     for (int way = 0; way < 4; way++) {
         l.first = way / 2, l.last = way % 2;
@@ -216,7 +226,7 @@ static void check_capture(usp_gpu_test *t) {
     int before = 1, during = 0;
     snprintf(t->name, sizeof t->name, "linear, captured");
     usp_gpu_begin_case(t, USP_BF16);
-    linear_test l = make_linear(t, &linear_cases[0]);
+    linear_test l = make_linear(t, &linear_cases[0], USP_CUDA_GRID);
     memcpy(t->before, t->plain.base, t->used);
     usp_gpu_expect(t, usp_gpu_run_alone(t, "eager", linear_totals, &l, t->after), "eager run");
     usp_gpu_expect(t, gpu->ops->copy(gpu, t->gpu.base, t->before, t->used, stream) == USP_OK, "copy");
@@ -276,7 +286,7 @@ static void time_linear(usp_gpu_test *t, int tokens, int block, double bytes_per
                      .causal = 1,
                      .decay = SLOW,
                      .scale = 1};
-    linear_test l = {.c = &c, .first = 1, .last = 1};
+    linear_test l = {.c = &c, .first = 1, .last = 1, .grid = USP_CUDA_GRID};
     usp_gpu_begin_case(t, USP_BF16);
     make_blocks(t, &l);
     make_decay(t, &l);
@@ -301,9 +311,13 @@ static void time_linear(usp_gpu_test *t, int tokens, int block, double bytes_per
 /* ---- the kind ------------------------------------------------------------------------------------------------------
  */
 
+/* Cases of several chunks also in launches of so few thread blocks that each has a block or two. */
 void usp_gpu_check_linear(usp_gpu_test *t) {
     check_capture(t);
-    for (size_t i = 0; i < sizeof linear_cases / sizeof *linear_cases; i++) check_linear(t, &linear_cases[i]);
+    for (size_t i = 0; i < sizeof linear_cases / sizeof *linear_cases; i++) {
+        check_linear(t, &linear_cases[i], USP_CUDA_GRID);
+        if (linear_cases[i].chunk[1] > 0) check_linear(t, &linear_cases[i], 5);
+    }
 }
 
 void usp_gpu_time_linear(usp_gpu_test *t, double bytes_per_ms) {

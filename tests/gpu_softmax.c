@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "../cuda/launch.h"
+#include "../cuda/softmax.h"
 #include "gpu_test.h"
 
 /* ---- softmax: cases ---------------------------------------------------------------------------------------------- */
@@ -219,6 +221,7 @@ typedef struct softmax_test {
     int blocks; /* of keys */
     int folds;  /* backward_key: 2: the same contribution twice, by way of the running sums */
     int block;  /* of the call */
+    int grid;   /* of one launch on the GPU */
     usp_gpu_view q, k[KEY_BLOCKS], v[KEY_BLOCKS], out, dout, acc, lse, delta;
     usp_gpu_view dq, dq_sum, dk, dk_sum, dv, dv_sum;
     plan query_plan[KEY_BLOCKS], key_plan[KEY_BLOCKS];
@@ -253,13 +256,18 @@ static usp_softmax softmax_args(const usp_gpu_world *w, const softmax_test *s, i
                          .dv = usp_gpu_tensor(w, &s->dv)};
 }
 
+static int is_cut(const usp_gpu_world *w, const softmax_test *s) {
+    return s->grid < USP_CUDA_GRID && w->device->ops->kind == USP_DEVICE_CUDA;
+}
+
 static usp_status softmax_forward(const usp_gpu_world *w, const void *args) {
     const softmax_test *s = args;
     usp_status status = USP_OK;
     for (int i = 0; i < s->blocks && status == USP_OK; i++) {
         usp_softmax a = softmax_args(w, s, i, &s->query_plan[i]);
         a.first = i == 0, a.last = i == s->blocks - 1;
-        status = w->device->ops->softmax_forward(w->device, &a, w->stream);
+        status = is_cut(w, s) ? usp_cuda_softmax(&a, USP_CALL_FORWARD, s->grid, w->stream)
+                              : w->device->ops->softmax_forward(w->device, &a, w->stream);
     }
     return status;
 }
@@ -276,7 +284,8 @@ static usp_status softmax_backward_query(const usp_gpu_world *w, const void *arg
     for (int i = 0; i < s->blocks && status == USP_OK; i++) {
         usp_softmax a = softmax_args(w, s, i, &s->query_plan[i]);
         a.first = i == 0, a.last = i == s->blocks - 1;
-        status = w->device->ops->softmax_backward_query(w->device, &a, w->stream);
+        status = is_cut(w, s) ? usp_cuda_softmax(&a, USP_CALL_BACKWARD_QUERY, s->grid, w->stream)
+                              : w->device->ops->softmax_backward_query(w->device, &a, w->stream);
     }
     return status;
 }
@@ -287,7 +296,8 @@ static usp_status softmax_backward_key(const usp_gpu_world *w, const void *args)
     for (int i = 0; i < s->folds && status == USP_OK; i++) {
         usp_softmax a = softmax_args(w, s, s->block, &s->key_plan[s->block]);
         a.first = i == 0, a.last = i == s->folds - 1;
-        status = w->device->ops->softmax_backward_key(w->device, &a, w->stream);
+        status = is_cut(w, s) ? usp_cuda_softmax(&a, USP_CALL_BACKWARD_KEY, s->grid, w->stream)
+                              : w->device->ops->softmax_backward_key(w->device, &a, w->stream);
     }
     return status;
 }
@@ -321,8 +331,8 @@ static void make_keys(usp_gpu_test *t, softmax_test *s, int block) {
     s->key_plan[block] = make_plan(t, c->key[block], c->query, c, 1);
 }
 
-static softmax_test make_softmax(usp_gpu_test *t, const softmax_case *c) {
-    softmax_test s = {.c = c, .blocks = total_length(c->key[1]) > 0 ? 2 : 1};
+static softmax_test make_softmax(usp_gpu_test *t, const softmax_case *c, int grid) {
+    softmax_test s = {.c = c, .grid = grid, .blocks = total_length(c->key[1]) > 0 ? 2 : 1};
     int64_t queries = total_length(c->query);
     s.q = usp_gpu_make_view(t, "q", c->how, queries, c->batch, c->heads, c->dim);
     s.out = usp_gpu_make_view(t, "out", c->how, queries, c->batch, c->heads, c->value_dim);
@@ -351,10 +361,10 @@ static void check_softmax_keys(usp_gpu_test *t, softmax_test *s) {
     }
 }
 
-static void check_softmax(usp_gpu_test *t, const softmax_case *c) {
-    snprintf(t->name, sizeof t->name, "softmax, %s", c->name);
+static void check_softmax(usp_gpu_test *t, const softmax_case *c, int grid) {
+    snprintf(t->name, sizeof t->name, "softmax, %s, %d thread blocks a launch", c->name, grid);
     usp_gpu_begin_case(t, c->dtype);
-    softmax_test s = make_softmax(t, c);
+    softmax_test s = make_softmax(t, c, grid);
     const usp_gpu_view *one[] = {&s.out, &s.lse, NULL}, *two[] = {&s.out, &s.lse, &s.acc, NULL};
     usp_gpu_run(t, "softmax_forward", softmax_forward, &s, s.blocks == 1 ? one : two);
     usp_gpu_fill(t, &s.out, 1);
@@ -391,7 +401,7 @@ static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int
                       .low = NO_LIMIT,
                       .high = causal ? 0 : NO_LIMIT,
                       .work_rows = USP_WORK_ROWS};
-    softmax_test s = {.c = &c, .blocks = 1, .folds = 1};
+    softmax_test s = {.c = &c, .blocks = 1, .folds = 1, .grid = USP_CUDA_GRID};
     size_t middle, end;
     usp_gpu_begin_case(t, USP_BF16);
     s.query_plan[0] = make_plan(t, c.query, c.key[0], &c, 0);
@@ -420,8 +430,12 @@ static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int
 /* ---- the kind ------------------------------------------------------------------------------------------------------
  */
 
+/* Cases of two key blocks also in launches of so few thread blocks that each has one work item. */
 void usp_gpu_check_softmax(usp_gpu_test *t) {
-    for (size_t i = 0; i < sizeof softmax_cases / sizeof *softmax_cases; i++) check_softmax(t, &softmax_cases[i]);
+    for (size_t i = 0; i < sizeof softmax_cases / sizeof *softmax_cases; i++) {
+        check_softmax(t, &softmax_cases[i], USP_CUDA_GRID);
+        if (total_length(softmax_cases[i].key[1]) > 0) check_softmax(t, &softmax_cases[i], 1);
+    }
 }
 
 void usp_gpu_time_softmax(usp_gpu_test *t) {
