@@ -182,7 +182,7 @@ static void scan_line(const usp_scan *a, int begin, int end, int64_t at, int64_t
     }
 }
 
-static void scan_head(const usp_scan *a, int group, int begin, int end, int row) {
+static void scan_head(const usp_scan *a, int group, int begin, int end, int64_t row) {
     int64_t stride = (int64_t)a->batch * a->heads * a->elements;
     double log_decay = a->log_decay ? a->log_decay[row % a->heads] : 0;
     float x[USP_SCAN_LINE];
@@ -200,7 +200,7 @@ usp_status usp_cpu_linear_scan(usp_device *device, const usp_scan *a, usp_stream
     (void)device, (void)stream;
     for (int group = 0, begin = 0, end = 0; group < a->groups; group++, begin = end) {
         while (end < a->states && a->step[end].group == group) end++;
-        for (int row = 0; row < a->batch * a->heads; row++) scan_head(a, group, begin, end, row);
+        for (int64_t row = 0; row < (int64_t)a->batch * a->heads; row++) scan_head(a, group, begin, end, row);
     }
     return USP_OK;
 }
