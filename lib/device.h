@@ -22,16 +22,17 @@ typedef struct usp_head_map {
 enum { USP_WORK_ROWS = 128 }; /* rows of one work item at most: kernels cut it further, never join two */
 
 /* Consecutive rows of one side of the score matrix, all of one segment: row i (begin <= i < begin + count) has global
- * position origin + i * stride. Its tiles are tile[first_tile .. first_tile + tiles). */
+ * position origin + i * stride modulo 2^32 (origin, where row 0 would be, need not fit 32 bits itself). Its tiles are
+ * tile[first_tile .. first_tile + tiles). */
 typedef struct usp_work {
     int32_t begin, count, origin, stride, first_tile, tiles;
 } usp_work;
 
-/* Columns [begin, end) of one segment of the other side: column j has position origin + j * stride. A pair is allowed
- * iff low <= key position - query position <= high (whichever side the rows are). Every column with an allowed pair is
- * in [begin, end); in [full_begin, full_end) every pair with every row of the work is allowed (the range may be empty).
- * Where that is all of [begin, end), the columns may be of several segments: then origin and stride say nothing, and
- * low and high allow everything (INT32_MIN, INT32_MAX). */
+/* Columns [begin, end) of one segment of the other side: column j has position origin + j * stride modulo 2^32. A pair
+ * is allowed iff low <= key position - query position <= high (whichever side the rows are). Every column with an
+ * allowed pair is in [begin, end); in [full_begin, full_end) every pair with every row of the work is allowed (the range
+ * may be empty). Where that is all of [begin, end), the columns may be of several segments: then origin and stride say
+ * nothing, and low and high allow everything (INT32_MIN, INT32_MAX). */
 typedef struct usp_tile {
     int32_t begin, end, full_begin, full_end, origin, stride, low, high;
 } usp_tile;
@@ -78,8 +79,6 @@ typedef struct usp_softmax {
     usp_tensor dk_sum, dv_sum;
     usp_tensor dq, dk, dv; /* dtype, if last */
 } usp_softmax;
-
-/* delta[b, h, t] = sum over value_dim of dout * out, fp32. Uses dtype, batch, heads, value_dim, queries, dout, out. */
 
 /* Linear attention over chunks: runs of consecutive positions, in ascending order, a block at a time. Block i covers
  * rows begin .. begin + count of one chunk, block[].chunk says which. All block arrays are in device memory. With
@@ -166,6 +165,8 @@ typedef struct usp_device_ops {
     usp_status (*supports)(usp_device *, const usp_kernel_shape *);
     usp_status (*copy_rows)(usp_device *, const usp_copy *, usp_stream);
     usp_status (*softmax_forward)(usp_device *, const usp_softmax *, usp_stream);
+    /* delta[b, h, t] = sum over value_dim of dout * out, fp32. Of the arguments it reads dtype, batch, heads,
+     * value_dim, queries, dout and out. */
     usp_status (*softmax_delta)(usp_device *, const usp_softmax *, float *delta, usp_stream);
     usp_status (*softmax_backward_query)(usp_device *, const usp_softmax *, usp_stream); /* dq */
     usp_status (*softmax_backward_key)(usp_device *, const usp_softmax *, usp_stream);   /* dk, dv */
