@@ -88,7 +88,9 @@ USP_API size_t usp_dtype_size(usp_dtype dtype);
  * without CUDA in the build). */
 USP_API int usp_device_count(usp_device_kind kind);
 
-/* Makes GPU `index` the calling thread's current device, as cudaSetDevice does; nothing on the CPU. */
+/* Makes GPU `index` the calling thread's current device, as cudaSetDevice does; nothing on the CPU. A world takes the
+ * current device at create, and a call on it or on its objects may leave the world's GPU current: a thread that drives
+ * several GPUs selects its own again before its own CUDA calls. */
 USP_API usp_status usp_device_select(usp_device_kind kind, int index);
 
 /* ---- world: all the ranks a trainer brings ----------------------------------------------------------------------- */
