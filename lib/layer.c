@@ -87,12 +87,18 @@ static usp_status check_kernels(const usp_mesh *mesh, const usp_layer_config *c)
                                                              .value_dim = c->value_dim});
 }
 
-/* Most messages of any one exchange: two bundles and a state to and from all peers, or all states to all. */
+/* Most states of any one exchange: all chunks' from ring rank to ring rank, or one to and from every rank of an axis.
+ */
+static int64_t state_capacity(const usp_layer *layer) {
+    int64_t ring = layer->mesh.ring, gathered = layer->schedule->own_chunk_limit * ring;
+    return gathered + layer->schedule->chunk_capacity + 2 * (ring + layer->mesh.ulysses);
+}
+
+/* Most messages of any one exchange, one way: two bundles' to or from all peers, and states. */
 static int64_t message_capacity(const usp_layer *layer) {
     int64_t queries = layer->sequence->query.segment_limit, keys = layer->sequence->key.segment_limit;
-    int64_t segments = queries > keys ? queries : keys, ring = layer->mesh.ring;
-    int64_t states = layer->schedule->own_chunk_limit * ring + layer->schedule->chunk_capacity;
-    return 2 * layer->mesh.ulysses * segments + states + layer->mesh.ulysses + ring + 8;
+    int64_t segments = queries > keys ? queries : keys;
+    return 2 * layer->mesh.ulysses * segments + state_capacity(layer) + 8;
 }
 
 static usp_status allocate_messages(usp_layer *layer) {
@@ -104,11 +110,14 @@ static usp_status allocate_messages(usp_layer *layer) {
     return USP_OK;
 }
 
-/* No exchange moves more than a workspace and what is saved hold. */
+/* No exchange moves more than a workspace and what is saved hold, but for states, of which one goes to many ranks. */
 static usp_status prepare_transport(usp_layer *layer) {
     usp_comm *comm = layer->world->comm;
     size_t forward = layer->sizes.forward_workspace, backward = layer->sizes.backward_workspace;
     size_t most = (forward > backward ? forward : backward) + layer->sizes.saved;
+    if (layer->config.attention == USP_LINEAR)
+        most += (size_t)state_capacity(layer) * (size_t)usp_layer_state_elements(layer) * (size_t)layer->config.batch *
+                (size_t)layer->heads * sizeof(float);
     return comm->ops->prepare(comm, 2 * message_capacity(layer), most);
 }
 

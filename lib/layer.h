@@ -22,7 +22,7 @@ typedef struct usp_head_range {
 
 struct usp_layer {
     usp_world *world;
-    usp_mesh mesh; /* the shape; holds no communicators */
+    usp_mesh mesh; /* a copy, for this rank's place; communicators in it stay the mesh's */
     usp_sequence *sequence;
     usp_schedule *schedule;
     usp_layer_config config; /* resolved: no default is left; decay points to nothing */

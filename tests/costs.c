@@ -35,10 +35,12 @@ static int check_bytes(usp_stage *stage, usp_pass pass, const usp_traffic *traff
     usp_cost cost = {.struct_size = sizeof cost};
     by_axis seen = sort_traffic(stage, traffic);
     if (usp_layer_get_cost(stage->layer, pass, &cost) != USP_OK) return usp_say(stage->rank, "%s", usp_last_error());
+    usp_case_print(&stage->c, name, sizeof name);
+    if (traffic->unprepared)
+        return usp_say(stage->rank, "%s: %d exchanges move more than announced", name, traffic->unprepared);
     if (seen.ulysses_send == cost.ulysses_send && seen.ulysses_recv == cost.ulysses_recv &&
         seen.ring_send == cost.ring_send && seen.ring_recv == cost.ring_recv && seen.stray == 0)
         return 0;
-    usp_case_print(&stage->c, name, sizeof name);
     return usp_say(stage->rank, "%s: %s: seen ulysses %lld/%lld ring %lld/%lld stray %lld, stated %lld/%lld %lld/%lld",
                    name, pass == USP_PASS_FORWARD ? "forward" : "backward", (long long)seen.ulysses_send,
                    (long long)seen.ulysses_recv, (long long)seen.ring_send, (long long)seen.ring_recv,
@@ -84,6 +86,18 @@ int usp_body_costs(usp_rank *rank, void *argument) {
             if (check_case(rank, &c, trace)) return 1;
         }
     return 0;
+}
+
+int usp_body_states_alone(usp_rank *rank, void *argument) {
+    const usp_case c = {.attention = USP_LINEAR,
+                        .layout = USP_LAYOUT_CUSTOM,
+                        .ulysses = rank->size,
+                        .heads = rank->size,
+                        .initial_state = 1,
+                        .final_state = 1,
+                        .mask = USP_MASK_CAUSAL};
+    (void)argument;
+    return check_case(rank, &c, usp_trace_insert(rank->world));
 }
 
 /* ---- linear attention -------------------------------------------------------------------------------------------- */

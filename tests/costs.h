@@ -3,9 +3,12 @@
 #define USP_TESTS_COSTS_H
 #include "stage.h"
 
-/* Every case of a table on every mesh: bytes by axis, sent and received, are the cost's, forward and backward.
+/* Every case of a table on every mesh: bytes by axis, sent and received, are the cost's, forward and backward, and no
+ * exchange is larger than what the transport was told at create.
  * argument: const usp_table. */
 int usp_body_costs(usp_rank *rank, void *argument);
+/* The same of a layer that has no token and moves nothing but states. argument: none. */
+int usp_body_states_alone(usp_rank *rank, void *argument);
 /* Linear attention: the ring moves as many bytes for twice the tokens. argument: none. */
 int usp_body_constant_traffic(usp_rank *rank, void *argument);
 /* Costs of even shapes against the formulas of the literature. argument: none. */

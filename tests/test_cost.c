@@ -27,6 +27,10 @@ Test(cost, linear_traffic_does_not_depend_on_length) {
     on_sizes(usp_body_constant_traffic, NULL);
 }
 
+Test(cost, states_alone) {
+    usp_expect_ranks(24, SECONDS, usp_body_states_alone, NULL);
+}
+
 Test(cost, formulas) {
     on_sizes(usp_body_formulas, NULL);
 }

@@ -8,6 +8,8 @@ struct usp_trace {
     usp_comm comm; /* first: a trace is a comm */
     usp_comm *inside;
     usp_traffic traffic;
+    int64_t messages;
+    size_t bytes; /* announced */
 };
 
 static usp_trace *trace_of(usp_comm *comm) {
@@ -15,14 +17,20 @@ static usp_trace *trace_of(usp_comm *comm) {
 }
 
 static usp_status prepare(usp_comm *comm, int64_t messages, size_t bytes) {
+    trace_of(comm)->messages = messages;
+    trace_of(comm)->bytes = bytes;
     return trace_of(comm)->inside->ops->prepare(trace_of(comm)->inside, messages, bytes);
 }
 
 static usp_status exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs, int recv_count,
                            usp_stream stream) {
     usp_trace *trace = trace_of(comm);
-    for (int i = 0; i < send_count; i++) trace->traffic.sent[sends[i].peer] += (int64_t)sends[i].bytes;
-    for (int i = 0; i < recv_count; i++) trace->traffic.received[recvs[i].peer] += (int64_t)recvs[i].bytes;
+    size_t bytes = 0;
+    for (int i = 0; i < send_count; bytes += sends[i++].bytes)
+        trace->traffic.sent[sends[i].peer] += (int64_t)sends[i].bytes;
+    for (int i = 0; i < recv_count; bytes += recvs[i++].bytes)
+        trace->traffic.received[recvs[i].peer] += (int64_t)recvs[i].bytes;
+    trace->traffic.unprepared += send_count + recv_count > trace->messages || bytes > trace->bytes;
     return trace->inside->ops->exchange(trace->inside, sends, send_count, recvs, recv_count, stream);
 }
 

@@ -1,5 +1,6 @@
-/* trace.h - a comm around the world's comm that counts the bytes of every exchange, by peer. Changes nothing that is
- * sent; the only helper of the tests that needs the library's internals. */
+/* trace.h - a comm around the world's comm that counts the bytes of every exchange, by peer, and compares them with
+ * what the comm was told to prepare for. Changes nothing that is sent; the only helper of the tests that needs the
+ * library's internals. */
 #ifndef USP_TESTS_TRACE_H
 #define USP_TESTS_TRACE_H
 #include "usp.h"
@@ -10,6 +11,7 @@ typedef struct usp_trace usp_trace;
 
 typedef struct usp_traffic {
     int64_t sent[USP_TRACE_RANKS], received[USP_TRACE_RANKS];
+    int unprepared; /* exchanges of more messages or bytes than the layer made last had announced */
 } usp_traffic;
 
 /* Puts a trace between the world and its comm; the world destroys it. NULL: out of memory. */
