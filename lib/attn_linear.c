@@ -33,13 +33,9 @@ typedef struct buffers {
     float *acc, *keys, *heads; /* fp32 rows of products: before a state is applied, or shared heads are summed */
 } buffers;
 
-static int local_heads(const usp_layer *layer) {
-    return usp_layer_heads(layer, USP_OUT, layer->mesh.u).count;
-}
-
 /* Floats of one state of all own heads. */
 static int64_t state_size(const usp_layer *layer) {
-    return usp_layer_state_elements(layer) * layer->config.batch * local_heads(layer);
+    return usp_layer_state_elements(layer) * layer->config.batch * usp_layer_own_heads(layer);
 }
 
 static float *carve_states(const usp_layer *layer, int64_t states, usp_arena *arena) {
@@ -48,7 +44,7 @@ static float *carve_states(const usp_layer *layer, int64_t states, usp_arena *ar
 
 static float *carve_rows(const usp_layer *layer, usp_arena *arena) {
     int64_t dim = layer->dim[USP_QUERY] > layer->dim[USP_VALUE] ? layer->dim[USP_QUERY] : layer->dim[USP_VALUE];
-    int64_t elements = layer->schedule->query.limit * layer->config.batch * local_heads(layer) * dim;
+    int64_t elements = layer->schedule->query.limit * layer->config.batch * usp_layer_own_heads(layer) * dim;
     return usp_carve(arena, (size_t)elements * sizeof(float));
 }
 
@@ -98,7 +94,7 @@ static int is_alone(const usp_layer *layer) {
 static usp_linear block_arguments(const usp_layer *layer, const flow *f) {
     return (usp_linear){.dtype = layer->config.dtype,
                         .batch = layer->config.batch,
-                        .heads = local_heads(layer),
+                        .heads = usp_layer_own_heads(layer),
                         .dim = layer->dim[USP_QUERY],
                         .value_dim = layer->dim[USP_VALUE],
                         .k_map = f->k_map,
@@ -117,7 +113,7 @@ static usp_linear block_arguments(const usp_layer *layer, const flow *f) {
 
 static usp_scan scan_arguments(const usp_layer *layer, const flow *f) {
     return (usp_scan){.batch = layer->config.batch,
-                      .heads = local_heads(layer),
+                      .heads = usp_layer_own_heads(layer),
                       .elements = usp_layer_state_elements(layer),
                       .log_decay = layer->decay,
                       .reverse = f->reverse};
@@ -314,7 +310,7 @@ typedef struct product {
 } product;
 
 static usp_tensor dense_rows(const usp_layer *layer, float *rows, int dim) {
-    int64_t row = (int64_t)local_heads(layer) * dim;
+    int64_t row = (int64_t)usp_layer_own_heads(layer) * dim;
     return (usp_tensor){rows, row, row * layer->config.batch, dim};
 }
 
@@ -380,9 +376,9 @@ static usp_status copy_heads(usp_layer *layer, const usp_inner *inner, const pro
 static usp_status gather_heads(usp_layer *layer, const usp_inner *inner, const product *p, float *rows) {
     usp_tensor sums = dense_rows(layer, rows, p->value_dim);
     if (is_direct(layer, p)) return USP_OK;
-    for (int h = 0; h < local_heads(layer);) {
+    for (int h = 0; h < usp_layer_own_heads(layer);) {
         int head = (h + p->out_map.offset) / p->out_map.group, first = h++;
-        for (; h < local_heads(layer) && (h + p->out_map.offset) / p->out_map.group == head; h++)
+        for (; h < usp_layer_own_heads(layer) && (h + p->out_map.offset) / p->out_map.group == head; h++)
             USP_TRY(copy_heads(layer, inner, p, sums, h, sums, first, USP_F32, 1));
         USP_TRY(copy_heads(layer, inner, p, sums, first, p->out, head, p->dtype, 0));
     }
@@ -391,7 +387,8 @@ static usp_status gather_heads(usp_layer *layer, const usp_inner *inner, const p
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
-static usp_head_map own_heads(void) {
+/* Of a tensor with a head for every layer head. */
+static usp_head_map identity_map(void) {
     return (usp_head_map){1, 0};
 }
 
@@ -419,7 +416,7 @@ static product out_product(const usp_layer *layer, const usp_inner *inner, const
                      .q_map = usp_layer_head_map(layer, USP_QUERY),
                      .k_map = f->k_map,
                      .v_map = f->v_map,
-                     .out_map = own_heads(),
+                     .out_map = identity_map(),
                      .dim = layer->dim[USP_QUERY],
                      .value_dim = layer->dim[USP_VALUE],
                      .dtype = layer->config.dtype};
@@ -456,7 +453,7 @@ static flow backward_flow(const usp_layer *layer, const usp_inner *inner, const 
                   .k = inner->q,
                   .v = inner->dout,
                   .k_map = usp_layer_head_map(layer, USP_QUERY),
-                  .v_map = own_heads(),
+                  .v_map = identity_map(),
                   .blocks = b->blocks[1],
                   .totals = b->totals[1],
                   .slots = b->slots[1],
@@ -472,7 +469,7 @@ static product dq_product(const usp_layer *layer, const usp_inner *inner, const 
                      .k = inner->v,
                      .v = inner->k,
                      .out = inner->dq,
-                     .q_map = own_heads(),
+                     .q_map = identity_map(),
                      .k_map = s->v_map,
                      .v_map = s->k_map,
                      .out_map = usp_layer_head_map(layer, USP_QUERY),

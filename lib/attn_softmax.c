@@ -51,7 +51,7 @@ static buffers carve(const usp_layer *layer, usp_pass pass, usp_arena *arena) {
     usp_bundle keys = keys_bundle(layer), sums = sums_bundle(layer);
     int ring = layer->mesh.ring, backward = pass == USP_PASS_BACKWARD;
     int64_t dim = backward ? layer->dim[USP_QUERY] : layer->dim[USP_OUT];
-    int64_t heads = usp_layer_heads(layer, USP_OUT, layer->mesh.u).count;
+    int64_t heads = usp_layer_own_heads(layer);
     if (ring == 1) return b;
     b.own = carve_block(layer, &keys, arena);
     for (int i = 0; i < 2; i++) b.ring[i] = carve_block(layer, &keys, arena);
@@ -79,7 +79,7 @@ static size_t saved(const usp_layer *layer) {
 static usp_softmax step_arguments(const usp_layer *layer, const usp_inner *inner) {
     return (usp_softmax){.dtype = layer->config.dtype,
                          .batch = layer->config.batch,
-                         .heads = usp_layer_heads(layer, USP_OUT, layer->mesh.u).count,
+                         .heads = usp_layer_own_heads(layer),
                          .key_heads = usp_layer_heads(layer, USP_KEY, layer->mesh.u).count,
                          .dim = layer->dim[USP_QUERY],
                          .value_dim = layer->dim[USP_OUT],

@@ -116,6 +116,7 @@ usp_status usp_layer_config_agree(const usp_mesh *mesh, usp_status mine, const u
         unsigned char config[offsetof(usp_layer_config, decay)];
         uint64_t decay_hash, sequence;
     } record = {mesh->ranks, mesh->ulysses, mesh->ring, 0, {0}, 0, 0};
+    _Static_assert(sizeof record <= USP_AGREE_BYTES, "a ballot holds the record");
     static const struct {
         const char *name;
         size_t offset;

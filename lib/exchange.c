@@ -58,7 +58,7 @@ static int is_scattered(const usp_layer *layer, const usp_bundle *bundle) {
     return 0;
 }
 
-static int is_shared(const usp_layer *layer, const usp_bundle *bundle) {
+static int holds_shared(const usp_layer *layer, const usp_bundle *bundle) {
     int shared = 0;
     for (int i = 0; i < bundle->parts; i++) shared |= layer->shared[bundle->operand[i]];
     return shared;
@@ -73,7 +73,7 @@ static int64_t whole_row(const usp_layer *layer, const usp_bundle *bundle) {
 
 /* Bytes of the fp32 sum that replicated heads need; 0 if no head is replicated. */
 static int64_t sum_bytes(const usp_layer *layer, const usp_bundle *bundle) {
-    if (!is_shared(layer, bundle)) return 0;
+    if (!holds_shared(layer, bundle)) return 0;
     return sharding_of(layer, bundle)->limit * layer->config.batch * whole_row(layer, bundle) * (int64_t)sizeof(float);
 }
 

@@ -26,7 +26,8 @@ usp_head_map usp_layer_head_map(const usp_layer *layer, usp_operand operand) {
     return (usp_head_map){group, first_out_head(layer, layer->mesh.u) % group};
 }
 
-static int is_shared(const usp_layer *layer, usp_operand operand) {
+/* Do several ulysses ranks hold some head of the operand? */
+static int has_replicas(const usp_layer *layer, usp_operand operand) {
     int end = 0;
     for (int u = 0; u < layer->mesh.ulysses; u++) {
         usp_head_range heads = usp_layer_heads(layer, operand, u);
@@ -45,7 +46,7 @@ static void set_operands(usp_layer *layer) {
         layer->total[i] = usp_layer_config_operand_heads(c, (usp_operand)i);
         layer->dim[i] = dims[i];
     }
-    for (int i = 0; i < USP_OPERANDS; i++) layer->shared[i] = is_shared(layer, (usp_operand)i);
+    for (int i = 0; i < USP_OPERANDS; i++) layer->shared[i] = has_replicas(layer, (usp_operand)i);
 }
 
 /* ---- create ------------------------------------------------------------------------------------------------------ */

@@ -40,6 +40,11 @@ struct usp_layer {
 /* The heads of an operand that ulysses rank u needs: those its share of the H output heads reads. */
 usp_head_range usp_layer_heads(const usp_layer *layer, usp_operand operand, int u);
 
+/* Output heads of this rank. */
+static inline int usp_layer_own_heads(const usp_layer *layer) {
+    return usp_layer_heads(layer, USP_OUT, layer->mesh.u).count;
+}
+
 /* How local output heads of this rank read an operand's local heads. */
 usp_head_map usp_layer_head_map(const usp_layer *layer, usp_operand operand);
 

@@ -31,14 +31,10 @@ static int exchanges(const usp_layer *layer) {
     return layer->mesh.ulysses > 1;
 }
 
-static int own_heads(const usp_layer *layer) {
-    return usp_layer_heads(layer, USP_OUT, layer->mesh.u).count;
-}
-
 /* fp32 numbers, one for each query row and own head. */
 static float *carve_rows(const usp_layer *layer, usp_arena *arena) {
     int64_t rows = layer->schedule->query.limit;
-    return usp_carve(arena, (size_t)(rows * layer->config.batch * own_heads(layer)) * sizeof(float));
+    return usp_carve(arena, (size_t)(rows * layer->config.batch * usp_layer_own_heads(layer)) * sizeof(float));
 }
 
 static float *carve_state(const usp_layer *layer, int heads, usp_arena *arena) {
@@ -76,9 +72,9 @@ static forward_buffers carve_forward(const usp_layer *layer, const saved_buffers
     b.keys = carve_in(layer, usp_bundle_keys(layer, dtype), kept->keys, arena);
     b.out = carve_out(layer, usp_bundle_of(layer, USP_OUT, dtype), arena);
     if (layer->config.return_lse) b.lse = carve_out(layer, usp_bundle_rows(USP_OUT), arena);
-    if (layer->config.initial_state) b.initial = carve_state(layer, own_heads(layer), arena);
+    if (layer->config.initial_state) b.initial = carve_state(layer, usp_layer_own_heads(layer), arena);
     if (layer->config.final_state) {
-        b.final = carve_state(layer, own_heads(layer), arena);
+        b.final = carve_state(layer, usp_layer_own_heads(layer), arena);
         b.all_finals = carve_state(layer, layer->heads, arena);
     }
     return b;
@@ -107,9 +103,9 @@ static backward_buffers carve_backward(const usp_layer *layer, usp_arena *arena)
     }
     b.dq = carve_out(layer, usp_bundle_of(layer, USP_QUERY, query_gradient_dtype(layer)), arena);
     b.dkeys = carve_out(layer, usp_bundle_keys(layer, key_gradient_dtype(layer)), arena);
-    if (c->final_state) b.dfinal = carve_state(layer, own_heads(layer), arena);
+    if (c->final_state) b.dfinal = carve_state(layer, usp_layer_own_heads(layer), arena);
     if (c->initial_state) {
-        b.dinitial = carve_state(layer, own_heads(layer), arena);
+        b.dinitial = carve_state(layer, usp_layer_own_heads(layer), arena);
         b.all_initials = carve_state(layer, layer->heads, arena);
     }
     return b;
@@ -117,7 +113,8 @@ static backward_buffers carve_backward(const usp_layer *layer, usp_arena *arena)
 
 /* Backward reads the initial state too, where it computes states again. */
 static float *carve_initial(const usp_layer *layer, usp_arena *arena) {
-    return exchanges(layer) && layer->config.initial_state ? carve_state(layer, own_heads(layer), arena) : NULL;
+    return exchanges(layer) && layer->config.initial_state ? carve_state(layer, usp_layer_own_heads(layer), arena)
+                                                           : NULL;
 }
 
 static size_t saved_bytes(const usp_layer *layer) {
@@ -302,7 +299,7 @@ static void post_states(const usp_layer *layer, const float *own, float *staging
         usp_head_range theirs = usp_layer_heads(layer, USP_OUT, u);
         if (u == layer->mesh.u) continue;
         int peer = usp_mesh_rank(&layer->mesh, u, layer->mesh.r);
-        usp_messages_send(messages, peer, own, one * own_heads(layer) * (int64_t)sizeof(float));
+        usp_messages_send(messages, peer, own, one * usp_layer_own_heads(layer) * (int64_t)sizeof(float));
         usp_messages_recv(messages, peer, staging ? staging + one * theirs.first : NULL,
                           one * theirs.count * (int64_t)sizeof(float));
     }
@@ -329,7 +326,7 @@ static usp_status transpose_rows(usp_layer *layer, usp_tensor from, usp_tensor t
     usp_device *device = layer->world->device;
     usp_copy copy = {.tokens = layer->schedule->query.block[layer->mesh.r].rows,
                      .batch = layer->config.batch,
-                     .heads = own_heads(layer),
+                     .heads = usp_layer_own_heads(layer),
                      .dim = 1,
                      .from = from,
                      .to = to};
@@ -357,7 +354,7 @@ static usp_status forward_inner(usp_layer *layer, const usp_forward *args, const
                                 usp_stream stream) {
     usp_device *device = layer->world->device;
     int64_t rows = layer->schedule->query.block[layer->mesh.r].rows;
-    size_t bytes = (size_t)(rows * layer->config.batch * own_heads(layer)) * sizeof(float);
+    size_t bytes = (size_t)(rows * layer->config.batch * usp_layer_own_heads(layer)) * sizeof(float);
     usp_inner inner = inner_of_forward(args, kept, arena, stream);
     USP_TRY(layer->attn->forward(layer, &inner));
     if (!layer->config.return_lse || !bytes) return USP_OK;
@@ -382,7 +379,7 @@ static usp_status exchange_in(usp_layer *layer, const usp_forward *args, const f
 static usp_status lift_lse(usp_layer *layer, const forward_buffers *b, float *lse, usp_stream stream) {
     int64_t rows = layer->schedule->query.block[layer->mesh.r].rows;
     usp_tensor block = usp_bundle_view(layer, &b->lse.bundle, b->lse.block, 0, layer->mesh.u);
-    USP_TRY(transpose_rows(layer, head_major(lse, own_heads(layer), rows), block, stream));
+    USP_TRY(transpose_rows(layer, head_major(lse, usp_layer_own_heads(layer), rows), block, stream));
     return usp_transit_lift(layer, &b->lse, stream);
 }
 
@@ -496,7 +493,7 @@ static usp_status backward_inner(usp_layer *layer, const usp_backward *args, con
                        .dinitial = args->dinitial_state,
                        .arena = {arena.base + arena.used, 0},
                        .stream = stream};
-    if (is_softmax(layer)) USP_TRY(find_delta(layer, args, rows, own_heads(layer), b.delta_rows, stream));
+    if (is_softmax(layer)) USP_TRY(find_delta(layer, args, rows, usp_layer_own_heads(layer), b.delta_rows, stream));
     return layer->attn->backward(layer, &inner);
 }
 
@@ -523,7 +520,7 @@ static usp_status land_delta(usp_layer *layer, const backward_buffers *b, usp_st
     int64_t rows = layer->schedule->query.block[layer->mesh.r].rows;
     usp_tensor block = usp_bundle_view(layer, &b->delta.bundle, b->delta.block, 0, layer->mesh.u);
     USP_TRY(usp_transit_land(layer, &b->delta, stream));
-    return transpose_rows(layer, block, head_major(b->delta_rows, own_heads(layer), rows), stream);
+    return transpose_rows(layer, block, head_major(b->delta_rows, usp_layer_own_heads(layer), rows), stream);
 }
 
 static usp_status exchange_gradients_in(usp_layer *layer, const usp_backward *args, const backward_buffers *b,

@@ -296,6 +296,7 @@ static usp_status agree_on_config(const usp_mesh *mesh, usp_status mine, const u
                                        {"max_documents", 5 * WORD, WORD},
                                        {"documents", 6 * WORD, WORD},
                                        {"document_ends", 7 * WORD, WORD}};
+    _Static_assert(sizeof(agreed_fields) <= USP_AGREE_BYTES, "a ballot holds the record");
     agreed_fields record = {.mesh_ranks = mesh->ranks,
                             .custom = config->layout == USP_LAYOUT_CUSTOM,
                             .layout = config->layout,
@@ -558,6 +559,7 @@ static usp_status agree_on_gather(const usp_sequence *sequence, usp_status mine,
     enum { WORD = sizeof(uint64_t) };
     static const usp_field fields[] = {{"batch", 0, WORD}, {"token_bytes", WORD, WORD}};
     const uint64_t record[] = {(uint64_t)batch, token_bytes};
+    _Static_assert(sizeof record <= USP_AGREE_BYTES, "a ballot holds the record");
     return usp_world_agree(sequence->world, mine,
                            &(usp_agreement){"gather", sequence->copy, record, sizeof record, fields, 2, 0});
 }
