@@ -20,7 +20,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { USP_BACKLOG = 1024, USP_CALLERS = 16, USP_PATIENCE_MS = 500, USP_CARD_IPS = 8 };
+enum {
+    USP_BACKLOG = 1024,
+    USP_CALLERS = 16,
+    USP_PATIENCE_MS = 500, /* for a caller to say who it is */
+    USP_NAP_MS = 10,       /* after a call that could not be taken */
+    USP_ROUND_MS = 1000,   /* of calling and of hearing, until ranks tell each other how it goes */
+    USP_CARD_IPS = 8
+};
 
 static const char usp_magic[8] = {'u', 's', 'p', ' ', 't', 'c', 'p', '1'};
 
@@ -208,8 +215,9 @@ static usp_hello usp_hello_make(const usp_token *token, int from, int to) {
 
 static usp_status usp_introduce(int connection, const usp_token *token, int rank, int peer, int64_t deadline) {
     usp_hello hello = usp_hello_make(token, rank, peer), answer;
-    USP_TRY(usp_tcp_send(connection, &hello, sizeof hello, deadline));
-    USP_TRY(usp_tcp_recv(connection, &answer, sizeof answer, deadline));
+    usp_status status = usp_tcp_send(connection, &hello, sizeof hello, deadline);
+    if (status == USP_OK) status = usp_tcp_recv(connection, &answer, sizeof answer, deadline);
+    if (status != USP_OK) return usp_fail(USP_TIMEOUT, "rank %d does not answer", peer);
     if (usp_hello_right(&answer, token, rank) && answer.from == peer) return USP_OK;
     return usp_fail(USP_COMM, "another program answers in place of rank %d", peer);
 }
@@ -227,7 +235,8 @@ usp_status usp_tcp_connect(const usp_ip *ip, int port, const usp_token *token, i
         if (usp_ready(descriptor, POLLOUT, deadline)) getsockopt(descriptor, SOL_SOCKET, SO_ERROR, &reason, &size);
     }
     usp_status status = reason == 0 ? usp_introduce(descriptor, token, rank, peer, deadline)
-                                    : usp_fail(USP_COMM, "cannot connect to rank %d: %s", peer, strerror(reason));
+                                    : usp_fail(reason == ETIMEDOUT ? USP_TIMEOUT : USP_COMM,
+                                               "cannot connect to rank %d: %s", peer, strerror(reason));
     if (status == USP_OK)
         *connection = descriptor;
     else
@@ -255,13 +264,20 @@ static void usp_dismiss(usp_caller *caller) {
     caller->descriptor = -1;
 }
 
+/* Who has given up waiting for an answer will call again. */
+static int usp_is_gone(const usp_caller *caller) {
+    char byte;
+    return recv(caller->descriptor, &byte, 1, MSG_PEEK) == 0;
+}
+
 /* Where a rank calls twice, it has given its first connection up. */
 static void usp_seat_caller(usp_reception *reception, usp_caller *caller) {
     int from = caller->hello.from;
     int welcome = usp_hello_right(&caller->hello, reception->token, reception->rank) && from >= reception->first &&
                   from < reception->size;
     usp_hello answer = usp_hello_make(reception->token, reception->rank, from);
-    if (!welcome || send(caller->descriptor, &answer, sizeof answer, MSG_NOSIGNAL) != (ssize_t)sizeof answer) {
+    if (!welcome || usp_is_gone(caller) ||
+        send(caller->descriptor, &answer, sizeof answer, MSG_NOSIGNAL) != (ssize_t)sizeof answer) {
         usp_dismiss(caller);
         return;
     }
@@ -294,9 +310,13 @@ static usp_caller *usp_find_place(usp_reception *reception) {
     return usp_tcp_now() - oldest->since >= USP_PATIENCE_MS ? oldest : NULL;
 }
 
+/* A call that cannot be taken, for want of descriptors, stays: the next look at it must not come at once. */
 static void usp_take_call(usp_caller *place, int listener) {
     int descriptor = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK), one = 1;
-    if (descriptor < 0) return;
+    if (descriptor < 0) {
+        poll(NULL, 0, USP_NAP_MS);
+        return;
+    }
     setsockopt(descriptor, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     usp_dismiss(place);
     *place = (usp_caller){.descriptor = descriptor, .since = usp_tcp_now()};
@@ -355,7 +375,8 @@ void usp_tcp_close(int *connections, int count) {
 typedef struct usp_card {
     uint64_t network; /* ranks with equal numbers reach each other over loopback */
     usp_token token;  /* rank 0's is the world's */
-    int32_t status, port, ip_count, padding;
+    int32_t status, port, ip_count;
+    int32_t waiting; /* for ranks that are late */
     usp_ip ips[USP_CARD_IPS];
 } usp_card;
 
@@ -428,33 +449,69 @@ static usp_status usp_open_door(usp_mesh_making *making) {
     return USP_OK;
 }
 
-/* An address may lead elsewhere (a bridge, a private network), so each gets a part of the time. */
-static usp_status usp_connect_card(usp_mesh_making *making, const usp_token *token, int peer) {
+/* The end of something that begins now and may take a round. */
+static int64_t usp_round_end(const usp_mesh_making *making) {
+    int left = usp_tcp_left(making->deadline);
+    return left >= 0 && left <= USP_ROUND_MS ? making->deadline : usp_tcp_deadline(USP_ROUND_MS);
+}
+
+/* An address may lead elsewhere (a bridge, a private network): each round begins with another one. */
+static usp_status usp_call(usp_mesh_making *making, const usp_token *token, int peer, int round) {
     const usp_card *card = &making->cards[peer];
     usp_status status = usp_fail(USP_COMM, "rank %d has no address", peer);
     for (int i = 0; i < card->ip_count && i < USP_CARD_IPS; i++) {
-        int left = usp_tcp_left(making->deadline), last = i + 1 == card->ip_count;
-        int64_t deadline = left < 0 && last ? -1 : usp_tcp_deadline(last ? left : left < 0 ? 5000 : left / 4);
-        status = usp_tcp_connect(&card->ips[i], card->port, token, making->bootstrap->rank, peer, deadline,
+        const usp_ip *ip = &card->ips[(round + i) % card->ip_count];
+        status = usp_tcp_connect(ip, card->port, token, making->bootstrap->rank, peer, usp_round_end(making),
                                  &making->connections[peer]);
-        if (status == USP_OK) return USP_OK;
+        if (status == USP_OK || status == USP_TIMEOUT) break;
     }
     return status;
 }
 
-/* Each rank calls the ranks before it, then hears those after it; rank 0 only hears, so the calls end. */
-static usp_status usp_connect_all(usp_mesh_making *making, const usp_token *token) {
+/* A rank that does not answer may be late, and is called again; who cannot be called at all is a failure. */
+static usp_status usp_call_all(usp_mesh_making *making, const usp_token *token, int round) {
+    for (int peer = 0; peer < making->bootstrap->rank; peer++) {
+        if (making->connections[peer] >= 0) continue;
+        usp_status status = usp_call(making, token, peer, round);
+        int late = status == USP_TIMEOUT && usp_tcp_left(making->deadline) != 0;
+        making->mine.waiting |= late;
+        if (!late) USP_TRY(status);
+    }
+    return USP_OK;
+}
+
+static usp_status usp_hear_all(usp_mesh_making *making, const usp_token *token) {
     const usp_bootstrap *bootstrap = making->bootstrap;
-    for (int peer = 0; peer < bootstrap->rank; peer++) USP_TRY(usp_connect_card(making, token, peer));
-    return usp_tcp_accept(making->listener, token, bootstrap->rank, bootstrap->rank + 1, bootstrap->size,
-                          making->deadline, making->connections);
+    usp_status status = usp_tcp_accept(making->listener, token, bootstrap->rank, bootstrap->rank + 1, bootstrap->size,
+                                       usp_round_end(making), making->connections);
+    int late = status == USP_TIMEOUT && usp_tcp_left(making->deadline) != 0;
+    making->mine.waiting |= late;
+    return late ? USP_OK : status;
+}
+
+static int usp_anybody_waits(const usp_mesh_making *making) {
+    int waiting = 0;
+    for (int i = 0; i < making->bootstrap->size; i++) waiting |= making->cards[i].waiting;
+    return waiting;
+}
+
+/* Each rank calls the ranks before it, then hears those after it; rank 0 only hears, so the calls end. In rounds, since
+ * a rank that could not call another is a failure that nobody else sees. */
+static usp_status usp_connect_all(usp_mesh_making *making, const usp_token *token) {
+    for (int round = 0;; round++) {
+        making->mine.waiting = 0;
+        usp_status status = usp_call_all(making, token, round);
+        if (status == USP_OK) status = usp_hear_all(making, token);
+        USP_TRY(usp_share_cards(making, status));
+        if (!usp_anybody_waits(making)) return USP_OK;
+    }
 }
 
 static usp_status usp_make_mesh(usp_mesh_making *making) {
     USP_TRY(usp_share_cards(making, usp_identify(making)));
     usp_token token = making->cards[0].token;
     USP_TRY(usp_share_cards(making, usp_open_door(making)));
-    return usp_share_cards(making, usp_connect_all(making, &token));
+    return usp_connect_all(making, &token);
 }
 
 usp_status usp_tcp_mesh(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms, int *connections) {

@@ -23,7 +23,7 @@ int usp_tcp_left(int64_t deadline); /* as poll() wants it */
 usp_status usp_tcp_resolve(const char *name, usp_ip *ips, int capacity, int *count);
 /* `ip` NULL: all addresses. Port 0: any; *bound is the port. */
 usp_status usp_tcp_listen(const usp_ip *ip, int port, int *listener, int *bound);
-/* Connects as `rank` to `peer` and makes sure that it is. */
+/* Connects as `rank` to `peer` and makes sure that it is. TIMEOUT if it does not answer: it may be late. */
 usp_status usp_tcp_connect(const usp_ip *ip, int port, const usp_token *token, int rank, int peer, int64_t deadline,
                            int *connection);
 /* Takes the connections of all ranks first .. size - 1 into connections[rank]; others are refused. TIMEOUT names the

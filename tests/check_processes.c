@@ -13,12 +13,13 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { USP_MOST = 6, USP_CROWD = 40, USP_SECONDS = 60, USP_CHILD_SECONDS = 20 };
+enum { USP_MOST = 6, USP_CROWD = 40, USP_SECONDS = 120, USP_CHILD_SECONDS = 20 };
 
 /* What one rank of a play knows. */
 typedef struct usp_cast {
@@ -429,6 +430,82 @@ static int usp_scene_crowd(const usp_cast *cast, usp_host *host, usp_device *dev
     return wrong;
 }
 
+/* Takes all descriptors but some. */
+static void usp_take_descriptors(int but) {
+    int last = -1, next;
+    setrlimit(RLIMIT_NOFILE, &(struct rlimit){100, 100});
+    while ((next = dup(0)) >= 0) last = next;
+    for (int i = 0; i < but; i++) close(last - i);
+}
+
+/* The last rank can listen but not call: it knows at once, and the others need not wait for the time limit. */
+static int usp_scene_no_call(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_bootstrap bootstrap = {usp_circle_gather, &circle, circle.rank, circle.size};
+    int connections[USP_MOST], odd = cast->rank == cast->size - 1;
+    char name[32];
+    (void)device;
+    usp_words(name, cast->size - 1);
+    if (odd) usp_take_descriptors(1);
+    double start = usp_seconds();
+    usp_status status = usp_tcp_mesh(host, &bootstrap, cast->timeout_ms, connections);
+    int wrong = usp_check_failure(NULL, status, odd ? USP_COMM : USP_PEER_FAILED, odd ? "no socket" : name);
+    return wrong + usp_check(NULL, usp_seconds() - start < 3, "found out after %.1f s", usp_seconds() - start);
+}
+
+/* A bootstrap after whose third gather, in which ranks say where they listen, the odd rank is late. */
+typedef struct usp_late {
+    usp_circle circle;
+    int calls;
+} usp_late;
+
+static int usp_late_gather(void *user, const void *mine, void *all, size_t bytes) {
+    usp_late *late = user;
+    int failed = usp_circle_gather(&late->circle, mine, all, bytes);
+    const usp_cast *cast = late->circle.cast;
+    if (++late->calls == 3 && cast->rank == cast->odd) usp_rest(1300);
+    return failed;
+}
+
+/* Others have called the odd rank, or waited for its call, for so long that they ask what has happened: it still comes.
+ */
+static int usp_scene_late_call(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_late late = {usp_circle_make(cast, -1), 0};
+    usp_bootstrap bootstrap = {usp_late_gather, &late, late.circle.rank, late.circle.size};
+    int connections[USP_MOST];
+    char mine = (char)cast->rank, theirs;
+    (void)device;
+    usp_status status = usp_tcp_mesh(host, &bootstrap, cast->timeout_ms, connections);
+    if (usp_check(NULL, status == USP_OK, "rank %d: %s", cast->rank, usp_last_error())) return 1;
+    int wrong = usp_check(NULL, late.calls > 4, "nobody was late: %d gathers", late.calls);
+    int64_t deadline = usp_tcp_deadline(cast->timeout_ms);
+    for (int i = 0; i < cast->size; i++)
+        if (i != cast->rank) wrong += usp_tcp_send(connections[i], &mine, 1, deadline) != USP_OK;
+    for (int i = 0; i < cast->size; i++)
+        if (i != cast->rank) wrong += usp_tcp_recv(connections[i], &theirs, 1, deadline) != USP_OK || theirs != i;
+    usp_tcp_close(connections, cast->size);
+    return usp_check(NULL, wrong == 0, "rank %d: %d connections are dead", cast->rank, wrong);
+}
+
+/* Somebody calls and there is no descriptor for it: waiting for the time limit takes no processor time. */
+static int usp_scene_no_accept(const usp_cast *cast, usp_host *host, usp_device *device) {
+    const usp_ip loopback = {{[10] = 0xff, [11] = 0xff, [12] = 127, [15] = 1}};
+    const usp_token token = {"a world"};
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    int listener, port, connections[2] = {-1, -1}, caller = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    (void)host, (void)device;
+    if (usp_check(NULL, usp_tcp_listen(&loopback, 0, &listener, &port) == USP_OK, "%s", usp_last_error())) return 1;
+    address.sin_port = htons((uint16_t)port);
+    if (connect(caller, (struct sockaddr *)&address, sizeof address) != 0) exit(1);
+    usp_take_descriptors(0);
+    clock_t begin = clock();
+    usp_status status = usp_tcp_accept(listener, &token, 0, 1, 2, usp_tcp_deadline(cast->timeout_ms), connections);
+    double busy = (double)(clock() - begin) / CLOCKS_PER_SEC;
+    close(caller);
+    close(listener);
+    return usp_check_failure(NULL, status, USP_TIMEOUT, ": 1") + usp_check(NULL, busy < 0.1, "busy for %.3f s", busy);
+}
+
 /* The odd rank and the one after it never come. */
 static int usp_scene_environment_absent(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_environment *environment;
@@ -562,13 +639,16 @@ static int usp_check_others(double *struck) {
     usp_cast cast = {.size = 4, .timeout_ms = 10000, .odd = 2, .port = usp_free_port()};
     int wrong = usp_play(usp_scene_left, cast) + usp_play(usp_scene_abort, cast) + usp_play(usp_scene_mismatch, cast);
     wrong += usp_play(usp_scene_environment, cast) + usp_play(usp_scene_left_gather, cast);
-    wrong += usp_play(usp_scene_memory, cast);
+    wrong += usp_play(usp_scene_memory, cast) + usp_play(usp_scene_no_call, cast);
+    for (cast.odd = 0; cast.odd < 2; cast.odd++) wrong += usp_play(usp_scene_late_call, cast);
+    cast.odd = 2;
     cast.timeout_ms = 500;
     wrong +=
         usp_play(usp_scene_chain, cast) + usp_play(usp_scene_late, cast) + usp_play(usp_scene_environment_absent, cast);
     cast.size = 1;
     cast.odd = 0;
     wrong += usp_play(usp_scene_environment, cast) + usp_play(usp_scene_variables, cast);
+    wrong += usp_play(usp_scene_no_accept, cast);
     cast.timeout_ms = 5000;
     wrong += usp_play(usp_scene_crowd, cast);
     cast.timeout_ms = 500;
