@@ -72,10 +72,10 @@ typedef struct usp_comm_config {
     usp_device *device;
     const usp_host *host;
     int timeout_ms;
-    int node; /* 0: found out */
 } usp_comm_config;
 
-/* Constructors; only lib/world.c calls them. All collective over the new ranks. */
+/* Constructors; only lib/world.c calls them. All collective over the new ranks. The comm is written on success alone.
+ */
 usp_status usp_comm_create_threads(const usp_comm_config *, usp_rendezvous *, int rank, usp_comm **);
 /* Rank `rank` will not come, for the reason in usp_last_error(): those who wait for it get PEER_FAILED. */
 void usp_rendezvous_leave(usp_rendezvous *, int rank);

@@ -210,8 +210,7 @@ static usp_status usp_socket_free_shared(usp_comm *comm, void *memory) {
 }
 
 static usp_status usp_socket_split(usp_comm *comm, int colour, int key, struct ncclComm **axis) {
-    (void)comm, (void)colour, (void)key;
-    *axis = NULL;
+    (void)comm, (void)colour, (void)key, (void)axis;
     return usp_fail(USP_UNSUPPORTED, "ranks on sockets have no NCCL communicator");
 }
 
@@ -291,7 +290,6 @@ static usp_status usp_socket_alloc(const usp_comm_config *config, const usp_boot
 
 usp_status usp_comm_create_socket(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm) {
     usp_socket_comm *self = NULL;
-    *comm = NULL;
     usp_status status = usp_tcp_agree(bootstrap, usp_socket_alloc(config, bootstrap, &self));
     if (status == USP_OK) status = usp_control_create(config->host, bootstrap, config->timeout_ms, &self->control);
     if (status == USP_OK) status = usp_connect_channels(self, bootstrap);

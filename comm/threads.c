@@ -73,7 +73,6 @@ static void usp_seats_init(usp_rendezvous *meeting) {
 
 usp_status usp_rendezvous_create(int size, usp_rendezvous **rendezvous) {
     USP_REQUIRE(rendezvous != NULL, "rendezvous is NULL");
-    *rendezvous = NULL;
     USP_REQUIRE(size >= 1 && size <= 4096, "size is %d, not 1 to 4096", size);
     usp_world_config defaults = {.struct_size = sizeof defaults};
     usp_host host = usp_host_from_config(&defaults);
@@ -405,8 +404,7 @@ static usp_status usp_threads_free_shared(usp_comm *comm, void *memory) {
 }
 
 static usp_status usp_threads_split(usp_comm *comm, int colour, int key, struct ncclComm **axis) {
-    (void)comm, (void)colour, (void)key;
-    *axis = NULL;
+    (void)comm, (void)colour, (void)key, (void)axis;
     return usp_fail(USP_UNSUPPORTED, "ranks that are threads have no NCCL communicator");
 }
 
@@ -534,8 +532,6 @@ void usp_rendezvous_leave(usp_rendezvous *meeting, int rank) {
 }
 
 usp_status usp_comm_create_threads(const usp_comm_config *config, usp_rendezvous *meeting, int rank, usp_comm **comm) {
-    *comm = NULL;
-    USP_REQUIRE(meeting != NULL, "rendezvous is NULL");
     USP_REQUIRE(rank >= 0 && rank < meeting->size, "rank is %d in a rendezvous of %d", rank, meeting->size);
     USP_TRY(usp_take_seat(meeting, rank));
     void *memory;

@@ -192,8 +192,8 @@ static usp_status finish_world(const usp_world_config *config, usp_status status
     return USP_OK;
 }
 
-static usp_comm_config comm_config(const usp_world_config *config, usp_world *world) {
-    return (usp_comm_config){world->device, &world->host, world->timeout_ms, config->node};
+static usp_comm_config comm_config(usp_world *world) {
+    return (usp_comm_config){world->device, &world->host, world->timeout_ms};
 }
 
 static usp_status check_rank(int rank, int size) {
@@ -213,7 +213,7 @@ usp_status usp_world_create_threads(const usp_world_config *given, usp_rendezvou
         usp_rendezvous_leave(rendezvous, rank);
         return status;
     }
-    usp_comm_config settings = comm_config(&config, world);
+    usp_comm_config settings = comm_config(world);
     status = usp_comm_create_threads(&settings, rendezvous, rank, &world->comm);
     return finish_world(&config, status, world, out);
 }
@@ -227,7 +227,7 @@ usp_status usp_world_create_nccl_id(const usp_world_config *given, const usp_uni
     USP_TRY(check_rank(rank, size));
     USP_TRY(read_config(given, &config));
     USP_TRY(begin_world(&config, &world));
-    usp_comm_config settings = comm_config(&config, world);
+    usp_comm_config settings = comm_config(world);
     usp_status status = usp_comm_create_nccl_id(&settings, id, size, rank, &world->comm);
     return finish_world(&config, status, world, out);
 }
@@ -239,7 +239,7 @@ usp_status usp_world_create_nccl(const usp_world_config *given, struct ncclComm 
     USP_REQUIRE(comm, "comm is NULL");
     USP_TRY(read_config(given, &config));
     USP_TRY(begin_world(&config, &world));
-    usp_comm_config settings = comm_config(&config, world);
+    usp_comm_config settings = comm_config(world);
     usp_status status = usp_comm_create_nccl_borrowed(&settings, comm, &world->comm);
     return finish_world(&config, status, world, out);
 }
@@ -251,7 +251,7 @@ usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm,
     USP_TRY(read_config(given, &config));
     if (config.device == USP_DEVICE_AUTO) config.device = USP_DEVICE_CPU; /* MPI moves host memory */
     USP_TRY(begin_world(&config, &world));
-    usp_comm_config settings = comm_config(&config, world);
+    usp_comm_config settings = comm_config(world);
     usp_status status = usp_comm_create_mpi(&settings, fortran_comm, &world->comm);
     return finish_world(&config, status, world, out);
 }
@@ -299,7 +299,7 @@ static usp_status create_over(const usp_bootstrap *bootstrap, usp_status mine, c
         usp_world_destroy(world);
         return status;
     }
-    usp_comm_config settings = comm_config(config, world);
+    usp_comm_config settings = comm_config(world);
     if (world->device->ops->kind == USP_DEVICE_CUDA)
         status = usp_comm_create_nccl(&settings, bootstrap, &world->comm);
     else

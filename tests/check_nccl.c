@@ -208,7 +208,7 @@ static const char *way_name(usp_way way) {
 }
 
 static usp_comm_config config_of(const usp_player *player, int timeout_ms) {
-    return (usp_comm_config){player->device, &player->host, timeout_ms, 0};
+    return (usp_comm_config){player->device, &player->host, timeout_ms};
 }
 
 /* One id for all ranks, by the bootstrap. */

@@ -277,7 +277,7 @@ static void *usp_join_in_vain(void *argument) {
     usp_world_config defaults = {.struct_size = sizeof defaults};
     usp_host host = usp_host_from_config(&defaults);
     usp_device *device;
-    usp_comm *comm;
+    usp_comm *comm = NULL;
     if (usp_device_create_cpu(&host, &device) != USP_OK) exit(1);
     usp_comm_config config = {.device = device, .host = &host, .timeout_ms = actor->crew->timeout_ms};
     usp_status status = usp_comm_create_threads(&config, actor->crew->rendezvous, actor->rank, &comm);
