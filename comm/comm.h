@@ -68,6 +68,14 @@ typedef struct usp_bootstrap {
     int rank, size;
 } usp_bootstrap;
 
+/* The callback, with a sentence if it fails. */
+usp_status usp_bootstrap_gather(const usp_bootstrap *, const void *mine, void *all, size_t bytes_per_rank);
+
+/* Collective: this rank's own failure, else PEER_FAILED if another rank has failed, else OK. Needs no memory, and so
+ * knows nothing (`mine` comes back) in worlds of more than USP_BOOTSTRAP_AGREE ranks. */
+enum { USP_BOOTSTRAP_AGREE = 1024 };
+usp_status usp_bootstrap_agree(const usp_bootstrap *, usp_status mine);
+
 typedef struct usp_comm_config {
     usp_device *device;
     const usp_host *host;

@@ -236,7 +236,7 @@ static int usp_behind(const usp_control *control, int peer) {
 }
 
 static usp_status usp_declare_stopped(usp_control *control, int rank) {
-    int silence = (int)(usp_tcp_now() - control->lines[rank].heard);
+    int silence = (int)(usp_now_ms() - control->lines[rank].heard);
     return usp_declare(control, USP_TIMEOUT, "rank %d has stopped: rank %d has heard nothing of it for %d ms", rank,
                        control->rank, silence);
 }
@@ -342,7 +342,7 @@ static void usp_read_line(usp_control *control, int peer) {
         ssize_t got = recv(line->connection, target, bytes, 0);
         if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
         if (got <= 0 || !usp_advance(control, peer, (size_t)got)) usp_end_line(control, peer);
-        line->heard = usp_tcp_now();
+        line->heard = usp_now_ms();
     }
 }
 
@@ -429,7 +429,7 @@ static void usp_write_line(usp_control *control, int peer) {
 
 /* A gap in this rank's own beats means that it was stopped itself: its view of the others is old. */
 static void usp_beat(usp_control *control) {
-    int64_t now = usp_tcp_now();
+    int64_t now = usp_now_ms();
     int fresh = now - control->last_beat > 4 * (int64_t)control->period;
     control->last_beat = now;
     for (int i = 0; i < control->size; i++) {
@@ -503,7 +503,7 @@ static usp_status usp_gather_wait(usp_control *control) {
     while ((missing = usp_gather_missing(control)) != USP_NOBODY) {
         USP_TRY(usp_failure(control));
         int over = usp_tcp_left(control->gather.deadline) == 0;
-        int stalled = usp_tcp_now() - control->last_beat > 2 * (int64_t)control->period;
+        int stalled = usp_now_ms() - control->last_beat > 2 * (int64_t)control->period;
         if (over && !stalled) return usp_blame(control, missing);
         usp_wait_until(control, over ? usp_tcp_deadline(control->period) : control->gather.deadline);
     }
@@ -579,7 +579,7 @@ static void usp_set_times(usp_control *control) {
     control->period = period < USP_BEAT_MIN ? USP_BEAT_MIN : period > USP_BEAT_MAX ? USP_BEAT_MAX : period;
     int least = USP_SILENT_BEATS * control->period;
     control->silence = control->timeout_ms < 0 ? -1 : control->timeout_ms > least ? control->timeout_ms : least;
-    control->last_beat = usp_tcp_now();
+    control->last_beat = usp_now_ms();
 }
 
 static void usp_make_locks(usp_control *control) {
@@ -619,7 +619,7 @@ static usp_status usp_connect_lines(usp_control *control, const usp_bootstrap *b
     for (int i = 0; i < control->size; i++) {
         control->lines[i].connection = control->connections[i];
         control->lines[i].waits_for = USP_NOBODY;
-        control->lines[i].heard = usp_tcp_now();
+        control->lines[i].heard = usp_now_ms();
     }
     return USP_OK;
 }
@@ -638,9 +638,9 @@ usp_status usp_control_create(const usp_host *host, const usp_bootstrap *bootstr
                               usp_control **result) {
     usp_control *control = NULL;
     *result = NULL;
-    usp_status status = usp_tcp_agree(bootstrap, usp_control_alloc(host, bootstrap, timeout_ms, &control));
+    usp_status status = usp_bootstrap_agree(bootstrap, usp_control_alloc(host, bootstrap, timeout_ms, &control));
     if (status == USP_OK) status = usp_connect_lines(control, bootstrap);
-    if (status == USP_OK) status = usp_tcp_agree(bootstrap, usp_start_thread(control));
+    if (status == USP_OK) status = usp_bootstrap_agree(bootstrap, usp_start_thread(control));
     if (status == USP_OK)
         *result = control;
     else

@@ -6,11 +6,11 @@
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #include "control.h"
 #include "error.h"
 #include "list.h"
+#include "thread.h"
 
 enum {
     CHUNK_BYTES = 1 << 30, /* MPI counts in int */
@@ -46,22 +46,6 @@ typedef struct usp_mpi {
 
 static usp_mpi *mpi_of(usp_comm *comm) {
     return (usp_mpi *)comm;
-}
-
-/* ---- waiting ----------------------------------------------------------------------------------------------------- */
-
-static int64_t now_ms(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
-static void pause_for(int round) {
-    const struct timespec nap = {.tv_nsec = 50000};
-    if (round < 500)
-        sched_yield();
-    else
-        nanosleep(&nap, NULL);
 }
 
 /* ---- failures ---------------------------------------------------------------------------------------------------- */
@@ -174,7 +158,7 @@ static int first_waited_for(const usp_mpi *self) {
 }
 
 static usp_status complete(usp_mpi *self) {
-    int64_t begin = now_ms();
+    int64_t begin = usp_now_ms();
     int left = self->count;
     for (int round = 0; left > 0; round++) {
         int before = left, peer = first_waited_for(self);
@@ -182,10 +166,10 @@ static usp_status complete(usp_mpi *self) {
         USP_TRY(collect(self, &left));
         USP_TRY(mpi_poll(&self->base));
         if (left == 0) break;
-        if (self->base.timeout_ms >= 0 && now_ms() - begin > self->base.timeout_ms)
+        if (self->base.timeout_ms >= 0 && usp_now_ms() - begin > self->base.timeout_ms)
             return usp_control_overdue(self->control, peer);
         if (left < before) round = 0;
-        pause_for(round);
+        usp_pause(round);
     }
     usp_control_progress(self->control, self->exchanges, -1);
     return USP_OK;
@@ -193,11 +177,11 @@ static usp_status complete(usp_mpi *self) {
 
 /* After a failure: MPI is asked to let go of receives. It may not do so in time, and sends cannot be taken back. */
 static void cancel(usp_mpi *self) {
-    int64_t begin = now_ms();
+    int64_t begin = usp_now_ms();
     int ended = 0;
     for (int i = 0; i < self->count; i++)
         if (self->transfers[i].is_recv && self->requests[i] != MPI_REQUEST_NULL) MPI_Cancel(&self->requests[i]);
-    for (; ended != MPI_UNDEFINED && now_ms() - begin < CANCEL_MS; sched_yield())
+    for (; ended != MPI_UNDEFINED && usp_now_ms() - begin < CANCEL_MS; sched_yield())
         MPI_Testsome(self->count, self->requests, &ended, self->finished, self->statuses);
     if (ended != MPI_UNDEFINED)
         usp_host_log(self->base.host, 1, "rank %d: MPI still holds memory of the exchange that failed",
@@ -306,16 +290,16 @@ static const usp_comm_ops mpi_ops = {
 /* Waits for one collective of the set-up with the time limit; the channel that could name a rank is not there yet. MPI
  * knows no way to take a collective back: one that is late stays. */
 static usp_status wait_for(usp_mpi *self, MPI_Request *request, const char *what) {
-    int64_t begin = now_ms();
+    int64_t begin = usp_now_ms();
     int done = 0;
     for (int round = 0; !done; round++) {
         int code = MPI_Test(request, &done, MPI_STATUS_IGNORE);
         if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, what, code);
-        self->stuck = !done && self->base.timeout_ms >= 0 && now_ms() - begin > self->base.timeout_ms;
+        self->stuck = !done && self->base.timeout_ms >= 0 && usp_now_ms() - begin > self->base.timeout_ms;
         if (self->stuck)
             return usp_fail(USP_TIMEOUT, "rank %d: %s did not end within %d ms", self->base.rank, what,
                             self->base.timeout_ms);
-        if (!done) pause_for(round);
+        if (!done) usp_pause(round);
     }
     return USP_OK;
 }

@@ -290,7 +290,7 @@ static usp_status usp_socket_alloc(const usp_comm_config *config, const usp_boot
 
 usp_status usp_comm_create_socket(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm) {
     usp_socket_comm *self = NULL;
-    usp_status status = usp_tcp_agree(bootstrap, usp_socket_alloc(config, bootstrap, &self));
+    usp_status status = usp_bootstrap_agree(bootstrap, usp_socket_alloc(config, bootstrap, &self));
     if (status == USP_OK) status = usp_control_create(config->host, bootstrap, config->timeout_ms, &self->control);
     if (status == USP_OK) status = usp_connect_channels(self, bootstrap);
     if (status == USP_OK)

@@ -3,9 +3,10 @@
 #define _GNU_SOURCE
 #include "tcp.h"
 #include "error.h"
+#include "hash.h"
+#include "thread.h"
 #include <arpa/inet.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <ifaddrs.h>
 #include <net/if.h>
 #include <netdb.h>
@@ -40,19 +41,13 @@ typedef struct usp_hello {
 
 /* ---- time -------------------------------------------------------------------------------------------------------- */
 
-int64_t usp_tcp_now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000 + time.tv_nsec / 1000000;
-}
-
 int64_t usp_tcp_deadline(int timeout_ms) {
-    return timeout_ms < 0 ? -1 : usp_tcp_now() + timeout_ms;
+    return timeout_ms < 0 ? -1 : usp_now_ms() + timeout_ms;
 }
 
 int usp_tcp_left(int64_t deadline) {
     if (deadline < 0) return -1;
-    int64_t left = deadline - usp_tcp_now();
+    int64_t left = deadline - usp_now_ms();
     return left < 0 ? 0 : (int)left;
 }
 
@@ -307,7 +302,7 @@ static usp_caller *usp_find_place(usp_reception *reception) {
         if (caller->descriptor < 0) return caller;
         if (caller->since < oldest->since) oldest = caller;
     }
-    return usp_tcp_now() - oldest->since >= USP_PATIENCE_MS ? oldest : NULL;
+    return usp_now_ms() - oldest->since >= USP_PATIENCE_MS ? oldest : NULL;
 }
 
 /* A call that cannot be taken, for want of descriptors, stays: the next look at it must not come at once. */
@@ -319,7 +314,7 @@ static void usp_take_call(usp_caller *place, int listener) {
     }
     setsockopt(descriptor, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     usp_dismiss(place);
-    *place = (usp_caller){.descriptor = descriptor, .since = usp_tcp_now()};
+    *place = (usp_caller){.descriptor = descriptor, .since = usp_now_ms()};
 }
 
 static int usp_count_missing(const usp_reception *reception) {
@@ -389,37 +384,18 @@ typedef struct usp_mesh_making {
     int *connections;
 } usp_mesh_making;
 
-usp_status usp_tcp_agree(const usp_bootstrap *bootstrap, usp_status mine) {
-    unsigned char status = (unsigned char)mine, all[USP_TCP_AGREE];
-    if (bootstrap->size > USP_TCP_AGREE) return mine;
-    int failed = bootstrap->allgather(bootstrap->user, &status, all, 1);
-    if (mine != USP_OK) return mine;
-    if (failed) return usp_fail(USP_COMM, "the all-gather callback failed on rank %d", bootstrap->rank);
-    for (int i = 0; i < bootstrap->size; i++)
-        if (all[i] != USP_OK)
-            return usp_fail(USP_PEER_FAILED, "rank %d could not join: %s", i, usp_status_string((usp_status)all[i]));
-    return USP_OK;
-}
-
 /* Names the boot of this machine and the network namespace of this process. */
 static uint64_t usp_network_identity(void) {
-    char boot[64] = "";
     struct stat space = {0};
-    int file = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
-    if (file >= 0 && read(file, boot, sizeof boot - 1) < 0) boot[0] = 0;
-    if (file >= 0) close(file);
     if (stat("/proc/self/ns/net", &space) != 0) space.st_ino = 0;
-    uint64_t identity = 14695981039346656037u ^ (uint64_t)space.st_ino;
-    for (const char *c = boot; *c; c++) identity = (identity ^ (unsigned char)*c) * 1099511628211u;
-    return identity;
+    return usp_hash_boot((uint64_t)space.st_ino);
 }
 
 /* Shares the cards; another rank's failure becomes everybody's. */
 static usp_status usp_share_cards(usp_mesh_making *making, usp_status mine) {
     const usp_bootstrap *bootstrap = making->bootstrap;
     making->mine.status = mine;
-    if (bootstrap->allgather(bootstrap->user, &making->mine, making->cards, sizeof making->mine) != 0)
-        return usp_fail(USP_COMM, "the all-gather callback failed on rank %d", bootstrap->rank);
+    USP_TRY(usp_bootstrap_gather(bootstrap, &making->mine, making->cards, sizeof making->mine));
     if (mine != USP_OK) return mine;
     for (int i = 0; i < bootstrap->size; i++)
         if (making->cards[i].status != USP_OK)
@@ -519,7 +495,7 @@ usp_status usp_tcp_mesh(const usp_host *host, const usp_bootstrap *bootstrap, in
     void *cards = NULL;
     for (int i = 0; i < bootstrap->size; i++) connections[i] = -1;
     usp_status status = usp_host_alloc(host, (size_t)bootstrap->size * sizeof(usp_card), "addresses", &cards);
-    status = usp_tcp_agree(bootstrap, status);
+    status = usp_bootstrap_agree(bootstrap, status);
     making.cards = cards;
     making.deadline = usp_tcp_deadline(timeout_ms);
     if (status == USP_OK) status = usp_make_mesh(&making);

@@ -14,8 +14,7 @@ typedef struct usp_token {
     unsigned char bytes[16];
 } usp_token;
 
-/* Milliseconds of the monotonic clock; a deadline of -1 never comes. */
-int64_t usp_tcp_now(void);
+/* Deadlines are of usp_now_ms(); -1 never comes. */
 int64_t usp_tcp_deadline(int timeout_ms);
 int usp_tcp_left(int64_t deadline); /* as poll() wants it */
 
@@ -33,11 +32,6 @@ usp_status usp_tcp_accept(int listener, const usp_token *token, int rank, int fi
 /* All of it. TIMEOUT, or COMM if the other end closed. */
 usp_status usp_tcp_send(int connection, const void *data, size_t bytes, int64_t deadline);
 usp_status usp_tcp_recv(int connection, void *data, size_t bytes, int64_t deadline);
-
-/* Collective over the bootstrap: this rank's own failure, else PEER_FAILED if another rank has failed, else OK. Needs
- * no memory, and so knows nothing (`mine` comes back) in worlds of more than USP_TCP_AGREE ranks. */
-enum { USP_TCP_AGREE = 1024 };
-usp_status usp_tcp_agree(const usp_bootstrap *bootstrap, usp_status mine);
 
 /* Collective over the bootstrap: one connection between every two ranks, connections[own rank] = -1; over loopback
  * where all ranks are on one host. The same verdict everywhere. */

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include "environment.h"
 #include "error.h"
+#include "hash.h"
 #include "tcp.h"
 #include <stdio.h>
 #include <stdlib.h>
@@ -88,9 +89,7 @@ static usp_status usp_read_address(const usp_launcher *launcher, usp_placement *
     placement->port_taken = store && strcmp(store, "True") == 0;
     if (secure_getenv("MASTER_PORT") || (launcher->local_size == NULL && launcher->hosts == NULL))
         return usp_read_number("MASTER_PORT", 1, 65535 - USP_PORTS, &placement->port);
-    unsigned hash = 2166136261u;
-    for (const char *c = placement->job; *c; c++) hash = (hash ^ (unsigned char)*c) * 16777619u;
-    placement->port = 20000 + (int)(hash % 10000u);
+    placement->port = 20000 + (int)(usp_hash(0, placement->job, strlen(placement->job)) % 10000);
     return USP_OK;
 }
 
@@ -123,12 +122,9 @@ typedef struct usp_verdict {
 static usp_token usp_job_token(const usp_placement *placement) {
     usp_token token;
     char text[200];
-    uint64_t hash = 14695981039346656037u;
     snprintf(text, sizeof text, "%s/%d", placement->job, placement->size);
-    for (size_t i = 0; i < sizeof token.bytes; i++) {
-        for (const char *c = text; *c; c++) hash = (hash ^ (unsigned char)*c) * 1099511628211u;
-        token.bytes[i] = (unsigned char)(hash >> 32);
-    }
+    for (size_t i = 0; i < sizeof token.bytes; i++)
+        token.bytes[i] = (unsigned char)(usp_hash(i + 1, text, strlen(text)) >> 32);
     return token;
 }
 

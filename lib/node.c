@@ -3,20 +3,13 @@
 #define _GNU_SOURCE
 #include "node.h"
 #include "error.h"
-#include <stdio.h>
 #include <unistd.h>
 
 /* Never 0, nor an identity that a configuration can give. */
 static uint64_t host_identity(void) {
-    char text[256] = "";
-    size_t length = 0;
-    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re");
-    if (file) {
-        length = fread(text, 1, 64, file);
-        fclose(file);
-    }
-    if (gethostname(text + length, sizeof text - length - 1) != 0) text[length] = 0;
-    return usp_hash(2, text, sizeof text) | UINT64_C(1) << 63;
+    char name[256] = "";
+    if (gethostname(name, sizeof name - 1) != 0) name[0] = 0;
+    return usp_hash(usp_hash_boot(2), name, sizeof name) | UINT64_C(1) << 63;
 }
 
 usp_status usp_node_find(usp_world *world, int given) {

@@ -6,7 +6,6 @@
 #include "environment.h"
 #include "error.h"
 #include "node.h"
-#include "tcp.h"
 #include "thread.h"
 #include <string.h>
 #include <time.h>
@@ -22,12 +21,6 @@ typedef struct ballot {
     char what[16];
     unsigned char record[USP_AGREE_BYTES];
 } ballot;
-
-uint64_t usp_hash(uint64_t seed, const void *bytes, size_t size) {
-    uint64_t hash = seed ^ UINT64_C(0xcbf29ce484222325);
-    for (size_t i = 0; i < size; i++) hash = (hash ^ ((const unsigned char *)bytes)[i]) * UINT64_C(0x100000001b3);
-    return hash;
-}
 
 static usp_status name_difference(const usp_agreement *agreement, const ballot *mine, const ballot *other, int rank,
                                   int other_rank) {
@@ -156,17 +149,16 @@ static usp_status start_watchdog(usp_world *world) {
     return USP_OK;
 }
 
-/* Tells the other ranks whether there is memory for ballots, without any. Larger worlds find out by PEER_LOST. */
-static usp_status agree_on_memory(usp_world *world, usp_status mine) {
-    enum { FEW = 1024 };
-    int32_t status = (int32_t)mine, all[FEW];
-    if (world->comm->size > FEW) return mine;
-    USP_TRY(world->comm->ops->allgather(world->comm, &status, all, sizeof status));
-    for (int rank = 0; rank < world->comm->size && mine == USP_OK; rank++)
-        if (all[rank] != USP_OK)
-            return usp_fail(USP_PEER_FAILED, "rank %d could not create its world: %s", rank,
-                            usp_status_string((usp_status)all[rank]));
-    return mine;
+static int gather_over_comm(void *user, const void *mine, void *all, size_t bytes_per_rank) {
+    usp_comm *comm = user;
+    return comm->ops->allgather(comm, mine, all, bytes_per_rank) != USP_OK;
+}
+
+/* Tells the other ranks whether there is memory for ballots, without any. */
+static usp_status agree_on_memory(usp_comm *comm, usp_status mine) {
+    usp_status verdict = usp_bootstrap_agree(&(usp_bootstrap){gather_over_comm, comm, comm->rank, comm->size}, mine);
+    usp_status failure = comm->ops->poll(comm);
+    return failure != USP_OK ? failure : verdict;
 }
 
 /* The part that all ranks do together, once the comm stands. */
@@ -174,7 +166,7 @@ static usp_status finish_world(const usp_world_config *config, usp_status status
     static const usp_field fields[] = {{"device", 0, sizeof(int)}, {"timeout_ms", sizeof(int), sizeof(int)}};
     if (status == USP_OK) {
         status = usp_host_alloc(&world->host, (size_t)world->comm->size * sizeof(ballot), "ballots", &world->ballots);
-        status = agree_on_memory(world, status);
+        status = agree_on_memory(world->comm, status);
     }
     if (status == USP_OK) {
         int record[2] = {(int)world->device->ops->kind, world->timeout_ms};
@@ -277,12 +269,11 @@ static usp_status agree_to_begin(const usp_bootstrap *bootstrap, usp_status mine
                                  const usp_world *world) {
     void *all = NULL;
     if (mine == USP_OK) mine = usp_host_alloc(host, (size_t)bootstrap->size * sizeof(terms), "terms", &all);
-    usp_status status = usp_tcp_agree(bootstrap, mine);
+    usp_status status = usp_bootstrap_agree(bootstrap, mine);
     if (status == USP_OK) {
         const terms own = {(int32_t)world->device->ops->kind, world->timeout_ms};
-        int failed = bootstrap->allgather(bootstrap->user, &own, all, sizeof own);
-        status = failed ? usp_fail(USP_COMM, "the all-gather callback failed on rank %d", bootstrap->rank)
-                        : compare_terms(all, bootstrap->size);
+        status = usp_bootstrap_gather(bootstrap, &own, all, sizeof own);
+        if (status == USP_OK) status = compare_terms(all, bootstrap->size);
     }
     usp_host_free(host, all);
     return status;
@@ -380,22 +371,16 @@ usp_status usp_world_poll(usp_world *world) {
     return world->comm->ops->poll(world->comm);
 }
 
-static int64_t now_ms(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
 usp_status usp_world_synchronize(usp_world *world, usp_stream stream) {
     USP_REQUIRE(world, "world is NULL");
-    int64_t begin = now_ms();
+    int64_t begin = usp_now_ms();
     struct timespec pause = {.tv_nsec = 20000};
     for (;;) {
         int busy = 0;
         USP_TRY(world->comm->ops->poll(world->comm));
         usp_status status = world->device->ops->query(world->device, stream, &busy);
         if (status != USP_OK || !busy) return usp_world_conclude(world, status);
-        if (world->timeout_ms >= 0 && now_ms() - begin > world->timeout_ms)
+        if (world->timeout_ms >= 0 && usp_now_ms() - begin > world->timeout_ms)
             return world->comm->ops->overdue(world->comm);
         nanosleep(&pause, NULL);
         if (pause.tv_nsec < 500000) pause.tv_nsec *= 2;

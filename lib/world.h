@@ -2,6 +2,7 @@
 #ifndef USP_WORLD_H
 #define USP_WORLD_H
 #include "comm.h"
+#include "hash.h"
 #include <pthread.h>
 #include <stdatomic.h>
 
@@ -63,8 +64,5 @@ typedef struct usp_agreement {
 /* Collective over the world. Where `mine` failed: it, with its sentence; where only others failed: PEER_FAILED; else
  * MISMATCH everywhere (naming the field and a rank) if records differ in a group or ranks are in different calls. */
 usp_status usp_world_agree(usp_world *world, usp_status mine, const usp_agreement *agreement);
-
-/* FNV-1a, for arrays that are compared but too long to send. */
-uint64_t usp_hash(uint64_t seed, const void *bytes, size_t size);
 
 #endif
