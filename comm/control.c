@@ -95,73 +95,73 @@ struct usp_control {
 
 /* ---- failure; all under the mutex -------------------------------------------------------------------------------- */
 
-static void usp_ring(int descriptor) {
+static void ring(int descriptor) {
     uint64_t one = 1;
     ssize_t written = write(descriptor, &one, sizeof one);
     (void)written; /* full means: rung already */
 }
 
-static usp_status usp_failure(usp_control *control) {
+static usp_status failure_of(usp_control *control) {
     usp_status status = (usp_status)atomic_load(&control->failure);
     return status == USP_OK ? USP_OK : usp_fail(status, "%s", control->sentence);
 }
 
-static void usp_record(usp_control *control, usp_status status, const char *sentence) {
+static void record(usp_control *control, usp_status status, const char *sentence) {
     if (atomic_load(&control->failure) != USP_OK) return;
     snprintf(control->sentence, sizeof control->sentence, "%s", sentence);
     atomic_store(&control->failure, (int)status);
     for (int i = 0; i < control->size; i++) control->lines[i].fail_due = 1;
     pthread_cond_broadcast(&control->changed);
-    usp_ring(control->failed_descriptor);
-    usp_ring(control->wake);
+    ring(control->failed_descriptor);
+    ring(control->wake);
 }
 
-__attribute__((format(printf, 3, 4))) static usp_status usp_declare(usp_control *control, usp_status status,
-                                                                    const char *format, ...) {
+__attribute__((format(printf, 3, 4))) static usp_status declare(usp_control *control, usp_status status,
+                                                                const char *format, ...) {
     char sentence[USP_SENTENCE];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(sentence, sizeof sentence, format, arguments);
     va_end(arguments);
-    usp_record(control, status, sentence);
-    return usp_failure(control);
+    record(control, status, sentence);
+    return failure_of(control);
 }
 
-static void usp_lose(usp_control *control, int peer) {
+static void lose(usp_control *control, int peer) {
     const char *how = control->lines[peer].left ? "left" : "died";
-    usp_declare(control, USP_PEER_LOST, "rank %d %s, as rank %d noticed", peer, how, control->rank);
+    declare(control, USP_PEER_LOST, "rank %d %s, as rank %d noticed", peer, how, control->rank);
 }
 
-static void usp_end_line(usp_control *control, int peer) {
+static void end_line(usp_control *control, int peer) {
     usp_line *line = &control->lines[peer];
     if (line->connection >= 0) close(line->connection);
     line->connection = -1;
-    if (!line->left || line->wanted) usp_lose(control, peer);
+    if (!line->left || line->wanted) lose(control, peer);
 }
 
 /* ---- gather; all under the mutex --------------------------------------------------------------------------------- */
 
-static int usp_gather_missing(const usp_control *control) {
+static int gather_missing(const usp_control *control) {
     for (int i = 0; i < control->size; i++)
         if (control->lines[i].data_missing || control->lines[i].data_due) return i;
     return USP_NOBODY;
 }
 
-static void usp_gather_moved(usp_control *control) {
+static void gather_moved(usp_control *control) {
     control->gather.deadline = usp_tcp_deadline(control->timeout_ms);
-    if (usp_gather_missing(control) == USP_NOBODY) pthread_cond_broadcast(&control->changed);
+    if (gather_missing(control) == USP_NOBODY) pthread_cond_broadcast(&control->changed);
 }
 
 /* Once both are in the same round their sizes must agree. */
-static void usp_compare_entered(usp_control *control, int peer) {
+static void compare_entered(usp_control *control, int peer) {
     const usp_line *line = &control->lines[peer];
     const usp_gather *gather = &control->gather;
     if (!gather->open || line->entered != gather->round || line->entered_bytes == gather->bytes) return;
-    usp_declare(control, USP_COMM, "rank %d gathers %zu bytes and rank %d gathers %zu", control->rank, gather->bytes,
-                peer, line->entered_bytes);
+    declare(control, USP_COMM, "rank %d gathers %zu bytes and rank %d gathers %zu", control->rank, gather->bytes, peer,
+            line->entered_bytes);
 }
 
-static void usp_gather_open(usp_control *control, const void *mine, void *all, size_t bytes) {
+static void gather_open(usp_control *control, const void *mine, void *all, size_t bytes) {
     usp_gather *gather = &control->gather;
     uint64_t round = gather->round + 1;
     *gather = (usp_gather){1, round, mine, all, bytes, usp_tcp_deadline(control->timeout_ms)};
@@ -169,13 +169,13 @@ static void usp_gather_open(usp_control *control, const void *mine, void *all, s
         usp_line *line = &control->lines[i];
         if (i != control->rank) line->enter_due = line->data_due = line->data_missing = 1;
         if (i == control->rank && bytes > 0) memcpy(gather->all + (size_t)i * bytes, mine, bytes);
-        usp_compare_entered(control, i);
-        if (line->left) usp_lose(control, i);
+        compare_entered(control, i);
+        if (line->left) lose(control, i);
     }
-    usp_ring(control->wake);
+    ring(control->wake);
 }
 
-static void usp_gather_close(usp_control *control) {
+static void gather_close(usp_control *control) {
     control->gather.open = 0;
     for (int i = 0; i < control->size; i++)
         control->lines[i].enter_due = control->lines[i].data_due = control->lines[i].data_missing = 0;
@@ -183,19 +183,19 @@ static void usp_gather_close(usp_control *control) {
 
 /* ---- blame; all under the mutex ---------------------------------------------------------------------------------- */
 
-static int usp_waits_for(const usp_control *control, int rank) {
+static int waited_for_by(const usp_control *control, int rank) {
     if (rank != control->rank) return control->lines[rank].waits_for;
-    int missing = control->gather.open ? usp_gather_missing(control) : USP_NOBODY;
+    int missing = control->gather.open ? gather_missing(control) : USP_NOBODY;
     return missing != USP_NOBODY ? missing : atomic_load(&control->waits_for);
 }
 
-static uint64_t usp_exchanges(const usp_control *control, int rank) {
+static uint64_t exchanges_of(const usp_control *control, int rank) {
     return rank == control->rank ? atomic_load(&control->exchanges) : control->lines[rank].exchanges;
 }
 
 /* A rank that has missed `limit` ms of beats, the one silent for longest; or nobody. As of this rank's own last beat: a
  * stall of this rank is no silence of the others. */
-static int usp_silent(const usp_control *control, int limit) {
+static int find_silent(const usp_control *control, int limit) {
     int64_t oldest = control->last_beat - limit;
     int silent = USP_NOBODY;
     for (int i = 0; i < control->size; i++) {
@@ -208,86 +208,85 @@ static int usp_silent(const usp_control *control, int limit) {
 }
 
 /* Nobody, where all have done the same. */
-static int usp_fewest_exchanges(const usp_control *control) {
+static int fewest_exchanges(const usp_control *control) {
     int fewest = 0, most = 0;
     for (int i = 1; i < control->size; i++) {
-        if (usp_exchanges(control, i) < usp_exchanges(control, fewest)) fewest = i;
-        if (usp_exchanges(control, i) > usp_exchanges(control, most)) most = i;
+        if (exchanges_of(control, i) < exchanges_of(control, fewest)) fewest = i;
+        if (exchanges_of(control, i) > exchanges_of(control, most)) most = i;
     }
-    return usp_exchanges(control, fewest) < usp_exchanges(control, most) ? fewest : USP_NOBODY;
+    return exchanges_of(control, fewest) < exchanges_of(control, most) ? fewest : USP_NOBODY;
 }
 
-static int usp_is_silent(const usp_control *control, int rank, int limit) {
+static int is_silent(const usp_control *control, int rank, int limit) {
     const usp_line *line = &control->lines[rank];
     return line->connection >= 0 && !line->left && control->last_beat - line->heard > limit;
 }
 
 /* The end of the chain of who waits for whom, or a rank in it that has stopped; where there is no chain or it is a
  * circle, any rank that has stopped, else the one that has done least. */
-static int usp_behind(const usp_control *control, int peer) {
+static int find_behind(const usp_control *control, int peer) {
     int limit = USP_SUSPECT_BEATS * control->period, rank = peer;
     for (int hops = 0; hops < control->size && rank >= 0; hops++) {
-        int next = usp_waits_for(control, rank);
-        if (next < 0 || usp_is_silent(control, rank, limit)) return rank;
+        int next = waited_for_by(control, rank);
+        if (next < 0 || is_silent(control, rank, limit)) return rank;
         rank = next;
     }
-    int silent = usp_silent(control, limit);
-    return silent != USP_NOBODY ? silent : usp_fewest_exchanges(control);
+    int silent = find_silent(control, limit);
+    return silent != USP_NOBODY ? silent : fewest_exchanges(control);
 }
 
-static usp_status usp_declare_stopped(usp_control *control, int rank) {
+static usp_status declare_stopped(usp_control *control, int rank) {
     int silence = (int)(usp_now_ms() - control->lines[rank].heard);
-    return usp_declare(control, USP_TIMEOUT, "rank %d has stopped: rank %d has heard nothing of it for %d ms", rank,
-                       control->rank, silence);
+    return declare(control, USP_TIMEOUT, "rank %d has stopped: rank %d has heard nothing of it for %d ms", rank,
+                   control->rank, silence);
 }
 
-static usp_status usp_blame(usp_control *control, int peer) {
-    USP_TRY(usp_failure(control));
-    int behind = usp_behind(control, peer);
+static usp_status blame(usp_control *control, int peer) {
+    USP_TRY(failure_of(control));
+    int behind = find_behind(control, peer);
     if (behind == USP_NOBODY)
-        return usp_declare(control, USP_TIMEOUT, "rank %d waited for %d ms, and no rank is known to be behind",
-                           control->rank, control->timeout_ms);
+        return declare(control, USP_TIMEOUT, "rank %d waited for %d ms, and no rank is known to be behind",
+                       control->rank, control->timeout_ms);
     if (control->lines[behind].left)
-        return usp_declare(control, USP_PEER_LOST, "rank %d left while rank %d waited for it", behind, control->rank);
-    if (usp_is_silent(control, behind, USP_SUSPECT_BEATS * control->period))
-        return usp_declare_stopped(control, behind);
-    return usp_declare(control, USP_TIMEOUT, "rank %d did not arrive within %d ms; rank %d waited", behind,
-                       control->timeout_ms, control->rank);
+        return declare(control, USP_PEER_LOST, "rank %d left while rank %d waited for it", behind, control->rank);
+    if (is_silent(control, behind, USP_SUSPECT_BEATS * control->period)) return declare_stopped(control, behind);
+    return declare(control, USP_TIMEOUT, "rank %d did not arrive within %d ms; rank %d waited", behind,
+                   control->timeout_ms, control->rank);
 }
 
 /* ---- reading; the service thread --------------------------------------------------------------------------------- */
 
-static void usp_take_beat(usp_line *line) {
+static void take_beat(usp_line *line) {
     line->waits_for = line->in.rank;
     line->exchanges = line->in.number;
 }
 
-static void usp_take_frame(usp_control *control, int peer) {
+static void take_frame(usp_control *control, int peer) {
     usp_line *line = &control->lines[peer];
     const usp_frame *frame = &line->in;
-    if (frame->kind == USP_FRAME_BEAT) usp_take_beat(line);
-    if (frame->kind == USP_FRAME_FAIL) usp_record(control, (usp_status)frame->rank, line->in_text);
+    if (frame->kind == USP_FRAME_BEAT) take_beat(line);
+    if (frame->kind == USP_FRAME_FAIL) record(control, (usp_status)frame->rank, line->in_text);
     if (frame->kind == USP_FRAME_ENTER) {
         line->entered = frame->number;
         line->entered_bytes = frame->bytes;
-        usp_compare_entered(control, peer);
-        usp_gather_moved(control);
+        compare_entered(control, peer);
+        gather_moved(control);
     }
     if (frame->kind == USP_FRAME_DATA) {
         line->data_missing = 0;
-        usp_gather_moved(control);
+        gather_moved(control);
     }
     if (frame->kind == USP_FRAME_GOODBYE) {
         line->left = 1;
         line->exchanges = frame->number;
         line->waits_for = USP_NOBODY;
-        if (line->wanted || line->data_missing || line->data_due) usp_lose(control, peer);
+        if (line->wanted || line->data_missing || line->data_due) lose(control, peer);
     }
     line->in_header = line->in_payload = 0;
 }
 
 /* 0 for a frame that no rank sends. */
-static int usp_frame_sane(const usp_control *control, const usp_frame *frame) {
+static int frame_sane(const usp_control *control, const usp_frame *frame) {
     const usp_gather *gather = &control->gather;
     if (frame->kind < USP_FRAME_BEAT || frame->kind > USP_FRAME_GOODBYE) return 0;
     if (frame->kind == USP_FRAME_BEAT) return frame->rank >= USP_NOBODY && frame->rank < control->size;
@@ -300,7 +299,7 @@ static int usp_frame_sane(const usp_control *control, const usp_frame *frame) {
 
 /* Where the next bytes of a line go, and how many; 0 bytes: the frame is complete. A gather that has been given up has
  * no memory any more: its data go nowhere, through `drain`. */
-static char *usp_read_target(usp_control *control, int peer, char *drain, size_t drain_size, size_t *bytes) {
+static char *read_target(usp_control *control, int peer, char *drain, size_t drain_size, size_t *bytes) {
     usp_line *line = &control->lines[peer];
     if (line->in_header < sizeof line->in) {
         *bytes = sizeof line->in - line->in_header;
@@ -315,7 +314,7 @@ static char *usp_read_target(usp_control *control, int peer, char *drain, size_t
 }
 
 /* Takes what `got` bytes complete; 0 if the peer talks nonsense. */
-static int usp_advance(usp_control *control, int peer, size_t got) {
+static int advance(usp_control *control, int peer, size_t got) {
     usp_line *line = &control->lines[peer];
     char drain[1];
     size_t left;
@@ -323,63 +322,63 @@ static int usp_advance(usp_control *control, int peer, size_t got) {
         line->in_header += got;
         if (line->in_header < sizeof line->in) return 1;
         memset(line->in_text, 0, sizeof line->in_text);
-        if (!usp_frame_sane(control, &line->in)) return 0;
+        if (!frame_sane(control, &line->in)) return 0;
     } else {
         line->in_payload += got;
-        usp_gather_moved(control);
+        gather_moved(control);
     }
-    usp_read_target(control, peer, drain, sizeof drain, &left);
-    if (left == 0) usp_take_frame(control, peer);
+    read_target(control, peer, drain, sizeof drain, &left);
+    if (left == 0) take_frame(control, peer);
     return 1;
 }
 
-static void usp_read_line(usp_control *control, int peer) {
+static void read_line(usp_control *control, int peer) {
     usp_line *line = &control->lines[peer];
     char drain[4096];
     for (int reads = 0; reads < USP_READS && line->connection >= 0; reads++) {
         size_t bytes;
-        char *target = usp_read_target(control, peer, drain, sizeof drain, &bytes);
+        char *target = read_target(control, peer, drain, sizeof drain, &bytes);
         ssize_t got = recv(line->connection, target, bytes, 0);
         if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
-        if (got <= 0 || !usp_advance(control, peer, (size_t)got)) usp_end_line(control, peer);
+        if (got <= 0 || !advance(control, peer, (size_t)got)) end_line(control, peer);
         line->heard = usp_now_ms();
     }
 }
 
 /* ---- writing; the service thread --------------------------------------------------------------------------------- */
 
-static void usp_begin_frame(usp_line *line, usp_frame_kind kind, int rank, uint64_t number, uint64_t bytes) {
+static void begin_frame(usp_line *line, usp_frame_kind kind, int rank, uint64_t number, uint64_t bytes) {
     line->out.frame = (usp_frame){kind, rank, number, bytes};
     line->out_size = sizeof line->out.frame;
     line->out_done = 0;
 }
 
-static void usp_begin_fail(usp_control *control, usp_line *line) {
+static void begin_fail(usp_control *control, usp_line *line) {
     size_t length = strlen(control->sentence);
-    usp_begin_frame(line, USP_FRAME_FAIL, atomic_load(&control->failure), 0, length);
+    begin_frame(line, USP_FRAME_FAIL, atomic_load(&control->failure), 0, length);
     memcpy(line->out.text, control->sentence, length);
     line->out_size += length;
     line->fail_due = 0;
 }
 
 /* Chooses the next frame for a peer, the most urgent first; 0: none. */
-static int usp_begin_next(usp_control *control, int peer) {
+static int begin_next(usp_control *control, int peer) {
     usp_line *line = &control->lines[peer];
     const usp_gather *gather = &control->gather;
     uint64_t exchanges = atomic_load(&control->exchanges);
     if (line->fail_due) {
-        usp_begin_fail(control, line);
+        begin_fail(control, line);
     } else if (line->enter_due) {
-        usp_begin_frame(line, USP_FRAME_ENTER, 0, gather->round, gather->bytes);
+        begin_frame(line, USP_FRAME_ENTER, 0, gather->round, gather->bytes);
         line->enter_due = 0;
     } else if (line->data_due && line->entered == gather->round) {
-        usp_begin_frame(line, USP_FRAME_DATA, 0, gather->round, gather->bytes);
+        begin_frame(line, USP_FRAME_DATA, 0, gather->round, gather->bytes);
         line->out_size += gather->bytes;
     } else if (line->beat_due) {
-        usp_begin_frame(line, USP_FRAME_BEAT, usp_waits_for(control, control->rank), exchanges, 0);
+        begin_frame(line, USP_FRAME_BEAT, waited_for_by(control, control->rank), exchanges, 0);
         line->beat_due = 0;
     } else if (line->goodbye_due) {
-        usp_begin_frame(line, USP_FRAME_GOODBYE, 0, exchanges, 0);
+        begin_frame(line, USP_FRAME_GOODBYE, 0, exchanges, 0);
         line->goodbye_due = 0;
     } else {
         return 0;
@@ -387,15 +386,15 @@ static int usp_begin_next(usp_control *control, int peer) {
     return 1;
 }
 
-static void usp_end_frame(usp_control *control, usp_line *line) {
+static void end_frame(usp_control *control, usp_line *line) {
     line->out_size = line->out_done = 0;
     if (line->out.frame.kind != USP_FRAME_DATA) return;
     line->data_due = 0;
-    usp_gather_moved(control);
+    gather_moved(control);
 }
 
 /* The part of the frame that is next; NULL if it was to come from a gather that has been given up. */
-static const char *usp_write_source(const usp_control *control, const usp_line *line, size_t *bytes) {
+static const char *write_source(const usp_control *control, const usp_line *line, size_t *bytes) {
     size_t head = sizeof line->out.frame;
     int data = line->out.frame.kind == USP_FRAME_DATA;
     if (!data || line->out_done < head) {
@@ -407,28 +406,28 @@ static const char *usp_write_source(const usp_control *control, const usp_line *
 }
 
 /* Writes what the connection takes. A frame that cannot be finished ends the line: nothing can follow it. */
-static void usp_write_line(usp_control *control, int peer) {
+static void write_line(usp_control *control, int peer) {
     usp_line *line = &control->lines[peer];
-    while (line->connection >= 0 && (line->out_size > 0 || usp_begin_next(control, peer))) {
+    while (line->connection >= 0 && (line->out_size > 0 || begin_next(control, peer))) {
         size_t bytes;
-        const char *source = usp_write_source(control, line, &bytes);
+        const char *source = write_source(control, line, &bytes);
         ssize_t sent = source ? send(line->connection, source, bytes, MSG_NOSIGNAL) : 0;
         if (sent < 0 && (errno == EAGAIN || errno == EINTR)) return;
         if (sent < 0 && (errno == EPIPE || errno == ECONNRESET)) return; /* the reader will find out why */
         if (sent <= 0) {
-            usp_end_line(control, peer);
+            end_line(control, peer);
             return;
         }
         line->out_done += (size_t)sent;
-        if (line->out.frame.kind == USP_FRAME_DATA) usp_gather_moved(control);
-        if (line->out_done == line->out_size) usp_end_frame(control, line);
+        if (line->out.frame.kind == USP_FRAME_DATA) gather_moved(control);
+        if (line->out_done == line->out_size) end_frame(control, line);
     }
 }
 
 /* ---- the service thread ------------------------------------------------------------------------------------------ */
 
 /* A gap in this rank's own beats means that it was stopped itself: its view of the others is old. */
-static void usp_beat(usp_control *control) {
+static void beat(usp_control *control) {
     int64_t now = usp_now_ms();
     int fresh = now - control->last_beat > 4 * (int64_t)control->period;
     control->last_beat = now;
@@ -437,11 +436,11 @@ static void usp_beat(usp_control *control) {
         if (fresh) control->lines[i].heard = now;
     }
     if (fresh) control->gather.deadline = usp_tcp_deadline(control->timeout_ms);
-    int silent = control->silence < 0 ? USP_NOBODY : usp_silent(control, control->silence);
-    if (silent != USP_NOBODY) usp_declare_stopped(control, silent);
+    int silent = control->silence < 0 ? USP_NOBODY : find_silent(control, control->silence);
+    if (silent != USP_NOBODY) declare_stopped(control, silent);
 }
 
-static void usp_poll_lines(usp_control *control) {
+static void poll_lines(usp_control *control) {
     for (int i = 0; i < control->size; i++) {
         const usp_line *line = &control->lines[i];
         short events = line->out_size > 0 ? POLLIN | POLLOUT : POLLIN;
@@ -456,40 +455,40 @@ static void usp_poll_lines(usp_control *control) {
     uint64_t rung;
     if (control->polls[control->size].revents && read(control->wake, &rung, sizeof rung) < 0) return;
     for (int i = 0; i < control->size; i++)
-        if (control->polls[i].revents) usp_read_line(control, i);
+        if (control->polls[i].revents) read_line(control, i);
 }
 
 /* Says what is left to say where that can be said at once, then closes the lines. */
-static void usp_say_goodbye(usp_control *control) {
+static void say_goodbye(usp_control *control) {
     for (int i = 0; i < control->size; i++) {
         usp_line *line = &control->lines[i];
         if (line->connection < 0) continue;
         line->goodbye_due = 1;
         line->beat_due = 0;
         line->left = 1; /* an end is no news any more */
-        usp_write_line(control, i);
+        write_line(control, i);
         if (line->connection < 0) continue;
         shutdown(line->connection, SHUT_WR);
-        usp_read_line(control, i); /* unread bytes would make the close a reset */
+        read_line(control, i); /* unread bytes would make the close a reset */
     }
 }
 
-static void *usp_serve(void *argument) {
+static void *serve(void *argument) {
     usp_control *control = argument;
     pthread_mutex_lock(&control->mutex);
     while (!control->stop) {
-        if (usp_tcp_left(control->last_beat + control->period) == 0) usp_beat(control);
-        for (int i = 0; i < control->size; i++) usp_write_line(control, i);
-        usp_poll_lines(control);
+        if (usp_tcp_left(control->last_beat + control->period) == 0) beat(control);
+        for (int i = 0; i < control->size; i++) write_line(control, i);
+        poll_lines(control);
     }
-    usp_say_goodbye(control);
+    say_goodbye(control);
     pthread_mutex_unlock(&control->mutex);
     return NULL;
 }
 
 /* ---- what callers do --------------------------------------------------------------------------------------------- */
 
-static void usp_wait_until(usp_control *control, int64_t deadline) {
+static void wait_until(usp_control *control, int64_t deadline) {
     if (deadline < 0) {
         pthread_cond_wait(&control->changed, &control->mutex);
         return;
@@ -498,25 +497,25 @@ static void usp_wait_until(usp_control *control, int64_t deadline) {
     pthread_cond_timedwait(&control->changed, &control->mutex, &time);
 }
 
-static usp_status usp_gather_wait(usp_control *control) {
+static usp_status gather_wait(usp_control *control) {
     int missing;
-    while ((missing = usp_gather_missing(control)) != USP_NOBODY) {
-        USP_TRY(usp_failure(control));
+    while ((missing = gather_missing(control)) != USP_NOBODY) {
+        USP_TRY(failure_of(control));
         int over = usp_tcp_left(control->gather.deadline) == 0;
         int stalled = usp_now_ms() - control->last_beat > 2 * (int64_t)control->period;
-        if (over && !stalled) return usp_blame(control, missing);
-        usp_wait_until(control, over ? usp_tcp_deadline(control->period) : control->gather.deadline);
+        if (over && !stalled) return blame(control, missing);
+        wait_until(control, over ? usp_tcp_deadline(control->period) : control->gather.deadline);
     }
     return USP_OK;
 }
 
 usp_status usp_control_allgather(usp_control *control, const void *mine, void *all, size_t bytes_per_rank) {
     pthread_mutex_lock(&control->mutex);
-    usp_status status = usp_failure(control);
+    usp_status status = failure_of(control);
     if (status == USP_OK) {
-        usp_gather_open(control, mine, all, bytes_per_rank);
-        status = usp_gather_wait(control);
-        usp_gather_close(control);
+        gather_open(control, mine, all, bytes_per_rank);
+        status = gather_wait(control);
+        gather_close(control);
     }
     pthread_mutex_unlock(&control->mutex);
     return status;
@@ -530,14 +529,14 @@ void usp_control_progress(usp_control *control, uint64_t exchanges, int waiting_
 usp_status usp_control_poll(usp_control *control) {
     if (atomic_load(&control->failure) == USP_OK) return USP_OK;
     pthread_mutex_lock(&control->mutex);
-    usp_status status = usp_failure(control);
+    usp_status status = failure_of(control);
     pthread_mutex_unlock(&control->mutex);
     return status;
 }
 
 usp_status usp_control_overdue(usp_control *control, int peer) {
     pthread_mutex_lock(&control->mutex);
-    usp_status status = usp_blame(control, peer);
+    usp_status status = blame(control, peer);
     pthread_mutex_unlock(&control->mutex);
     return status;
 }
@@ -545,8 +544,8 @@ usp_status usp_control_overdue(usp_control *control, int peer) {
 usp_status usp_control_gone(usp_control *control, int peer) {
     pthread_mutex_lock(&control->mutex);
     control->lines[peer].wanted = 1;
-    if (control->lines[peer].left || control->lines[peer].connection < 0) usp_lose(control, peer);
-    usp_status status = usp_failure(control);
+    if (control->lines[peer].left || control->lines[peer].connection < 0) lose(control, peer);
+    usp_status status = failure_of(control);
     pthread_mutex_unlock(&control->mutex);
     return status;
 }
@@ -558,8 +557,8 @@ usp_status usp_control_fail(usp_control *control, usp_status status, const char 
     vsnprintf(sentence, sizeof sentence, format, arguments);
     va_end(arguments);
     pthread_mutex_lock(&control->mutex);
-    usp_record(control, status, sentence);
-    status = usp_failure(control);
+    record(control, status, sentence);
+    status = failure_of(control);
     pthread_mutex_unlock(&control->mutex);
     return status;
 }
@@ -574,7 +573,7 @@ void usp_control_abort(usp_control *control) {
 
 /* ---- create and destroy ------------------------------------------------------------------------------------------ */
 
-static void usp_set_times(usp_control *control) {
+static void set_times(usp_control *control) {
     int period = control->timeout_ms < 0 ? USP_BEAT_MAX : control->timeout_ms / 8;
     control->period = period < USP_BEAT_MIN ? USP_BEAT_MIN : period > USP_BEAT_MAX ? USP_BEAT_MAX : period;
     int least = USP_SILENT_BEATS * control->period;
@@ -582,7 +581,7 @@ static void usp_set_times(usp_control *control) {
     control->last_beat = usp_now_ms();
 }
 
-static void usp_make_locks(usp_control *control) {
+static void make_locks(usp_control *control) {
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
@@ -591,8 +590,8 @@ static void usp_make_locks(usp_control *control) {
     pthread_mutex_init(&control->mutex, NULL);
 }
 
-static usp_status usp_control_alloc(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms,
-                                    usp_control **result) {
+static usp_status control_alloc(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms,
+                                usp_control **result) {
     size_t size = (size_t)bootstrap->size;
     size_t bytes = sizeof(usp_control) + size * (sizeof(usp_line) + sizeof(int)) + (size + 1) * sizeof(struct pollfd);
     void *memory;
@@ -608,13 +607,13 @@ static usp_status usp_control_alloc(const usp_host *host, const usp_bootstrap *b
     control->wake = control->failed_descriptor = -1;
     atomic_store(&control->waits_for, USP_NOBODY);
     for (size_t i = 0; i < size; i++) control->lines[i].connection = -1;
-    usp_set_times(control);
-    usp_make_locks(control);
+    set_times(control);
+    make_locks(control);
     *result = control;
     return USP_OK;
 }
 
-static usp_status usp_connect_lines(usp_control *control, const usp_bootstrap *bootstrap) {
+static usp_status connect_lines(usp_control *control, const usp_bootstrap *bootstrap) {
     USP_TRY(usp_tcp_mesh(control->host, bootstrap, control->timeout_ms, control->connections));
     for (int i = 0; i < control->size; i++) {
         control->lines[i].connection = control->connections[i];
@@ -624,12 +623,12 @@ static usp_status usp_connect_lines(usp_control *control, const usp_bootstrap *b
     return USP_OK;
 }
 
-static usp_status usp_start_thread(usp_control *control) {
+static usp_status start_thread(usp_control *control) {
     control->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     control->failed_descriptor = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (control->wake < 0 || control->failed_descriptor < 0)
         return usp_fail(USP_COMM, "no descriptor for the control channel: %s", strerror(errno));
-    int reason = usp_thread_start(&control->thread, usp_serve, control);
+    int reason = usp_thread_start(&control->thread, serve, control);
     control->running = reason == 0;
     return reason == 0 ? USP_OK : usp_fail(USP_COMM, "no thread for the control channel: %s", strerror(reason));
 }
@@ -638,9 +637,9 @@ usp_status usp_control_create(const usp_host *host, const usp_bootstrap *bootstr
                               usp_control **result) {
     usp_control *control = NULL;
     *result = NULL;
-    usp_status status = usp_bootstrap_agree(bootstrap, usp_control_alloc(host, bootstrap, timeout_ms, &control));
-    if (status == USP_OK) status = usp_connect_lines(control, bootstrap);
-    if (status == USP_OK) status = usp_bootstrap_agree(bootstrap, usp_start_thread(control));
+    usp_status status = usp_bootstrap_agree(bootstrap, control_alloc(host, bootstrap, timeout_ms, &control));
+    if (status == USP_OK) status = connect_lines(control, bootstrap);
+    if (status == USP_OK) status = usp_bootstrap_agree(bootstrap, start_thread(control));
     if (status == USP_OK)
         *result = control;
     else
@@ -648,17 +647,17 @@ usp_status usp_control_create(const usp_host *host, const usp_bootstrap *bootstr
     return status;
 }
 
-static void usp_stop_thread(usp_control *control) {
+static void stop_thread(usp_control *control) {
     pthread_mutex_lock(&control->mutex);
     control->stop = 1;
-    usp_ring(control->wake);
+    ring(control->wake);
     pthread_mutex_unlock(&control->mutex);
     pthread_join(control->thread, NULL);
 }
 
 void usp_control_destroy(usp_control *control) {
     if (!control) return;
-    if (control->running) usp_stop_thread(control);
+    if (control->running) stop_thread(control);
     for (int i = 0; i < control->size; i++)
         if (control->lines[i].connection >= 0) close(control->lines[i].connection);
     if (control->wake >= 0) close(control->wake);

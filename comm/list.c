@@ -2,7 +2,7 @@
 #include "list.h"
 #include "error.h"
 
-static usp_status usp_check_peer(const usp_comm *comm, int peer) {
+static usp_status check_peer(const usp_comm *comm, int peer) {
     USP_REQUIRE(peer >= 0 && peer < comm->size, "peer is %d in a world of %d", peer, comm->size);
     USP_REQUIRE(peer != comm->rank, "rank %d exchanges with itself", peer);
     return USP_OK;
@@ -10,8 +10,8 @@ static usp_status usp_check_peer(const usp_comm *comm, int peer) {
 
 usp_status usp_list_check(const usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
                           int recv_count) {
-    for (int i = 0; i < send_count; i++) USP_TRY(usp_check_peer(comm, sends[i].peer));
-    for (int i = 0; i < recv_count; i++) USP_TRY(usp_check_peer(comm, recvs[i].peer));
+    for (int i = 0; i < send_count; i++) USP_TRY(check_peer(comm, sends[i].peer));
+    for (int i = 0; i < recv_count; i++) USP_TRY(check_peer(comm, recvs[i].peer));
     return USP_OK;
 }
 

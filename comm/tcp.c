@@ -30,7 +30,7 @@ enum {
     USP_CARD_IPS = 8
 };
 
-static const char usp_magic[8] = {'u', 's', 'p', ' ', 't', 'c', 'p', '1'};
+static const char hello_magic[8] = {'u', 's', 'p', ' ', 't', 'c', 'p', '1'};
 
 /* What each end of a connection says first. */
 typedef struct usp_hello {
@@ -52,7 +52,7 @@ int usp_tcp_left(int64_t deadline) {
 }
 
 /* 1 once one of `events` or an error is there, 0 at the deadline. */
-static int usp_ready(int descriptor, short events, int64_t deadline) {
+static int is_ready(int descriptor, short events, int64_t deadline) {
     struct pollfd one = {.fd = descriptor, .events = events};
     int ready;
     do ready = poll(&one, 1, usp_tcp_left(deadline));
@@ -62,13 +62,13 @@ static int usp_ready(int descriptor, short events, int64_t deadline) {
 
 /* ---- addresses --------------------------------------------------------------------------------------------------- */
 
-static int usp_is_mapped(const usp_ip *ip) {
+static int is_mapped(const usp_ip *ip) {
     return IN6_IS_ADDR_V4MAPPED((const struct in6_addr *)(const void *)ip->bytes);
 }
 
-static socklen_t usp_socket_address(const usp_ip *ip, int port, struct sockaddr_storage *address) {
+static socklen_t socket_address(const usp_ip *ip, int port, struct sockaddr_storage *address) {
     memset(address, 0, sizeof *address);
-    if (usp_is_mapped(ip)) {
+    if (is_mapped(ip)) {
         struct sockaddr_in *v4 = (struct sockaddr_in *)address;
         v4->sin_family = AF_INET;
         v4->sin_port = htons((uint16_t)port);
@@ -82,7 +82,7 @@ static socklen_t usp_socket_address(const usp_ip *ip, int port, struct sockaddr_
     return sizeof *v6;
 }
 
-static usp_ip usp_ip_of(const struct sockaddr *address) {
+static usp_ip ip_of(const struct sockaddr *address) {
     usp_ip ip = {{[10] = 0xff, [11] = 0xff}};
     if (address->sa_family == AF_INET)
         memcpy(ip.bytes + 12, &((const struct sockaddr_in *)(const void *)address)->sin_addr, 4);
@@ -91,23 +91,22 @@ static usp_ip usp_ip_of(const struct sockaddr *address) {
     return ip;
 }
 
-static int usp_is_reachable(const struct ifaddrs *interface) {
+static int is_reachable(const struct ifaddrs *interface) {
     if (!interface->ifa_addr || !(interface->ifa_flags & IFF_UP) || (interface->ifa_flags & IFF_LOOPBACK)) return 0;
     if (interface->ifa_addr->sa_family == AF_INET) return 1;
     if (interface->ifa_addr->sa_family != AF_INET6) return 0;
-    usp_ip ip = usp_ip_of(interface->ifa_addr);
+    usp_ip ip = ip_of(interface->ifa_addr);
     return !IN6_IS_ADDR_LINKLOCAL((const struct in6_addr *)(const void *)ip.bytes);
 }
 
 /* This host's addresses as others may reach it, IPv4 first. */
-static int usp_own_ips(usp_ip *ips, int capacity) {
+static int own_ips(usp_ip *ips, int capacity) {
     struct ifaddrs *interfaces;
     int count = 0;
     if (getifaddrs(&interfaces) != 0) return 0;
     for (int v6 = 0; v6 < 2; v6++)
         for (struct ifaddrs *i = interfaces; i && count < capacity; i = i->ifa_next)
-            if (usp_is_reachable(i) && (i->ifa_addr->sa_family == AF_INET6) == v6)
-                ips[count++] = usp_ip_of(i->ifa_addr);
+            if (is_reachable(i) && (i->ifa_addr->sa_family == AF_INET6) == v6) ips[count++] = ip_of(i->ifa_addr);
     freeifaddrs(interfaces);
     return count;
 }
@@ -119,18 +118,18 @@ usp_status usp_tcp_resolve(const char *name, usp_ip *ips, int capacity, int *cou
     int reason = getaddrinfo(name, NULL, &wanted, &found);
     if (reason != 0) return usp_fail(USP_INVALID, "no address for the host '%.80s': %s", name, gai_strerror(reason));
     for (const struct addrinfo *i = found; i && *count < capacity; i = i->ai_next)
-        if (i->ai_family == AF_INET || i->ai_family == AF_INET6) ips[(*count)++] = usp_ip_of(i->ai_addr);
+        if (i->ai_family == AF_INET || i->ai_family == AF_INET6) ips[(*count)++] = ip_of(i->ai_addr);
     freeaddrinfo(found);
     return *count > 0 ? USP_OK : usp_fail(USP_INVALID, "no address for the host '%.80s'", name);
 }
 
 /* ---- transfers --------------------------------------------------------------------------------------------------- */
 
-static usp_status usp_transfer_failed(ssize_t moved, short events, int connection, int64_t deadline) {
+static usp_status transfer_failed(ssize_t moved, short events, int connection, int64_t deadline) {
     if (moved < 0 && errno == EINTR) return USP_OK;
     if (moved == 0 || (errno != EAGAIN && errno != EWOULDBLOCK))
         return usp_fail(USP_COMM, "the connection ended: %s", moved == 0 ? "closed" : strerror(errno));
-    return usp_ready(connection, events, deadline) ? USP_OK : usp_fail(USP_TIMEOUT, "the connection is silent");
+    return is_ready(connection, events, deadline) ? USP_OK : usp_fail(USP_TIMEOUT, "the connection is silent");
 }
 
 usp_status usp_tcp_send(int connection, const void *data, size_t bytes, int64_t deadline) {
@@ -139,7 +138,7 @@ usp_status usp_tcp_send(int connection, const void *data, size_t bytes, int64_t 
         if (sent > 0)
             done += (size_t)sent;
         else
-            USP_TRY(usp_transfer_failed(sent, POLLOUT, connection, deadline));
+            USP_TRY(transfer_failed(sent, POLLOUT, connection, deadline));
     }
     return USP_OK;
 }
@@ -150,24 +149,24 @@ usp_status usp_tcp_recv(int connection, void *data, size_t bytes, int64_t deadli
         if (got > 0)
             done += (size_t)got;
         else
-            USP_TRY(usp_transfer_failed(got, POLLIN, connection, deadline));
+            USP_TRY(transfer_failed(got, POLLIN, connection, deadline));
     }
     return USP_OK;
 }
 
 /* ---- listen, connect, accept ------------------------------------------------------------------------------------- */
 
-static int usp_open(int family) {
+static int open_socket(int family) {
     int descriptor = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), one = 1;
     if (descriptor >= 0) setsockopt(descriptor, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     return descriptor;
 }
 
 /* A listening socket at the address, or -1 with errno. */
-static int usp_listen_at(const usp_ip *ip, int port) {
+static int listen_at(const usp_ip *ip, int port) {
     struct sockaddr_storage address;
-    socklen_t length = usp_socket_address(ip, port, &address);
-    int listener = usp_open(address.ss_family), one = 1, zero = 0;
+    socklen_t length = socket_address(ip, port, &address);
+    int listener = open_socket(address.ss_family), one = 1, zero = 0;
     if (listener < 0) return -1;
     setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
     if (address.ss_family == AF_INET6) setsockopt(listener, IPPROTO_IPV6, IPV6_V6ONLY, &zero, sizeof zero);
@@ -178,7 +177,7 @@ static int usp_listen_at(const usp_ip *ip, int port) {
     return -1;
 }
 
-static int usp_bound_port(int listener) {
+static int bound_port(int listener) {
     struct sockaddr_storage address = {0};
     socklen_t length = sizeof address;
     getsockname(listener, (struct sockaddr *)&address, &length);
@@ -188,48 +187,48 @@ static int usp_bound_port(int listener) {
 
 usp_status usp_tcp_listen(const usp_ip *ip, int port, int *listener, int *bound) {
     const usp_ip any6 = {{0}}, any4 = {{[10] = 0xff, [11] = 0xff}};
-    *listener = usp_listen_at(ip ? ip : &any6, port);
-    if (*listener < 0 && !ip && errno != EADDRINUSE) *listener = usp_listen_at(&any4, port); /* no IPv6 here */
+    *listener = listen_at(ip ? ip : &any6, port);
+    if (*listener < 0 && !ip && errno != EADDRINUSE) *listener = listen_at(&any4, port); /* no IPv6 here */
     if (*listener < 0) return usp_fail(USP_COMM, "cannot listen on port %d: %s", port, strerror(errno));
-    *bound = usp_bound_port(*listener);
+    *bound = bound_port(*listener);
     return USP_OK;
 }
 
 /* Takes the same time for every wrong token. */
-static int usp_hello_right(const usp_hello *hello, const usp_token *token, int to) {
+static int hello_right(const usp_hello *hello, const usp_token *token, int to) {
     unsigned difference = 0;
     for (size_t i = 0; i < sizeof token->bytes; i++) difference |= (unsigned)(hello->token.bytes[i] ^ token->bytes[i]);
-    return difference == 0 && memcmp(hello->magic, usp_magic, sizeof usp_magic) == 0 && hello->to == to;
+    return difference == 0 && memcmp(hello->magic, hello_magic, sizeof hello_magic) == 0 && hello->to == to;
 }
 
-static usp_hello usp_hello_make(const usp_token *token, int from, int to) {
+static usp_hello hello_make(const usp_token *token, int from, int to) {
     usp_hello hello = {.token = *token, .from = from, .to = to};
-    memcpy(hello.magic, usp_magic, sizeof usp_magic);
+    memcpy(hello.magic, hello_magic, sizeof hello_magic);
     return hello;
 }
 
-static usp_status usp_introduce(int connection, const usp_token *token, int rank, int peer, int64_t deadline) {
-    usp_hello hello = usp_hello_make(token, rank, peer), answer;
+static usp_status introduce(int connection, const usp_token *token, int rank, int peer, int64_t deadline) {
+    usp_hello hello = hello_make(token, rank, peer), answer;
     usp_status status = usp_tcp_send(connection, &hello, sizeof hello, deadline);
     if (status == USP_OK) status = usp_tcp_recv(connection, &answer, sizeof answer, deadline);
     if (status != USP_OK) return usp_fail(USP_TIMEOUT, "rank %d does not answer", peer);
-    if (usp_hello_right(&answer, token, rank) && answer.from == peer) return USP_OK;
+    if (hello_right(&answer, token, rank) && answer.from == peer) return USP_OK;
     return usp_fail(USP_COMM, "another program answers in place of rank %d", peer);
 }
 
 usp_status usp_tcp_connect(const usp_ip *ip, int port, const usp_token *token, int rank, int peer, int64_t deadline,
                            int *connection) {
     struct sockaddr_storage address;
-    socklen_t length = usp_socket_address(ip, port, &address);
-    int descriptor = usp_open(address.ss_family), reason = errno;
+    socklen_t length = socket_address(ip, port, &address);
+    int descriptor = open_socket(address.ss_family), reason = errno;
     if (descriptor < 0) return usp_fail(USP_COMM, "no socket: %s", strerror(reason));
     reason = connect(descriptor, (struct sockaddr *)&address, length) == 0 ? 0 : errno;
     if (reason == EINPROGRESS) {
         socklen_t size = sizeof reason;
         reason = ETIMEDOUT;
-        if (usp_ready(descriptor, POLLOUT, deadline)) getsockopt(descriptor, SOL_SOCKET, SO_ERROR, &reason, &size);
+        if (is_ready(descriptor, POLLOUT, deadline)) getsockopt(descriptor, SOL_SOCKET, SO_ERROR, &reason, &size);
     }
-    usp_status status = reason == 0 ? usp_introduce(descriptor, token, rank, peer, deadline)
+    usp_status status = reason == 0 ? introduce(descriptor, token, rank, peer, deadline)
                                     : usp_fail(reason == ETIMEDOUT ? USP_TIMEOUT : USP_COMM,
                                                "cannot connect to rank %d: %s", peer, strerror(reason));
     if (status == USP_OK)
@@ -254,26 +253,26 @@ typedef struct usp_reception {
     usp_caller callers[USP_CALLERS];
 } usp_reception;
 
-static void usp_dismiss(usp_caller *caller) {
+static void dismiss(usp_caller *caller) {
     if (caller->descriptor >= 0) close(caller->descriptor);
     caller->descriptor = -1;
 }
 
 /* Who has given up waiting for an answer will call again. */
-static int usp_is_gone(const usp_caller *caller) {
+static int is_gone(const usp_caller *caller) {
     char byte;
     return recv(caller->descriptor, &byte, 1, MSG_PEEK) == 0;
 }
 
 /* Where a rank calls twice, it has given its first connection up. */
-static void usp_seat_caller(usp_reception *reception, usp_caller *caller) {
+static void seat_caller(usp_reception *reception, usp_caller *caller) {
     int from = caller->hello.from;
-    int welcome = usp_hello_right(&caller->hello, reception->token, reception->rank) && from >= reception->first &&
+    int welcome = hello_right(&caller->hello, reception->token, reception->rank) && from >= reception->first &&
                   from < reception->size;
-    usp_hello answer = usp_hello_make(reception->token, reception->rank, from);
-    if (!welcome || usp_is_gone(caller) ||
+    usp_hello answer = hello_make(reception->token, reception->rank, from);
+    if (!welcome || is_gone(caller) ||
         send(caller->descriptor, &answer, sizeof answer, MSG_NOSIGNAL) != (ssize_t)sizeof answer) {
-        usp_dismiss(caller);
+        dismiss(caller);
         return;
     }
     if (reception->connections[from] >= 0) close(reception->connections[from]);
@@ -281,21 +280,21 @@ static void usp_seat_caller(usp_reception *reception, usp_caller *caller) {
     caller->descriptor = -1;
 }
 
-static void usp_listen_to_caller(usp_reception *reception, usp_caller *caller) {
+static void listen_to_caller(usp_reception *reception, usp_caller *caller) {
     char *room = (char *)&caller->hello + caller->heard;
     ssize_t got = recv(caller->descriptor, room, sizeof caller->hello - caller->heard, 0);
     if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
     if (got <= 0) {
-        usp_dismiss(caller);
+        dismiss(caller);
         return;
     }
     caller->heard += (size_t)got;
-    if (caller->heard == sizeof caller->hello) usp_seat_caller(reception, caller);
+    if (caller->heard == sizeof caller->hello) seat_caller(reception, caller);
 }
 
 /* A free place, or that of the one who has been here for longest, if that was time enough to say who it is; NULL: none
  * yet. Many ranks may call at once, and each may be slow to speak. */
-static usp_caller *usp_find_place(usp_reception *reception) {
+static usp_caller *find_place(usp_reception *reception) {
     usp_caller *oldest = &reception->callers[0];
     for (int i = 0; i < USP_CALLERS; i++) {
         usp_caller *caller = &reception->callers[i];
@@ -306,36 +305,36 @@ static usp_caller *usp_find_place(usp_reception *reception) {
 }
 
 /* A call that cannot be taken, for want of descriptors, stays: the next look at it must not come at once. */
-static void usp_take_call(usp_caller *place, int listener) {
+static void take_call(usp_caller *place, int listener) {
     int descriptor = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK), one = 1;
     if (descriptor < 0) {
         poll(NULL, 0, USP_NAP_MS);
         return;
     }
     setsockopt(descriptor, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    usp_dismiss(place);
+    dismiss(place);
     *place = (usp_caller){.descriptor = descriptor, .since = usp_now_ms()};
 }
 
-static int usp_count_missing(const usp_reception *reception) {
+static int count_missing(const usp_reception *reception) {
     int missing = 0;
     for (int i = reception->first; i < reception->size; i++) missing += reception->connections[i] < 0;
     return missing;
 }
 
-static usp_status usp_name_missing(const usp_reception *reception) {
+static usp_status name_missing(const usp_reception *reception) {
     char ranks[160];
     size_t length = 0;
     for (int i = reception->first; i < reception->size && length + 16 < sizeof ranks; i++)
         if (reception->connections[i] < 0)
             length += (size_t)snprintf(ranks + length, sizeof ranks - length, "%s%d", length ? ", " : "", i);
-    return usp_fail(USP_TIMEOUT, "%d rank(s) did not connect in time: %s", usp_count_missing(reception), ranks);
+    return usp_fail(USP_TIMEOUT, "%d rank(s) did not connect in time: %s", count_missing(reception), ranks);
 }
 
 /* One round of whatever has come. */
-static void usp_receive_calls(usp_reception *reception, int listener, int64_t deadline) {
+static void receive_calls(usp_reception *reception, int listener, int64_t deadline) {
     struct pollfd polls[USP_CALLERS + 1];
-    usp_caller *place = usp_find_place(reception);
+    usp_caller *place = find_place(reception);
     int left = usp_tcp_left(deadline);
     if (!place && (left < 0 || left > USP_PATIENCE_MS)) left = USP_PATIENCE_MS;
     for (int i = 0; i < USP_CALLERS; i++)
@@ -343,18 +342,17 @@ static void usp_receive_calls(usp_reception *reception, int listener, int64_t de
     polls[USP_CALLERS] = (struct pollfd){.fd = place ? listener : -1, .events = POLLIN};
     if (poll(polls, USP_CALLERS + 1, left) <= 0) return;
     for (int i = 0; i < USP_CALLERS; i++)
-        if (polls[i].revents) usp_listen_to_caller(reception, &reception->callers[i]);
-    if (polls[USP_CALLERS].revents) usp_take_call(place, listener);
+        if (polls[i].revents) listen_to_caller(reception, &reception->callers[i]);
+    if (polls[USP_CALLERS].revents) take_call(place, listener);
 }
 
 usp_status usp_tcp_accept(int listener, const usp_token *token, int rank, int first, int size, int64_t deadline,
                           int *connections) {
     usp_reception reception = {token, rank, first, size, connections, {{0}}};
     for (int i = 0; i < USP_CALLERS; i++) reception.callers[i].descriptor = -1;
-    while (usp_count_missing(&reception) > 0 && usp_tcp_left(deadline) != 0)
-        usp_receive_calls(&reception, listener, deadline);
-    for (int i = 0; i < USP_CALLERS; i++) usp_dismiss(&reception.callers[i]);
-    return usp_count_missing(&reception) > 0 ? usp_name_missing(&reception) : USP_OK;
+    while (count_missing(&reception) > 0 && usp_tcp_left(deadline) != 0) receive_calls(&reception, listener, deadline);
+    for (int i = 0; i < USP_CALLERS; i++) dismiss(&reception.callers[i]);
+    return count_missing(&reception) > 0 ? name_missing(&reception) : USP_OK;
 }
 
 void usp_tcp_close(int *connections, int count) {
@@ -385,14 +383,14 @@ typedef struct usp_mesh_making {
 } usp_mesh_making;
 
 /* Names the boot of this machine and the network namespace of this process. */
-static uint64_t usp_network_identity(void) {
+static uint64_t network_identity(void) {
     struct stat space = {0};
     if (stat("/proc/self/ns/net", &space) != 0) space.st_ino = 0;
     return usp_hash_boot((uint64_t)space.st_ino);
 }
 
 /* Shares the cards; another rank's failure becomes everybody's. */
-static usp_status usp_share_cards(usp_mesh_making *making, usp_status mine) {
+static usp_status share_cards(usp_mesh_making *making, usp_status mine) {
     const usp_bootstrap *bootstrap = making->bootstrap;
     making->mine.status = mine;
     USP_TRY(usp_bootstrap_gather(bootstrap, &making->mine, making->cards, sizeof making->mine));
@@ -404,15 +402,15 @@ static usp_status usp_share_cards(usp_mesh_making *making, usp_status mine) {
     return USP_OK;
 }
 
-static usp_status usp_identify(usp_mesh_making *making) {
-    making->mine.network = usp_network_identity();
+static usp_status identify(usp_mesh_making *making) {
+    making->mine.network = network_identity();
     if (getrandom(making->mine.token.bytes, sizeof making->mine.token.bytes, 0) == sizeof making->mine.token.bytes)
         return USP_OK;
     return usp_fail(USP_COMM, "no random numbers: %s", strerror(errno));
 }
 
 /* Loopback where all are on one host. */
-static usp_status usp_open_door(usp_mesh_making *making) {
+static usp_status open_door(usp_mesh_making *making) {
     const usp_ip loopback = {{[10] = 0xff, [11] = 0xff, [12] = 127, [15] = 1}};
     usp_card *mine = &making->mine;
     int local = 1, port;
@@ -420,24 +418,24 @@ static usp_status usp_open_door(usp_mesh_making *making) {
     USP_TRY(usp_tcp_listen(local ? &loopback : NULL, 0, &making->listener, &port));
     mine->port = port;
     mine->ips[0] = loopback;
-    mine->ip_count = local ? 1 : usp_own_ips(mine->ips, USP_CARD_IPS);
+    mine->ip_count = local ? 1 : own_ips(mine->ips, USP_CARD_IPS);
     if (mine->ip_count == 0) return usp_fail(USP_COMM, "rank %d has no network address", making->bootstrap->rank);
     return USP_OK;
 }
 
 /* The end of something that begins now and may take a round. */
-static int64_t usp_round_end(const usp_mesh_making *making) {
+static int64_t round_end(const usp_mesh_making *making) {
     int left = usp_tcp_left(making->deadline);
     return left >= 0 && left <= USP_ROUND_MS ? making->deadline : usp_tcp_deadline(USP_ROUND_MS);
 }
 
 /* An address may lead elsewhere (a bridge, a private network): each round begins with another one. */
-static usp_status usp_call(usp_mesh_making *making, const usp_token *token, int peer, int round) {
+static usp_status call(usp_mesh_making *making, const usp_token *token, int peer, int round) {
     const usp_card *card = &making->cards[peer];
     usp_status status = usp_fail(USP_COMM, "rank %d has no address", peer);
     for (int i = 0; i < card->ip_count && i < USP_CARD_IPS; i++) {
         const usp_ip *ip = &card->ips[(round + i) % card->ip_count];
-        status = usp_tcp_connect(ip, card->port, token, making->bootstrap->rank, peer, usp_round_end(making),
+        status = usp_tcp_connect(ip, card->port, token, making->bootstrap->rank, peer, round_end(making),
                                  &making->connections[peer]);
         if (status == USP_OK || status == USP_TIMEOUT) break;
     }
@@ -445,10 +443,10 @@ static usp_status usp_call(usp_mesh_making *making, const usp_token *token, int 
 }
 
 /* A rank that does not answer may be late, and is called again; who cannot be called at all is a failure. */
-static usp_status usp_call_all(usp_mesh_making *making, const usp_token *token, int round) {
+static usp_status call_all(usp_mesh_making *making, const usp_token *token, int round) {
     for (int peer = 0; peer < making->bootstrap->rank; peer++) {
         if (making->connections[peer] >= 0) continue;
-        usp_status status = usp_call(making, token, peer, round);
+        usp_status status = call(making, token, peer, round);
         int late = status == USP_TIMEOUT && usp_tcp_left(making->deadline) != 0;
         making->mine.waiting |= late;
         if (!late) USP_TRY(status);
@@ -456,16 +454,16 @@ static usp_status usp_call_all(usp_mesh_making *making, const usp_token *token, 
     return USP_OK;
 }
 
-static usp_status usp_hear_all(usp_mesh_making *making, const usp_token *token) {
+static usp_status hear_all(usp_mesh_making *making, const usp_token *token) {
     const usp_bootstrap *bootstrap = making->bootstrap;
     usp_status status = usp_tcp_accept(making->listener, token, bootstrap->rank, bootstrap->rank + 1, bootstrap->size,
-                                       usp_round_end(making), making->connections);
+                                       round_end(making), making->connections);
     int late = status == USP_TIMEOUT && usp_tcp_left(making->deadline) != 0;
     making->mine.waiting |= late;
     return late ? USP_OK : status;
 }
 
-static int usp_anybody_waits(const usp_mesh_making *making) {
+static int anybody_waits(const usp_mesh_making *making) {
     int waiting = 0;
     for (int i = 0; i < making->bootstrap->size; i++) waiting |= making->cards[i].waiting;
     return waiting;
@@ -473,21 +471,21 @@ static int usp_anybody_waits(const usp_mesh_making *making) {
 
 /* Each rank calls the ranks before it, then hears those after it; rank 0 only hears, so the calls end. In rounds, since
  * a rank that could not call another is a failure that nobody else sees. */
-static usp_status usp_connect_all(usp_mesh_making *making, const usp_token *token) {
+static usp_status connect_all(usp_mesh_making *making, const usp_token *token) {
     for (int round = 0;; round++) {
         making->mine.waiting = 0;
-        usp_status status = usp_call_all(making, token, round);
-        if (status == USP_OK) status = usp_hear_all(making, token);
-        USP_TRY(usp_share_cards(making, status));
-        if (!usp_anybody_waits(making)) return USP_OK;
+        usp_status status = call_all(making, token, round);
+        if (status == USP_OK) status = hear_all(making, token);
+        USP_TRY(share_cards(making, status));
+        if (!anybody_waits(making)) return USP_OK;
     }
 }
 
-static usp_status usp_make_mesh(usp_mesh_making *making) {
-    USP_TRY(usp_share_cards(making, usp_identify(making)));
+static usp_status make_mesh(usp_mesh_making *making) {
+    USP_TRY(share_cards(making, identify(making)));
     usp_token token = making->cards[0].token;
-    USP_TRY(usp_share_cards(making, usp_open_door(making)));
-    return usp_connect_all(making, &token);
+    USP_TRY(share_cards(making, open_door(making)));
+    return connect_all(making, &token);
 }
 
 usp_status usp_tcp_mesh(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms, int *connections) {
@@ -498,7 +496,7 @@ usp_status usp_tcp_mesh(const usp_host *host, const usp_bootstrap *bootstrap, in
     status = usp_bootstrap_agree(bootstrap, status);
     making.cards = cards;
     making.deadline = usp_tcp_deadline(timeout_ms);
-    if (status == USP_OK) status = usp_make_mesh(&making);
+    if (status == USP_OK) status = make_mesh(&making);
     if (making.listener >= 0) close(making.listener);
     if (status != USP_OK) usp_tcp_close(connections, bootstrap->size);
     usp_host_free(host, cards);

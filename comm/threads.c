@@ -57,11 +57,11 @@ typedef struct usp_thread_comm {
 
 /* ---- the rendezvous ---------------------------------------------------------------------------------------------- */
 
-static usp_box *usp_box_of(usp_rendezvous *meeting, int sender, int receiver) {
+static usp_box *box_of(usp_rendezvous *meeting, int sender, int receiver) {
     return &meeting->boxes[(size_t)sender * (size_t)meeting->size + (size_t)receiver];
 }
 
-static void usp_seats_init(usp_rendezvous *meeting) {
+static void seats_init(usp_rendezvous *meeting) {
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
@@ -85,7 +85,7 @@ usp_status usp_rendezvous_create(int size, usp_rendezvous **rendezvous) {
     meeting->seats = (usp_seat *)(meeting + 1);
     meeting->boxes = (usp_box *)(meeting->seats + ranks);
     pthread_mutex_init(&meeting->mutex, NULL);
-    usp_seats_init(meeting);
+    seats_init(meeting);
     *rendezvous = meeting;
     return USP_OK;
 }
@@ -100,46 +100,46 @@ void usp_rendezvous_destroy(usp_rendezvous *meeting) {
 
 /* ---- failure and blame; all under the mutex ---------------------------------------------------------------------- */
 
-static void usp_wake_all(usp_rendezvous *meeting) {
+static void wake_all(usp_rendezvous *meeting) {
     for (int i = 0; i < meeting->size; i++) pthread_cond_signal(&meeting->seats[i].wake);
 }
 
 /* The failure of the world as this thread's error. */
-static usp_status usp_failure(const usp_rendezvous *meeting) {
+static usp_status failure_of(const usp_rendezvous *meeting) {
     return meeting->failure == USP_OK ? USP_OK : usp_fail(meeting->failure, "%s", meeting->sentence);
 }
 
 /* Fails the world for all ranks, unless it has failed already; the first failure is the one that all report. */
-__attribute__((format(printf, 3, 4))) static usp_status usp_fail_all(usp_rendezvous *meeting, usp_status status,
-                                                                     const char *format, ...) {
+__attribute__((format(printf, 3, 4))) static usp_status fail_all(usp_rendezvous *meeting, usp_status status,
+                                                                 const char *format, ...) {
     if (meeting->failure == USP_OK) {
         va_list arguments;
         va_start(arguments, format);
         vsnprintf(meeting->sentence, sizeof meeting->sentence, format, arguments);
         va_end(arguments);
         meeting->failure = status;
-        usp_wake_all(meeting);
+        wake_all(meeting);
     }
-    return usp_failure(meeting);
+    return failure_of(meeting);
 }
 
 /* A receiver whose message is there is not waiting: it is the one who has to act. */
-static int usp_waits_on(usp_rendezvous *meeting, int rank, int peer) {
+static int waits_on(usp_rendezvous *meeting, int rank, int peer) {
     if (rank == peer) return 0;
     usp_activity activity = meeting->seats[rank].activity;
     if (activity == USP_GATHERING) return meeting->seats[peer].activity != USP_GATHERING;
     if (activity != USP_EXCHANGING) return 0;
-    const usp_box *out = usp_box_of(meeting, rank, peer), *in = usp_box_of(meeting, peer, rank);
+    const usp_box *out = box_of(meeting, rank, peer), *in = box_of(meeting, peer, rank);
     return out->next != USP_NO_MESSAGE || (in->want != USP_NO_MESSAGE && in->next == USP_NO_MESSAGE);
 }
 
-static int usp_waits_for(usp_rendezvous *meeting, int rank) {
+static int waits_for(usp_rendezvous *meeting, int rank) {
     for (int peer = 0; peer < meeting->size; peer++)
-        if (usp_waits_on(meeting, rank, peer)) return peer;
+        if (waits_on(meeting, rank, peer)) return peer;
     return USP_NO_RANK;
 }
 
-static int usp_fewest_exchanges(const usp_rendezvous *meeting) {
+static int fewest_exchanges(const usp_rendezvous *meeting) {
     int fewest = 0;
     for (int i = 1; i < meeting->size; i++)
         if (meeting->seats[i].exchanges < meeting->seats[fewest].exchanges) fewest = i;
@@ -147,18 +147,18 @@ static int usp_fewest_exchanges(const usp_rendezvous *meeting) {
 }
 
 /* The end of the chain of who waits for whom; where the chain is a circle, the rank that has done least. */
-static int usp_rank_behind(usp_rendezvous *meeting, int rank) {
+static int rank_behind(usp_rendezvous *meeting, int rank) {
     for (int hops = 0; hops <= meeting->size; hops++) {
-        int next = usp_waits_for(meeting, rank);
+        int next = waits_for(meeting, rank);
         if (next == USP_NO_RANK) return rank;
         rank = next;
     }
-    return usp_fewest_exchanges(meeting);
+    return fewest_exchanges(meeting);
 }
 
 /* ---- waiting; all under the mutex -------------------------------------------------------------------------------- */
 
-static struct timespec usp_deadline_in(int milliseconds) {
+static struct timespec deadline_in(int milliseconds) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     time.tv_sec += milliseconds / 1000;
@@ -170,27 +170,27 @@ static struct timespec usp_deadline_in(int milliseconds) {
     return time;
 }
 
-static usp_status usp_check_left(usp_rendezvous *meeting, int rank) {
+static usp_status check_left(usp_rendezvous *meeting, int rank) {
     for (int peer = 0; peer < meeting->size; peer++)
-        if (meeting->seats[peer].activity == USP_LEFT && usp_waits_on(meeting, rank, peer))
-            return usp_fail_all(meeting, USP_PEER_LOST, "rank %d left while rank %d waited for it", peer, rank);
+        if (meeting->seats[peer].activity == USP_LEFT && waits_on(meeting, rank, peer))
+            return fail_all(meeting, USP_PEER_LOST, "rank %d left while rank %d waited for it", peer, rank);
     return USP_OK;
 }
 
 /* Sleeps until something may have changed. */
-static usp_status usp_wait(usp_thread_comm *self, const struct timespec *deadline) {
+static usp_status wait_for_change(usp_thread_comm *self, const struct timespec *deadline) {
     usp_rendezvous *meeting = self->meeting;
     int rank = self->base.rank;
-    USP_TRY(usp_check_left(meeting, rank));
+    USP_TRY(check_left(meeting, rank));
     pthread_cond_t *wake = &meeting->seats[rank].wake;
     if (self->base.timeout_ms < 0) {
         pthread_cond_wait(wake, &meeting->mutex);
         return USP_OK;
     }
     if (pthread_cond_timedwait(wake, &meeting->mutex, deadline) != ETIMEDOUT) return USP_OK;
-    if (usp_waits_for(meeting, rank) == USP_NO_RANK) return USP_OK;
-    return usp_fail_all(meeting, USP_TIMEOUT, "rank %d did not arrive within %d ms; rank %d waited",
-                        usp_rank_behind(meeting, rank), self->base.timeout_ms, rank);
+    if (waits_for(meeting, rank) == USP_NO_RANK) return USP_OK;
+    return fail_all(meeting, USP_TIMEOUT, "rank %d did not arrive within %d ms; rank %d waited",
+                    rank_behind(meeting, rank), self->base.timeout_ms, rank);
 }
 
 /* ---- exchange ---------------------------------------------------------------------------------------------------- */
@@ -203,7 +203,7 @@ typedef struct usp_errand {
     usp_stream stream;
 } usp_errand;
 
-static usp_status usp_check_errand(const usp_comm *comm, const usp_errand *errand) {
+static usp_status check_errand(const usp_comm *comm, const usp_errand *errand) {
     USP_TRY(usp_list_check(comm, errand->sends, errand->send_count, errand->recvs, errand->recv_count));
     int capturing = 0;
     USP_TRY(comm->device->ops->capturing(comm->device, errand->stream, &capturing));
@@ -211,7 +211,7 @@ static usp_status usp_check_errand(const usp_comm *comm, const usp_errand *erran
     return USP_OK;
 }
 
-static void usp_post(usp_thread_comm *self, const usp_errand *errand) {
+static void post(usp_thread_comm *self, const usp_errand *errand) {
     usp_rendezvous *meeting = self->meeting;
     int rank = self->base.rank;
     usp_seat *seat = &meeting->seats[rank];
@@ -220,7 +220,7 @@ static void usp_post(usp_thread_comm *self, const usp_errand *errand) {
     seat->sends = errand->sends;
     seat->send_count = errand->send_count;
     for (int peer = 0; peer < meeting->size; peer++) {
-        usp_box *out = usp_box_of(meeting, rank, peer), *in = usp_box_of(meeting, peer, rank);
+        usp_box *out = box_of(meeting, rank, peer), *in = box_of(meeting, peer, rank);
         out->next = usp_list_next_send(errand->sends, errand->send_count, 0, peer);
         in->want = usp_list_next_recv(errand->recvs, errand->recv_count, 0, peer);
         if (out->next != USP_NO_MESSAGE) pthread_cond_signal(&meeting->seats[peer].wake);
@@ -228,14 +228,14 @@ static void usp_post(usp_thread_comm *self, const usp_errand *errand) {
 }
 
 /* Nobody may read this rank's memory or look for its messages any more. */
-static void usp_withdraw(usp_thread_comm *self) {
+static void withdraw(usp_thread_comm *self) {
     usp_rendezvous *meeting = self->meeting;
     int rank = self->base.rank;
     usp_seat *seat = &meeting->seats[rank];
     for (int peer = 0; peer < meeting->size; peer++) {
-        usp_box *out = usp_box_of(meeting, rank, peer);
+        usp_box *out = box_of(meeting, rank, peer);
         while (out->copying) pthread_cond_wait(&seat->wake, &meeting->mutex);
-        out->next = usp_box_of(meeting, peer, rank)->want = USP_NO_MESSAGE;
+        out->next = box_of(meeting, peer, rank)->want = USP_NO_MESSAGE;
         out->unsettled = 0;
         if (meeting->seats[peer].activity == USP_LEFT) pthread_cond_signal(&meeting->seats[peer].wake);
     }
@@ -244,21 +244,21 @@ static void usp_withdraw(usp_thread_comm *self) {
 }
 
 /* Lets this rank's stream wait for the receiver's, so that later work may overwrite the message. */
-static usp_status usp_settle(usp_thread_comm *self, int peer, usp_stream stream, int *moved) {
+static usp_status settle(usp_thread_comm *self, int peer, usp_stream stream, int *moved) {
     usp_rendezvous *meeting = self->meeting;
     usp_device *device = self->base.device;
-    usp_box *out = usp_box_of(meeting, self->base.rank, peer);
+    usp_box *out = box_of(meeting, self->base.rank, peer);
     if (!out->unsettled) return USP_OK;
     out->unsettled = 0;
     *moved = 1;
     if (meeting->seats[peer].activity == USP_LEFT) pthread_cond_signal(&meeting->seats[peer].wake);
     if (device->ops->event_wait(device, out->consumed, stream) == USP_OK) return USP_OK;
-    return usp_fail_all(meeting, USP_DEVICE, "rank %d: %s", self->base.rank, usp_last_error());
+    return fail_all(meeting, USP_DEVICE, "rank %d: %s", self->base.rank, usp_last_error());
 }
 
 /* Copies one message without the mutex; `copying` keeps the sender where it is. */
-static usp_status usp_copy_message(usp_thread_comm *self, usp_box *in, const usp_seat *sender, const usp_recv *recv,
-                                   usp_stream stream) {
+static usp_status copy_message(usp_thread_comm *self, usp_box *in, const usp_seat *sender, const usp_recv *recv,
+                               usp_stream stream) {
     usp_device *device = self->base.device;
     const void *data = sender->sends[in->next].data;
     in->copying = 1;
@@ -269,22 +269,22 @@ static usp_status usp_copy_message(usp_thread_comm *self, usp_box *in, const usp
     in->copying = 0;
     if (status == USP_OK) status = device->ops->event_record(device, in->consumed, stream);
     if (status == USP_OK) return USP_OK;
-    return usp_fail_all(self->meeting, status, "rank %d: %s", self->base.rank, usp_last_error());
+    return fail_all(self->meeting, status, "rank %d: %s", self->base.rank, usp_last_error());
 }
 
 /* Takes the next message of `peer` if it is there. */
-static usp_status usp_receive(usp_thread_comm *self, int peer, const usp_errand *errand, int *moved) {
+static usp_status receive(usp_thread_comm *self, int peer, const usp_errand *errand, int *moved) {
     usp_rendezvous *meeting = self->meeting;
     int rank = self->base.rank;
-    usp_box *in = usp_box_of(meeting, peer, rank);
+    usp_box *in = box_of(meeting, peer, rank);
     usp_seat *sender = &meeting->seats[peer];
     if (in->want == USP_NO_MESSAGE || in->next == USP_NO_MESSAGE) return USP_OK;
     const usp_recv *recv = &errand->recvs[in->want];
     size_t sent = sender->sends[in->next].bytes;
     if (sent != recv->bytes)
-        return usp_fail_all(meeting, USP_COMM, "rank %d sends %zu bytes to rank %d, which expects %zu", peer, sent,
-                            rank, recv->bytes);
-    usp_status status = usp_copy_message(self, in, sender, recv, errand->stream);
+        return fail_all(meeting, USP_COMM, "rank %d sends %zu bytes to rank %d, which expects %zu", peer, sent, rank,
+                        recv->bytes);
+    usp_status status = copy_message(self, in, sender, recv, errand->stream);
     pthread_cond_signal(&sender->wake);
     if (status != USP_OK) return status;
     in->next = usp_list_next_send(sender->sends, sender->send_count, in->next + 1, rank);
@@ -295,38 +295,38 @@ static usp_status usp_receive(usp_thread_comm *self, int peer, const usp_errand 
 }
 
 /* Moves whatever can move until nothing is left. The time limit is for a wait, not for the whole exchange. */
-static usp_status usp_run_errand(usp_thread_comm *self, const usp_errand *errand) {
+static usp_status run_errand(usp_thread_comm *self, const usp_errand *errand) {
     usp_rendezvous *meeting = self->meeting;
-    struct timespec deadline = usp_deadline_in(self->base.timeout_ms);
+    struct timespec deadline = deadline_in(self->base.timeout_ms);
     for (;;) {
         int moved = 0;
-        USP_TRY(usp_failure(meeting));
+        USP_TRY(failure_of(meeting));
         for (int peer = 0; peer < meeting->size; peer++) {
-            USP_TRY(usp_settle(self, peer, errand->stream, &moved));
-            USP_TRY(usp_receive(self, peer, errand, &moved));
+            USP_TRY(settle(self, peer, errand->stream, &moved));
+            USP_TRY(receive(self, peer, errand, &moved));
         }
         if (moved) {
-            deadline = usp_deadline_in(self->base.timeout_ms);
+            deadline = deadline_in(self->base.timeout_ms);
             continue;
         }
-        if (usp_waits_for(meeting, self->base.rank) == USP_NO_RANK) return USP_OK;
-        USP_TRY(usp_wait(self, &deadline));
+        if (waits_for(meeting, self->base.rank) == USP_NO_RANK) return USP_OK;
+        USP_TRY(wait_for_change(self, &deadline));
     }
 }
 
-static usp_status usp_threads_exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
-                                       int recv_count, usp_stream stream) {
+static usp_status threads_exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
+                                   int recv_count, usp_stream stream) {
     usp_thread_comm *self = (usp_thread_comm *)comm;
     usp_rendezvous *meeting = self->meeting;
     usp_errand errand = {sends, recvs, send_count, recv_count, stream};
-    USP_TRY(usp_check_errand(comm, &errand));
+    USP_TRY(check_errand(comm, &errand));
     USP_TRY(comm->device->ops->event_record(comm->device, meeting->seats[comm->rank].posted, stream));
     pthread_mutex_lock(&meeting->mutex);
-    usp_status status = usp_failure(meeting);
+    usp_status status = failure_of(meeting);
     if (status == USP_OK) {
-        usp_post(self, &errand);
-        status = usp_run_errand(self, &errand);
-        usp_withdraw(self);
+        post(self, &errand);
+        status = run_errand(self, &errand);
+        withdraw(self);
     }
     pthread_mutex_unlock(&meeting->mutex);
     return status;
@@ -334,121 +334,121 @@ static usp_status usp_threads_exchange(usp_comm *comm, const usp_send *sends, in
 
 /* ---- gather ------------------------------------------------------------------------------------------------------ */
 
-static int usp_all_gathering(const usp_rendezvous *meeting) {
+static int all_gathering(const usp_rendezvous *meeting) {
     for (int i = 0; i < meeting->size; i++)
         if (meeting->seats[i].activity != USP_GATHERING) return 0;
     return 1;
 }
 
 /* The last rank to come copies for all and sends them on. */
-static usp_status usp_finish_gather(usp_rendezvous *meeting) {
+static usp_status finish_gather(usp_rendezvous *meeting) {
     size_t bytes = meeting->seats[0].bytes;
     for (int i = 1; i < meeting->size; i++)
         if (meeting->seats[i].bytes != bytes)
-            return usp_fail_all(meeting, USP_COMM, "rank 0 gathers %zu bytes and rank %d gathers %zu", bytes, i,
-                                meeting->seats[i].bytes);
+            return fail_all(meeting, USP_COMM, "rank 0 gathers %zu bytes and rank %d gathers %zu", bytes, i,
+                            meeting->seats[i].bytes);
     for (int to = 0; to < meeting->size; to++) {
         for (int from = 0; bytes > 0 && from < meeting->size; from++)
             memcpy((char *)meeting->seats[to].all + (size_t)from * bytes, meeting->seats[from].mine, bytes);
         meeting->seats[to].activity = USP_COMPUTING;
     }
-    usp_wake_all(meeting);
+    wake_all(meeting);
     return USP_OK;
 }
 
-static usp_status usp_wait_gathered(usp_thread_comm *self) {
+static usp_status wait_gathered(usp_thread_comm *self) {
     const usp_seat *seat = &self->meeting->seats[self->base.rank];
-    struct timespec deadline = usp_deadline_in(self->base.timeout_ms);
+    struct timespec deadline = deadline_in(self->base.timeout_ms);
     while (seat->activity == USP_GATHERING) {
-        USP_TRY(usp_failure(self->meeting));
-        USP_TRY(usp_wait(self, &deadline));
+        USP_TRY(failure_of(self->meeting));
+        USP_TRY(wait_for_change(self, &deadline));
     }
     return USP_OK;
 }
 
-static usp_status usp_gather_locked(usp_thread_comm *self, const void *mine, void *all, size_t bytes) {
+static usp_status gather_locked(usp_thread_comm *self, const void *mine, void *all, size_t bytes) {
     usp_seat *seat = &self->meeting->seats[self->base.rank];
-    USP_TRY(usp_failure(self->meeting));
+    USP_TRY(failure_of(self->meeting));
     seat->mine = mine;
     seat->all = all;
     seat->bytes = bytes;
     seat->exchanges++;
     seat->activity = USP_GATHERING;
-    usp_status status = usp_all_gathering(self->meeting) ? usp_finish_gather(self->meeting) : usp_wait_gathered(self);
+    usp_status status = all_gathering(self->meeting) ? finish_gather(self->meeting) : wait_gathered(self);
     seat->activity = USP_COMPUTING;
     return status;
 }
 
-static usp_status usp_threads_prepare(usp_comm *comm, int64_t messages, size_t bytes) {
+static usp_status threads_prepare(usp_comm *comm, int64_t messages, size_t bytes) {
     (void)comm, (void)messages, (void)bytes;
     return USP_OK;
 }
 
-static usp_status usp_threads_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank) {
+static usp_status threads_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank) {
     usp_thread_comm *self = (usp_thread_comm *)comm;
     pthread_mutex_lock(&self->meeting->mutex);
-    usp_status status = usp_gather_locked(self, mine, all, bytes_per_rank);
+    usp_status status = gather_locked(self, mine, all, bytes_per_rank);
     pthread_mutex_unlock(&self->meeting->mutex);
     return status;
 }
 
 /* ---- the rest of the table --------------------------------------------------------------------------------------- */
 
-static usp_status usp_threads_alloc_shared(usp_comm *comm, size_t bytes, void **memory) {
+static usp_status threads_alloc_shared(usp_comm *comm, size_t bytes, void **memory) {
     return comm->device->ops->alloc(comm->device, bytes, memory);
 }
 
-static usp_status usp_threads_free_shared(usp_comm *comm, void *memory) {
+static usp_status threads_free_shared(usp_comm *comm, void *memory) {
     comm->device->ops->free(comm->device, memory);
     return USP_OK;
 }
 
-static usp_status usp_threads_split(usp_comm *comm, int colour, int key, struct ncclComm **axis) {
+static usp_status threads_split(usp_comm *comm, int colour, int key, struct ncclComm **axis) {
     (void)comm, (void)colour, (void)key, (void)axis;
     return usp_fail(USP_UNSUPPORTED, "ranks that are threads have no NCCL communicator");
 }
 
-static void usp_threads_split_destroy(usp_comm *comm, struct ncclComm *axis) {
+static void threads_split_destroy(usp_comm *comm, struct ncclComm *axis) {
     (void)comm, (void)axis;
 }
 
-static usp_status usp_threads_poll(usp_comm *comm) {
+static usp_status threads_poll(usp_comm *comm) {
     usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
     pthread_mutex_lock(&meeting->mutex);
-    usp_status status = usp_failure(meeting);
+    usp_status status = failure_of(meeting);
     pthread_mutex_unlock(&meeting->mutex);
     return status;
 }
 
-static usp_status usp_threads_fail(usp_comm *comm, usp_status status) {
+static usp_status threads_fail(usp_comm *comm, usp_status status) {
     usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
     pthread_mutex_lock(&meeting->mutex);
-    status = usp_fail_all(meeting, status, "rank %d: %s", comm->rank, usp_last_error());
+    status = fail_all(meeting, status, "rank %d: %s", comm->rank, usp_last_error());
     pthread_mutex_unlock(&meeting->mutex);
     return status;
 }
 
-static usp_status usp_threads_overdue(usp_comm *comm) {
+static usp_status threads_overdue(usp_comm *comm) {
     usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
     pthread_mutex_lock(&meeting->mutex);
-    usp_status status = usp_fail_all(meeting, USP_TIMEOUT, "rank %d is behind: work of rank %d was not done in %d ms",
-                                     usp_fewest_exchanges(meeting), comm->rank, comm->timeout_ms);
+    usp_status status = fail_all(meeting, USP_TIMEOUT, "rank %d is behind: work of rank %d was not done in %d ms",
+                                 fewest_exchanges(meeting), comm->rank, comm->timeout_ms);
     pthread_mutex_unlock(&meeting->mutex);
     return status;
 }
 
-static void usp_threads_abort(usp_comm *comm) {
+static void threads_abort(usp_comm *comm) {
     usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
     pthread_mutex_lock(&meeting->mutex);
-    usp_fail_all(meeting, USP_COMM, "rank %d aborted", comm->rank);
+    fail_all(meeting, USP_COMM, "rank %d aborted", comm->rank);
     pthread_mutex_unlock(&meeting->mutex);
 }
 
 /* Takes back the event that tells `peer` what has been read; 0 if the peer, in a copy of its own that does not end, has
  * not let go of it in time. */
-static int usp_take_back(usp_thread_comm *self, int peer, const struct timespec *deadline) {
+static int take_back(usp_thread_comm *self, int peer, const struct timespec *deadline) {
     usp_rendezvous *meeting = self->meeting;
-    usp_box *in = usp_box_of(meeting, peer, self->base.rank);
+    usp_box *in = box_of(meeting, peer, self->base.rank);
     int late = 0;
     while (in->unsettled && !late)
         late = pthread_cond_timedwait(&meeting->seats[self->base.rank].wake, &meeting->mutex, deadline) == ETIMEDOUT;
@@ -458,46 +458,46 @@ static int usp_take_back(usp_thread_comm *self, int peer, const struct timespec 
     return 1;
 }
 
-static void usp_leave(usp_thread_comm *self) {
+static void leave(usp_thread_comm *self) {
     usp_rendezvous *meeting = self->meeting;
     usp_seat *seat = &meeting->seats[self->base.rank];
     int limit = self->base.timeout_ms, lost = 0;
-    struct timespec deadline = usp_deadline_in(limit < 0 || limit > USP_LEAVE_MS ? USP_LEAVE_MS : limit);
+    struct timespec deadline = deadline_in(limit < 0 || limit > USP_LEAVE_MS ? USP_LEAVE_MS : limit);
     pthread_mutex_lock(&meeting->mutex);
     seat->activity = USP_LEFT;
-    usp_wake_all(meeting);
-    for (int peer = 0; peer < meeting->size; peer++) lost += !usp_take_back(self, peer, &deadline);
+    wake_all(meeting);
+    for (int peer = 0; peer < meeting->size; peer++) lost += !take_back(self, peer, &deadline);
     self->base.device->ops->event_destroy(self->base.device, seat->posted);
     seat->posted = NULL;
     pthread_mutex_unlock(&meeting->mutex);
     if (lost) usp_host_log(self->base.host, 1, "rank %d leaves %d events to late ranks", self->base.rank, lost);
 }
 
-static void usp_threads_destroy(usp_comm *comm) {
+static void threads_destroy(usp_comm *comm) {
     if (!comm) return;
-    usp_leave((usp_thread_comm *)comm);
+    leave((usp_thread_comm *)comm);
     usp_host_free(comm->host, comm);
 }
 
-static const usp_comm_ops usp_threads_ops = {
+static const usp_comm_ops threads_ops = {
     .name = "threads",
-    .prepare = usp_threads_prepare,
-    .exchange = usp_threads_exchange,
-    .allgather = usp_threads_allgather,
-    .alloc_shared = usp_threads_alloc_shared,
-    .free_shared = usp_threads_free_shared,
-    .split = usp_threads_split,
-    .split_destroy = usp_threads_split_destroy,
-    .poll = usp_threads_poll,
-    .fail = usp_threads_fail,
-    .overdue = usp_threads_overdue,
-    .abort = usp_threads_abort,
-    .destroy = usp_threads_destroy,
+    .prepare = threads_prepare,
+    .exchange = threads_exchange,
+    .allgather = threads_allgather,
+    .alloc_shared = threads_alloc_shared,
+    .free_shared = threads_free_shared,
+    .split = threads_split,
+    .split_destroy = threads_split_destroy,
+    .poll = threads_poll,
+    .fail = threads_fail,
+    .overdue = threads_overdue,
+    .abort = threads_abort,
+    .destroy = threads_destroy,
 };
 
 /* ---- create ------------------------------------------------------------------------------------------------------ */
 
-static usp_status usp_take_seat(usp_rendezvous *meeting, int rank) {
+static usp_status take_seat(usp_rendezvous *meeting, int rank) {
     pthread_mutex_lock(&meeting->mutex);
     usp_seat *seat = &meeting->seats[rank];
     int taken = seat->activity != USP_ABSENT;
@@ -507,45 +507,45 @@ static usp_status usp_take_seat(usp_rendezvous *meeting, int rank) {
     return USP_OK;
 }
 
-static usp_status usp_make_events(usp_thread_comm *self) {
+static usp_status make_events(usp_thread_comm *self) {
     usp_rendezvous *meeting = self->meeting;
     usp_device *device = self->base.device;
     USP_TRY(device->ops->event_create(device, &meeting->seats[self->base.rank].posted));
     for (int peer = 0; peer < meeting->size; peer++)
         if (peer != self->base.rank)
-            USP_TRY(device->ops->event_create(device, &usp_box_of(meeting, peer, self->base.rank)->consumed));
+            USP_TRY(device->ops->event_create(device, &box_of(meeting, peer, self->base.rank)->consumed));
     return USP_OK;
 }
 
 /* The others wait for this rank: tell them that it will not come. */
-static usp_status usp_refuse(usp_rendezvous *meeting, int rank, usp_status status) {
+static usp_status refuse(usp_rendezvous *meeting, int rank, usp_status status) {
     pthread_mutex_lock(&meeting->mutex);
-    usp_fail_all(meeting, USP_PEER_FAILED, "rank %d could not join: %s", rank, usp_last_error());
+    fail_all(meeting, USP_PEER_FAILED, "rank %d could not join: %s", rank, usp_last_error());
     meeting->seats[rank].activity = USP_LEFT;
     pthread_mutex_unlock(&meeting->mutex);
     return status;
 }
 
 void usp_rendezvous_leave(usp_rendezvous *meeting, int rank) {
-    if (rank < 0 || rank >= meeting->size || usp_take_seat(meeting, rank) != USP_OK) return;
-    usp_refuse(meeting, rank, USP_PEER_FAILED);
+    if (rank < 0 || rank >= meeting->size || take_seat(meeting, rank) != USP_OK) return;
+    refuse(meeting, rank, USP_PEER_FAILED);
 }
 
 usp_status usp_comm_create_threads(const usp_comm_config *config, usp_rendezvous *meeting, int rank, usp_comm **comm) {
     USP_REQUIRE(rank >= 0 && rank < meeting->size, "rank is %d in a rendezvous of %d", rank, meeting->size);
-    USP_TRY(usp_take_seat(meeting, rank));
+    USP_TRY(take_seat(meeting, rank));
     void *memory;
     usp_status status = usp_host_alloc(config->host, sizeof(usp_thread_comm), "comm", &memory);
-    if (status != USP_OK) return usp_refuse(meeting, rank, status);
+    if (status != USP_OK) return refuse(meeting, rank, status);
     usp_thread_comm *self = memory;
-    self->base = (usp_comm){&usp_threads_ops, rank, meeting->size, config->timeout_ms, config->device, config->host};
+    self->base = (usp_comm){&threads_ops, rank, meeting->size, config->timeout_ms, config->device, config->host};
     self->meeting = meeting;
-    status = usp_make_events(self);
-    if (status != USP_OK) usp_refuse(meeting, rank, status);
-    if (status == USP_OK) status = usp_threads_allgather(&self->base, NULL, NULL, 0);
+    status = make_events(self);
+    if (status != USP_OK) refuse(meeting, rank, status);
+    if (status == USP_OK) status = threads_allgather(&self->base, NULL, NULL, 0);
     if (status == USP_OK)
         *comm = &self->base;
     else
-        usp_threads_destroy(&self->base);
+        threads_destroy(&self->base);
     return status;
 }

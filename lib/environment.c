@@ -22,7 +22,7 @@ typedef struct usp_launcher {
     const char *local_size, *hosts; /* tell whether all ranks are on this host; both NULL: address required */
 } usp_launcher;
 
-static const usp_launcher usp_launchers[] = {
+static const usp_launcher launchers[] = {
     {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", NULL, NULL},
     {"Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "PMIX_NAMESPACE",
      "OMPI_COMM_WORLD_LOCAL_SIZE", NULL},
@@ -40,7 +40,7 @@ struct usp_environment {
 /* ---- reading ----------------------------------------------------------------------------------------------------- */
 
 /* The whole value must be a decimal number in the range. */
-static usp_status usp_read_number(const char *name, int low, int high, int *value) {
+static usp_status read_number(const char *name, int low, int high, int *value) {
     const char *text = secure_getenv(name);
     if (!text) return usp_fail(USP_INVALID, "the variable %s is not set", name);
     size_t digits = strspn(text, "0123456789");
@@ -51,61 +51,61 @@ static usp_status usp_read_number(const char *name, int low, int high, int *valu
     return USP_OK;
 }
 
-static usp_status usp_copy_text(const char *name, const char *text, char *copy, size_t capacity) {
+static usp_status copy_text(const char *name, const char *text, char *copy, size_t capacity) {
     if (strlen(text) >= capacity) return usp_fail(USP_INVALID, "the variable %s is too long", name);
     strcpy(copy, text);
     return USP_OK;
 }
 
-static usp_status usp_read_job(const usp_launcher *launcher, usp_placement *placement) {
+static usp_status read_job(const usp_launcher *launcher, usp_placement *placement) {
     const char *name = secure_getenv("USP_JOB_TOKEN") ? "USP_JOB_TOKEN" : launcher->job;
     const char *text = secure_getenv(name);
-    return usp_copy_text(name, text ? text : "", placement->job, sizeof placement->job);
+    return copy_text(name, text ? text : "", placement->job, sizeof placement->job);
 }
 
-static usp_status usp_all_here(const usp_launcher *launcher, const usp_placement *placement, int *here) {
+static usp_status all_here(const usp_launcher *launcher, const usp_placement *placement, int *here) {
     int count = 0;
     *here = 0;
     if (launcher->local_size && secure_getenv(launcher->local_size)) {
-        USP_TRY(usp_read_number(launcher->local_size, 1, USP_MOST_RANKS, &count));
+        USP_TRY(read_number(launcher->local_size, 1, USP_MOST_RANKS, &count));
         *here = count == placement->size;
     }
     if (launcher->hosts && secure_getenv(launcher->hosts)) {
-        USP_TRY(usp_read_number(launcher->hosts, 1, USP_MOST_RANKS, &count));
+        USP_TRY(read_number(launcher->hosts, 1, USP_MOST_RANKS, &count));
         *here = count == 1;
     }
     return USP_OK;
 }
 
 /* Ranks on one host need no address and no port: the job's name gives the port. */
-static usp_status usp_read_address(const usp_launcher *launcher, usp_placement *placement) {
+static usp_status read_address(const usp_launcher *launcher, usp_placement *placement) {
     const char *address = secure_getenv("MASTER_ADDR");
     int here;
-    USP_TRY(usp_all_here(launcher, placement, &here));
+    USP_TRY(all_here(launcher, placement, &here));
     USP_REQUIRE(address || here, "the variable MASTER_ADDR is not set (ranks from %s)", launcher->name);
     if (!address) address = "127.0.0.1";
-    USP_TRY(usp_copy_text("MASTER_ADDR", address, placement->address, sizeof placement->address));
+    USP_TRY(copy_text("MASTER_ADDR", address, placement->address, sizeof placement->address));
     const char *store = secure_getenv("TORCHELASTIC_USE_AGENT_STORE");
     placement->port_taken = store && strcmp(store, "True") == 0;
     if (secure_getenv("MASTER_PORT") || (launcher->local_size == NULL && launcher->hosts == NULL))
-        return usp_read_number("MASTER_PORT", 1, 65535 - USP_PORTS, &placement->port);
+        return read_number("MASTER_PORT", 1, 65535 - USP_PORTS, &placement->port);
     placement->port = 20000 + (int)(usp_hash(0, placement->job, strlen(placement->job)) % 10000);
     return USP_OK;
 }
 
 usp_status usp_environment_read(usp_placement *placement) {
     *placement = (usp_placement){.launcher = "none", .size = 1};
-    for (size_t i = 0; i < sizeof usp_launchers / sizeof *usp_launchers; i++) {
-        const usp_launcher *launcher = &usp_launchers[i];
+    for (size_t i = 0; i < sizeof launchers / sizeof *launchers; i++) {
+        const usp_launcher *launcher = &launchers[i];
         if (!secure_getenv(launcher->size)) continue;
         placement->launcher = launcher->name;
-        USP_TRY(usp_read_number(launcher->size, 1, USP_MOST_RANKS, &placement->size));
-        USP_TRY(usp_read_number(launcher->rank, 0, placement->size - 1, &placement->rank));
+        USP_TRY(read_number(launcher->size, 1, USP_MOST_RANKS, &placement->size));
+        USP_TRY(read_number(launcher->rank, 0, placement->size - 1, &placement->rank));
         placement->local_rank = placement->rank;
         if (secure_getenv(launcher->local_rank))
-            USP_TRY(usp_read_number(launcher->local_rank, 0, placement->size - 1, &placement->local_rank));
-        USP_TRY(usp_read_job(launcher, placement));
-        return placement->size == 1 ? USP_OK : usp_read_address(launcher, placement);
+            USP_TRY(read_number(launcher->local_rank, 0, placement->size - 1, &placement->local_rank));
+        USP_TRY(read_job(launcher, placement));
+        return placement->size == 1 ? USP_OK : read_address(launcher, placement);
     }
     return USP_OK;
 }
@@ -119,7 +119,7 @@ typedef struct usp_verdict {
 } usp_verdict;
 
 /* Ranks of one job and size have the same. */
-static usp_token usp_job_token(const usp_placement *placement) {
+static usp_token job_token(const usp_placement *placement) {
     usp_token token;
     char text[200];
     snprintf(text, sizeof text, "%s/%d", placement->job, placement->size);
@@ -129,12 +129,12 @@ static usp_token usp_job_token(const usp_placement *placement) {
 }
 
 /* As written, not as resolved: to a host its own name may mean loopback. */
-static int usp_is_loopback(const char *address) {
+static int is_loopback(const char *address) {
     return strncmp(address, "127.", 4) == 0 || strcmp(address, "localhost") == 0 || strcmp(address, "::1") == 0;
 }
 
-static usp_status usp_listen(const usp_placement *placement, const usp_ip *ip, int *listener) {
-    const usp_ip *door = usp_is_loopback(placement->address) ? ip : NULL;
+static usp_status open_listener(const usp_placement *placement, const usp_ip *ip, int *listener) {
+    const usp_ip *door = is_loopback(placement->address) ? ip : NULL;
     usp_status status = USP_OK;
     for (int i = 0; i < USP_PORTS; i++) {
         int port = placement->port + placement->port_taken + i, bound;
@@ -144,11 +144,11 @@ static usp_status usp_listen(const usp_placement *placement, const usp_ip *ip, i
     return status;
 }
 
-static usp_status usp_host_meeting(usp_environment *environment, const usp_ip *ip, const usp_token *token,
-                                   int64_t deadline) {
+static usp_status host_meeting(usp_environment *environment, const usp_ip *ip, const usp_token *token,
+                               int64_t deadline) {
     usp_verdict verdict = {0};
     int listener, size = environment->placement.size;
-    USP_TRY(usp_listen(&environment->placement, ip, &listener));
+    USP_TRY(open_listener(&environment->placement, ip, &listener));
     usp_status status = usp_tcp_accept(listener, token, 0, 1, size, deadline, environment->connections);
     close(listener);
     verdict.status = (int32_t)status;
@@ -161,18 +161,18 @@ static usp_status usp_host_meeting(usp_environment *environment, const usp_ip *i
     return verdict.status == USP_OK ? status : usp_fail((usp_status)verdict.status, "%s", verdict.sentence);
 }
 
-static int64_t usp_sooner(int64_t a, int64_t b) {
+static int64_t sooner(int64_t a, int64_t b) {
     return a < 0 || b < a ? b : a;
 }
 
 /* Tries every address and port until rank 0 answers: it may not listen yet, and others may. */
-static usp_status usp_call_host(usp_environment *environment, const usp_ip *ips, int count, const usp_token *token,
-                                int64_t deadline) {
+static usp_status call_host(usp_environment *environment, const usp_ip *ips, int count, const usp_token *token,
+                            int64_t deadline) {
     const usp_placement *placement = &environment->placement;
     const struct timespec pause = {0, USP_PAUSE_MS * 1000000L};
     for (int i = 0; usp_tcp_left(deadline) != 0; i = (i + 1) % (count * USP_PORTS)) {
         int port = placement->port + placement->port_taken + i / count;
-        int64_t limit = usp_sooner(deadline, usp_tcp_deadline(USP_ATTEMPT_MS));
+        int64_t limit = sooner(deadline, usp_tcp_deadline(USP_ATTEMPT_MS));
         usp_status status =
             usp_tcp_connect(&ips[i % count], port, token, placement->rank, 0, limit, &environment->connections[0]);
         if (status == USP_OK) return USP_OK;
@@ -181,7 +181,7 @@ static usp_status usp_call_host(usp_environment *environment, const usp_ip *ips,
     return usp_fail(USP_TIMEOUT, "rank 0 does not answer at %.200s:%d", placement->address, placement->port);
 }
 
-static usp_status usp_attend_meeting(usp_environment *environment, int64_t deadline) {
+static usp_status attend_meeting(usp_environment *environment, int64_t deadline) {
     usp_verdict verdict;
     if (usp_tcp_recv(environment->connections[0], &verdict, sizeof verdict, deadline) != USP_OK)
         return usp_fail(USP_TIMEOUT, "rank 0 waits for other ranks, or has given up");
@@ -190,16 +190,16 @@ static usp_status usp_attend_meeting(usp_environment *environment, int64_t deadl
     return usp_fail(USP_TIMEOUT, "%s", verdict.sentence);
 }
 
-static usp_status usp_meet(usp_environment *environment) {
+static usp_status meet(usp_environment *environment) {
     const usp_placement *placement = &environment->placement;
     usp_ip ips[USP_IPS];
     int count;
-    usp_token token = usp_job_token(placement);
+    usp_token token = job_token(placement);
     int64_t deadline = usp_tcp_deadline(environment->timeout_ms);
     USP_TRY(usp_tcp_resolve(placement->address, ips, USP_IPS, &count));
-    if (placement->rank == 0) return usp_host_meeting(environment, ips, &token, deadline);
-    USP_TRY(usp_call_host(environment, ips, count, &token, deadline));
-    return usp_attend_meeting(environment, deadline);
+    if (placement->rank == 0) return host_meeting(environment, ips, &token, deadline);
+    USP_TRY(call_host(environment, ips, count, &token, deadline));
+    return attend_meeting(environment, deadline);
 }
 
 usp_status usp_environment_open(const usp_host *host, int timeout_ms, usp_environment **result) {
@@ -212,7 +212,7 @@ usp_status usp_environment_open(const usp_host *host, int timeout_ms, usp_enviro
     usp_environment *environment = memory;
     *environment = (usp_environment){host, placement, timeout_ms, (int *)(environment + 1)};
     for (int i = 0; i < placement.size; i++) environment->connections[i] = -1;
-    usp_status status = placement.size > 1 ? usp_meet(environment) : USP_OK;
+    usp_status status = placement.size > 1 ? meet(environment) : USP_OK;
     if (status == USP_OK)
         *result = environment;
     else
@@ -233,7 +233,7 @@ int usp_environment_local_rank(const usp_environment *environment) {
 
 /* ---- the bootstrap ----------------------------------------------------------------------------------------------- */
 
-static usp_status usp_gather_to_host(usp_environment *environment, char *all, size_t bytes, int64_t deadline) {
+static usp_status gather_to_host(usp_environment *environment, char *all, size_t bytes, int64_t deadline) {
     for (int i = 1; i < environment->placement.size; i++) {
         uint64_t theirs;
         USP_TRY(usp_tcp_recv(environment->connections[i], &theirs, sizeof theirs, deadline));
@@ -244,15 +244,15 @@ static usp_status usp_gather_to_host(usp_environment *environment, char *all, si
     return USP_OK;
 }
 
-static usp_status usp_scatter_from_host(usp_environment *environment, const char *all, size_t bytes, int64_t deadline) {
+static usp_status scatter_from_host(usp_environment *environment, const char *all, size_t bytes, int64_t deadline) {
     size_t total = bytes * (size_t)environment->placement.size;
     for (int i = 1; i < environment->placement.size; i++)
         USP_TRY(usp_tcp_send(environment->connections[i], all, total, deadline));
     return USP_OK;
 }
 
-static usp_status usp_gather_by_host(usp_environment *environment, const void *mine, char *all, uint64_t bytes,
-                                     int64_t deadline) {
+static usp_status gather_by_host(usp_environment *environment, const void *mine, char *all, uint64_t bytes,
+                                 int64_t deadline) {
     int host = environment->connections[0];
     USP_TRY(usp_tcp_send(host, &bytes, sizeof bytes, deadline));
     USP_TRY(usp_tcp_send(host, mine, bytes, deadline));
@@ -260,16 +260,16 @@ static usp_status usp_gather_by_host(usp_environment *environment, const void *m
 }
 
 /* A rank that fails closes its connections, so that no other waits for it. */
-static int usp_environment_allgather(void *user, const void *mine, void *all, size_t bytes) {
+static int environment_allgather(void *user, const void *mine, void *all, size_t bytes) {
     usp_environment *environment = user;
     int64_t deadline = usp_tcp_deadline(environment->timeout_ms);
     usp_status status = USP_OK;
     if (environment->placement.rank == 0) {
         if (bytes > 0) memcpy(all, mine, bytes);
-        status = usp_gather_to_host(environment, all, bytes, deadline);
-        if (status == USP_OK) status = usp_scatter_from_host(environment, all, bytes, deadline);
+        status = gather_to_host(environment, all, bytes, deadline);
+        if (status == USP_OK) status = scatter_from_host(environment, all, bytes, deadline);
     } else {
-        status = usp_gather_by_host(environment, mine, all, bytes, deadline);
+        status = gather_by_host(environment, mine, all, bytes, deadline);
     }
     if (status != USP_OK) usp_tcp_close(environment->connections, environment->placement.size);
     return (int)status;
@@ -277,5 +277,5 @@ static int usp_environment_allgather(void *user, const void *mine, void *all, si
 
 usp_bootstrap usp_environment_bootstrap(usp_environment *environment) {
     const usp_placement *placement = &environment->placement;
-    return (usp_bootstrap){usp_environment_allgather, environment, placement->rank, placement->size};
+    return (usp_bootstrap){environment_allgather, environment, placement->rank, placement->size};
 }
