@@ -5,11 +5,9 @@
 #include <dlfcn.h>
 #include <nccl.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #include "control.h"
 #include "error.h"
@@ -88,26 +86,11 @@ static usp_nccl *nccl_of(usp_comm *comm) {
 
 /* ---- waiting ----------------------------------------------------------------------------------------------------- */
 
-static int64_t now_ms(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
-/* Between two looks at something: short at first, since most of NCCL's answers take microseconds. */
-static void pause_for(int round) {
-    struct timespec nap = {.tv_nsec = round < 2000 ? 20000 : 500000};
-    if (round < 500)
-        sched_yield();
-    else
-        nanosleep(&nap, NULL);
-}
-
 static int lock_within(usp_nccl *self, int milliseconds) {
-    int64_t begin = now_ms();
+    int64_t begin = usp_now_ms();
     for (int round = 0; pthread_mutex_trylock(&self->lock) != 0; round++) {
-        if (now_ms() - begin >= milliseconds) return 0;
-        pause_for(round);
+        if (usp_now_ms() - begin >= milliseconds) return 0;
+        usp_pause(round);
     }
     return 1;
 }
@@ -167,7 +150,7 @@ static usp_status give_up_late(usp_nccl *self, const char *what) {
 }
 
 static int is_late(const usp_nccl *self, int64_t since) {
-    return self->base.timeout_ms >= 0 && now_ms() - since > self->base.timeout_ms;
+    return self->base.timeout_ms >= 0 && usp_now_ms() - since > self->base.timeout_ms;
 }
 
 /* ---- nonblocking calls ------------------------------------------------------------------------------------------- */
@@ -191,12 +174,12 @@ static int went_wrong(ncclResult_t result) {
 /* Waits until the call that gave `result` has been carried out, at most the time limit, watching the other ranks. Some
  * calls answer ncclSuccess for work that only began, so the communicator is asked in any case. */
 static usp_status settle(usp_nccl *self, ncclResult_t result, const char *what) {
-    int64_t begin = now_ms();
+    int64_t begin = usp_now_ms();
     if (!went_wrong(result)) result = progress(self);
     for (int round = 0; result == ncclInProgress; round++) {
         USP_TRY(check_ranks(self));
         if (is_late(self, begin)) return give_up_late(self, what);
-        pause_for(round);
+        usp_pause(round);
         result = progress(self);
     }
     return result == ncclSuccess ? USP_OK : give_up(self, fail_nccl(self->base.rank, what, result));
@@ -206,10 +189,10 @@ static usp_status settle(usp_nccl *self, ncclResult_t result, const char *what) 
 
 /* A negative limit means: until the release is forced. */
 static ncclResult_t await_release(usp_release *release, ncclResult_t result, int milliseconds) {
-    int64_t begin = now_ms();
+    int64_t begin = usp_now_ms();
     for (int round = 0; result == ncclInProgress; round++) {
-        if (milliseconds >= 0 ? now_ms() - begin > milliseconds : atomic_load(&release->forced)) break;
-        pause_for(round);
+        if (milliseconds >= 0 ? usp_now_ms() - begin > milliseconds : atomic_load(&release->forced)) break;
+        usp_pause(round);
         ncclResult_t query = ncclCommGetAsyncError(release->comm, &result);
         if (query != ncclSuccess) return query;
     }
@@ -252,10 +235,10 @@ static void run_release(usp_release *release, ncclComm_t comm, int forced) {
 
 /* Waits a bounded time; 0: NCCL still has the communicator. */
 static int wait_release(usp_release *release, int milliseconds) {
-    int64_t begin = now_ms();
+    int64_t begin = usp_now_ms();
     for (int round = 0; atomic_load(&release->stage) == RELEASE_RUNNING; round++) {
-        if (now_ms() - begin > milliseconds) return 0;
-        pause_for(round);
+        if (usp_now_ms() - begin > milliseconds) return 0;
+        usp_pause(round);
     }
     return atomic_load(&release->stage) == RELEASE_DONE;
 }
@@ -351,7 +334,7 @@ static usp_status query_probes(usp_nccl *self, int *late) {
         USP_TRY(device->ops->event_query(device, self->probe[self->probes_passed % PROBES], &busy));
         if (busy) break;
         self->probes_passed++;
-        self->waiting_since = now_ms();
+        self->waiting_since = usp_now_ms();
     }
     *late = busy && is_late(self, self->waiting_since);
     return USP_OK;
@@ -360,7 +343,7 @@ static usp_status query_probes(usp_nccl *self, int *late) {
 /* With the lock held. Where all probes are in use the last one moves on: it always is behind all exchanges. */
 static usp_status record_probe(usp_nccl *self, usp_stream stream) {
     usp_device *device = self->base.device;
-    if (self->probes_set == self->probes_passed) self->waiting_since = now_ms();
+    if (self->probes_set == self->probes_passed) self->waiting_since = usp_now_ms();
     if (self->probes_set - self->probes_passed < PROBES) self->probes_set++;
     return device->ops->event_record(device, self->probe[(self->probes_set - 1) % PROBES], stream);
 }
@@ -694,13 +677,13 @@ static usp_status begin(const usp_comm_config *config, int size, int rank, usp_n
 
 /* Waits for the work on `stream` with the time limit. */
 static usp_status drain(usp_nccl *self, usp_stream stream) {
-    int64_t start = now_ms();
+    int64_t start = usp_now_ms();
     int busy = 1;
     for (int round = 0; busy; round++) {
         USP_TRY(check_ranks(self));
         USP_TRY(self->base.device->ops->query(self->base.device, stream, &busy));
         if (busy && is_late(self, start)) return give_up_late(self, "an exchange while the transport was set up");
-        if (busy) pause_for(round);
+        if (busy) usp_pause(round);
     }
     return USP_OK;
 }
@@ -849,7 +832,7 @@ static void *split_main(void *argument) {
         ncclResult_t query = ncclCommGetAsyncError(split->parent, &result);
         if (query != ncclSuccess) result = query;
         if (result == ncclSuccess) break;
-        pause_for(round);
+        usp_pause(round);
     }
     split->result = result;
     atomic_store(&split->done, 1);
@@ -858,13 +841,13 @@ static void *split_main(void *argument) {
 
 /* Waits for the thread with the time limit; a thread that is late keeps `split`. */
 static usp_status finish_split(usp_nccl *self, usp_split *split) {
-    int64_t start = now_ms();
+    int64_t start = usp_now_ms();
     for (int round = 0; !atomic_load(&split->done); round++) {
         if (is_late(self, start)) {
             pthread_detach(split->thread);
             return give_up_late(self, "ncclCommSplit of the borrowed communicator");
         }
-        pause_for(round);
+        usp_pause(round);
     }
     pthread_join(split->thread, NULL);
     usp_status status = USP_OK;
