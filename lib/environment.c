@@ -14,20 +14,29 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { USP_PORTS = 8, USP_IPS = 8, USP_MOST_RANKS = 1 << 16, USP_ATTEMPT_MS = 1000, USP_PAUSE_MS = 20 };
+enum {
+    USP_LAST_PORT = 65535,
+    USP_PORTS = 8,
+    USP_IPS = 8,
+    USP_MOST_RANKS = 1 << 16,
+    USP_ATTEMPT_MS = 1000,
+    USP_PAUSE_MS = 20
+};
 
 /* The variables of one launcher. It is there if `size` is set. */
 typedef struct usp_launcher {
-    const char *name, *rank, *size, *local_rank, *job;
+    const char *name, *rank, *size, *local_rank;
+    const char *job, *step;         /* name the job, and one of several groups of ranks that run in it */
     const char *local_size, *hosts; /* tell whether all ranks are on this host; both NULL: address required */
 } usp_launcher;
 
 static const usp_launcher launchers[] = {
-    {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", NULL, NULL},
-    {"Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "PMIX_NAMESPACE",
+    {"torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", NULL, NULL},
+    {"Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "PMIX_NAMESPACE", NULL,
      "OMPI_COMM_WORLD_LOCAL_SIZE", NULL},
-    {"SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", NULL, "SLURM_STEP_NUM_NODES"},
-    {"PMI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "PMI_ID", "MPI_LOCALNRANKS", NULL},
+    {"SLURM", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID", NULL,
+     "SLURM_STEP_NUM_NODES"},
+    {"PMI", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "PMI_ID", NULL, "MPI_LOCALNRANKS", NULL},
 };
 
 struct usp_environment {
@@ -58,9 +67,12 @@ static usp_status copy_text(const char *name, const char *text, char *copy, size
 }
 
 static usp_status read_job(const usp_launcher *launcher, usp_placement *placement) {
-    const char *name = secure_getenv("USP_JOB_TOKEN") ? "USP_JOB_TOKEN" : launcher->job;
-    const char *text = secure_getenv(name);
-    return copy_text(name, text ? text : "", placement->job, sizeof placement->job);
+    int own = secure_getenv("USP_JOB_TOKEN") != NULL; /* the caller's own name for it, whoever started the ranks */
+    const char *name = own ? "USP_JOB_TOKEN" : launcher->job;
+    const char *job = secure_getenv(name), *step = own || !launcher->step ? NULL : secure_getenv(launcher->step);
+    char text[2 * sizeof placement->job];
+    snprintf(text, sizeof text, "%s%s%s", job ? job : "", step ? "." : "", step ? step : "");
+    return copy_text(name, text, placement->job, sizeof placement->job);
 }
 
 static usp_status all_here(const usp_launcher *launcher, const usp_placement *placement, int *here) {
@@ -88,7 +100,7 @@ static usp_status read_address(const usp_launcher *launcher, usp_placement *plac
     const char *store = secure_getenv("TORCHELASTIC_USE_AGENT_STORE");
     placement->port_taken = store && strcmp(store, "True") == 0;
     if (secure_getenv("MASTER_PORT") || (launcher->local_size == NULL && launcher->hosts == NULL))
-        return read_number("MASTER_PORT", 1, 65535 - USP_PORTS, &placement->port);
+        return read_number("MASTER_PORT", 1, USP_LAST_PORT, &placement->port);
     placement->port = 20000 + (int)(usp_hash(0, placement->job, strlen(placement->job)) % 10000);
     return USP_OK;
 }
@@ -133,12 +145,18 @@ static int is_loopback(const char *address) {
     return strncmp(address, "127.", 4) == 0 || strcmp(address, "localhost") == 0 || strcmp(address, "::1") == 0;
 }
 
+/* The i-th port to try: those behind the announced one, and where there are no more those before. */
+static int door_number(const usp_placement *placement, int i) {
+    int port = placement->port + placement->port_taken + i;
+    return port <= USP_LAST_PORT ? port : port - 2 * USP_PORTS;
+}
+
 static usp_status open_listener(const usp_placement *placement, const usp_ip *ip, int *listener) {
     const usp_ip *door = is_loopback(placement->address) ? ip : NULL;
     usp_status status = USP_OK;
     for (int i = 0; i < USP_PORTS; i++) {
-        int port = placement->port + placement->port_taken + i, bound;
-        status = usp_tcp_listen(door, port, listener, &bound);
+        int bound;
+        status = usp_tcp_listen(door, door_number(placement, i), listener, &bound);
         if (status == USP_OK) return USP_OK;
     }
     return status;
@@ -171,7 +189,7 @@ static usp_status call_host(usp_environment *environment, const usp_ip *ips, int
     const usp_placement *placement = &environment->placement;
     const struct timespec pause = {0, USP_PAUSE_MS * 1000000L};
     for (int i = 0; usp_tcp_left(deadline) != 0; i = (i + 1) % (count * USP_PORTS)) {
-        int port = placement->port + placement->port_taken + i / count;
+        int port = door_number(placement, i / count);
         int64_t limit = sooner(deadline, usp_tcp_deadline(USP_ATTEMPT_MS));
         usp_status status =
             usp_tcp_connect(&ips[i % count], port, token, placement->rank, 0, limit, &environment->connections[0]);

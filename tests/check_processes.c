@@ -531,6 +531,13 @@ static int usp_scene_variables(const usp_cast *cast, usp_host *host, usp_device 
                        usp_environment_read(&placement) == USP_OK && placement.rank == 2 && placement.size == 3 &&
                            placement.local_rank == 1 && placement.port >= 20000,
                        "SLURM was not understood");
+    setenv("SLURM_JOB_ID", "7", 1), setenv("SLURM_STEP_ID", "0", 1);
+    wrong += usp_check(NULL, usp_environment_read(&placement) == USP_OK && strcmp(placement.job, "7.0") == 0,
+                       "the step is called %s", placement.job);
+    int port = placement.port;
+    setenv("SLURM_STEP_ID", "1", 1);
+    wrong += usp_check(NULL, usp_environment_read(&placement) == USP_OK && placement.port != port,
+                       "two steps meet at one port");
     setenv("OMPI_COMM_WORLD_RANK", "1", 1), setenv("OMPI_COMM_WORLD_SIZE", "2", 1);
     setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "2", 1);
     wrong += usp_check(NULL, usp_environment_read(&placement) == USP_OK && placement.rank == 1 && placement.size == 2,
@@ -542,7 +549,9 @@ static int usp_scene_variables(const usp_cast *cast, usp_host *host, usp_device 
         setenv("RANK", bad[i], 1);
         wrong += usp_check_failure(NULL, usp_environment_read(&placement), USP_INVALID, "variable RANK");
     }
-    setenv("RANK", "3", 1), setenv("MASTER_ADDR", "localhost", 1), setenv("MASTER_PORT", "70000", 1);
+    setenv("RANK", "3", 1), setenv("MASTER_ADDR", "localhost", 1), setenv("MASTER_PORT", "65535", 1);
+    wrong += usp_check(NULL, usp_environment_read(&placement) == USP_OK && placement.port == 65535, "the last port");
+    setenv("MASTER_PORT", "70000", 1);
     return wrong + usp_check_failure(NULL, usp_environment_read(&placement), USP_INVALID, "MASTER_PORT");
 }
 
