@@ -88,7 +88,8 @@ usp_status usp_comm_create_threads(const usp_comm_config *, usp_rendezvous *, in
 /* Rank `rank` will not come, for the reason in usp_last_error(): those who wait for it get PEER_FAILED. */
 void usp_rendezvous_leave(usp_rendezvous *, int rank);
 usp_status usp_comm_create_socket(const usp_comm_config *, const usp_bootstrap *, usp_comm **);
-usp_status usp_comm_create_mpi(const usp_comm_config *, int fortran_comm, usp_comm **);
+/* `mine`: how this rank's own preparation went; the config of one that failed needs no device. */
+usp_status usp_comm_create_mpi(const usp_comm_config *, int fortran_comm, usp_status mine, usp_comm **);
 usp_status usp_comm_create_nccl(const usp_comm_config *, const usp_bootstrap *, usp_comm **);
 usp_status usp_comm_create_nccl_id(const usp_comm_config *, const usp_unique_id *, int size, int rank, usp_comm **);
 usp_status usp_comm_create_nccl_borrowed(const usp_comm_config *, struct ncclComm *, usp_comm **);

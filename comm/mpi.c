@@ -259,7 +259,7 @@ static void mpi_destroy(usp_comm *comm) {
     MPI_Finalized(&finalized);
     if (!finalized && self->control != NULL && mpi_poll(comm) == USP_OK)
         MPI_Comm_free(&self->comm);
-    else
+    else if (self->stuck || self->comm != MPI_COMM_NULL)
         usp_host_log(comm->host, self->stuck ? 1 : 2,
                      "rank %d: the MPI communicator of a failed world is left to MPI%s", comm->rank,
                      self->stuck ? ", with memory" : "");
@@ -289,16 +289,15 @@ static const usp_comm_ops mpi_ops = {
 
 /* Waits for one collective of the set-up with the time limit; the channel that could name a rank is not there yet. MPI
  * knows no way to take a collective back: one that is late stays. */
-static usp_status wait_for(usp_mpi *self, MPI_Request *request, const char *what) {
+static usp_status wait_for(const usp_comm *base, MPI_Request *request, const char *what, int *stuck) {
     int64_t begin = usp_now_ms();
     int done = 0;
     for (int round = 0; !done; round++) {
         int code = MPI_Test(request, &done, MPI_STATUS_IGNORE);
-        if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, what, code);
-        self->stuck = !done && self->base.timeout_ms >= 0 && usp_now_ms() - begin > self->base.timeout_ms;
-        if (self->stuck)
-            return usp_fail(USP_TIMEOUT, "rank %d: %s did not end within %d ms", self->base.rank, what,
-                            self->base.timeout_ms);
+        if (code != MPI_SUCCESS) return fail_mpi(base->rank, what, code);
+        *stuck = !done && base->timeout_ms >= 0 && usp_now_ms() - begin > base->timeout_ms;
+        if (*stuck)
+            return usp_fail(USP_TIMEOUT, "rank %d: %s did not end within %d ms", base->rank, what, base->timeout_ms);
         if (!done) usp_pause(round);
     }
     return USP_OK;
@@ -308,7 +307,7 @@ static usp_status duplicate(usp_mpi *self, MPI_Comm borrowed) {
     MPI_Request request;
     int code = MPI_Comm_idup(borrowed, &self->comm, &request);
     if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, "MPI_Comm_idup", code);
-    USP_TRY(wait_for(self, &request, "MPI_Comm_idup"));
+    USP_TRY(wait_for(&self->base, &request, "MPI_Comm_idup", &self->stuck));
     MPI_Comm_set_errhandler(self->comm, MPI_ERRORS_RETURN);
     return USP_OK;
 }
@@ -323,22 +322,38 @@ static int gather(void *user, const void *mine, void *all, size_t bytes_per_rank
     memcpy(self->gathered, mine, bytes_per_rank);
     int code = MPI_Iallgather(self->gathered, bytes, MPI_BYTE, come, bytes, MPI_BYTE, self->comm, &request);
     if (code != MPI_SUCCESS) return (int)fail_mpi(self->base.rank, "MPI_Iallgather", code);
-    usp_status status = wait_for(self, &request, "MPI_Iallgather");
+    usp_status status = wait_for(&self->base, &request, "MPI_Iallgather", &self->stuck);
     if (status == USP_OK) memcpy(all, come, bytes_per_rank * (size_t)self->base.size);
     return (int)status;
 }
 
-static usp_status check_mpi(const usp_comm_config *config, MPI_Comm *borrowed, int fortran_comm) {
+/* Whether it is a communicator, and of one group. Where it is none MPI would end the program, unless told not to. */
+static int is_communicator(MPI_Comm comm) {
+    const MPI_Comm asked[] = {MPI_COMM_WORLD, MPI_COMM_SELF}; /* whose handlers speak for no communicator */
+    MPI_Errhandler handler[2];
+    int has_two_groups = 1;
+    for (int i = 0; i < 2; i++) MPI_Comm_get_errhandler(asked[i], &handler[i]);
+    for (int i = 0; i < 2; i++) MPI_Comm_set_errhandler(asked[i], MPI_ERRORS_RETURN);
+    int code = comm != MPI_COMM_NULL ? MPI_Comm_test_inter(comm, &has_two_groups) : MPI_ERR_COMM;
+    for (int i = 0; i < 2; i++) MPI_Comm_set_errhandler(asked[i], handler[i]);
+    for (int i = 0; i < 2; i++) MPI_Errhandler_free(&handler[i]);
+    return code == MPI_SUCCESS && !has_two_groups;
+}
+
+static usp_status find_communicator(int fortran_comm, MPI_Comm *borrowed) {
     int initialized = 0, finalized = 0;
-    if (config->device->ops->kind != USP_DEVICE_CPU)
-        return usp_fail(USP_UNSUPPORTED, "the MPI transport moves host memory; the device is %s",
-                        config->device->ops->name);
     MPI_Initialized(&initialized);
     MPI_Finalized(&finalized);
     USP_REQUIRE(initialized && !finalized, "MPI is not initialised, or finalised already");
     *borrowed = MPI_Comm_f2c(fortran_comm);
-    USP_REQUIRE(*borrowed != MPI_COMM_NULL, "fortran_comm %d is no communicator", fortran_comm);
+    USP_REQUIRE(is_communicator(*borrowed), "fortran_comm %d is no communicator", fortran_comm);
     return USP_OK;
+}
+
+static usp_status check_device(const usp_comm_config *config) {
+    if (config->device->ops->kind == USP_DEVICE_CPU) return USP_OK;
+    return usp_fail(USP_UNSUPPORTED, "the MPI transport moves host memory; the device is %s",
+                    config->device->ops->name);
 }
 
 static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mpi **out) {
@@ -362,21 +377,32 @@ static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mp
     return USP_OK;
 }
 
-usp_status usp_comm_create_mpi(const usp_comm_config *config, int fortran_comm, usp_comm **comm) {
-    usp_mpi *self = NULL;
-    MPI_Comm borrowed;
-    USP_TRY(check_mpi(config, &borrowed, fortran_comm));
-    USP_TRY(begin(config, borrowed, &self));
-    usp_status status = duplicate(self, borrowed);
+/* Ranks that have failed come too: a communicator that all duplicated is fit for another try. */
+static usp_status join(usp_mpi *self, MPI_Comm borrowed, usp_status mine) {
     const usp_bootstrap bootstrap = {gather, self, self->base.rank, self->base.size};
-    if (status == USP_OK) status = usp_control_create(config->host, &bootstrap, config->timeout_ms, &self->control);
+    USP_TRY(duplicate(self, borrowed));
+    usp_status status = usp_bootstrap_agree(&bootstrap, mine);
+    if (status == USP_OK) return usp_control_create(self->base.host, &bootstrap, self->base.timeout_ms, &self->control);
+    if (!self->stuck) MPI_Comm_free(&self->comm);
+    return status;
+}
+
+usp_status usp_comm_create_mpi(const usp_comm_config *config, int fortran_comm, usp_status mine, usp_comm **comm) {
+    usp_mpi *self = NULL;
+    MPI_Comm borrowed = MPI_COMM_NULL;
+    char why[256];
+    if (mine == USP_OK) mine = check_device(config);
+    snprintf(why, sizeof why, "%s", usp_last_error());
+    usp_status status = find_communicator(fortran_comm, &borrowed);
+    if (status == USP_OK) status = begin(config, borrowed, &self);
+    if (status == USP_OK) status = join(self, borrowed, mine);
     if (status == USP_OK) {
         *comm = &self->base;
         return USP_OK;
     }
-    if (self->stuck) /* whatever the control channel made of it */
+    if (self && self->stuck) /* whatever the control channel made of it */
         status = usp_fail(USP_TIMEOUT, "rank %d: the other ranks did not make this world within %d ms", self->base.rank,
                           self->base.timeout_ms);
-    mpi_destroy(&self->base);
-    return status;
+    if (self) mpi_destroy(&self->base);
+    return mine == USP_OK ? status : usp_fail(mine, "%s", why);
 }

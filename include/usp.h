@@ -152,7 +152,8 @@ USP_API usp_status usp_world_create_nccl_id(const usp_world_config *config, cons
                                             usp_world **world);
 /* NCCL from the caller's communicator, which is only borrowed during this call and stays the caller's. */
 USP_API usp_status usp_world_create_nccl(const usp_world_config *config, struct ncclComm *comm, usp_world **world);
-/* MPI_Comm_c2f(comm) of a communicator of an initialised MPI; borrowed. Host memory. */
+/* MPI_Comm_c2f(comm) of a communicator of an initialised MPI; borrowed. Host memory. After TIMEOUT make no other world
+ * of that communicator: a collective that a rank never came to is still in it. */
 USP_API usp_status usp_world_create_mpi(const usp_world_config *config, int fortran_comm, usp_world **world);
 /* Any bootstrap: the callback gathers bytes over all ranks. NCCL on CUDA, TCP sockets on the CPU. The callback is used
  * only during this call. */

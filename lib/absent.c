@@ -46,8 +46,8 @@ usp_status usp_nccl_unique_id(usp_unique_id *id) {
 #endif
 
 #ifndef USP_HAVE_MPI
-usp_status usp_comm_create_mpi(const usp_comm_config *config, int fortran_comm, usp_comm **comm) {
-    (void)config, (void)fortran_comm, (void)comm;
+usp_status usp_comm_create_mpi(const usp_comm_config *config, int fortran_comm, usp_status mine, usp_comm **comm) {
+    (void)config, (void)fortran_comm, (void)mine, (void)comm;
     return usp_fail(USP_UNSUPPORTED, "this libusp was built without MPI");
 }
 #endif

@@ -7,6 +7,7 @@
 #include "error.h"
 #include "node.h"
 #include "thread.h"
+#include <stdio.h>
 #include <string.h>
 #include <time.h>
 
@@ -107,6 +108,13 @@ static usp_status create_device(const usp_host *host, usp_device_kind kind, usp_
     if (status != USP_UNSUPPORTED) return status; /* else there is no GPU, or one that is too old */
     usp_host_log(host, 2, "no usable GPU: the world runs on the CPU");
     return usp_device_create_cpu(host, device);
+}
+
+/* A config that is refused is replaced: half an allocator must not be used to tell the others. */
+static usp_status check_call(const usp_world_config *given, usp_world_config *config, usp_world **out) {
+    usp_status status = out ? read_config(given, config) : usp_fail(USP_INVALID, "world is NULL");
+    if (status != USP_OK) *config = (usp_world_config){0};
+    return status;
 }
 
 /* The part of a world that needs no other rank. */
@@ -239,12 +247,14 @@ usp_status usp_world_create_nccl(const usp_world_config *given, struct ncclComm 
 usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm, usp_world **out) {
     usp_world_config config;
     usp_world *world = NULL;
-    USP_REQUIRE(out, "world is NULL");
-    USP_TRY(read_config(given, &config));
+    usp_comm *comm = NULL;
+    usp_status mine = check_call(given, &config, out);
+    usp_host host = usp_host_from_config(&config);
     if (config.device == USP_DEVICE_AUTO) config.device = USP_DEVICE_CPU; /* MPI moves host memory */
-    USP_TRY(begin_world(&config, &world));
-    usp_comm_config settings = comm_config(world);
-    usp_status status = usp_comm_create_mpi(&settings, fortran_comm, &world->comm);
+    if (mine == USP_OK) mine = begin_world(&config, &world);
+    usp_comm_config settings = world ? comm_config(world) : (usp_comm_config){NULL, &host, DEFAULT_TIMEOUT_MS};
+    usp_status status = usp_comm_create_mpi(&settings, fortran_comm, mine, &comm);
+    if (world) world->comm = comm;
     return finish_world(&config, status, world, out);
 }
 
@@ -298,13 +308,6 @@ static usp_status create_over(const usp_bootstrap *bootstrap, usp_status mine, c
     return finish_world(config, status, world, out);
 }
 
-/* A config that is refused is replaced: half an allocator must not be used to tell the others. */
-static usp_status check_call(const usp_world_config *given, usp_world_config *config, usp_world **out) {
-    usp_status status = out ? read_config(given, config) : usp_fail(USP_INVALID, "world is NULL");
-    if (status != USP_OK) *config = (usp_world_config){0};
-    return status;
-}
-
 usp_status usp_world_create_callback(const usp_world_config *given, usp_allgather_fn allgather, void *user, int size,
                                      int rank, usp_world **out) {
     usp_world_config config;
@@ -323,10 +326,14 @@ static usp_status select_local_gpu(const usp_world_config *config, const usp_env
 usp_status usp_world_create_env(const usp_world_config *given, usp_world **out) {
     usp_world_config config;
     usp_environment *environment = NULL;
+    char why[256];
     usp_status mine = check_call(given, &config, out);
+    snprintf(why, sizeof why, "%s", usp_last_error()); /* what fails below for that reason shall not hide it */
     usp_host host = usp_host_from_config(&config);
     int timeout_ms = mine == USP_OK && config.timeout_ms ? config.timeout_ms : DEFAULT_TIMEOUT_MS;
-    USP_TRY(usp_environment_open(&host, timeout_ms, &environment));
+    usp_status met = usp_environment_open(&host, timeout_ms, &environment);
+    if (met != USP_OK) return mine == USP_OK ? met : usp_fail(mine, "%s", why);
+    if (mine != USP_OK) usp_fail(mine, "%s", why);
     if (mine == USP_OK) mine = select_local_gpu(&config, environment);
     usp_bootstrap bootstrap = usp_environment_bootstrap(environment);
     usp_status status = create_over(&bootstrap, mine, &config, out);

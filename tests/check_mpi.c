@@ -8,6 +8,7 @@
 #include <time.h>
 
 #include "conformance.h"
+#include "error.h"
 
 enum { CALM_MS = 30000, LIMIT_MS = 500, MARGIN_MS = 1500, GUARD = 0x5a };
 
@@ -147,7 +148,7 @@ static int come_late(const usp_comm_config *config, int slow_call) {
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     if (rank == 0) m.slow_call = slow_call;
     double begin = now_ms();
-    usp_status status = usp_comm_create_mpi(&own, MPI_Comm_c2f(MPI_COMM_WORLD), &comm);
+    usp_status status = usp_comm_create_mpi(&own, MPI_Comm_c2f(MPI_COMM_WORLD), USP_OK, &comm);
     double took = now_ms() - begin;
     int wrong = usp_check_failure(NULL, status, USP_TIMEOUT, "within 500 ms");
     wrong += usp_check(NULL, took < 3 * LIMIT_MS + MARGIN_MS, "answered after %.0f ms", took);
@@ -159,13 +160,40 @@ static int come_late(const usp_comm_config *config, int slow_call) {
     return all;
 }
 
+/* Rank 1 comes with a failure of its own: all hear of it at once, and the communicator is fit for another try. */
+static int fail_first(const usp_comm_config *config) {
+    int rank = 0, all = 0;
+    usp_comm *comm = NULL;
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    usp_status mine = rank == 1 ? usp_fail(USP_INVALID, "a wrong field") : USP_OK;
+    usp_comm_config own = {.device = rank == 1 ? NULL : config->device, .host = config->host, .timeout_ms = CALM_MS};
+    usp_status status = usp_comm_create_mpi(&own, MPI_Comm_c2f(MPI_COMM_WORLD), mine, &comm);
+    int wrong = rank == 1 ? usp_check_failure(NULL, status, USP_INVALID, "a wrong field")
+                          : usp_check_failure(NULL, status, USP_PEER_FAILED, "rank 1");
+    MPI_Allreduce(&wrong, &all, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD);
+    if (rank == 0) printf("a rank that failed before: %s\n", all == 0 ? "ok" : "failed");
+    return all;
+}
+
+/* Numbers that are no communicator, on every rank. */
+static int refuse_handles(const usp_comm_config *config) {
+    const int handles[] = {-1, 12345, MPI_Comm_c2f(MPI_COMM_NULL)};
+    int wrong = 0;
+    for (int i = 0; i < 3; i++) {
+        usp_comm *comm = NULL;
+        wrong += usp_check_failure(NULL, usp_comm_create_mpi(config, handles[i], USP_OK, &comm), USP_INVALID,
+                                   "no communicator");
+    }
+    return wrong;
+}
+
 /* ---- the play ---------------------------------------------------------------------------------------------------- */
 
 static int play(const usp_comm_config *config, int timeout_ms, const char *name, usp_scene scene) {
     usp_comm_config own = *config;
     usp_comm *comm = NULL;
     own.timeout_ms = timeout_ms;
-    usp_status status = usp_comm_create_mpi(&own, MPI_Comm_c2f(MPI_COMM_WORLD), &comm);
+    usp_status status = usp_comm_create_mpi(&own, MPI_Comm_c2f(MPI_COMM_WORLD), USP_OK, &comm);
     if (usp_check(NULL, status == USP_OK, "%s: not created: %s", name, usp_last_error())) return 1;
     int rank = comm->rank, wrong = scene(comm), all = 0;
     comm->ops->destroy(comm);
@@ -182,13 +210,15 @@ static int play_all(const usp_comm_config *config) {
     wrong += play(config, LIMIT_MS, "stay away", stay_away);
     wrong += play(config, CALM_MS, "give up", give_up);
     wrong += play(config, LIMIT_MS, "leave", leave);
+    wrong += fail_first(config) + refuse_handles(config);
     wrong += come_late(config, 1) + come_late(config, 3); /* before the communicator, before the first gather */
     return wrong + play(config, CALM_MS, "conformance again", conform);
 }
 
 static int refuse_early(const usp_comm_config *config) {
     usp_comm *comm = NULL;
-    return usp_check_failure(NULL, usp_comm_create_mpi(config, 0, &comm), USP_INVALID, "MPI is not initialised");
+    return usp_check_failure(NULL, usp_comm_create_mpi(config, 0, USP_OK, &comm), USP_INVALID,
+                             "MPI is not initialised");
 }
 
 int main(int count, char **arguments) {
