@@ -2,7 +2,6 @@
  * It moves bytes by grouped sends and receives alone; NCCL's collectives, multicast and environment stay untouched. */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 #include <nccl.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -199,15 +198,15 @@ static ncclResult_t await_release(usp_release *release, ncclResult_t result, int
     return result;
 }
 
+/* Not in every NCCL that serves, nor in its header. */
+extern ncclResult_t ncclCommRevoke(ncclComm_t comm, int flags) __attribute__((weak));
+
 /* Stops what is in flight where this NCCL can (2.28.7 on). Not while a call is in progress: abort alone is for that. */
 static void revoke(usp_release *release) {
-    ncclResult_t (*comm_revoke)(ncclComm_t, int) = NULL;
     ncclResult_t state = ncclInProgress;
-    void *symbol = dlsym(RTLD_DEFAULT, "ncclCommRevoke");
-    memcpy(&comm_revoke, &symbol, sizeof symbol);
-    if (comm_revoke == NULL || ncclCommGetAsyncError(release->comm, &state) != ncclSuccess) return;
+    if (ncclCommRevoke == NULL || ncclCommGetAsyncError(release->comm, &state) != ncclSuccess) return;
     if (state == ncclInProgress) return;
-    ncclResult_t result = await_release(release, comm_revoke(release->comm, 0), REVOKE_MS);
+    ncclResult_t result = await_release(release, ncclCommRevoke(release->comm, 0), REVOKE_MS);
     atomic_store(&release->revoked, result == ncclSuccess);
 }
 
@@ -609,6 +608,8 @@ static void nccl_destroy(usp_comm *comm) {
     usp_nccl *self = nccl_of(comm);
     int healthy = self->control != NULL && check_ranks(self) == USP_OK;
     for (usp_shared *piece = self->shared; healthy && piece != NULL; piece = piece->next) deregister(self, piece);
+    int stuck = RELEASE_STUCK; /* where another thread was late to let go of the communicator, it has by now */
+    if (self->release->comm == NULL) atomic_compare_exchange_strong(&self->release->stage, &stuck, RELEASE_NONE);
     start_release(self, !healthy);
     int released = finish_release(comm->host, self->release);
     usp_control_destroy(self->control);
@@ -803,7 +804,7 @@ static usp_status share_id(usp_nccl *self, ncclUniqueId *id) {
 usp_status usp_comm_create_nccl(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm) {
     usp_nccl *self = NULL;
     ncclUniqueId id;
-    usp_status status = begin(config, bootstrap->size, bootstrap->rank, &self);
+    usp_status status = usp_bootstrap_agree(bootstrap, begin(config, bootstrap->size, bootstrap->rank, &self));
     if (self == NULL) return status;
     if (status == USP_OK) status = usp_control_create(config->host, bootstrap, config->timeout_ms, &self->control);
     if (status == USP_OK) status = share_id(self, &id);

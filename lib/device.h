@@ -30,9 +30,9 @@ typedef struct usp_work {
 
 /* Columns [begin, end) of one segment of the other side: column j has position origin + j * stride modulo 2^32. A pair
  * is allowed iff low <= key position - query position <= high (whichever side the rows are). Every column with an
- * allowed pair is in [begin, end); in [full_begin, full_end) every pair with every row of the work is allowed (the range
- * may be empty). Where that is all of [begin, end), the columns may be of several segments: then origin and stride say
- * nothing, and low and high allow everything (INT32_MIN, INT32_MAX). */
+ * allowed pair is in [begin, end); in [full_begin, full_end) every pair with every row of the work is allowed (the
+ * range may be empty). Where that is all of [begin, end), the columns may be of several segments: then origin and
+ * stride say nothing, and low and high allow everything (INT32_MIN, INT32_MAX). */
 typedef struct usp_tile {
     int32_t begin, end, full_begin, full_end, origin, stride, low, high;
 } usp_tile;
