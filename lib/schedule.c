@@ -2,7 +2,7 @@
 #include "schedule.h"
 #include "arena.h"
 #include "error.h"
-#include <stdlib.h>
+#include "sort.h"
 #include <string.h>
 
 /* ---- blocks: what a ring rank holds after the exchange ----------------------------------------------------------- */
@@ -15,9 +15,12 @@ typedef struct piece {
     usp_segment tokens;
 } piece;
 
+_Static_assert(sizeof(piece) <= USP_SORT_BYTES && sizeof(usp_chunk) <= USP_SORT_BYTES, "both are sorted");
+
 static int by_start(const void *a, const void *b) {
-    int64_t x = ((const piece *)a)->tokens.start, y = ((const piece *)b)->tokens.start;
-    return x < y ? -1 : x > y;
+    const piece *x = a, *y = b;
+    if (x->tokens.start != y->tokens.start) return x->tokens.start < y->tokens.start ? -1 : 1;
+    return x->index < y->index ? -1 : x->index > y->index; /* one of them is empty */
 }
 
 /* The pieces of ring rank r in row order: by position; where there is no exchange, in local order. */
@@ -32,7 +35,7 @@ static int64_t collect_pieces(const usp_sharding *sharding, const usp_shape *sha
             source += sharding->segment[i].length;
         }
     }
-    if (shape->ulysses > 1) qsort(pieces, (size_t)count, sizeof *pieces, by_start);
+    if (shape->ulysses > 1) usp_sort(pieces, (size_t)count, sizeof *pieces, by_start);
     return count;
 }
 
@@ -244,8 +247,9 @@ static void plan_steps(usp_schedule *schedule, work_list *list) {
 /* ---- chunks and blocks of linear attention ----------------------------------------------------------------------- */
 
 static int chunk_by_start(const void *a, const void *b) {
-    int64_t x = ((const usp_chunk *)a)->start, y = ((const usp_chunk *)b)->start;
-    return x < y ? -1 : x > y;
+    const usp_chunk *x = a, *y = b;
+    if (x->start != y->start) return x->start < y->start ? -1 : 1;
+    return x->owner < y->owner ? -1 : x->owner > y->owner; /* one of them is empty */
 }
 
 static void collect_chunks(usp_schedule *schedule) {
@@ -257,7 +261,7 @@ static void collect_chunks(usp_schedule *schedule) {
             schedule->chunk[schedule->chunks++] =
                 (usp_chunk){r, 0, segment[i].start, segment[i].row, segment[i].length};
     }
-    qsort(schedule->chunk, (size_t)schedule->chunks, sizeof *schedule->chunk, chunk_by_start);
+    usp_sort(schedule->chunk, (size_t)schedule->chunks, sizeof *schedule->chunk, chunk_by_start);
 }
 
 static void cut_chunk(usp_schedule *schedule, const usp_chunk *chunk, int64_t most) {

@@ -134,14 +134,12 @@ static void fill_custom(usp_sharding *sharding, const usp_segment *gathered, int
 /* ---- create ------------------------------------------------------------------------------------------------------ */
 
 static usp_status check_documents(int64_t documents, const int64_t *ends, int64_t tokens) {
-    USP_REQUIRE(documents >= 1 && ends, "usp_sequence_config.document_ends is NULL while documents is %lld",
-                (long long)documents);
+    USP_REQUIRE(documents >= 1 && ends, "document_ends is NULL while documents is %lld", (long long)documents);
     for (int64_t d = 0; d < documents; d++) {
-        USP_REQUIRE(ends[d] >= (d ? ends[d - 1] : 0),
-                    "usp_sequence_config.document_ends[%lld] is %lld: ends must ascend", (long long)d,
+        USP_REQUIRE(ends[d] >= (d ? ends[d - 1] : 0), "document_ends[%lld] is %lld: ends must ascend", (long long)d,
                     (long long)ends[d]);
-        USP_REQUIRE(ends[d] <= tokens, "usp_sequence_config.document_ends[%lld] is %lld: beyond %lld tokens",
-                    (long long)d, (long long)ends[d], (long long)tokens);
+        USP_REQUIRE(ends[d] <= tokens, "document_ends[%lld] is %lld: beyond %lld tokens", (long long)d,
+                    (long long)ends[d], (long long)tokens);
     }
     return USP_OK;
 }

@@ -3,6 +3,7 @@
 #include "bodies.h"
 #include "expect.h"
 #include "layer.h"
+#include "sort.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -324,6 +325,26 @@ static int measure_balance(usp_rank *rank, void *argument) {
     free(all);
     usp_count(rank);
     return failed;
+}
+
+/* ---- sorting ----------------------------------------------------------------------------------------------------- */
+
+static int by_number(const void *a, const void *b) {
+    const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+Test(sequence, sorting_in_place) {
+    enum { ITEMS = 200 };
+    int64_t ours[ITEMS][2], theirs[ITEMS][2];
+    srand(7);
+    for (size_t count = 0; count <= ITEMS; count++) {
+        for (size_t i = 0; i < count; i++) ours[i][0] = ours[i][1] = rand() % (1 + (int)count / 2);
+        memcpy(theirs, ours, sizeof ours);
+        usp_sort(ours, count, sizeof *ours, by_number);
+        qsort(theirs, count, sizeof *theirs, by_number);
+        cr_assert(count == 0 || memcmp(ours, theirs, count * sizeof *ours) == 0, "%zu items", count);
+    }
 }
 
 /* ---- replan ------------------------------------------------------------------------------------------------------ */
