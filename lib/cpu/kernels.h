@@ -13,7 +13,8 @@ enum {
 };
 
 /* c[i][j] (+)= sum over l < k of a(i, l) * b[l][j], a(i, l) = a[i * a_row + l * a_step], i < m, j < n. m is a multiple
- * of USP_CPU_ROWS, n, b_row and c_row of USP_CPU_LANE. Each sum runs over l in ascending order. */
+ * of USP_CPU_ROWS, n, b_row and c_row of USP_CPU_LANE. Each sum runs over l in ascending order,
+ * and is then added: many short sums lose less than a long one. */
 typedef struct usp_product {
     int m, n, k;
     const float *a;
