@@ -14,7 +14,7 @@ installed=$(find "$work/stage" -name usp.pc | head -n 1)
 libdir=$(dirname "$(dirname "$installed")")
 root=$(dirname "$(find "$work/stage" -type d -name include | head -n 1)")
 for file in "$root/include/usp.h" "$libdir/libusp.so" "$libdir/libusp.so.0" "$libdir/libusp.a" \
-            "$libdir/cmake/usp/usp-config.cmake" "$libdir/cmake/usp/usp-config-version.cmake"; do
+            "$libdir/cmake/usp/usp-config.cmake" "$libdir/cmake/usp/usp-config-version.cmake" "$root/share/licenses/usp/LICENSE"; do
     [ -e "$file" ] || fail "$file is not installed"
 done
 objdump -p "$libdir/libusp.so" | grep -q 'SONAME *libusp.so.0$' || fail "the SONAME is not libusp.so.0"
@@ -24,6 +24,9 @@ declared=$(sed -n 's/^USP_API.*[ *]\(usp_[a-z_]*\)(.*/\1/p' "$source/include/usp
 exported=$(nm -D --defined-only "$libdir/libusp.so" | awk '{ print $3 }' | sort)
 [ "$declared" = "$exported" ] || fail "usp.h declares and libusp.so exports different functions:
 $(printf '%s\n' "$declared" >"$work/a"; printf '%s\n' "$exported" >"$work/b"; diff "$work/a" "$work/b")"
+for tool in "$root"/bin/usp_*; do
+    env -u LD_LIBRARY_PATH "$tool" --version >/dev/null || fail "$tool does not find its library"
+done
 # Every tool has its page, where help2man was there to make them.
 if grep -q 'usp_[a-z]*\.1' "$build/build.ninja"; then
     for tool in "$root"/bin/usp_*; do
