@@ -1,12 +1,17 @@
-/* tool.c - error sentences, names, size lists and decay slopes.
+/* tool.c - error sentences, names, size lists, decay slopes, and what files a tool may write.
  * Parsing only: meaning is checked by the library. */
 #include "tool.h"
 #include <argp.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
 #include <math.h>
 #include <stdarg.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 usp_status usp_tool_fail(usp_tool_error *error, usp_status status, const char *format, ...) {
     va_list arguments;
@@ -72,6 +77,15 @@ int usp_name_find(const usp_name *names, const char *text, int *value) {
     return 0;
 }
 
+const char *usp_name_join(const usp_name *names, char text[USP_NAMES_BYTES]) {
+    int at = 0;
+    text[0] = 0;
+    for (int i = 0; names[i].name && at < USP_NAMES_BYTES; i++)
+        if (usp_name_of(names, names[i].value) == names[i].name) /* no alias */
+            at += snprintf(text + at, (size_t)(USP_NAMES_BYTES - at), "%s%s", at ? ", " : "", names[i].name);
+    return text;
+}
+
 static int suffix_shift(const char *suffix) {
     if (!*suffix) return 0;
     if (suffix[1]) return -1;
@@ -134,6 +148,43 @@ void usp_decay_slopes(int heads, float *log_decay) {
     while (power * 2 <= heads) power *= 2;
     for (int h = 0; h < power; h++) log_decay[h] = -(float)exp2(-8.0 * (h + 1) / power);
     for (int h = power; h < heads; h++) log_decay[h] = -(float)exp2(-4.0 * (2 * (h - power) + 1) / power);
+}
+
+/* The folder of a path and the name in it; 1 if there is such a folder. */
+static int find_folder(const char *path, struct stat *folder, char name[NAME_MAX + 1]) {
+    const char *slash = strrchr(path, '/');
+    char *where = slash ? strndup(path, (size_t)(slash - path) + 1) : NULL;
+    snprintf(name, NAME_MAX + 1, "%s", slash ? slash + 1 : path);
+    int found = stat(where ? where : ".", folder) == 0;
+    free(where);
+    return found;
+}
+
+int usp_tool_same_file(const char *a, const char *b) {
+    struct stat one, other;
+    char name[2][NAME_MAX + 1];
+    int there = stat(a, &one) == 0, too = stat(b, &other) == 0;
+    if (there && too && !S_ISREG(one.st_mode)) return 0;
+    if (!there || !too) {
+        if (!find_folder(a, &one, name[0]) || !find_folder(b, &other, name[1]) || strcmp(name[0], name[1])) return 0;
+    }
+    return one.st_dev == other.st_dev && one.st_ino == other.st_ino;
+}
+
+/* argp ends the process itself after --help and --version, so this is where every end comes by. */
+static void check_output(int ended, void *failed) {
+    const char *why = fflush(stdout) ? strerror(errno) : ferror(stdout) ? "some of it is lost" : NULL;
+    if (!why || ended) return; /* it has ended badly with a sentence of its own */
+    fprintf(stderr, "%s: cannot write to standard output: %s\n", program_invocation_short_name, why);
+    _exit((int)(intptr_t)failed);
+}
+
+void usp_tool_guard_output(int failed) {
+    if (fcntl(STDOUT_FILENO, F_GETFD) < 0) { /* it is closed: the next file to be opened must not get its number */
+        int unwritable = open("/dev/null", O_RDONLY);
+        if (unwritable >= 0 && unwritable != STDOUT_FILENO) dup2(unwritable, STDOUT_FILENO);
+    }
+    on_exit(check_output, (void *)(intptr_t)failed);
 }
 
 void usp_tool_print_version(FILE *stream, struct argp_state *state) {

@@ -1,5 +1,5 @@
 /* tool.h - what every tool shares: error sentences, names of the library's kinds, and lists of sizes.
- * It knows nothing of ranks, tensors or files. */
+ * It knows nothing of ranks, tensors or what is in files. */
 #ifndef USP_TOOL_H
 #define USP_TOOL_H
 #include <stdio.h>
@@ -41,6 +41,9 @@ const usp_name *usp_names_state_exchange(void);
 const char *usp_name_of(const usp_name *names, int value);
 /* 1 and *value if `text` is a name of the table, else 0. */
 int usp_name_find(const usp_name *names, const char *text, int *value);
+/* "softmax, linear": every value's own name, for messages. */
+enum { USP_NAMES_BYTES = 128 };
+const char *usp_name_join(const usp_name *names, char text[USP_NAMES_BYTES]);
 
 /* A short list of numbers, as `1,2,4` gives it. */
 enum { USP_LIST_ITEMS = 32 };
@@ -59,6 +62,13 @@ int usp_parse_real(const char *text, double *value);
 /* lambda_h = e^(-s_h): fills the logarithms -s_h with the ALiBi slopes: powers of 2^(-8 / heads), and where heads is no
  * power of two the slopes of the next lower one followed by every other slope of the next higher one. */
 void usp_decay_slopes(int heads, float *log_decay);
+
+/* 1 if both paths name one regular file, there or yet to be made, however they are spelled. */
+int usp_tool_same_file(const char *a, const char *b);
+
+/* To be called first of all: a program that would end well, --help and --version too, ends with `failed` and a sentence
+ * if not all of its standard output could be written. */
+void usp_tool_guard_output(int failed);
 
 /* argp's hook for --version. */
 void usp_tool_print_version(FILE *stream, struct argp_state *state);

@@ -1,7 +1,6 @@
 /* usp_launch.c - starts N copies of a program on this host, each with its rank in the environment, and waits for them.
  * It passes no data and opens no connection; what the ranks do with each other is theirs. */
-#define _GNU_SOURCE
-#include "usp.h"
+#include "tool.h"
 #include <argp.h>
 #include <arpa/inet.h>
 #include <errno.h>
@@ -55,9 +54,6 @@ static error_t usp_option(int key, char *text, struct argp_state *state) {
     case 'h':
         argp_state_help(state, stdout, ARGP_HELP_STD_HELP);
         return 0;
-    case 'V':
-        printf("usp_launch %d.%d.%d\n", USP_VERSION_MAJOR, USP_VERSION_MINOR, USP_VERSION_PATCH);
-        exit(0);
     case ARGP_KEY_ARG:
         job->program = &state->argv[state->next - 1];
         state->next = state->argc;
@@ -76,7 +72,6 @@ static void usp_read_options(int argc, char **argv, usp_job *job) {
         {"time", 't', "SECONDS", 0, "Kill what still runs after so many seconds; the status is then 124", 0},
         {"port", USP_KEY_PORT, "PORT", 0, "MASTER_PORT, where rank 0 listens (default: a free one)", 0},
         {"kill", USP_KEY_KILL, NULL, 0, "When one rank fails, end the others (default: they go on)", 0},
-        {"version", 'V', NULL, 0, "Print the version", 0},
         {NULL, 'h', NULL, 0, "The same as --help", -1},
         {0}};
     static const char text[] =
@@ -85,6 +80,7 @@ static void usp_read_options(int argc, char **argv, usp_job *job) {
         "\vThe status is that of the first rank that failed: its own, or 128 plus the signal that ended it. SIGINT and "
         "SIGTERM are passed on to the ranks; the second time they are killed.";
     const struct argp argp = {options, usp_option, "PROGRAM [ARGUMENT...]", text, NULL, NULL, NULL};
+    argp_program_version_hook = usp_tool_print_version;
     argp_parse(&argp, argc, argv, ARGP_IN_ORDER, NULL, job);
 }
 
@@ -213,6 +209,7 @@ static void usp_wait(usp_job *job, const sigset_t *signals) {
 int main(int argc, char **argv) {
     usp_job job = {.size = 1, .end = -1};
     sigset_t signals, before;
+    usp_tool_guard_output(1);
     usp_read_options(argc, argv, &job);
     if (job.port == 0) job.port = usp_free_port();
     sigemptyset(&signals);

@@ -54,7 +54,9 @@ static int parse_type(struct argp_state *state, const char *text) {
     static const usp_name types[] = {
         {"auto", PLOT_AUTO}, {"line", PLOT_LINE}, {"bars", PLOT_BARS}, {"heatmap", PLOT_HEATMAP}, {NULL, 0}};
     int type = PLOT_AUTO;
-    if (!usp_name_find(types, text, &type)) argp_error(state, "--type: '%s' is none of its names", text);
+    char known[USP_NAMES_BYTES];
+    if (!usp_name_find(types, text, &type))
+        argp_error(state, "--type: '%s' is none of %s", text, usp_name_join(types, known));
     return type;
 }
 
@@ -92,6 +94,9 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
         break;
     case ARGP_KEY_END:
         if (!o->files) argp_error(state, "no CSV file given");
+        for (int i = 0; i < o->files; i++)
+            if (o->output && usp_tool_same_file(o->output, o->file[i]))
+                argp_error(state, "--output would overwrite %s", o->file[i]);
         break;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -101,13 +106,29 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
 
 /* ---- rows to series -------------------------------------------------------------------------------------------- */
 
-/* "COLUMN=VALUE" holds for the row; a column that the file lacks holds for none. */
-static int holds(const usp_csv *csv, size_t row, const char *where) {
+/* The column of "COLUMN=VALUE", -1 if the file lacks it, and the value. */
+static int where_column(const usp_csv *csv, const char *where, const char **value) {
     char name[64];
     size_t length = strcspn(where, "=");
     snprintf(name, sizeof name, "%.*s", (int)length, where);
-    int column = usp_csv_column(csv, name);
-    return column >= 0 && !strcmp(usp_csv_cell(csv, row, column), where + length + 1);
+    *value = where + length + 1;
+    return usp_csv_column(csv, name);
+}
+
+static usp_status check_wheres(const usp_plot_options *o, const usp_csv *csv, const char *path, usp_tool_error *error) {
+    for (int i = 0; i < o->wheres; i++) {
+        const char *value;
+        if (where_column(csv, o->where[i], &value) < 0)
+            return usp_tool_fail(error, USP_INVALID, "%s: has no column '%.*s'", path, (int)strcspn(o->where[i], "="),
+                                 o->where[i]);
+    }
+    return USP_OK;
+}
+
+static int holds(const usp_csv *csv, size_t row, const char *where) {
+    const char *value;
+    int column = where_column(csv, where, &value);
+    return !strcmp(usp_csv_cell(csv, row, column), value);
 }
 
 static int wanted(const usp_plot_options *o, const usp_csv *csv, size_t row) {
@@ -350,9 +371,13 @@ int main(int argc, char **argv) {
     usp_csv csv[MOST_FILES] = {{.columns = 0}};
     usp_tool_error error = {""};
     usp_status status = USP_OK;
+    usp_tool_guard_output(1);
     argp_program_version_hook = usp_tool_print_version;
     argp_parse(&argp, argc, argv, 0, NULL, &options);
-    for (int i = 0; i < options.files && status == USP_OK; i++) status = usp_csv_read(options.file[i], &csv[i], &error);
+    for (int i = 0; i < options.files && status == USP_OK; i++) {
+        status = usp_csv_read(options.file[i], &csv[i], &error);
+        if (status == USP_OK) status = check_wheres(&options, &csv[i], options.file[i], &error);
+    }
     if (status == USP_OK) status = draw(&options, csv, &error);
     if (status != USP_OK) fprintf(stderr, "usp_plot: %s\n", error.text);
     for (int i = 0; i < options.files; i++) usp_csv_free(&csv[i]);

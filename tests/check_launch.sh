@@ -64,7 +64,10 @@ for option in --help '-?' -h --usage; do expect 0 "$option"; done
 expect 0 --help
 for option in --ranks --time --port --kill --version; do says out "$option"; done
 expect 0 --version
-says out '^usp_launch [0-9]'
+says out '^usp_launch (libusp) [0-9]'
+status=0
+timeout 30 "$launch" --help >/dev/full 2>"$work/err" || status=$?
+[ "$status" = 1 ] || fail "--help to a full disk: status $status, not 1"
 for wrong in '-n 0' '-n 1.5' '-n 100000' '-t 0' '--port 70000' '--no-such-option'; do
     expect 64 $wrong true # EX_USAGE
 done

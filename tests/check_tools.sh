@@ -312,6 +312,16 @@ expect 1 "$plot" b.csv --y nothing
 printf 'a,b\n1\n' >ragged.csv
 expect 1 "$plot" ragged.csv
 expect 1 "$plot" b.csv --where pass=none
+expect 1 "$plot" b.csv --where foo=1
+grep -q "b.csv: has no column 'foo'" log || fail "an unknown column is not named: $(cat log)"
+cp b.csv copy.csv
+for path in b.csv ./b.csv "$dir/b.csv"; do
+    expect 64 "$plot" loss.csv b.csv -o "$path"
+    cmp -s b.csv copy.csv || fail "$path was overwritten"
+done
+expect 64 "$plot" b.csv --type foo
+grep -q "'foo' is none of auto, line, bars, heatmap" log || fail "no names of charts: $(cat log)"
+expect 1 sh -c '"$@" >/dev/full' sh "$plot" b.csv
 
 [ "$failures" -eq 0 ] || { echo "$failures failures"; exit 1; }
 echo "all right"
