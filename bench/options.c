@@ -62,7 +62,7 @@ static const struct argp_option option_table[] = {
     {"full", KEY_FULL, NULL, 0, "No mask", 0},
     {"decay", KEY_DECAY, "none|alibi", 0, "Linear, causal: no decay, or the heads' ALiBi slopes (alibi)", 0},
     {"state-exchange", KEY_STATE_EXCHANGE, "auto|chain|gather", 0, "Linear: how states travel the ring (auto)", 0},
-    {"deterministic", KEY_DETERMINISTIC, NULL, 0, "Only kernels whose results do not depend on timing", 0},
+    {"deterministic", KEY_DETERMINISTIC, NULL, 0, "No kernel whose results depend on timing", 0},
 
     {NULL, 0, NULL, 0, "Measuring:", 3},
     {"iters", 'n', "N", 0, "Timed iterations (20)", 0},
@@ -105,8 +105,10 @@ static void parse_names(struct argp_state *state, const char *option, const char
             for (int i = 0; i < list->count; i++) seen |= list->item[i] == names->value;
             if (!seen) list->item[list->count++] = names->value;
         }
-    else if (!usp_parse_list(text, names, list))
-        argp_error(state, "--%s: '%s' is not a list of its names", option, text);
+    else if (!usp_parse_list(text, names, list)) {
+        char known[USP_NAMES_BYTES];
+        argp_error(state, "--%s: '%s' is no list of %s, nor %s", option, text, usp_name_join(names, known), all);
+    }
 }
 
 static void parse_numbers(struct argp_state *state, const char *option, const char *text, int64_t low, usp_list *list) {
@@ -125,7 +127,9 @@ static int64_t parse_number(struct argp_state *state, const char *option, const 
 
 static int parse_name(struct argp_state *state, const char *option, const char *text, const usp_name *names) {
     int value = 0;
-    if (!usp_name_find(names, text, &value)) argp_error(state, "--%s: '%s' is none of its names", option, text);
+    char known[USP_NAMES_BYTES];
+    if (!usp_name_find(names, text, &value))
+        argp_error(state, "--%s: '%s' is none of %s", option, text, usp_name_join(names, known));
     return value;
 }
 
@@ -315,7 +319,9 @@ static error_t parse_output(int key, char *text, struct argp_state *state, usp_o
     case ARGP_KEY_END:
         if (o->ranks.threads && o->ranks.gpus) argp_error(state, "-t and -g exclude each other");
         if (o->end && o->end < o->begin) argp_error(state, "--maxlength is less than --minlength");
-        if (o->ranks.gpus && o->ranks.device == USP_DEVICE_CPU) argp_error(state, "-g needs --device cuda");
+        if (o->ranks.gpus && o->ranks.device == USP_DEVICE_CPU) argp_error(state, "-g excludes --device cpu");
+        if (o->csv && o->json && usp_tool_same_file(o->csv, o->json))
+            argp_error(state, "--csv and --json are the same file");
         break;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -430,7 +436,8 @@ usp_case *usp_options_cases(const usp_options *o, int size, usp_device_kind devi
     if (list.failed)
         usp_tool_fail(error, USP_NO_MEMORY, "no memory for the list of cases");
     else if (!list.count)
-        usp_tool_fail(error, USP_INVALID, "no length, or no pair of -u and -r makes %d ranks", size);
+        usp_tool_fail(error, USP_INVALID, "no pair of --ulysses and --ring makes %d rank%s; -t or -g sets their number",
+                      size, size > 1 ? "s" : "");
     if (!list.failed && list.count) return list.items;
     free(list.items);
     return NULL;

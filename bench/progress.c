@@ -47,9 +47,14 @@ void usp_progress_show(usp_progress *progress, double done, const char *label) {
     progress->drawn = now();
 }
 
-void usp_progress_clear(usp_progress *progress) {
-    if (!progress->shown || progress->drawn <= 0) return;
+void usp_progress_erase(const usp_progress *progress) {
+    if (!progress->shown) return;
     fputs("\r\033[K", stderr);
     fflush(stderr);
+}
+
+void usp_progress_clear(usp_progress *progress) {
+    if (progress->drawn <= 0) return;
+    usp_progress_erase(progress);
     progress->drawn = 0;
 }

@@ -14,6 +14,8 @@ typedef struct usp_progress {
 usp_progress usp_progress_open(size_t total, int quiet);
 /* `done` of total; the label says what runs now. Draws at most ten times a second. */
 void usp_progress_show(usp_progress *progress, double done, const char *label);
+/* The line, drawn or not; from any thread. */
+void usp_progress_erase(const usp_progress *progress);
 /* Clears the line, before anything else is printed and at the end. */
 void usp_progress_clear(usp_progress *progress);
 

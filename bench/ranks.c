@@ -133,10 +133,23 @@ static usp_status start_and_join(usp_job *job, usp_job_thread *threads, usp_tool
     return first_failure(job, threads, error);
 }
 
+#ifdef USP_HAVE_CUDA
+#define NO_GPU "no GPU is usable in this process"
+#else
+#define NO_GPU "no GPU is usable: this build has no CUDA"
+#endif
+
+static usp_status check_gpus(const usp_ranks_config *config, usp_tool_error *error) {
+    int usable = usp_device_count(USP_DEVICE_CUDA);
+    int wanted = config->gpus ? config->gpus : config->device == USP_DEVICE_CUDA ? 1 : 0;
+    if (wanted && !usable) return usp_tool_fail(error, USP_UNSUPPORTED, "%s", NO_GPU);
+    if (wanted <= usable) return USP_OK;
+    return usp_tool_fail(error, USP_UNSUPPORTED, "%d GPUs wanted, %d usable in this process", wanted, usable);
+}
+
 static usp_status prepare_job(usp_job *job, usp_tool_error *error) {
-    int gpus = job->config->gpus, usable = gpus ? usp_device_count(USP_DEVICE_CUDA) : 0;
-    if (gpus > usable)
-        return usp_tool_fail(error, USP_UNSUPPORTED, "%d GPUs wanted, %d usable in this process", gpus, usable);
+    int gpus = job->config->gpus;
+    USP_TRY(check_gpus(job->config, error));
     usp_status status = gpus ? usp_unique_id_create(&job->id) : usp_rendezvous_create(job->size, &job->rendezvous);
     return status == USP_OK ? status : usp_tool_fail(error, status, "%s", usp_last_error());
 }
@@ -180,7 +193,7 @@ usp_status usp_ranks_run(const usp_ranks_config *config, usp_rank_main run, void
     usp_ranks_config one = *config;
     if (config->threads || config->gpus) return run_threads(config, run, user, error);
     if (has_launcher()) return run_process(config, run, user, error);
-    one.threads = 1;
+    one.threads = config->otherwise ? config->otherwise : 1;
     return run_threads(&one, run, user, error);
 }
 

@@ -7,7 +7,8 @@
 typedef struct usp_ranks_config {
     usp_device_kind device;
     int threads;    /* thread-ranks, on the CPU or on one GPU; 0: not asked for */
-    int gpus;       /* a thread-rank a GPU, over NCCL; 0: not asked for. Neither: the launcher's job, else one rank */
+    int gpus;       /* a thread-rank a GPU, over NCCL; 0: not asked for. Neither: the launcher's job, else ... */
+    int otherwise;  /* ... so many thread-ranks; 0: one */
     int timeout_ms; /* as in usp_world_config */
 } usp_ranks_config;
 

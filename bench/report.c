@@ -174,12 +174,18 @@ static void write_result(usp_json *json, const usp_result *r) {
     usp_json_open(json, NULL, '{');
     write_config(json, &r->config);
     usp_json_text(json, "pass", pass_name(r->pass));
-    usp_json_text(json, "status", r->refused[0] ? "skipped" : "ok");
+    usp_json_text(json, "status", r->refused[0] ? "skipped" : r->wrong > 0 ? "wrong" : "ok");
     if (r->refused[0])
         usp_json_text(json, "reason", r->refused);
     else
         write_measured(json, r);
     usp_json_close(json, '}');
+}
+
+static size_t checked_rows(const usp_report *report) {
+    size_t rows = 0;
+    for (size_t i = 0; i < report->count; i++) rows += (size_t)report->results[i].checked;
+    return rows;
 }
 
 static void write_document(FILE *stream, const usp_report *report, const char *failure) {
@@ -200,21 +206,21 @@ static void write_document(FILE *stream, const usp_report *report, const char *f
     usp_json_text(&json, "state_exchange",
                   usp_name_of(usp_names_state_exchange(), (int)report->options->state_exchange));
     usp_json_text(&json, "error", failure);
+    usp_json_integer(&json, "timed", (int64_t)usp_report_rows(report));
+    usp_json_integer(&json, "checked", (int64_t)checked_rows(report));
+    usp_json_real(&json, "wrong", usp_report_wrong(report));
     usp_json_open(&json, "results", '[');
     for (size_t i = 0; i < report->count; i++) write_result(&json, &report->results[i]);
     usp_json_close(&json, ']');
     usp_json_close(&json, '}');
 }
 
-static usp_status write_json(const usp_report *report, const char *failure, usp_tool_error *error) {
-    const char *path = report->options->json;
-    if (!path) return USP_OK;
-    FILE *stream = fopen(path, "w");
-    if (!stream) return usp_tool_fail(error, USP_INVALID, "cannot write %s: %s", path, strerror(errno));
-    write_document(stream, report, failure);
-    int bad = ferror(stream);
-    if (fclose(stream) || bad) return usp_tool_fail(error, USP_INVALID, "writing %s failed: %s", path, strerror(errno));
-    return USP_OK;
+/* Writes what is left of a file and closes it. */
+static usp_status close_file(FILE *file, const char *path, usp_tool_error *error) {
+    if (!file) return USP_OK;
+    int bad = fflush(file) || ferror(file), why = errno;
+    if (fclose(file) == 0 && !bad) return USP_OK;
+    return usp_tool_fail(error, USP_INVALID, "cannot write %s: %s", path, strerror(bad ? why : errno));
 }
 
 /* ---- report ---------------------------------------------------------------------------------------------------- */
@@ -228,22 +234,30 @@ void usp_report_info(const usp_machine *m) {
     if (m->nccl) printf("# NCCL %d.%d.%d\n", m->nccl / 10000, m->nccl / 100 % 100, m->nccl % 100);
 }
 
+static usp_status open_file(const char *path, FILE **file, usp_tool_error *error) {
+    if (!path) return USP_OK;
+    *file = fopen(path, "w");
+    return *file ? USP_OK : usp_tool_fail(error, USP_INVALID, "cannot write %s: %s", path, strerror(errno));
+}
+
+/* Nobody is there to read the rest of a table that cannot be written. */
+static usp_status flush_table(usp_tool_error *error) {
+    if (fflush(stdout) == 0) return USP_OK;
+    return usp_tool_fail(error, USP_INVALID, "cannot write to standard output: %s", strerror(errno));
+}
+
 usp_status usp_report_open(usp_report *report, const usp_options *options, usp_rank *rank) {
     *report = (usp_report){.options = options, .rank = rank};
     usp_machine_describe(&report->machine);
-    if (options->csv) {
-        report->csv = fopen(options->csv, "w");
-        if (!report->csv)
-            return usp_tool_fail(&rank->error, USP_INVALID, "cannot write %s: %s", options->csv, strerror(errno));
-        write_csv_heading(report->csv);
-    }
+    USP_TRY(open_file(options->csv, &report->csv, &rank->error));
+    USP_TRY(open_file(options->json, &report->json, &rank->error));
+    if (report->csv) write_csv_heading(report->csv);
     usp_report_info(&report->machine);
     printf("# %s\n# %s: %s, %d rank%s over %s, mask %s, check %s\n", report->machine.date, options->command,
            usp_name_of(usp_names_device(), (int)rank->device), rank->size, rank->size > 1 ? "s" : "", rank->transport,
            usp_name_of(usp_names_mask(), (int)options->mask), options->check ? "on" : "off");
     print_heading(report);
-    fflush(stdout);
-    return USP_OK;
+    return flush_table(&rank->error);
 }
 
 static usp_status keep(usp_report *report, const usp_result *result, usp_tool_error *error) {
@@ -262,9 +276,8 @@ usp_status usp_report_add(usp_report *report, const usp_result *result, usp_tool
     USP_TRY(keep(report, result, error));
     print_row(report, result);
     if (!result->refused[0]) print_details(report, result);
-    fflush(stdout);
     if (report->csv && !result->refused[0]) write_csv_row(report->csv, result);
-    return USP_OK;
+    return flush_table(error);
 }
 
 double usp_report_wrong(const usp_report *report) {
@@ -281,11 +294,8 @@ size_t usp_report_rows(const usp_report *report) {
 
 static void print_footer(const usp_report *report) {
     double sum = 0;
-    size_t rows = usp_report_rows(report), checked = 0;
-    for (size_t i = 0; i < report->count; i++) {
-        sum += tflops(&report->results[i]);
-        checked += (size_t)report->results[i].checked;
-    }
+    size_t rows = usp_report_rows(report), checked = checked_rows(report);
+    for (size_t i = 0; i < report->count; i++) sum += tflops(&report->results[i]);
     double wrong = usp_report_wrong(report);
     if (checked) printf("# Out of bounds values : %.0f %s\n", wrong, wrong > 0 ? "FAILED" : "OK");
     printf("# Rows                 : %zu timed, %zu checked, %zu skipped\n", rows, checked, report->count - rows);
@@ -293,13 +303,17 @@ static void print_footer(const usp_report *report) {
     fflush(stdout);
 }
 
+usp_status usp_report_save(usp_report *report, const char *failure, usp_tool_error *error) {
+    if (report->json) write_document(report->json, report, failure);
+    usp_status csv = close_file(report->csv, report->options->csv, error);
+    usp_status json = close_file(report->json, report->options->json, error);
+    report->csv = report->json = NULL;
+    return csv != USP_OK ? csv : json;
+}
+
 usp_status usp_report_close(usp_report *report, const char *failure, usp_tool_error *error) {
-    FILE *csv = report->csv;
     print_footer(report);
-    usp_status status = write_json(report, failure, error);
-    int bad = csv && ferror(csv);
-    if (csv && (fclose(csv) || bad) && status == USP_OK)
-        status = usp_tool_fail(error, USP_INVALID, "writing %s failed", report->options->csv);
+    usp_status status = usp_report_save(report, failure, error);
     free(report->results);
     report->results = NULL;
     return status;

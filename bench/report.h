@@ -4,22 +4,25 @@
 #define USP_REPORT_H
 #include "machine.h"
 #include "measure.h"
+#include <stdio.h>
 
-enum { USP_JSON_SCHEMA = 1 };
+enum { USP_JSON_SCHEMA = 2 };
 
 typedef struct usp_report {
     const usp_options *options;
     const usp_rank *rank;
     usp_machine machine;
-    void *csv; /* FILE *, or NULL */
+    FILE *csv, *json; /* NULL: not wanted */
     usp_result *results;
     size_t count, capacity;
 } usp_report;
 
-/* Opens the CSV file and prints the header. */
+/* Opens the CSV and the JSON file and prints the header. */
 usp_status usp_report_open(usp_report *report, const usp_options *options, usp_rank *rank);
 usp_status usp_report_add(usp_report *report, const usp_result *result, usp_tool_error *error);
-/* Prints the last lines; writes the JSON file, also of a run that failed half-way: `failure` is then its sentence. */
+/* Completes the two files, also those of a run that failed half-way: `failure` is then its sentence. */
+usp_status usp_report_save(usp_report *report, const char *failure, usp_tool_error *error);
+/* Prints the last lines, and saves. */
 usp_status usp_report_close(usp_report *report, const char *failure, usp_tool_error *error);
 /* Wrong elements of all rows; rows that ran. */
 double usp_report_wrong(const usp_report *report);

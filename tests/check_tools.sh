@@ -261,11 +261,43 @@ expect 0 "$bench" $quick -b 64 -e 64 -d f16,bf16 --full --shared-memory
 expect 0 "$bench" $quick -t 2 -b 4096 -e 4096 --heads 1 --pass bwd -c 1
 grep -q 'softmax.* 0$' log || fail "backward above the double-precision length was not checked"
 expect 2 "$bench" $quick -t 4 -u 3 -b 64 -e 64
+[ "$(wc -l <log)" -eq 1 ] || fail "more than one sentence about a mesh that cannot be: $(cat log)"
 expect 2 "$bench" $quick -t 2 -G 1 -b 64 -e 64
 grep -q "a graph needs a GPU for every rank" log || fail "a graph on the CPU was not refused"
 expect 2 "$bench" $quick -t 2 -r 2 --kind linear --layout stripe -b 64 -e 64
 expect 2 "$bench" $quick -b 64 -e 64 --csv nowhere/b.csv
 expect 2 "$bench" $quick -b 64 -e 64 --json nowhere/b.json
+[ "$(wc -l <log)" -eq 1 ] || fail "it ran before it saw that the JSON cannot be written: $(cat log)"
+expect 2 "$bench" $quick -b 64 -e 64 --json /dev/full
+expect 64 "$bench" $quick -b 64 -e 64 --json same --csv ./same
+[ ! -e same ] || fail "a file was opened in spite of the mistake"
+for end in '>/dev/full' '>&-'; do
+    expect 2 sh -c "\"\$@\" $end" sh "$bench" $quick -b 64 -e 64 --csv table.csv
+    grep -q 'cannot write to standard output' log || fail "$end: no reason: $(cat log)"
+    [ "$(wc -l <table.csv)" -eq 1 ] || fail "$end: it ran without a table: $(cat table.csv)"
+    expect 2 sh -c "\"\$@\" $end" sh "$bench" --info
+done
+expect 64 "$bench" --kind foo
+grep -q "'foo' is no list of softmax, linear, nor both" log || fail "no names of kinds: $(cat log)"
+expect 64 "$bench" --device foo
+grep -q "'foo' is none of auto, cpu, cuda" log || fail "no names of devices: $(cat log)"
+
+# interrupt SIGNAL: ends a sweep that would take hours, by which time the first row is there. A shell that runs no jobs
+# has its children in the background ignore SIGINT, so another program starts it.
+interrupt()
+{
+    rm -f cut.json cut.csv
+    timeout --preserve-status -s "$1" 3 "$bench" --device cpu -n 1 -w 0 -b 64 -e 256K -f 4096 --heads 1 --json cut.json \
+        --csv cut.csv >log 2>&1
+    found=$?
+    [ "$found" -eq "$2" ] || fail "status $found, not $2, after SIG$1: $(cat log)"
+    grep -q "\"error\": \"ended by SIG$1\"" cut.json || fail "SIG$1: no word of it in the JSON: $(cat cut.json)"
+    [ "$(grep -c '"status": "ok"' cut.json)" -eq $(($(wc -l <cut.csv) - 1)) ] || fail "SIG$1: JSON and CSV differ"
+    grep -q '"status": "ok"' cut.json || fail "SIG$1: no row"
+    ! command -v python3 >/dev/null || python3 -m json.tool cut.json >log || fail "SIG$1: $(cat log)"
+}
+interrupt INT 130
+interrupt TERM 143
 expect 64 "$bench" -b 2K -e 1K
 expect 64 "$bench" -t 2 -g 2
 expect 64 "$bench" --kind quadratic
@@ -274,8 +306,10 @@ expect 0 "$bench" --info
 if [ -n "$corrupt" ]; then
     cp "$corrupt" corrupt.so # LD_PRELOAD cannot name a folder with a space
     expect 1 env LD_PRELOAD=./corrupt.so ASAN_OPTIONS=verify_asan_link_order=0 \
-        "$bench" --device cpu -n 3 -m 1 --heads 2 --head-dim 16 -b 64 -e 64 --pass fwd
+        "$bench" --device cpu -n 3 -m 1 --heads 2 --head-dim 16 -b 64 -e 64 --pass fwd --json wrong.json
     grep -q 'FAILED' log || fail "a wrong result was not reported"
+    grep -q '"status": "wrong"' wrong.json || fail "a wrong result is not wrong in the JSON"
+    grep -q '^  "wrong": [1-9]' wrong.json || fail "no wrong elements in the JSON's head"
 fi
 if command -v python3 >/dev/null; then
     python3 - <<'PY' || fail "JSON or CSV is not what it should be"
@@ -283,7 +317,8 @@ import csv, json
 document = json.load(open("b.json"), parse_constant=lambda name: 1 / 0)
 rows = [r for r in document["results"] if r["status"] == "ok"]
 table = list(csv.DictReader(open("b.csv")))
-assert document["schema"] == 1 and document["commit"] == '"x"\\' and document["ranks"] == 4
+assert document["schema"] == 2 and document["error"] is None and document["commit"] == '"x"\\' and document["ranks"] == 4
+assert document["timed"] == document["checked"] == 88 and document["wrong"] == 0
 assert len(rows) == len(table) == 88 and len(document["results"]) > 88
 for row, line in zip(rows, table):
     assert row["wrong"] == 0 and row["samples"] > 0 and row["speedup"] > 0
