@@ -16,8 +16,7 @@ typedef struct usp_npy_kind {
     size_t size;
 } usp_npy_kind;
 
-static const usp_npy_kind kinds[USP_NPY_TYPES] = {
-    {"<f4", "float32", 4}, {"<f2", "float16", 2}, {"<u2", "uint16", 2}, {"<f8", "float64", 8}};
+static const usp_npy_kind kinds[USP_NPY_TYPES] = {{"<f4", "float32", 4}, {"<f2", "float16", 2}, {"<u2", "uint16", 2}};
 
 size_t usp_npy_type_size(usp_npy_type type) {
     return kinds[type].size;
@@ -139,8 +138,10 @@ static usp_status find_type(const usp_npy_header *header, usp_npy *array, usp_to
             array->type = (usp_npy_type)i;
             return USP_OK;
         }
-    return usp_tool_fail(error, USP_INVALID, "has elements of type '%s', not <f4, <f2, <u2 or <f8 (little-endian)",
-                         header->descr);
+    return usp_tool_fail(
+        error, USP_INVALID,
+        "has elements of type '%s', not <f4 (float32), <f2 (float16) or <u2 (bf16 as uint16), little-endian",
+        header->descr);
 }
 
 static int multiply(size_t *product, int64_t factor) {

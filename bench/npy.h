@@ -6,13 +6,7 @@
 
 enum { USP_NPY_DIMS = 8 };
 
-typedef enum usp_npy_type {
-    USP_NPY_F32 = 0,
-    USP_NPY_F16 = 1,
-    USP_NPY_U16 = 2,
-    USP_NPY_F64 = 3,
-    USP_NPY_TYPES = 4
-} usp_npy_type;
+typedef enum usp_npy_type { USP_NPY_F32 = 0, USP_NPY_F16 = 1, USP_NPY_U16 = 2, USP_NPY_TYPES = 3 } usp_npy_type;
 
 typedef struct usp_npy {
     usp_npy_type type;

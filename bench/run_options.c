@@ -3,6 +3,7 @@
 #include "run_options.h"
 #include <argp.h>
 #include <errno.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,11 +20,12 @@ enum {
     KEY_DTYPE,
     KEY_STATE,
     KEY_RECOMPUTE,
-    KEY_DETERMINISTIC
+    KEY_DETERMINISTIC,
+    MOST_RANKS = 4096
 };
 
 static const struct argp_option option_table[] = {
-    {NULL, 0, NULL, 0, "Read:", 1},
+    {NULL, 0, NULL, 0, "Read (--q, --k and --v are required):", 1},
     {"q", KEY_FILE + USP_RUN_Q, "FILE", 0, "Queries [B, S, heads, D]", 0},
     {"k", KEY_FILE + USP_RUN_K, "FILE", 0, "Keys [B, S or another length, kv heads, D]", 0},
     {"v", KEY_FILE + USP_RUN_V, "FILE", 0, "Values [B, as keys, kv heads, E]", 0},
@@ -32,7 +34,7 @@ static const struct argp_option option_table[] = {
      0},
     {"dfinal-state", KEY_FILE + USP_RUN_DFINAL_STATE, "FILE", 0, "Linear: gradient of the final state [B, H, D, E]", 0},
 
-    {NULL, 0, NULL, 0, "Write:", 2},
+    {NULL, 0, NULL, 0, "Write (at least one):", 2},
     {"out", KEY_FILE + USP_RUN_OUT, "FILE", 0, "Output [B, S, out heads, E]", 0},
     {"lse", KEY_FILE + USP_RUN_LSE, "FILE", 0, "Softmax: log-sum-exp [B, heads, S], float32", 0},
     {"dq", KEY_FILE + USP_RUN_DQ, "FILE", 0, "Gradient of the queries", 0},
@@ -42,7 +44,11 @@ static const struct argp_option option_table[] = {
     {"dinitial-state", KEY_FILE + USP_RUN_DINITIAL_STATE, "FILE", 0, "Linear: gradient of the initial state, float32",
      0},
 
-    {NULL, 0, NULL, 0, "Ranks (none of -n, -g: the job of torchrun, usp_launch, mpirun or srun; else one rank):", 3},
+    {NULL, 0, NULL, 0,
+     "Ranks (none of -n, -g: the job of torchrun, usp_launch, mpirun or srun; else as many thread-ranks as --ulysses "
+     "and "
+     "--ring make):",
+     3},
     {"ranks", 'n', "N", 0, "N thread-ranks, on the CPU or all on one GPU", 0},
     {"gpus", 'g', "N", 0, "N GPUs, one thread-rank each, over NCCL", 0},
     {"ulysses", 'u', "N", 0, "Ulysses degree (what --ring leaves of the ranks; 1 if that is missing too)", 0},
@@ -64,13 +70,13 @@ static const struct argp_option option_table[] = {
      "ranks, an empty list for a rank without tokens; every token once; implies --layout custom",
      0},
     {"dtype", KEY_DTYPE, "f32|f16|bf16", 0, "Type of the elements (as the files; uint16 files need bf16)", 0},
-    {"scale", KEY_SCALE, "X", 0, "Factor of q.k (1 / sqrt(D) for softmax, 1 for linear)", 0},
+    {"scale", KEY_SCALE, "X", 0, "Factor of q.k, > 0 (1 / sqrt(D) for softmax, 1 for linear)", 0},
     {"decay", KEY_DECAY, "LIST|alibi", 0,
      "Linear, causal: lambda in (0, 1] for all heads or one each, or by ALiBi slopes", 0},
     {"state-exchange", KEY_STATE, "auto|chain|gather", 0, "Linear: how states travel the ring (auto)", 0},
     {"recompute-state", KEY_RECOMPUTE, NULL, 0, "Linear: backward exchanges the states again instead of keeping them",
      0},
-    {"deterministic", KEY_DETERMINISTIC, NULL, 0, "Only kernels whose results do not depend on timing", 0},
+    {"deterministic", KEY_DETERMINISTIC, NULL, 0, "No kernel whose results depend on timing", 0},
 
     {"verbose", 'v', NULL, 0, "Describe the layer on standard error", 5},
     {NULL, 'h', NULL, 0, "The same as --help", -1},
@@ -92,7 +98,9 @@ const char *usp_run_file_name(int file) {
 
 static int parse_name(struct argp_state *state, const char *option, const char *text, const usp_name *names) {
     int value = 0;
-    if (!usp_name_find(names, text, &value)) argp_error(state, "--%s: '%s' is none of its names", option, text);
+    char known[USP_NAMES_BYTES];
+    if (!usp_name_find(names, text, &value))
+        argp_error(state, "--%s: '%s' is none of %s", option, text, usp_name_join(names, known));
     return value;
 }
 
@@ -105,7 +113,8 @@ static int parse_count(struct argp_state *state, const char *option, const char 
 
 static double parse_scale(struct argp_state *state, const char *text) {
     double value = 0;
-    if (!usp_parse_real(text, &value) || value == 0) argp_error(state, "--scale: '%s' is not a number but 0", text);
+    if (!usp_parse_real(text, &value) || !((float)value > 0) || !isfinite((float)value))
+        argp_error(state, "--scale: '%s' is not a float32 greater than 0", text);
     return value;
 }
 
@@ -117,22 +126,20 @@ static void *parse_alloc(struct argp_state *state, const char *option, size_t co
 
 static int parse_lambda(char *text, float *lambda) {
     double value;
-    if (!usp_parse_real(text, &value) || value <= 0 || value > 1) return 0;
+    if (!usp_parse_real(text, &value) || !((float)value > 0) || value > 1) return 0;
     *lambda = (float)value;
     return 1;
 }
 
 static void parse_decay(struct argp_state *state, char *text, usp_run_options *options) {
-    char *next = NULL;
     options->alibi = strcmp(text, "alibi") == 0;
     if (options->alibi) return;
     free(options->decay);
     options->decays = 0;
     options->decay = parse_alloc(state, "decay", strlen(text) + 1, sizeof *options->decay);
-    for (char *item = strtok_r(text, ",", &next); item; item = strtok_r(NULL, ",", &next))
+    for (char *item; (item = strsep(&text, ","));)
         if (!parse_lambda(item, &options->decay[options->decays++]))
             argp_error(state, "--decay: '%s' is not a number in (0, 1]", item);
-    if (!options->decays) argp_error(state, "--decay: the list is empty");
 }
 
 /* Digits, which *text then points behind; 1 on success. */
@@ -187,7 +194,11 @@ static void parse_segments(struct argp_state *state, char *text, usp_run_options
 }
 
 static int parse_layout(struct argp_state *state, const char *text) {
-    return strcmp(text, "custom") ? parse_name(state, "layout", text, usp_names_layout()) : USP_LAYOUT_CUSTOM;
+    int value = USP_LAYOUT_CUSTOM;
+    char known[USP_NAMES_BYTES];
+    if (strcmp(text, "custom") && !usp_name_find(usp_names_layout(), text, &value))
+        argp_error(state, "--layout: '%s' is none of %s, custom", text, usp_name_join(usp_names_layout(), known));
+    return value;
 }
 
 /* A list implies its layout; the layout without its list, or another beside it, is a mistake. */
@@ -206,16 +217,26 @@ static void choose_layout(struct argp_state *state, usp_run_options *o) {
 static void check_files(struct argp_state *state, const usp_run_options *o) {
     for (int file = USP_RUN_INPUTS; file < USP_RUN_FILES; file++)
         for (int other = 0; other < file; other++)
-            if (o->path[file] && o->path[other] && strcmp(o->path[file], o->path[other]) == 0)
+            if (o->path[file] && o->path[other] && usp_tool_same_file(o->path[file], o->path[other]))
                 argp_error(state, "--%s and --%s are the same file", usp_run_file_name(other), usp_run_file_name(file));
 }
 
-static void check_options(struct argp_state *state, const usp_run_options *o) {
+static void check_ranks(struct argp_state *state, usp_run_options *o) {
+    int64_t mesh = (int64_t)(o->ulysses ? o->ulysses : 1) * (o->ring ? o->ring : 1);
+    if (o->ranks.threads && o->ranks.gpus) argp_error(state, "-n and -g exclude each other");
+    if (o->ranks.gpus && o->ranks.device == USP_DEVICE_CPU) argp_error(state, "-g excludes --device cpu");
+    if (mesh > MOST_RANKS) argp_error(state, "--ulysses and --ring make more than %d ranks", MOST_RANKS);
+    o->ranks.otherwise = (int)mesh;
+}
+
+static void check_options(struct argp_state *state, usp_run_options *o) {
     check_files(state, o);
     for (int file = USP_RUN_Q; file <= USP_RUN_V; file++)
         if (!o->path[file]) argp_error(state, "--%s is missing", usp_run_file_name(file));
-    if (!o->path[USP_RUN_OUT]) argp_error(state, "--out is missing");
-    if (o->ranks.threads && o->ranks.gpus) argp_error(state, "-n and -g exclude each other");
+    int results = 0;
+    for (int file = USP_RUN_INPUTS; file < USP_RUN_FILES; file++) results += o->path[file] != NULL;
+    if (!results) argp_error(state, "no result is asked for: --out is missing, or another file to write");
+    check_ranks(state, o);
     const int backward[] = {USP_RUN_DQ, USP_RUN_DK, USP_RUN_DV, USP_RUN_DINITIAL_STATE, USP_RUN_DFINAL_STATE};
     for (int i = 0; i < 5 && !o->path[USP_RUN_DOUT]; i++)
         if (o->path[backward[i]]) argp_error(state, "--%s needs --dout", usp_run_file_name(backward[i]));
@@ -229,16 +250,16 @@ static void check_options(struct argp_state *state, const usp_run_options *o) {
 static error_t parse_ranks(int key, char *text, struct argp_state *state, usp_run_options *o) {
     switch (key) {
     case 'n':
-        o->ranks.threads = parse_count(state, "ranks", text, 4096);
+        o->ranks.threads = parse_count(state, "ranks", text, MOST_RANKS);
         break;
     case 'g':
-        o->ranks.gpus = parse_count(state, "gpus", text, 4096);
+        o->ranks.gpus = parse_count(state, "gpus", text, MOST_RANKS);
         break;
     case 'u':
-        o->ulysses = parse_count(state, "ulysses", text, 1 << 20);
+        o->ulysses = parse_count(state, "ulysses", text, MOST_RANKS);
         break;
     case 'r':
-        o->ring = parse_count(state, "ring", text, 1 << 20);
+        o->ring = parse_count(state, "ring", text, MOST_RANKS);
         break;
     case 'T':
         o->ranks.timeout_ms = 1000 * parse_count(state, "timeout", text, 1000000);

@@ -193,11 +193,16 @@ static usp_status choose_mesh(const usp_part *p, int *ulysses, int *ring) {
     int size = p->rank->size;
     *ulysses = p->run->options->ulysses;
     *ring = p->run->options->ring;
+    if (*ulysses && *ring && (int64_t)*ulysses * *ring != size)
+        return usp_tool_fail(&p->rank->error, USP_INVALID, "--ulysses %d x --ring %d is not the number of ranks, %d",
+                             *ulysses, *ring, size);
+    int given = *ring ? *ring : *ulysses ? *ulysses : 1;
+    if (size % given)
+        return usp_tool_fail(&p->rank->error, USP_INVALID, "--%s %d does not divide the number of ranks, %d",
+                             *ring ? "ring" : "ulysses", given, size);
     if (!*ulysses) *ulysses = *ring ? size / *ring : 1;
     if (!*ring) *ring = size / *ulysses;
-    if ((int64_t)*ulysses * *ring == size) return USP_OK;
-    return usp_tool_fail(&p->rank->error, USP_INVALID, "ulysses %d x ring %d are not the %d ranks", *ulysses, *ring,
-                         size);
+    return USP_OK;
 }
 
 static usp_status make_sequence(usp_part *p, int64_t tokens, int64_t key_tokens, usp_sequence **sequence) {
@@ -472,6 +477,7 @@ static void free_run(usp_run *run) {
 int main(int argc, char **argv) {
     usp_run_options options;
     usp_tool_error error = {""};
+    usp_tool_guard_output(1);
     usp_run_options_parse(&options, argc, argv);
     usp_run run = {.options = &options};
     usp_status status = prepare(&run, &error);

@@ -241,9 +241,62 @@ expect 64 "$run" --q q.npy $ok --out x.npy --mask half
 expect 64 "$run" --q q.npy $ok --out x.npy -n 0
 [ -z "$(ls ./*.npy.?????? 2>/dev/null)" ] || fail "temporary files are left"
 
+# No output over an input or another output, however it is spelled; gradients without the output.
+mkdir sub
+ln q.npy hard.npy
+ln -s q.npy soft.npy
+for path in ./q.npy "$dir/q.npy" sub/../q.npy hard.npy soft.npy; do
+    expect 64 "$run" --q q.npy $ok --out "$path"
+    grep -q -- '--q and --out are the same file' log || fail "$path is not seen to be q.npy: $(cat log)"
+done
+rm hard.npy soft.npy
+for path in ./new.npy sub/../new.npy "$dir/new.npy"; do
+    expect 64 "$run" --q q.npy $ok --out new.npy --lse "$path"
+    grep -q -- '--out and --lse are the same file' log || fail "$path is not seen to be new.npy: $(cat log)"
+done
+expect 0 "$run" --q q.npy $ok --out new.npy --lse sub/new.npy
+expect 0 "$run" $inputs --dk only_dk.npy --device cpu
+same only_dk.npy again1k.npy 1e-5
+
+# Ranks: as many as the mesh has, where nothing else says how many.
+expect 0 "$run" -v --q q.npy $ok --out x.npy -u 2 -r 2
+grep -q 'ulysses 2 (rank 0) x ring 2 (rank 0)' log || fail "-u 2 -r 2 is not 2 x 2: $(cat log)"
+expect 0 "$run" -v --q q.npy $ok --out x.npy -r 3
+grep -q 'ulysses 1 (rank 0) x ring 3 (rank 0)' log || fail "-r 3 is not 1 x 3: $(cat log)"
+refuse '--ulysses 2 x --ring 3 is not the number of ranks, 4' "$run" -n 4 -u 2 -r 3 --q q.npy $ok
+refuse '--ring 3 does not divide the number of ranks, 4' "$run" -n 4 -r 3 --q q.npy $ok
+refuse '--ulysses 3 does not divide the number of ranks, 4' "$run" -n 4 -u 3 --q q.npy $ok
+mistake 'make more than 4096 ranks' -u 4096 -r 2
+mistake '-g excludes --device cpu' -g 2
+if "$bench" --info | grep -q 'usable: 0'; then
+    refuse 'no GPU is usable' "$run" --q q.npy $ok --device cuda
+    refuse 'no GPU is usable' "$run" --q q.npy --k k.npy --v v.npy -g 2
+    expect 2 "$bench" --device cuda
+    grep -q 'no GPU is usable' log || fail "usp_bench without a GPU: $(cat log)"
+fi
+
+# Names and numbers that are none.
+mistake "'foo' is none of softmax, linear" --kind foo
+mistake "'foo' is none of zigzag, contiguous, stripe, documents, custom" --layout foo
+mistake "'foo' is none of f32, f16, bf16" --dtype foo
+for number in 0 -1 1e-60 1e60 nan x; do mistake "'$number' is not a float32 greater than 0" "--scale=$number"; done
+mistake "'' is not a number in (0, 1]" --kind linear --decay 0.9,
+mistake "'' is not a number in (0, 1]" --kind linear --decay ,0.9
+mistake "'1e-60' is not a number in (0, 1]" --kind linear --decay 1e-60
+sed 's/<f4/<f8/' q.npy >double.npy
+refuse 'not <f4 (float32), <f2 (float16) or <u2 (bf16 as uint16)' "$run" --q double.npy $ok
+
 for tool in "$run" "$bench" "$plot"; do
     expect 0 "$tool" --help
     grep -q -- '--help' log || fail "no help from $tool"
+    grep -q '^ [ ]*$' log && fail "a line of blanks in the help of $tool"
+    wanted=1
+    [ "$tool" != "$bench" ] || wanted=2
+    for option in --help --version; do
+        expect $wanted sh -c '"$@" >/dev/full' sh "$tool" $option
+        grep -q 'cannot write to standard output' log || fail "$tool $option: no reason: $(cat log)"
+        expect $wanted sh -c '"$@" >&-' sh "$tool" $option
+    done
     expect 0 "$tool" --version
     grep -Eq '[0-9]+\.[0-9]+\.[0-9]+' log || fail "no version from $tool"
 done
