@@ -44,6 +44,28 @@ END
     verdict "$1" "$word" "$3: first 50 steps within $early, final held-out loss within $last"
 }
 
+# refuse STATUS SENTENCE ARGUMENT... : a mistake is told in one sentence.
+refuse() {
+    status=0
+    sentence=$2
+    expected=$1
+    shift 2
+    "$train" "$@" > "$curves/log" 2>&1 || status=$?
+    if [ "$status: $(cat "$curves/log")" = "$expected: train: $sentence" ]; then word=told; else word=$(cat "$curves/log"); fi
+    verdict told "$word" "train $*: $sentence"
+}
+
+refuse 1 "cannot read $curves/nosuch: No such file or directory" "$curves/nosuch"
+refuse 1 "cannot read $curves/nosuch: No such file or directory" "$1" "$curves/nosuch"
+refuse 1 'too little text: 16 KiB are the least; of folders only files named *.md count' /dev/null
+refuse 1 "cannot write $curves/nosuch/a: No such file or directory" --csv "$curves/nosuch/a" "$@"
+refuse 2 "unknown option '--bogus'; --help lists all" --bogus
+refuse 2 "unknown option '--bogus'; --help lists all" --bogus 3
+refuse 2 '--steps wants a whole number of at least 1' --steps
+refuse 2 "--steps wants a whole number of at least 1, not 'x'" --steps x
+refuse 2 '--csv wants a file' --csv
+refuse 2 "--plant wants position or label, not 'x'" --plant x
+
 run one "$@"
 run 4x1 -u 4 "$@"
 run 2x2 -u 2 -r 2 "$@"

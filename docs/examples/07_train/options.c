@@ -24,22 +24,35 @@ void options_help(void) {
          "  -h, --help        this text");
 }
 
+/* `text` is NULL where nothing follows the option. */
+static int refuse(const char *name, const char *wanted, const char *text) {
+    if (text)
+        fprintf(stderr, "train: %s wants %s, not '%s'\n", name, wanted, text);
+    else
+        fprintf(stderr, "train: %s wants %s\n", name, wanted);
+    return -1;
+}
+
 static int read_number(const char *name, const char *text, int least, int *number) {
-    char *end;
-    long value = strtol(text, &end, 10);
-    if (*text == 0 || *end != 0 || value < least || value > INT_MAX) {
-        fprintf(stderr, "train: %s wants a whole number of at least %d, not '%s'\n", name, least, text);
-        return -1;
-    }
+    char wanted[64], *end = NULL;
+    long value = text ? strtol(text, &end, 10) : 0;
+    snprintf(wanted, sizeof wanted, "a whole number of at least %d", least);
+    if (!text || *text == 0 || *end != 0 || value < least || value > INT_MAX) return refuse(name, wanted, text);
     *number = (int)value;
     return 0;
 }
 
 static int read_plant(const char *text, options *to) {
-    to->plant = strcmp(text, "position") == 0 ? PLANT_POSITION : strcmp(text, "label") == 0 ? PLANT_LABEL : PLANT_NONE;
-    if (to->plant != PLANT_NONE) return 0;
-    fprintf(stderr, "train: --plant wants position or label, not '%s'\n", text);
-    return -1;
+    const char *plant = text ? text : "";
+    to->plant = strcmp(plant, "position") == 0 ? PLANT_POSITION
+                : strcmp(plant, "label") == 0  ? PLANT_LABEL
+                                               : PLANT_NONE;
+    return to->plant != PLANT_NONE ? 0 : refuse("--plant", "position or label", text);
+}
+
+static int read_csv(const char *text, options *to) {
+    to->csv = text;
+    return text ? 0 : refuse("--csv", "a file", NULL);
 }
 
 static int is(const char *argument, const char *name, const char *other) {
@@ -56,7 +69,7 @@ static int read_option(const char *name, const char *value, int *seed, options *
     if (is(name, "--evaluate", "")) return read_number(name, value, 1, &to->evaluate);
     if (is(name, "--seed", "")) return read_number(name, value, 0, seed);
     if (is(name, "--plant", "")) return read_plant(value, to);
-    if (is(name, "--csv", "")) return to->csv = value, 0;
+    if (is(name, "--csv", "")) return read_csv(value, to);
     fprintf(stderr, "train: unknown option '%s'; --help lists all\n", name);
     return -1;
 }
@@ -65,11 +78,7 @@ static int read_all(int count, char **argument, int *seed, options *to) {
     int i = 1;
     for (; i < count && argument[i][0] == '-'; i += 2) {
         if (is(argument[i], "-h", "--help")) return to->help = 1, 0;
-        if (i + 1 == count) {
-            fprintf(stderr, "train: %s wants a value, or is unknown; --help lists all\n", argument[i]);
-            return -1;
-        }
-        if (read_option(argument[i], argument[i + 1], seed, to) != 0) return -1;
+        if (read_option(argument[i], i + 1 < count ? argument[i + 1] : NULL, seed, to) != 0) return -1;
     }
     if (i == count) return 0;
     to->text = (const char *const *)(argument + i);

@@ -81,11 +81,14 @@ static int append_path(const char *path, text_part *whole) {
     return S_ISDIR(info.st_mode) ? append_tree(path, whole) : append_file(path, whole);
 }
 
-int text_load(const char *const *path, int paths, text *t) {
+int text_load(const char *const *path, int paths, text *t, const char **unreadable) {
     text_part whole = {0};
     int error = 0;
     *t = (text){0};
-    for (int i = 0; !error && i < paths; i++) error = append_path(path[i], &whole);
+    for (int i = 0; !error && i < paths; i++) {
+        error = append_path(path[i], &whole);
+        *unreadable = error ? path[i] : NULL;
+    }
     if (!error) error = split(&whole, t);
     if (error) text_free(t);
     free(whole.bytes);

@@ -15,8 +15,9 @@ typedef struct text {
 } text;
 
 /* Each path is a file, or a folder that is searched to any depth for files ending in .md, in order of their names.
- * Every eighth stretch of 2 KiB is held out. 0 on success; else errno's value, or EINVAL for less than 16 KiB. */
-int text_load(const char *const *path, int paths, text *t);
+ * Every eighth stretch of 2 KiB is held out. 0 on success; else errno's value with the path that cannot be
+ * read, or EINVAL and NULL for less than 16 KiB. */
+int text_load(const char *const *path, int paths, text *t, const char **unreadable);
 void text_free(text *t);
 
 /* One window of `tokens` bytes at a random place. */

@@ -7,6 +7,7 @@
 #include "random.h"
 #include "text.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -243,19 +244,24 @@ static void run_ranks(trainer *t) {
 
 /* ---- the process ------------------------------------------------------------------------------------------------- */
 
+static void csv_failed(const trainer *t) {
+    fprintf(stderr, "train: cannot write %s: %s\n", t->options.csv, strerror(errno));
+}
+
 static int open_files(trainer *t) {
-    int error = text_load(t->options.text, t->options.texts, &t->text);
-    if (error) {
-        fprintf(stderr, "train: no text from '%s': %s (16 KiB of *.md are the least)\n", t->options.text[0],
-                strerror(error));
-        return -1;
-    }
+    const char *unreadable = NULL;
+    int error = text_load(t->options.text, t->options.texts, &t->text, &unreadable);
+    if (unreadable)
+        fprintf(stderr, "train: cannot read %s: %s\n", unreadable, strerror(error));
+    else if (error)
+        fputs("train: too little text: 16 KiB are the least; of folders only files named *.md count\n", stderr);
+    if (error) return -1;
     if (t->text.held_out.length < (size_t)t->options.tokens) {
         fprintf(stderr, "train: %d tokens are more than the held-out text has\n", t->options.tokens);
         return -1;
     }
     t->csv = t->options.csv ? fopen(t->options.csv, "w") : NULL;
-    if (t->options.csv && !t->csv) return perror(t->options.csv), -1;
+    if (t->options.csv && !t->csv) return csv_failed(t), -1;
     if (t->csv) fputs("step,train,held_out\n", t->csv);
     return 0;
 }
@@ -293,7 +299,7 @@ static void allocate(trainer *t) {
 
 static int release(trainer *t) {
     int failed = t->csv && fclose(t->csv) != 0;
-    if (failed) perror(t->options.csv);
+    if (failed) csv_failed(t);
     for (int rank = 0; rank < t->ranks; rank++) free(t->gradients[rank]);
     free(t->parameters), free(t->sum), free(t->decays), free(t->gradients);
     free(t->loss), free(t->counted), free(t->squares), free(t->adamw.first), free(t->adamw.second);
