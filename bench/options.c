@@ -33,7 +33,7 @@ enum {
 
 static const struct argp_option option_table[] = {
     {NULL, 0, NULL, 0, "Ranks (none of -t, -g: the job of torchrun, usp_launch, mpirun or srun; else one rank):", 1},
-    {"threads", 't', "N", 0, "N thread-ranks, on the CPU or all on one GPU", 0},
+    {"threads", 't', "N", 0, "N thread-ranks, in practice some hundreds at most, on the CPU or all on one GPU", 0},
     {"gpus", 'g', "N", 0, "N GPUs, one thread-rank each, over NCCL", 0},
     {"device", KEY_DEVICE, "auto|cpu|cuda", 0, "Where to run (auto: a GPU if one is usable)", 0},
     {"timeout", 'T', "SECONDS", 0, "Longest wait for another rank (600)", 0},
