@@ -106,8 +106,9 @@ static void usp_set_number(const char *name, int value) {
 }
 
 /* Becomes rank `rank`; no rank outlives the launcher. */
-static void usp_become(const usp_job *job, int rank, const sigset_t *mask) {
+static void usp_become(const usp_job *job, int rank, pid_t launcher, const sigset_t *mask) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != launcher) _exit(127); /* it was gone before that */
     sigprocmask(SIG_SETMASK, mask, NULL);
     usp_set_number("RANK", rank);
     usp_set_number("LOCAL_RANK", rank);
@@ -126,9 +127,10 @@ static void usp_kill_all(const usp_job *job, int signal) {
 }
 
 static int usp_start(usp_job *job, const sigset_t *mask) {
+    const pid_t launcher = getpid();
     for (int rank = 0; rank < job->size; rank++) {
         pid_t child = fork();
-        if (child == 0) usp_become(job, rank, mask);
+        if (child == 0) usp_become(job, rank, launcher, mask);
         if (child < 0) {
             fprintf(stderr, "usp_launch: cannot start rank %d: %s\n", rank, strerror(errno));
             usp_kill_all(job, SIGKILL);

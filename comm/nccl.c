@@ -527,9 +527,13 @@ static usp_status nccl_alloc_shared(usp_comm *comm, size_t bytes, void **memory)
 }
 
 static void deregister(usp_nccl *self, usp_shared *piece) {
+    ncclResult_t result = ncclSuccess;
     pthread_mutex_lock(&self->lock);
-    if (self->comm != NULL && piece->window != NULL) ncclCommWindowDeregister(self->comm, piece->window);
+    if (self->comm != NULL && piece->window != NULL) result = ncclCommWindowDeregister(self->comm, piece->window);
     pthread_mutex_unlock(&self->lock);
+    if (went_wrong(result))
+        usp_host_log(self->base.host, 1, "rank %d: NCCL did not let go of %zu registered bytes: %s", self->base.rank,
+                     piece->bytes, ncclGetErrorString(result));
     piece->window = NULL;
 }
 

@@ -188,8 +188,8 @@ USP_API void usp_world_free(usp_world *world, void *memory);
 USP_API usp_status usp_world_copy(usp_world *world, void *to, const void *from, size_t bytes, usp_stream stream);
 /* Collective. Device memory that the transport has registered with every rank: a workspace or saved in it makes
  * exchanges faster (up to 1.7 x measured between GPUs of one node). Every rank gives the same size. free is collective
- * too, and every rank gives the same piece: else INVALID (NULL or no piece of this world) or MISMATCH, and nothing is
- * freed. */
+ * too, when all work that uses the memory is done, and every rank gives the same piece: else INVALID (NULL or no piece
+ * of this world) or MISMATCH, and nothing is freed. */
 USP_API usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory);
 USP_API usp_status usp_world_free_shared(usp_world *world, void *memory);
 
