@@ -1,12 +1,13 @@
-/* interrupt.c - takes the signals by sigwait, and gives them back to the process with their own action.
+/* interrupt.c - takes the signals by sigwaitinfo, and gives them back to the process with their own action.
  * A program that was told to ignore them, in the background of a shell, goes on ignoring them. */
 #include "interrupt.h"
 #include <stddef.h>
 
 static void *wait_for_signal(void *argument) {
     usp_interrupt *interrupt = argument;
-    int number;
-    if (sigwait(&interrupt->signals, &number) || atomic_load(&interrupt->closing)) return NULL;
+    siginfo_t signal_info;
+    int number = sigwaitinfo(&interrupt->signals, &signal_info);
+    if (number < 0 || (signal_info.si_code == SI_QUEUE && atomic_load(&interrupt->closing))) return NULL;
     interrupt->end(number, interrupt->user);
     signal(number, SIG_DFL);
     pthread_sigmask(SIG_UNBLOCK, &interrupt->signals, NULL);
@@ -29,15 +30,16 @@ static int choose_signals(sigset_t *signals) {
 void usp_interrupt_open(usp_interrupt *interrupt, void (*end)(int signal, void *user), void *user) {
     *interrupt = (usp_interrupt){.end = end, .user = user};
     if (!choose_signals(&interrupt->signals)) return;
-    pthread_sigmask(SIG_BLOCK, &interrupt->signals, NULL);
+    pthread_sigmask(SIG_BLOCK, &interrupt->signals, &interrupt->before);
     interrupt->open = pthread_create(&interrupt->thread, NULL, wait_for_signal, interrupt) == 0;
-    if (!interrupt->open) pthread_sigmask(SIG_UNBLOCK, &interrupt->signals, NULL);
+    if (!interrupt->open) pthread_sigmask(SIG_SETMASK, &interrupt->before, NULL);
 }
 
 void usp_interrupt_close(usp_interrupt *interrupt) {
     if (!interrupt->open) return;
     atomic_store(&interrupt->closing, 1);
-    pthread_kill(interrupt->thread, sigismember(&interrupt->signals, SIGTERM) ? SIGTERM : SIGINT);
+    int number = sigismember(&interrupt->signals, SIGTERM) ? SIGTERM : SIGINT;
+    pthread_sigqueue(interrupt->thread, number, (union sigval){.sival_int = 0});
     pthread_join(interrupt->thread, NULL);
-    pthread_sigmask(SIG_UNBLOCK, &interrupt->signals, NULL);
+    pthread_sigmask(SIG_SETMASK, &interrupt->before, NULL);
 }

@@ -9,10 +9,11 @@
 typedef struct usp_interrupt {
     pthread_t thread;
     sigset_t signals; /* those of the two that are not ignored */
+    sigset_t before;  /* the program's mask */
     void (*end)(int signal, void *user);
     void *user;
     int open;
-    atomic_int closing; /* the next signal is only to wake the thread */
+    atomic_int closing; /* the next queued signal is only to wake the thread */
 } usp_interrupt;
 
 /* Before any other thread is started: from now on the two signals call `end` and then end the process. Where no thread

@@ -174,8 +174,12 @@ static usp_status run_threads(const usp_ranks_config *config, usp_rank_main run,
 
 /* ---- processes ------------------------------------------------------------------------------------------------- */
 
+/* The variables by which usp_world_create_env knows the launcher. */
 static int has_launcher(void) {
-    return getenv("RANK") || getenv("OMPI_COMM_WORLD_RANK") || getenv("SLURM_PROCID");
+    const char *const sizes[] = {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "PMI_SIZE"};
+    int found = 0;
+    for (int i = 0; i < 4; i++) found |= getenv(sizes[i]) != NULL;
+    return found;
 }
 
 static usp_status run_process(const usp_ranks_config *config, usp_rank_main run, void *user, usp_tool_error *error) {

@@ -311,10 +311,8 @@ usp_status usp_report_save(usp_report *report, const char *failure, usp_tool_err
     return csv != USP_OK ? csv : json;
 }
 
-usp_status usp_report_close(usp_report *report, const char *failure, usp_tool_error *error) {
+void usp_report_close(usp_report *report) {
     print_footer(report);
-    usp_status status = usp_report_save(report, failure, error);
     free(report->results);
     report->results = NULL;
-    return status;
 }

@@ -22,8 +22,8 @@ usp_status usp_report_open(usp_report *report, const usp_options *options, usp_r
 usp_status usp_report_add(usp_report *report, const usp_result *result, usp_tool_error *error);
 /* Completes the two files, also those of a run that failed half-way: `failure` is then its sentence. */
 usp_status usp_report_save(usp_report *report, const char *failure, usp_tool_error *error);
-/* Prints the last lines, and saves. */
-usp_status usp_report_close(usp_report *report, const char *failure, usp_tool_error *error);
+/* Prints the last lines; the files are saved before. */
+void usp_report_close(usp_report *report);
 /* Wrong elements of all rows; rows that ran. */
 double usp_report_wrong(const usp_report *report);
 size_t usp_report_rows(const usp_report *report);

@@ -49,11 +49,20 @@ static usp_status run_sweep(usp_rank *rank, usp_bench *bench, usp_sweep *sweep) 
     return status;
 }
 
+/* From here to save_report a signal saves the report. */
 static void show_report(usp_bench *bench, usp_report *report, const usp_progress *progress) {
     pthread_mutex_lock(&bench->mutex);
     bench->report = report;
     bench->progress = progress;
     pthread_mutex_unlock(&bench->mutex);
+}
+
+static usp_status save_report(usp_bench *bench, const char *failure, usp_tool_error *error) {
+    pthread_mutex_lock(&bench->mutex);
+    usp_status status = usp_report_save(bench->report, failure, error);
+    bench->report = NULL;
+    pthread_mutex_unlock(&bench->mutex);
+    return status;
 }
 
 static usp_status report_sweep(usp_rank *rank, usp_bench *bench, usp_sweep *sweep) {
@@ -67,10 +76,10 @@ static usp_status report_sweep(usp_rank *rank, usp_bench *bench, usp_sweep *swee
     show_report(bench, &report, &sweep->state.progress);
     status = run_sweep(rank, bench, sweep);
     if (status != USP_OK && !rank->error.text[0]) usp_tool_fail(&rank->error, status, "%s", usp_last_error());
-    show_report(bench, NULL, NULL);
     bench->wrong = usp_report_wrong(&report);
     bench->idle = usp_report_rows(&report) == 0;
-    usp_status closed = usp_report_close(&report, status == USP_OK ? NULL : rank->error.text, &closing);
+    usp_status closed = save_report(bench, status == USP_OK ? NULL : rank->error.text, &closing);
+    usp_report_close(&report);
     if (status != USP_OK || closed == USP_OK) return status;
     rank->error = closing;
     return closed;

@@ -497,14 +497,14 @@ static const usp_comm_ops threads_ops = {
 
 /* ---- create ------------------------------------------------------------------------------------------------------ */
 
-static usp_status take_seat(usp_rendezvous *meeting, int rank) {
+/* 0: another has it. */
+static int try_seat(usp_rendezvous *meeting, int rank) {
     pthread_mutex_lock(&meeting->mutex);
     usp_seat *seat = &meeting->seats[rank];
     int taken = seat->activity != USP_ABSENT;
     if (!taken) seat->activity = USP_COMPUTING;
     pthread_mutex_unlock(&meeting->mutex);
-    USP_REQUIRE(!taken, "rank %d of the rendezvous is taken", rank);
-    return USP_OK;
+    return !taken;
 }
 
 static usp_status make_events(usp_thread_comm *self) {
@@ -519,21 +519,22 @@ static usp_status make_events(usp_thread_comm *self) {
 
 /* The others wait for this rank: tell them that it will not come. */
 static usp_status refuse(usp_rendezvous *meeting, int rank, usp_status status) {
+    char own[256];
+    snprintf(own, sizeof own, "%s", usp_last_error()); /* which fail_all replaces by that of the first who failed */
     pthread_mutex_lock(&meeting->mutex);
-    fail_all(meeting, USP_PEER_FAILED, "rank %d could not join: %s", rank, usp_last_error());
+    fail_all(meeting, USP_PEER_FAILED, "rank %d could not join: %s", rank, own);
     meeting->seats[rank].activity = USP_LEFT;
     pthread_mutex_unlock(&meeting->mutex);
-    return status;
+    return usp_fail(status, "%s", own);
 }
 
 void usp_rendezvous_leave(usp_rendezvous *meeting, int rank) {
-    if (rank < 0 || rank >= meeting->size || take_seat(meeting, rank) != USP_OK) return;
-    refuse(meeting, rank, USP_PEER_FAILED);
+    if (rank >= 0 && rank < meeting->size && try_seat(meeting, rank)) refuse(meeting, rank, USP_PEER_FAILED);
 }
 
 usp_status usp_comm_create_threads(const usp_comm_config *config, usp_rendezvous *meeting, int rank, usp_comm **comm) {
     USP_REQUIRE(rank >= 0 && rank < meeting->size, "rank is %d in a rendezvous of %d", rank, meeting->size);
-    USP_TRY(take_seat(meeting, rank));
+    USP_REQUIRE(try_seat(meeting, rank), "rank %d of the rendezvous is taken", rank);
     void *memory;
     usp_status status = usp_host_alloc(config->host, sizeof(usp_thread_comm), "comm", &memory);
     if (status != USP_OK) return refuse(meeting, rank, status);

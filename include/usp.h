@@ -166,8 +166,8 @@ USP_API usp_status usp_world_create_env(const usp_world_config *config, usp_worl
 
 USP_API usp_status usp_world_get_info(const usp_world *world, usp_world_info *info);
 
-/* The failure that has hit the world, if any: OK, PEER_LOST, TIMEOUT, COMM or DEVICE. Never waits. Once failed, a world
- * stays failed: every later call returns the same status; destroy it and create another. */
+/* The failure that has hit the world, if any: OK, PEER_LOST, TIMEOUT, COMM or DEVICE. Waits for no rank. Once failed, a
+ * world stays failed: every later call returns the same status; destroy it and create another. */
 USP_API usp_status usp_world_poll(usp_world *world);
 /* Waits until all work on `stream` is done, at most timeout_ms, polling the world meanwhile. Work that has failed fails
  * the world. */
@@ -175,9 +175,10 @@ USP_API usp_status usp_world_synchronize(usp_world *world, usp_stream stream);
 /* Gives the world up: this rank and, at their next wait, all others leave with an error that names this rank.
  * From any thread, any number of times. */
 USP_API void usp_world_abort(usp_world *world);
-/* Frees everything. Waits for no call of another rank, and for what this one has begun a short time only: between
- * threads at most 5 s for a rank that still copies, on NCCL at most 5 s for transfers to end and 5 s more for them to
- * be aborted. What is not free then is left behind, with a warning. Ranks still waiting for this one get PEER_LOST. */
+/* Frees everything but the memory of usp_world_alloc and usp_world_alloc_shared, which is to be freed before. Waits for
+ * no call of another rank, and for what this one has begun a short time only: between threads at most 5 s for a rank
+ * that still copies, on NCCL at most 5 s for transfers to end and 5 s more for them to be aborted. What is not free
+ * then is left behind, with a warning. Ranks still waiting for this one get PEER_LOST. */
 USP_API void usp_world_destroy(usp_world *world);
 
 /* Memory of the world's device, for programs without CUDA headers; 256-byte aligned. */
@@ -250,7 +251,7 @@ USP_API usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_
  * work of earlier calls must be complete or on `stream`, and later calls on other streams must be made to wait for
  * `stream`. Graphs that hold calls of layers on the sequence are stale, with one rank too: counts, offsets and grids
  * are in them; capture again. Waits on the host for nothing but the uploads of the replan before, at most timeout_ms.
- * Errors: INVALID (also while `stream` is captured), DEVICE, the world's. */
+ * Errors: INVALID (also while `stream` is captured), the world's: a DEVICE error fails the world. */
 USP_API usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const int64_t *document_ends,
                                        usp_stream stream);
 /* The segments of sequence rank `rank`: writes at most `capacity`, always the whole number to *count. */

@@ -375,7 +375,7 @@ usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const 
     set_documents(sequence, documents, ends);
     fill(&sequence->query, sequence);
     sequence->key = sequence->query;
-    return usp_schedule_replan(sequence, stream);
+    return usp_world_conclude(sequence->world, usp_schedule_replan(sequence, stream));
 }
 
 static uint64_t hash_segments(uint64_t seed, const usp_sharding *sharding) {

@@ -110,10 +110,13 @@ static usp_status create_device(const usp_host *host, usp_device_kind kind, usp_
     return usp_device_create_cpu(host, device);
 }
 
-/* A config that is refused is replaced: half an allocator must not be used to tell the others. */
+/* A config that is refused is replaced, but for a time limit that is one: half an allocator must not be used to tell
+ * the others, yet this rank shall not wait for them longer than it said. */
 static usp_status check_call(const usp_world_config *given, usp_world_config *config, usp_world **out) {
-    usp_status status = out ? read_config(given, config) : usp_fail(USP_INVALID, "world is NULL");
-    if (status != USP_OK) *config = (usp_world_config){0};
+    *config = (usp_world_config){0};
+    usp_status status = read_config(given, config);
+    if (status == USP_OK && !out) status = usp_fail(USP_INVALID, "world is NULL");
+    if (status != USP_OK) *config = (usp_world_config){.timeout_ms = config->timeout_ms < -1 ? 0 : config->timeout_ms};
     return status;
 }
 
@@ -207,7 +210,7 @@ usp_status usp_world_create_threads(const usp_world_config *given, usp_rendezvou
     usp_world_config config;
     usp_world *world = NULL;
     USP_REQUIRE(rendezvous, "rendezvous is NULL");
-    usp_status status = out ? read_config(given, &config) : usp_fail(USP_INVALID, "world is NULL");
+    usp_status status = check_call(given, &config, out);
     if (status == USP_OK) status = begin_world(&config, &world);
     if (status != USP_OK) {
         usp_rendezvous_leave(rendezvous, rank);
@@ -252,7 +255,8 @@ usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm,
     usp_host host = usp_host_from_config(&config);
     if (config.device == USP_DEVICE_AUTO) config.device = USP_DEVICE_CPU; /* MPI moves host memory */
     if (mine == USP_OK) mine = begin_world(&config, &world);
-    usp_comm_config settings = world ? comm_config(world) : (usp_comm_config){NULL, &host, DEFAULT_TIMEOUT_MS};
+    int limit = config.timeout_ms ? config.timeout_ms : DEFAULT_TIMEOUT_MS;
+    usp_comm_config settings = world ? comm_config(world) : (usp_comm_config){NULL, &host, limit};
     usp_status status = usp_comm_create_mpi(&settings, fortran_comm, mine, &comm);
     if (world) world->comm = comm;
     return finish_world(&config, status, world, out);
@@ -330,7 +334,7 @@ usp_status usp_world_create_env(const usp_world_config *given, usp_world **out) 
     usp_status mine = check_call(given, &config, out);
     snprintf(why, sizeof why, "%s", usp_last_error()); /* what fails below for that reason shall not hide it */
     usp_host host = usp_host_from_config(&config);
-    int timeout_ms = mine == USP_OK && config.timeout_ms ? config.timeout_ms : DEFAULT_TIMEOUT_MS;
+    int timeout_ms = config.timeout_ms ? config.timeout_ms : DEFAULT_TIMEOUT_MS;
     usp_status met = usp_environment_open(&host, timeout_ms, &environment);
     if (met != USP_OK) return mine == USP_OK ? met : usp_fail(mine, "%s", why);
     if (mine != USP_OK) usp_fail(mine, "%s", why);

@@ -11,7 +11,7 @@ absolute() { # FILE
 run=$(absolute "$1") && bench=$(absolute "$2") && plot=$(absolute "$3") && npy=$(absolute "$4") || exit 2
 corrupt=
 [ -z "${5:-}" ] || corrupt=$(absolute "$5") || exit 2
-unset RANK OMPI_COMM_WORLD_RANK SLURM_PROCID
+unset WORLD_SIZE OMPI_COMM_WORLD_SIZE SLURM_STEP_NUM_TASKS PMI_SIZE
 dir=$(mktemp -d) && cd "$dir" || exit 2
 trap 'rm -rf "$dir"' EXIT
 failures=0

@@ -1,6 +1,7 @@
 /* test_sequence.c - who owns which token, and the work planned from it: for every layout, length 0 .. 97 and up to 8
  * ranks, every token once, every allowed pair of query and key once. Runs no attention but after a replan. */
 #include "bodies.h"
+#include "error.h"
 #include "expect.h"
 #include "layer.h"
 #include "sort.h"
@@ -569,10 +570,44 @@ static int late_uploads(usp_rank *rank, void *argument) {
     return failed;
 }
 
+static usp_status failing_copy(usp_device *device, void *to, const void *from, size_t bytes, usp_stream stream) {
+    (void)device, (void)to, (void)from, (void)bytes, (void)stream;
+    return usp_fail(USP_DEVICE, "no copy");
+}
+
+/* Where the device has not got what the host has planned, no layer may run on it. */
+static int failed_upload(usp_rank *rank, void *argument) {
+    static const int64_t ends[] = {40, 97};
+    usp_device *device = rank->world->device;
+    const usp_device_ops *ops = device->ops;
+    usp_device_ops broken = *ops;
+    usp_mesh *mesh = NULL;
+    usp_schedule *plans[PLANS];
+    usp_case_configs *configs = malloc(sizeof *configs);
+    int failed = usp_mesh_create(rank->world, 1, rank->size, &mesh) != USP_OK;
+    usp_sequence *s = open_sequence(rank, mesh, USP_LAYOUT_ZIGZAG_PER_DOCUMENT, MOST, 0, configs);
+    (void)argument;
+    failed = failed || !s || acquire_plans(rank, s, (usp_split){1, rank->size}, plans);
+    broken.copy = failing_copy;
+    device->ops = &broken;
+    if (!failed && (usp_sequence_replan(s, 2, ends, NULL) != USP_DEVICE || usp_world_poll(rank->world) != USP_DEVICE))
+        failed = usp_say(rank, "a re-plan that failed: %s", usp_last_error());
+    device->ops = ops;
+    usp_sequence_destroy(s);
+    usp_mesh_destroy(mesh);
+    free(configs);
+    usp_count(rank);
+    return failed;
+}
+
 /* ---- tests ------------------------------------------------------------------------------------------------------- */
 
 Test(sequence, partition_and_coverage) {
     for (int size = 1; size <= 8; size++) usp_expect_ranks(size, SECONDS, all_lengths, NULL);
+}
+
+Test(sequence, failed_upload) {
+    usp_expect_ranks(1, SECONDS, failed_upload, NULL);
 }
 
 Test(sequence, cross_coverage) {

@@ -258,6 +258,30 @@ static int other_limits(usp_rank *rank, void *argument) {
     return 0;
 }
 
+/* Each rank that is wrong by itself is told of its own mistake, whoever came first. */
+static int own_mistakes(usp_rank *rank, void *argument) {
+    meeting *m = argument;
+    usp_world *world = NULL;
+    seat s = {m, rank->rank};
+    usp_world_config config = silent();
+    if (rank->rank == 0) config.timeout_ms = -7;
+    if (rank->rank == 1) config.watchdog = 9;
+    usp_heap_configure(rank->heap, &config);
+    usp_status status = m->over == THREADS
+                            ? usp_world_create_threads(&config, m->rendezvous, rank->rank, &world)
+                            : usp_world_create_callback(&config, gather, &s, m->size, rank->rank, &world);
+    const char *const words[] = {"timeout_ms is -7", "watchdog is 9", "could not join"};
+    if (status != (rank->rank < 2 ? USP_INVALID : USP_PEER_FAILED) || world ||
+        !strstr(usp_last_error(), words[rank->rank]))
+        usp_say(rank, "%s, \"%s\"", usp_status_string(status), usp_last_error());
+    usp_count(rank);
+    return 0;
+}
+
+Test(world, own_mistakes) {
+    expect_on_all(3, 0, own_mistakes);
+}
+
 Test(world, other_limits) {
     expect_on(SOCKETS, 3, 0, other_limits);
 }
