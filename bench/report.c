@@ -274,9 +274,13 @@ static usp_status keep(usp_report *report, const usp_result *result, usp_tool_er
 
 usp_status usp_report_add(usp_report *report, const usp_result *result, usp_tool_error *error) {
     USP_TRY(keep(report, result, error));
+    if (report->csv && !result->refused[0]) write_csv_row(report->csv, result);
+    return USP_OK;
+}
+
+usp_status usp_report_print(const usp_report *report, const usp_result *result, usp_tool_error *error) {
     print_row(report, result);
     if (!result->refused[0]) print_details(report, result);
-    if (report->csv && !result->refused[0]) write_csv_row(report->csv, result);
     return flush_table(error);
 }
 

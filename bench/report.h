@@ -19,7 +19,9 @@ typedef struct usp_report {
 
 /* Opens the CSV and the JSON file and prints the header. */
 usp_status usp_report_open(usp_report *report, const usp_options *options, usp_rank *rank);
+/* A row: into the files, and onto the table. */
 usp_status usp_report_add(usp_report *report, const usp_result *result, usp_tool_error *error);
+usp_status usp_report_print(const usp_report *report, const usp_result *result, usp_tool_error *error);
 /* Completes the two files, also those of a run that failed half-way: `failure` is then its sentence. */
 usp_status usp_report_save(usp_report *report, const char *failure, usp_tool_error *error);
 /* Prints the last lines; the files are saved before. */

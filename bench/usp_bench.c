@@ -34,6 +34,8 @@ static usp_status add_rows(usp_rank *rank, usp_bench *bench, usp_sweep_state *st
     for (int i = 0; i < count && status == USP_OK; i++)
         status = usp_report_add(bench->report, &results[i], &rank->error);
     pthread_mutex_unlock(&bench->mutex);
+    for (int i = 0; i < count && status == USP_OK; i++)
+        status = usp_report_print(bench->report, &results[i], &rank->error);
     return status;
 }
 
@@ -97,7 +99,7 @@ static usp_status run_rank(usp_rank *rank, void *user) {
     return status;
 }
 
-/* Keeps the rows that are done. A table that nobody takes may hold the mutex, but not the process. */
+/* Keeps the rows that are done. A file that nobody takes may hold the mutex, but not the process. */
 static void save_rows(int signal, void *user) {
     usp_bench *bench = user;
     usp_tool_error error;
