@@ -108,7 +108,7 @@ static int check_unharmed(bench *b, const char *name) {
 static const float bad_decay[4] = {0, 0.5f, 0, 0};
 static const int64_t falling_ends[] = {20, 10, TOKENS}, short_ends[] = {10, 20, 30}, long_ends[] = {10, 20, 40};
 static const usp_segment outside[] = {{TOKENS - 1, 2, 1}}, negative[] = {{-1, 4, 1}}, no_stride[] = {{0, 4, 0}};
-static const usp_segment too_few[] = {{0, 4, 1}};
+static const usp_segment too_few[] = {{0, 4, 1}}, backwards[] = {{8, -5, 1}};
 
 static const wrong softmax_fields[] = {
     {"struct_size", offsetof(usp_layer_config, struct_size), SIZE, 0, USP_INVALID, NULL},
@@ -122,6 +122,8 @@ static const wrong softmax_fields[] = {
     {"dtype", offsetof(usp_layer_config, dtype), INT, -1, USP_INVALID, NULL},
     {"batch", offsetof(usp_layer_config, batch), INT, 0, USP_INVALID, NULL},
     {"batch", offsetof(usp_layer_config, batch), INT, -3, USP_INVALID, NULL},
+    {"batch", offsetof(usp_layer_config, batch), INT, 65537, USP_INVALID, NULL},
+    {"heads", offsetof(usp_layer_config, heads), INT, 65540, USP_INVALID, NULL},
     {"heads", offsetof(usp_layer_config, heads), INT, 0, USP_INVALID, NULL},
     {"heads", offsetof(usp_layer_config, heads), INT, -4, USP_INVALID, NULL},
     {"heads", offsetof(usp_layer_config, heads), INT, 6, USP_INVALID, NULL},
@@ -132,6 +134,9 @@ static const wrong softmax_fields[] = {
     {"value_heads", offsetof(usp_layer_config, value_heads), INT, -1, USP_INVALID, NULL},
     {"head_dim", offsetof(usp_layer_config, head_dim), INT, 0, USP_INVALID, NULL},
     {"head_dim", offsetof(usp_layer_config, head_dim), INT, -8, USP_INVALID, NULL},
+    {"head_dim", offsetof(usp_layer_config, head_dim), INT, 65537, USP_INVALID, NULL},
+    {"head_dim", offsetof(usp_layer_config, head_dim), INT, 513, USP_UNSUPPORTED, NULL},
+    {"value_dim", offsetof(usp_layer_config, value_dim), INT, 513, USP_UNSUPPORTED, NULL},
     {"value_dim", offsetof(usp_layer_config, value_dim), INT, -8, USP_INVALID, NULL},
     {"scale", offsetof(usp_layer_config, scale), FLOAT, NAN, USP_INVALID, NULL},
     {"scale", offsetof(usp_layer_config, scale), FLOAT, INFINITY, USP_INVALID, NULL},
@@ -197,6 +202,7 @@ static const wrong segment_fields[] = {
     {"segment", offsetof(usp_sequence_config, segment), POINTER, 1, USP_INVALID, outside},
     {"segment", offsetof(usp_sequence_config, segment), POINTER, 1, USP_INVALID, negative},
     {"segment", offsetof(usp_sequence_config, segment), POINTER, 1, USP_INVALID, no_stride},
+    {"segment", offsetof(usp_sequence_config, segment), POINTER, 1, USP_INVALID, backwards},
     {"segment", offsetof(usp_sequence_config, segment), POINTER, 1, USP_INVALID, too_few},
     {"segment", offsetof(usp_sequence_config, segments), INT64, 0, USP_INVALID, NULL},
     {"segments", offsetof(usp_sequence_config, segments), INT64, -1, USP_INVALID, NULL},
@@ -721,7 +727,19 @@ typedef struct wrong_run {
 } wrong_run;
 
 /* What is wrong with it; from NO_STRIDES on only with one that is written. */
-typedef enum spoil { NO_DATA, ODD_DATA, NO_STRIDES, ONE_TOKEN, SHORT_HEADS, HUGE_STRIDE, ANOTHERS, SPOILS } spoil;
+typedef enum spoil {
+    NO_DATA,
+    ODD_DATA,
+    NO_STRIDES,
+    ONE_BATCH,
+    ONE_TOKEN,
+    SHORT_HEADS,
+    HUGE_STRIDE,
+    DATA_OF_Q,
+    DATA_OF_K,
+    DATA_OF_V,
+    SPOILS
+} spoil;
 
 static const wrong_run wrong_forwards[] = {
     {"q", offsetof(usp_forward, q), 0},
@@ -753,23 +771,26 @@ static void remove_pointer(void *fields, size_t offset) {
     memset((char *)fields + offset, 0, sizeof(void *));
 }
 
-static void spoil_tensor(usp_tensor *tensor, spoil how, const usp_tensor *q) {
+static void spoil_tensor(usp_tensor *tensor, spoil how, const usp_tensor *q, const usp_tensor *k, const usp_tensor *v) {
     usp_tensor spoiled[SPOILS];
     for (int i = 0; i < SPOILS; i++) spoiled[i] = *tensor;
     spoiled[NO_DATA].data = NULL;
     spoiled[ODD_DATA].data = (char *)tensor->data + 1;
     spoiled[NO_STRIDES] = (usp_tensor){.data = tensor->data};
+    spoiled[ONE_BATCH].stride_batch = 0;
     spoiled[ONE_TOKEN].stride_token = 0;
     spoiled[SHORT_HEADS].stride_head = 1;
     spoiled[HUGE_STRIDE].stride_token = INT64_MIN;
-    spoiled[ANOTHERS].data = q->data;
+    spoiled[DATA_OF_Q].data = q->data;
+    spoiled[DATA_OF_K].data = k->data;
+    spoiled[DATA_OF_V].data = v->data;
     *tensor = spoiled[how];
 }
 
 static void try_forward_tensor(usp_stage *s, const wrong_run *run) {
     for (int how = 0; how < (run->written ? SPOILS : NO_STRIDES); how++) {
         usp_forward f = usp_stage_forward_arguments(s, 1);
-        spoil_tensor((usp_tensor *)((char *)&f + run->offset), (spoil)how, &f.q);
+        spoil_tensor((usp_tensor *)((char *)&f + run->offset), (spoil)how, &f.q, &f.k, &f.v);
         expect_refusal(s->rank, USP_INVALID, run->name,
                        forward_with(s, &f, s->workspace.device, s->sizes.forward_workspace));
     }
@@ -778,7 +799,7 @@ static void try_forward_tensor(usp_stage *s, const wrong_run *run) {
 static void try_backward_tensor(usp_stage *s, const wrong_run *run) {
     for (int how = 0; how < (run->written ? SPOILS : NO_STRIDES); how++) {
         usp_backward b = usp_stage_backward_arguments(s);
-        spoil_tensor((usp_tensor *)((char *)&b + run->offset), (spoil)how, &b.q);
+        spoil_tensor((usp_tensor *)((char *)&b + run->offset), (spoil)how, &b.q, &b.k, &b.v);
         expect_refusal(s->rank, USP_INVALID, run->name,
                        backward_with(s, &b, s->workspace.device, s->sizes.backward_workspace));
     }
@@ -804,13 +825,23 @@ static void try_exchange(usp_stage *s) {
                    usp_layer_heads_to_tokens(s->layer, USP_QUERY, &f.q, &flat, workspace, bytes, s->rank->stream));
 }
 
-static void try_odd_pointer(usp_stage *s, const char *name, size_t offset) {
-    usp_forward f = usp_stage_forward_arguments(s, 1);
+static void make_odd(void *fields, size_t offset) {
     char *pointer;
-    memcpy(&pointer, (char *)&f + offset, sizeof pointer);
+    memcpy(&pointer, (char *)fields + offset, sizeof pointer);
     pointer += 2;
-    memcpy((char *)&f + offset, &pointer, sizeof pointer);
+    memcpy((char *)fields + offset, &pointer, sizeof pointer);
+}
+
+static void try_forward_pointer(usp_stage *s, const char *name, size_t offset, void (*change)(void *, size_t)) {
+    usp_forward f = usp_stage_forward_arguments(s, 1);
+    change(&f, offset);
     expect_refusal(s->rank, USP_INVALID, name, forward_with(s, &f, s->workspace.device, s->sizes.forward_workspace));
+}
+
+static void try_backward_pointer(usp_stage *s, const char *name, size_t offset, void (*change)(void *, size_t)) {
+    usp_backward b = usp_stage_backward_arguments(s);
+    change(&b, offset);
+    expect_refusal(s->rank, USP_INVALID, name, backward_with(s, &b, s->workspace.device, s->sizes.backward_workspace));
 }
 
 /* lse and states that the layer was made with must be there, on the boundaries of their elements. */
@@ -825,20 +856,12 @@ static void try_options(usp_stage *s) {
       backward[] = {{"dfinal_state", offsetof(usp_backward, dfinal_state), s->c.final_state},
                     {"dinitial_state", offsetof(usp_backward, dinitial_state), s->c.initial_state},
                     {"initial_state", offsetof(usp_backward, initial_state), s->c.initial_state}};
-    void *workspace = s->workspace.device;
-    for (int i = 0; i < 3; i++) {
-        usp_forward f = usp_stage_forward_arguments(s, 1);
-        usp_backward b = usp_stage_backward_arguments(s);
-        remove_pointer(&f, forward[i].offset);
-        remove_pointer(&b, backward[i].offset);
-        if (forward[i].wanted) try_odd_pointer(s, forward[i].name, forward[i].offset);
-        if (forward[i].wanted)
-            expect_refusal(s->rank, USP_INVALID, forward[i].name,
-                           forward_with(s, &f, workspace, s->sizes.forward_workspace));
-        if (backward[i].wanted)
-            expect_refusal(s->rank, USP_INVALID, backward[i].name,
-                           backward_with(s, &b, workspace, s->sizes.backward_workspace));
-    }
+    void (*const spoils[])(void *, size_t) = {remove_pointer, make_odd};
+    for (int i = 0; i < 3; i++)
+        for (int how = 0; how < 2; how++) {
+            if (forward[i].wanted) try_forward_pointer(s, forward[i].name, forward[i].offset, spoils[how]);
+            if (backward[i].wanted) try_backward_pointer(s, backward[i].name, backward[i].offset, spoils[how]);
+        }
 }
 
 static void try_memory(usp_stage *s) {
@@ -859,6 +882,8 @@ static void try_memory(usp_stage *s) {
     if (s->sizes.saved == 0) return;
     f.saved = (char *)s->saved.device + 4;
     expect_refusal(s->rank, USP_WORKSPACE, "saved", forward_with(s, &f, workspace, forward));
+    b.saved = (char *)s->saved.device + 4;
+    expect_refusal(s->rank, USP_WORKSPACE, "saved", backward_with(s, &b, workspace, backward));
     b.saved = NULL;
     expect_refusal(s->rank, USP_WORKSPACE, "saved", backward_with(s, &b, workspace, backward));
 }
@@ -875,17 +900,33 @@ static void try_structs(usp_stage *s) {
     expect_refusal(s->rank, USP_INVALID, "NULL", backward_with(s, NULL, workspace, s->sizes.backward_workspace));
 }
 
+/* Nothing that was poisoned is anything else by now. */
+static void expect_untouched(usp_stage *s) {
+    const usp_buffer *const results[] = {&s->memory[USP_O], &s->memory[USP_DQ], &s->memory[USP_DK], &s->memory[USP_DV],
+                                         &s->lse,           &s->final_state,    &s->dinitial_state, &s->saved};
+    for (size_t i = 0; i < sizeof results / sizeof *results; i++) {
+        if (!results[i]->host) continue;
+        if (usp_buffer_download(results[i]) != USP_OK) usp_say(s->rank, "%s", usp_last_error());
+        for (size_t j = 0; j < results[i]->bytes; j++)
+            if (((const unsigned char *)results[i]->host)[j] != 0xff) {
+                usp_say(s->rank, "a wrong run wrote byte %zu of result %zu", j, i);
+                break;
+            }
+    }
+}
+
 /* All ranks err alike, so nobody waits; then the layer must still run. */
 static int wrong_runs(usp_rank *rank, void *argument) {
-    static const usp_case cases[] = {{.tokens = 40, .mask = USP_MASK_CAUSAL, .return_lse = 1},
-                                     {.tokens = 40, .mask = USP_MASK_CAUSAL, .kv_heads = 2},
+    static const usp_case cases[] = {{.batch = 2, .tokens = 40, .mask = USP_MASK_CAUSAL, .return_lse = 1},
+                                     {.batch = 2, .tokens = 40, .mask = USP_MASK_CAUSAL, .kv_heads = 2},
                                      {.attention = USP_LINEAR,
+                                      .batch = 2,
                                       .tokens = 40,
                                       .mask = USP_MASK_CAUSAL,
                                       .initial_state = 1,
                                       .final_state = 1,
                                       .decay = 1},
-                                     {.attention = USP_LINEAR, .tokens = 40, .mask = USP_MASK_CAUSAL}};
+                                     {.attention = USP_LINEAR, .batch = 2, .tokens = 40, .mask = USP_MASK_CAUSAL}};
     (void)argument;
     for (int i = 0; i < (int)(sizeof cases / sizeof cases[0]); i++) {
         usp_stage stage;
@@ -893,12 +934,14 @@ static int wrong_runs(usp_rank *rank, void *argument) {
         c.ring = rank->size;
         if (usp_stage_open(rank, &c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
         if (usp_stage_fill(&stage)) return 1;
+        if (usp_stage_clear(&stage)) return 1;
         int live = atomic_load(&rank->heap->live);
         try_tensors(&stage);
         try_exchange(&stage);
         try_options(&stage);
         try_memory(&stage);
         try_structs(&stage);
+        expect_untouched(&stage);
         if (atomic_load(&rank->heap->live) != live) usp_say(rank, "wrong runs leave memory behind");
         if (usp_stage_forward(&stage, 1) || usp_stage_backward(&stage)) return 1;
         usp_stage_close(&stage);
