@@ -326,7 +326,8 @@ typedef struct usp_tensor {
 /* All tensors hold this rank's own tokens, in local order. States are fp32 [batch, H, head_dim, value_dim], the same on
  * every rank of the mesh, and always the state after a token. Strides of inputs may be any numbers. Those of outputs
  * must nest (INVALID else): ordered by size, each at least as long as all that lies within it, as in any view of a
- * dense tensor, so that no two elements share a place. out must not overlap q, k or v. */
+ * dense tensor, so that no two elements share a place. out must not overlap q, k or v (equal
+ * addresses are found and refused, other overlaps are not). */
 typedef struct usp_forward {
     size_t struct_size;
     usp_tensor q;               /* [batch, local_tokens, heads, head_dim] */
@@ -340,7 +341,7 @@ typedef struct usp_forward {
 } usp_forward;
 
 /* q, k, v, out are the tensors of forward, unchanged. Gradients are overwritten, not added to, and must not overlap
- * anything. */
+ * anything (found as above). */
 typedef struct usp_backward {
     size_t struct_size;
     usp_tensor q, k, v, out, dout, dq, dk, dv;
