@@ -1,8 +1,9 @@
-/* costs.c - bytes stated and bytes seen (see costs.h). Looks at no result. */
+/* costs.c - bytes stated and bytes seen, and in which order (see costs.h). Looks at no result. */
 #include "costs.h"
 #include "trace.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 /* The traffic of one rank by axis; `stray` went to a rank that shares neither axis. */
 typedef struct by_axis {
@@ -347,6 +348,66 @@ int usp_body_flops(usp_rank *rank, void *argument) {
         expect_flops(&stage, USP_PASS_BACKWARD);
         usp_stage_close(&stage);
         usp_count(rank);
+    }
+    return 0;
+}
+
+/* ---- what is enqueued, in which order ---------------------------------------------------------------------------- */
+
+/* Of all that a pass did, what `letters` names must be `expected`; exchanges in a row count as one if `runs`. */
+static void expect_order(usp_stage *stage, const char *pass, const usp_traffic *traffic, const char *letters, int runs,
+                         const char *expected) {
+    char name[256], seen[USP_TRACE_STEPS] = "";
+    int count = 0;
+    for (const char *at = traffic->order; *at; at++) {
+        if (!strchr(letters, *at) || (runs && count && *at == 'X' && seen[count - 1] == 'X')) continue;
+        seen[count++] = *at;
+    }
+    if (strcmp(seen, expected) == 0) return;
+    usp_case_print(&stage->c, name, sizeof name);
+    usp_say(stage->rank, "%s: %s: of \"%s\" seen \"%s\", not \"%s\" (all: %s)", name, pass, letters, seen, expected,
+            traffic->order);
+}
+
+/* What both passes of a case do, of what `letters` names. */
+typedef struct order {
+    const char *letters;
+    int runs;
+    const char *forward, *backward;
+} order;
+
+static int check_order(usp_rank *rank, const usp_case *c, usp_trace *trace, const order *o) {
+    usp_stage stage;
+    usp_traffic forward, backward;
+    if (usp_stage_open(rank, c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+    if (run_traced(&stage, trace, &forward, &backward)) return 1;
+    expect_order(&stage, "forward", &forward, o->letters, o->runs, o->forward);
+    expect_order(&stage, "backward", &backward, o->letters, o->runs, o->backward);
+    usp_stage_close(&stage);
+    usp_count(rank);
+    return 0;
+}
+
+static const usp_case ordered_cases[] = {
+    {.mask = USP_MASK_CAUSAL, .kv_heads = 2, .return_lse = 1},
+    {.dtype = USP_BF16, .batch = 2, .arrangement = USP_BHSD},
+    {.mask = USP_MASK_CAUSAL, .arrangement = USP_PADDED, .layout = USP_LAYOUT_CONTIGUOUS},
+    {.attention = USP_LINEAR, .mask = USP_MASK_CAUSAL, .decay = 1, .initial_state = 1, .final_state = 1},
+    {.attention = USP_LINEAR, .mask = USP_MASK_CAUSAL, .batch = 2, .arrangement = USP_BHSD, .recompute_state = 1},
+    {.attention = USP_LINEAR, .dtype = USP_BF16, .arrangement = USP_PADDED, .layout = USP_LAYOUT_CONTIGUOUS}};
+enum { ORDERED_CASES = sizeof ordered_cases / sizeof ordered_cases[0] };
+
+/* Forward: q, k and v in, then out with lse and states. Backward: dout with delta in, then dq, dk, dv and states. */
+int usp_body_exchanges(usp_rank *rank, void *argument) {
+    const order o = {.letters = "X", .forward = "XX", .backward = "XX"};
+    usp_trace *trace = usp_trace_insert(rank->world);
+    (void)argument;
+    for (int i = 0; i < ORDERED_CASES; i++) {
+        usp_case c = ordered_cases[i];
+        c.tokens = 96;
+        c.heads = 8;
+        c.ulysses = rank->size;
+        if (check_order(rank, &c, trace, &o)) return 1;
     }
     return 0;
 }

@@ -1,4 +1,5 @@
-/* costs.h - a layer's stated cost against what a trace saw, as bodies for usp_ranks_run. Looks at no result. */
+/* costs.h - what a trace saw of a layer, against its stated cost and against what may be copied, exchanged and waited
+ * for; as bodies for usp_ranks_run. Looks at no result. */
 #ifndef USP_TESTS_COSTS_H
 #define USP_TESTS_COSTS_H
 #include "stage.h"
@@ -18,5 +19,8 @@ int usp_body_formulas(usp_rank *rank, void *argument);
 int usp_body_travel(usp_rank *rank, void *argument);
 /* Floating-point operations of every rank, forward and backward, both kinds. argument: none. */
 int usp_body_flops(usp_rank *rank, void *argument);
+
+/* Ulysses alone: two exchanges a pass, whatever travels. argument: none. */
+int usp_body_exchanges(usp_rank *rank, void *argument);
 
 #endif

@@ -1,5 +1,5 @@
-/* test_cost.c - the bytes a layer says it moves are the bytes that move, on every axis, for every tabled case.
- * Looks at no result. */
+/* test_cost.c - the bytes a layer says it moves are the bytes that move, on every axis, for every tabled case; it moves
+ * them in no more exchanges, copies and waits than it must. Looks at no result. */
 #include "costs.h"
 #include "expect.h"
 
@@ -41,4 +41,8 @@ Test(cost, states_travel_by_chain_or_gather) {
 
 Test(cost, flops) {
     on_sizes(usp_body_flops, NULL);
+}
+
+Test(cost, one_exchange_in_and_one_out) {
+    for (int i = 1; i < 6; i++) usp_expect_ranks(sizes[i], SECONDS, usp_body_exchanges, NULL);
 }

@@ -1,13 +1,23 @@
-/* trace.c - the counting comm (see trace.h): every entry goes to the comm inside. */
+/* trace.c - the counting comm and the device beside it (see trace.h): every entry goes to the one inside. */
 #include "trace.h"
 #include "world.h"
 
 #include <stdlib.h>
+#include <string.h>
+
+/* The device's table while its calls are written down. */
+typedef struct watch {
+    usp_device_ops ops; /* first: what the device points to */
+    const usp_device_ops *inside;
+    usp_trace *trace;
+    usp_stream transfer;
+} watch;
 
 struct usp_trace {
     usp_comm comm; /* first: a trace is a comm */
     usp_comm *inside;
     usp_traffic traffic;
+    watch watch;
     int64_t messages;
     size_t bytes; /* announced */
 };
@@ -15,6 +25,39 @@ struct usp_trace {
 static usp_trace *trace_of(usp_comm *comm) {
     return (usp_trace *)comm;
 }
+
+static void note(usp_trace *trace, char what) {
+    size_t length = strlen(trace->traffic.order);
+    if (length + 1 < sizeof trace->traffic.order) trace->traffic.order[length] = what;
+}
+
+/* ---- the device -------------------------------------------------------------------------------------------------- */
+
+/* Writes a letter down and finds the true table. */
+static const usp_device_ops *inside(const usp_device *device, char what) {
+    const watch *w = (const watch *)device->ops;
+    note(w->trace, what);
+    return w->inside;
+}
+
+static usp_status copy_rows(usp_device *device, const usp_copy *copy, usp_stream stream) {
+    return inside(device, copy->accumulate ? '+' : 'C')->copy_rows(device, copy, stream);
+}
+
+static usp_status linear_output(usp_device *device, const usp_linear *arguments, usp_stream stream) {
+    return inside(device, 'I')->linear_output(device, arguments, stream);
+}
+
+static usp_status linear_apply(usp_device *device, const usp_linear *arguments, usp_stream stream) {
+    return inside(device, 'A')->linear_apply(device, arguments, stream);
+}
+
+static usp_status event_wait(usp_device *device, usp_event *event, usp_stream stream) {
+    int transfer = stream == ((const watch *)device->ops)->transfer;
+    return inside(device, transfer ? 'F' : 'W')->event_wait(device, event, stream);
+}
+
+/* ---- the comm ---------------------------------------------------------------------------------------------------- */
 
 static usp_status prepare(usp_comm *comm, int64_t messages, size_t bytes) {
     trace_of(comm)->messages = messages;
@@ -26,6 +69,7 @@ static usp_status exchange(usp_comm *comm, const usp_send *sends, int send_count
                            usp_stream stream) {
     usp_trace *trace = trace_of(comm);
     size_t bytes = 0;
+    note(trace, 'X');
     for (int i = 0; i < send_count; bytes += sends[i++].bytes)
         trace->traffic.sent[sends[i].peer] += (int64_t)sends[i].bytes;
     for (int i = 0; i < recv_count; bytes += recvs[i++].bytes)
@@ -71,6 +115,7 @@ static void give_up(usp_comm *comm) {
 }
 
 static void destroy(usp_comm *comm) {
+    if (trace_of(comm)->watch.inside) comm->device->ops = trace_of(comm)->watch.inside;
     trace_of(comm)->inside->ops->destroy(trace_of(comm)->inside);
     free(trace_of(comm));
 }
@@ -86,6 +131,18 @@ usp_trace *usp_trace_insert(usp_world *world) {
     trace->comm.ops = &ops;
     world->comm = &trace->comm;
     return trace;
+}
+
+/* The CPU has no streams: any address tells the transfer stream from the caller's. */
+void usp_trace_watch(usp_trace *trace, usp_world *world) {
+    watch *w = &trace->watch;
+    if (!world->transfer) world->transfer = (usp_stream)(void *)w;
+    *w = (watch){.ops = *world->device->ops, .inside = world->device->ops, .trace = trace, .transfer = world->transfer};
+    w->ops.copy_rows = copy_rows;
+    w->ops.linear_output = linear_output;
+    w->ops.linear_apply = linear_apply;
+    w->ops.event_wait = event_wait;
+    world->device->ops = &w->ops;
 }
 
 usp_traffic usp_trace_take(usp_trace *trace) {
