@@ -411,3 +411,20 @@ int usp_body_exchanges(usp_rank *rank, void *argument) {
     }
     return 0;
 }
+
+/* Without ulysses the ring stage works on the caller's tensors. A softmax ring packs k and v once a pass, and at the
+ * end of backward adds and writes their own gradients. */
+int usp_body_copies(usp_rank *rank, void *argument) {
+    const order none = {.letters = "C+", .forward = "", .backward = ""};
+    const order packed = {.letters = "C+", .forward = "CC", .backward = "CC+C+C"};
+    usp_trace *trace = usp_trace_insert(rank->world);
+    usp_trace_watch(trace, rank->world);
+    (void)argument;
+    for (int i = 0; i < ORDERED_CASES; i++) {
+        usp_case c = ordered_cases[i];
+        c.tokens = 96;
+        c.ring = rank->size;
+        if (check_order(rank, &c, trace, c.attention == USP_LINEAR || c.ring == 1 ? &none : &packed)) return 1;
+    }
+    return 0;
+}

@@ -22,5 +22,7 @@ int usp_body_flops(usp_rank *rank, void *argument);
 
 /* Ulysses alone: two exchanges a pass, whatever travels. argument: none. */
 int usp_body_exchanges(usp_rank *rank, void *argument);
+/* No ulysses: no rows are copied but the keys and values that the ring sends. argument: none. CPU only. */
+int usp_body_copies(usp_rank *rank, void *argument);
 
 #endif

@@ -46,3 +46,7 @@ Test(cost, flops) {
 Test(cost, one_exchange_in_and_one_out) {
     for (int i = 1; i < 6; i++) usp_expect_ranks(sizes[i], SECONDS, usp_body_exchanges, NULL);
 }
+
+Test(cost, no_copy_without_ulysses) {
+    for (int i = 0; i < 4; i++) usp_expect_ranks(sizes[i], SECONDS, usp_body_copies, NULL);
+}

@@ -18,6 +18,7 @@ struct usp_trace {
     usp_comm *inside;
     usp_traffic traffic;
     watch watch;
+    int exchanging; /* inside the comm, whose own waits and copies are not the layer's */
     int64_t messages;
     size_t bytes; /* announced */
 };
@@ -28,7 +29,7 @@ static usp_trace *trace_of(usp_comm *comm) {
 
 static void note(usp_trace *trace, char what) {
     size_t length = strlen(trace->traffic.order);
-    if (length + 1 < sizeof trace->traffic.order) trace->traffic.order[length] = what;
+    if (!trace->exchanging && length + 1 < sizeof trace->traffic.order) trace->traffic.order[length] = what;
 }
 
 /* ---- the device -------------------------------------------------------------------------------------------------- */
@@ -75,7 +76,10 @@ static usp_status exchange(usp_comm *comm, const usp_send *sends, int send_count
     for (int i = 0; i < recv_count; bytes += recvs[i++].bytes)
         trace->traffic.received[recvs[i].peer] += (int64_t)recvs[i].bytes;
     trace->traffic.unprepared += send_count + recv_count > trace->messages || bytes > trace->bytes;
-    return trace->inside->ops->exchange(trace->inside, sends, send_count, recvs, recv_count, stream);
+    trace->exchanging = 1;
+    usp_status status = trace->inside->ops->exchange(trace->inside, sends, send_count, recvs, recv_count, stream);
+    trace->exchanging = 0;
+    return status;
 }
 
 static usp_status allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank) {
