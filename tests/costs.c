@@ -2,6 +2,7 @@
 #include "costs.h"
 #include "trace.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -425,6 +426,46 @@ int usp_body_copies(usp_rank *rank, void *argument) {
         c.tokens = 96;
         c.ring = rank->size;
         if (check_order(rank, &c, trace, c.attention == USP_LINEAR || c.ring == 1 ? &none : &packed)) return 1;
+    }
+    return 0;
+}
+
+/* The travel begins (F) before and ends (W) behind all work that needs no state from elsewhere. dq needs none in
+ * backward where the forward states were kept; computed again, they travel as well. */
+static order ring_order(const usp_case *c) {
+    order o = {.letters = "FXWIA", .runs = 1};
+    if (c->mask == USP_MASK_CAUSAL) {
+        o.forward = "FIXWA";
+        o.backward = c->recompute_state ? "FFIIIXWWAAA" : "FIIIXWAA";
+    } else {
+        o.forward = "FXWA";
+        o.backward = c->recompute_state ? "FFXWWAAA" : "FAXWAA";
+    }
+    return o;
+}
+
+int usp_body_overlap(usp_rank *rank, void *argument) {
+    enum { WAYS = 32 };
+    usp_trace *trace = usp_trace_insert(rank->world);
+    usp_trace_watch(trace, rank->world);
+    (void)argument;
+    for (int i = 0; i < WAYS; i++) {
+        char forward[64], backward[64];
+        usp_case c = {.attention = USP_LINEAR,
+                      .tokens = 96,
+                      .layout = i & 1 ? USP_LAYOUT_ZIGZAG : USP_LAYOUT_CONTIGUOUS,
+                      .state_exchange = i & 2 ? USP_STATE_CHAIN : USP_STATE_GATHER,
+                      .recompute_state = i / 4 % 2,
+                      .mask = i & 8 ? USP_MASK_FULL : USP_MASK_CAUSAL,
+                      .ulysses = i & 16 && rank->size == 4 ? 2 : 1};
+        order o = ring_order(&c);
+        const char *heads = c.ulysses > 1 ? "FXW" : ""; /* the exchange of heads before and behind */
+        c.ring = rank->size / c.ulysses;
+        snprintf(forward, sizeof forward, "%s%s%s", heads, o.forward, heads);
+        snprintf(backward, sizeof backward, "%s%s%s", heads, o.backward, heads);
+        o.forward = forward;
+        o.backward = backward;
+        if (check_order(rank, &c, trace, &o)) return 1;
     }
     return 0;
 }

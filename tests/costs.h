@@ -24,5 +24,8 @@ int usp_body_flops(usp_rank *rank, void *argument);
 int usp_body_exchanges(usp_rank *rank, void *argument);
 /* No ulysses: no rows are copied but the keys and values that the ring sends. argument: none. CPU only. */
 int usp_body_copies(usp_rank *rank, void *argument);
+/* Linear attention: work inside the chunks is enqueued while states travel, and before anything waits for them.
+ * argument: none. CPU only. */
+int usp_body_overlap(usp_rank *rank, void *argument);
 
 #endif

@@ -50,3 +50,7 @@ Test(cost, one_exchange_in_and_one_out) {
 Test(cost, no_copy_without_ulysses) {
     for (int i = 0; i < 4; i++) usp_expect_ranks(sizes[i], SECONDS, usp_body_copies, NULL);
 }
+
+Test(cost, intra_chunk_work_waits_for_no_state) {
+    for (int i = 1; i < 4; i++) usp_expect_ranks(sizes[i], SECONDS, usp_body_overlap, NULL);
+}
