@@ -623,8 +623,8 @@ int usp_body_not_a_number(usp_rank *rank, void *argument) {
 
 enum { MODEL_LAYERS = 3 };
 
-/* Each layer's q, k and v are the layer before's out. The last one's out is gathered. */
-static int run_model(usp_rank *rank, const usp_split *splits, usp_whole *whole) {
+/* Each layer's q, k and v are the layer before's out. */
+static int model_forward(usp_rank *rank, const usp_split *splits, usp_stage *stage) {
     static const usp_case layers[MODEL_LAYERS] = {
         {.tokens = 83, .mask = USP_MASK_CAUSAL, .heads = 4, .head_dim = 16},
         {.attention = USP_LINEAR,
@@ -635,7 +635,6 @@ static int run_model(usp_rank *rank, const usp_split *splits, usp_whole *whole) 
          .decay = 1,
          .scale = 0.05f},
         {.tokens = 83, .mask = USP_MASK_CAUSAL, .heads = 4, .head_dim = 16, .scale = 0.1f}};
-    usp_stage stage[MODEL_LAYERS];
     for (int i = 0; i < MODEL_LAYERS; i++) {
         usp_case c = layers[i];
         c.ulysses = splits[i].ulysses;
@@ -644,8 +643,25 @@ static int run_model(usp_rank *rank, const usp_split *splits, usp_whole *whole) 
         if (i > 0 && usp_stage_feed(&stage[i], &stage[i - 1])) return 1;
         if (usp_stage_forward(&stage[i], 1)) return 1;
     }
-    if (usp_stage_gather(&stage[MODEL_LAYERS - 1], 0, whole)) return 1;
-    for (int i = MODEL_LAYERS - 1; i >= 0; i--) usp_stage_close(&stage[i]);
+    return 0;
+}
+
+/* Each layer's dout is the sum of dq, dk and dv of the layer behind. */
+static int model_backward(usp_stage *stage) {
+    for (int i = MODEL_LAYERS - 1; i >= 0; i--) {
+        if (i + 1 < MODEL_LAYERS && usp_stage_feed_back(&stage[i], &stage[i + 1])) return 1;
+        if (usp_stage_backward(&stage[i])) return 1;
+    }
+    return 0;
+}
+
+static int run_model(usp_rank *rank, const usp_split *splits, usp_whole *wholes) {
+    usp_stage stage[MODEL_LAYERS];
+    if (model_forward(rank, splits, stage) || model_backward(stage)) return 1;
+    for (int i = MODEL_LAYERS - 1; i >= 0; i--) {
+        if (usp_stage_gather(&stage[i], 1, &wholes[i])) return 1;
+        usp_stage_close(&stage[i]);
+    }
     return 0;
 }
 
@@ -654,15 +670,18 @@ int usp_body_switch(usp_rank *rank, void *argument) {
     const usp_split plans[][MODEL_LAYERS] = {
         {{1, n}, {1, n}, {1, n}}, {{n, 1}, {1, n}, {half, n / half}}, {{half, n / half}, {n, 1}, {1, n}}};
     const usp_case c = usp_case_complete((usp_case){.tokens = 83});
-    usp_whole constant, mixed;
+    usp_whole constant[MODEL_LAYERS], mixed[MODEL_LAYERS];
     (void)argument;
-    if (run_model(rank, plans[0], &constant)) return 1;
+    if (run_model(rank, plans[0], constant)) return 1;
     for (int i = 1; i < 3; i++) {
-        if (run_model(rank, plans[i], &mixed)) return 1;
-        if (rank->rank == 0) usp_compare_near(rank, &c, "meshes that change from layer to layer", &mixed, &constant);
-        usp_whole_free(&mixed);
+        if (run_model(rank, plans[i], mixed)) return 1;
+        for (int l = 0; l < MODEL_LAYERS; l++) {
+            if (rank->rank == 0)
+                usp_compare_near(rank, &c, "meshes that change from layer to layer", &mixed[l], &constant[l]);
+            usp_whole_free(&mixed[l]);
+        }
     }
-    usp_whole_free(&constant);
+    for (int l = 0; l < MODEL_LAYERS; l++) usp_whole_free(&constant[l]);
     usp_count(rank);
     return 0;
 }

@@ -39,7 +39,7 @@ int usp_body_round_trip(usp_rank *rank, void *argument);
 int usp_body_parts(usp_rank *rank, void *argument);
 /* attention(q, k, 2 v1 - 3 v2) = 2 attention(q, k, v1) - 3 attention(q, k, v2). */
 int usp_body_linearity(usp_rank *rank, void *argument);
-/* Three layers of both kinds in a row on tokens that never move: any mesh for each, one result. */
+/* Three layers of both kinds in a row on tokens that never move, forward and back: any mesh for each, one result. */
 int usp_body_switch(usp_rank *rank, void *argument);
 /* Chain and gather agree; states computed again give what states kept give. */
 int usp_body_states(usp_rank *rank, void *argument);

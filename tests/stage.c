@@ -242,6 +242,24 @@ int usp_stage_feed(usp_stage *stage, usp_stage *from) {
     return fail(stage, "feed", status);
 }
 
+static double element(const usp_stage *stage, usp_part part, size_t at) {
+    return usp_load(stage->c.dtype, stage->memory[part].host + at);
+}
+
+int usp_stage_feed_back(usp_stage *stage, usp_stage *fed) {
+    const usp_buffer *dout = &stage->memory[USP_DOUT];
+    size_t size = usp_dtype_size(stage->c.dtype);
+    usp_status status = USP_OK;
+    for (int part = USP_DQ; part <= USP_DV && status == USP_OK; part++)
+        status = usp_buffer_download(&fed->memory[part]);
+    for (size_t at = 0; at + size <= dout->bytes; at += size)
+        usp_store(stage->c.dtype, dout->host + at,
+                  element(fed, USP_DQ, at) + element(fed, USP_DK, at) + element(fed, USP_DV, at));
+    if (status == USP_OK) status = usp_buffer_upload(dout);
+    stage->input_hash = hash_inputs(stage);
+    return fail(stage, "feed back", status);
+}
+
 /* ---- run --------------------------------------------------------------------------------------------------------- */
 
 static usp_tensor part_tensor(const usp_stage *stage, usp_part part) {

@@ -45,6 +45,8 @@ int usp_stage_set_states(usp_stage *stage, const float *initial, const float *df
 int usp_stage_spoil(usp_stage *stage, usp_part part);
 /* Makes q, k and v the other's out, which has the same shape. */
 int usp_stage_feed(usp_stage *stage, usp_stage *from);
+/* Makes dout the sum of dq, dk and dv of the one that was fed. */
+int usp_stage_feed_back(usp_stage *stage, usp_stage *fed);
 int usp_stage_forward(usp_stage *stage, int keep); /* keep: with saved */
 int usp_stage_backward(usp_stage *stage);
 /* The same results through tokens_to_heads, the inner calls and heads_to_tokens; for cases without lse and states. */
