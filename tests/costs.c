@@ -81,10 +81,12 @@ int usp_body_costs(usp_rank *rank, void *argument) {
     for (int i = 0; i < table->count; i++)
         for (int s = 0; s < USP_SPLITS; s++) {
             usp_case c = table->cases[i];
-            if (usp_splits[s].ulysses * usp_splits[s].ring != rank->size) continue;
+            int n = usp_splits[s].ulysses * usp_splits[s].ring;
+            if (rank->size % n != 0 || (n == 1 && rank->size > 1)) continue;
             if (c.attention == 0) c.attention = table->attention;
             c.ulysses = usp_splits[s].ulysses;
             c.ring = usp_splits[s].ring;
+            c.copies = rank->size / n;
             if (check_case(rank, &c, trace)) return 1;
         }
     return 0;

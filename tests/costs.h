@@ -4,8 +4,9 @@
 #define USP_TESTS_COSTS_H
 #include "stage.h"
 
-/* Every case of a table on every mesh: bytes by axis, sent and received, are the cost's, forward and backward, and no
- * exchange is larger than what the transport was told at create.
+/* Every case of a table on every mesh, with as many data copies as the world has room for: bytes by axis, sent and
+ * received, are the cost's, forward and backward, none go to another copy, and no exchange is larger than what the
+ * transport was told at create.
  * argument: const usp_table. */
 int usp_body_costs(usp_rank *rank, void *argument);
 /* The same of a layer that has no token and moves nothing but states. argument: none. */
