@@ -235,13 +235,12 @@ static usp_status check_written(const usp_layer *layer, const extents *e, const 
     return USP_OK;
 }
 
-static usp_status check_arguments(const usp_layer *layer, const argument *list, int count, int inner) {
-    extents e = extents_of(layer, inner);
+static usp_status check_arguments(const usp_layer *layer, const extents *e, const argument *list, int count) {
     for (int i = 0; i < count; i++) {
-        int64_t tokens = tokens_of(&e, list[i].operand);
-        int heads = e.heads[list[i].operand];
+        int64_t tokens = tokens_of(e, list[i].operand);
+        int heads = e->heads[list[i].operand];
         USP_TRY(check_tensor(layer, list[i].tensor, tokens, heads, list[i].name));
-        if (list[i].written && tokens > 0 && heads > 0) USP_TRY(check_written(layer, &e, list, i));
+        if (list[i].written && tokens > 0 && heads > 0) USP_TRY(check_written(layer, e, list, i));
     }
     return USP_OK;
 }
@@ -252,7 +251,7 @@ static usp_status check_forward(const usp_layer *layer, const usp_forward *args,
                              {"usp_forward.v", &args->v, USP_VALUE, 0},
                              {"usp_forward.out", &args->out, USP_OUT, 1}};
     extents e = extents_of(layer, inner);
-    USP_TRY(check_arguments(layer, list, sizeof list / sizeof *list, inner));
+    USP_TRY(check_arguments(layer, &e, list, sizeof list / sizeof *list));
     USP_TRY(check_pointer(args->lse, layer->config.return_lse && e.queries && e.heads[USP_OUT], "usp_forward.lse"));
     USP_TRY(check_pointer(args->initial_state, layer->config.initial_state, "usp_forward.initial_state"));
     USP_TRY(check_pointer(args->final_state, layer->config.final_state, "usp_forward.final_state"));
@@ -265,7 +264,8 @@ static usp_status check_backward(const usp_layer *layer, const usp_backward *arg
         {"usp_backward.v", &args->v, USP_VALUE, 0},     {"usp_backward.out", &args->out, USP_OUT, 0},
         {"usp_backward.dout", &args->dout, USP_OUT, 0}, {"usp_backward.dq", &args->dq, USP_QUERY, 1},
         {"usp_backward.dk", &args->dk, USP_KEY, 1},     {"usp_backward.dv", &args->dv, USP_VALUE, 1}};
-    USP_TRY(check_arguments(layer, list, sizeof list / sizeof *list, inner));
+    extents e = extents_of(layer, inner);
+    USP_TRY(check_arguments(layer, &e, list, sizeof list / sizeof *list));
     USP_TRY(check_pointer(args->dfinal_state, layer->config.final_state, "usp_backward.dfinal_state"));
     USP_TRY(check_pointer(args->dinitial_state, layer->config.initial_state, "usp_backward.dinitial_state"));
     USP_TRY(check_pointer(args->initial_state, layer->config.initial_state, "usp_backward.initial_state"));
@@ -620,8 +620,9 @@ static usp_status check_exchange(const usp_layer *layer, usp_operand operand, co
     USP_TRY(usp_world_poll(layer->world));
     USP_REQUIRE(operand >= USP_QUERY && operand <= USP_OUT, "operand is %d: no such operand", (int)operand);
     USP_REQUIRE(tokens && heads, "tokens or heads is NULL");
-    USP_TRY(check_arguments(layer, &(argument){"tokens", tokens, operand, !to_heads}, 1, 0));
-    USP_TRY(check_arguments(layer, &(argument){"heads", heads, operand, to_heads}, 1, 1));
+    extents here = extents_of(layer, 0), there = extents_of(layer, 1);
+    USP_TRY(check_arguments(layer, &here, &(argument){"tokens", tokens, operand, !to_heads}, 1));
+    USP_TRY(check_arguments(layer, &there, &(argument){"heads", heads, operand, to_heads}, 1));
     return check_workspace(workspace, bytes, layer->sizes.exchange_workspace);
 }
 

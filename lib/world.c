@@ -120,6 +120,10 @@ static usp_status check_call(const usp_world_config *given, usp_world_config *co
     return status;
 }
 
+static int limit_of(const usp_world_config *config) {
+    return config->timeout_ms ? config->timeout_ms : DEFAULT_TIMEOUT_MS;
+}
+
 /* The part of a world that needs no other rank. */
 static usp_status begin_world(const usp_world_config *config, usp_world **out) {
     usp_host host = usp_host_from_config(config);
@@ -127,7 +131,7 @@ static usp_status begin_world(const usp_world_config *config, usp_world **out) {
     USP_TRY(usp_host_alloc(&host, sizeof(usp_world), "world", &memory));
     usp_world *world = memory;
     world->host = host;
-    world->timeout_ms = config->timeout_ms ? config->timeout_ms : DEFAULT_TIMEOUT_MS;
+    world->timeout_ms = limit_of(config);
     usp_status status = create_device(&world->host, config->device, &world->device);
     if (status == USP_OK) status = world->device->ops->stream_create(world->device, &world->transfer);
     if (status == USP_OK) status = world->device->ops->event_create(world->device, &world->event);
@@ -225,10 +229,9 @@ usp_status usp_world_create_nccl_id(const usp_world_config *given, const usp_uni
                                     usp_world **out) {
     usp_world_config config;
     usp_world *world = NULL;
-    USP_REQUIRE(out, "world is NULL");
     USP_REQUIRE(id, "id is NULL");
     USP_TRY(check_rank(rank, size));
-    USP_TRY(read_config(given, &config));
+    USP_TRY(check_call(given, &config, out));
     USP_TRY(begin_world(&config, &world));
     usp_comm_config settings = comm_config(world);
     usp_status status = usp_comm_create_nccl_id(&settings, id, size, rank, &world->comm);
@@ -238,9 +241,8 @@ usp_status usp_world_create_nccl_id(const usp_world_config *given, const usp_uni
 usp_status usp_world_create_nccl(const usp_world_config *given, struct ncclComm *comm, usp_world **out) {
     usp_world_config config;
     usp_world *world = NULL;
-    USP_REQUIRE(out, "world is NULL");
     USP_REQUIRE(comm, "comm is NULL");
-    USP_TRY(read_config(given, &config));
+    USP_TRY(check_call(given, &config, out));
     USP_TRY(begin_world(&config, &world));
     usp_comm_config settings = comm_config(world);
     usp_status status = usp_comm_create_nccl_borrowed(&settings, comm, &world->comm);
@@ -255,8 +257,7 @@ usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm,
     usp_host host = usp_host_from_config(&config);
     if (config.device == USP_DEVICE_AUTO) config.device = USP_DEVICE_CPU; /* MPI moves host memory */
     if (mine == USP_OK) mine = begin_world(&config, &world);
-    int limit = config.timeout_ms ? config.timeout_ms : DEFAULT_TIMEOUT_MS;
-    usp_comm_config settings = world ? comm_config(world) : (usp_comm_config){NULL, &host, limit};
+    usp_comm_config settings = world ? comm_config(world) : (usp_comm_config){NULL, &host, limit_of(&config)};
     usp_status status = usp_comm_create_mpi(&settings, fortran_comm, mine, &comm);
     if (world) world->comm = comm;
     return finish_world(&config, status, world, out);
@@ -334,11 +335,9 @@ usp_status usp_world_create_env(const usp_world_config *given, usp_world **out) 
     usp_status mine = check_call(given, &config, out);
     snprintf(why, sizeof why, "%s", usp_last_error()); /* what fails below for that reason shall not hide it */
     usp_host host = usp_host_from_config(&config);
-    int timeout_ms = config.timeout_ms ? config.timeout_ms : DEFAULT_TIMEOUT_MS;
-    usp_status met = usp_environment_open(&host, timeout_ms, &environment);
+    usp_status met = usp_environment_open(&host, limit_of(&config), &environment);
     if (met != USP_OK) return mine == USP_OK ? met : usp_fail(mine, "%s", why);
-    if (mine != USP_OK) usp_fail(mine, "%s", why);
-    if (mine == USP_OK) mine = select_local_gpu(&config, environment);
+    mine = mine == USP_OK ? select_local_gpu(&config, environment) : usp_fail(mine, "%s", why);
     usp_bootstrap bootstrap = usp_environment_bootstrap(environment);
     usp_status status = create_over(&bootstrap, mine, &config, out);
     usp_environment_close(environment);

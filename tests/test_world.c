@@ -84,14 +84,17 @@ static usp_world_config logging(meeting *m, const usp_rank *rank) {
     return config;
 }
 
+static usp_status try_to_join(usp_rank *rank, meeting *m, usp_world_config config, usp_world **world) {
+    seat s = {m, rank->rank};
+    usp_heap_configure(rank->heap, &config);
+    return m->over == THREADS ? usp_world_create_threads(&config, m->rendezvous, rank->rank, world)
+                              : usp_world_create_callback(&config, gather, &s, m->size, rank->rank, world);
+}
+
 /* NULL after saying why. */
 static usp_world *join(usp_rank *rank, meeting *m, usp_world_config config) {
     usp_world *world = NULL;
-    seat s = {m, rank->rank};
-    usp_heap_configure(rank->heap, &config);
-    usp_status status = m->over == THREADS
-                            ? usp_world_create_threads(&config, m->rendezvous, rank->rank, &world)
-                            : usp_world_create_callback(&config, gather, &s, m->size, rank->rank, &world);
+    usp_status status = try_to_join(rank, m, config, &world);
     if (status != USP_OK) usp_say(rank, "%s: %s", transport_names[m->over], usp_last_error());
     return world;
 }
@@ -260,16 +263,11 @@ static int other_limits(usp_rank *rank, void *argument) {
 
 /* Each rank that is wrong by itself is told of its own mistake, whoever came first. */
 static int own_mistakes(usp_rank *rank, void *argument) {
-    meeting *m = argument;
     usp_world *world = NULL;
-    seat s = {m, rank->rank};
     usp_world_config config = silent();
     if (rank->rank == 0) config.timeout_ms = -7;
     if (rank->rank == 1) config.watchdog = 9;
-    usp_heap_configure(rank->heap, &config);
-    usp_status status = m->over == THREADS
-                            ? usp_world_create_threads(&config, m->rendezvous, rank->rank, &world)
-                            : usp_world_create_callback(&config, gather, &s, m->size, rank->rank, &world);
+    usp_status status = try_to_join(rank, argument, config, &world);
     const char *const words[] = {"timeout_ms is -7", "watchdog is 9", "could not join"};
     if (status != (rank->rank < 2 ? USP_INVALID : USP_PEER_FAILED) || world ||
         !strstr(usp_last_error(), words[rank->rank]))
