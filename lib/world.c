@@ -7,6 +7,7 @@
 #include "error.h"
 #include "node.h"
 #include "thread.h"
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -176,17 +177,30 @@ static usp_status agree_on_memory(usp_comm *comm, usp_status mine) {
     return failure != USP_OK ? failure : verdict;
 }
 
+/* What all ranks of a world have alike: it says which transport is built, and how. */
+typedef struct terms {
+    int32_t device, timeout_ms;
+} terms;
+
+static const usp_field term_fields[] = {{"device", offsetof(terms, device), sizeof(int32_t)},
+                                        {"timeout_ms", offsetof(terms, timeout_ms), sizeof(int32_t)}};
+enum { TERMS = sizeof term_fields / sizeof *term_fields };
+
+static terms terms_of(const usp_world *world) {
+    return (terms){(int32_t)world->device->ops->kind, world->timeout_ms};
+}
+
 /* The part that all ranks do together, once the comm stands. */
 static usp_status finish_world(const usp_world_config *config, usp_status status, usp_world *world, usp_world **out) {
-    static const usp_field fields[] = {{"device", 0, sizeof(int)}, {"timeout_ms", sizeof(int), sizeof(int)}};
     if (status == USP_OK) {
         status = usp_host_alloc(&world->host, (size_t)world->comm->size * sizeof(ballot), "ballots", &world->ballots);
         status = agree_on_memory(world->comm, status);
     }
     if (status == USP_OK) {
-        int record[2] = {(int)world->device->ops->kind, world->timeout_ms};
+        const terms record = terms_of(world);
         usp_status mine = config->watchdog ? start_watchdog(world) : USP_OK;
-        status = usp_world_agree(world, mine, &(usp_agreement){"world", 0, record, sizeof record, fields, 2, 0});
+        status =
+            usp_world_agree(world, mine, &(usp_agreement){"world", 0, &record, sizeof record, term_fields, TERMS, 0});
     }
     if (status == USP_OK) status = usp_node_find(world, config->node);
     if (status != USP_OK) {
@@ -263,18 +277,13 @@ usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm,
     return finish_world(&config, status, world, out);
 }
 
-/* What says which transport is built, and how; compared before it is. */
-typedef struct terms {
-    int32_t device, timeout_ms;
-} terms;
-
 static usp_status compare_terms(const terms *all, int size) {
-    for (int rank = 1; rank < size; rank++) {
-        if (all[rank].device != all[0].device)
-            return usp_fail(USP_MISMATCH, "world.device differs between rank 0 and rank %d", rank);
-        if (all[rank].timeout_ms != all[0].timeout_ms)
-            return usp_fail(USP_MISMATCH, "world.timeout_ms differs between rank 0 and rank %d", rank);
-    }
+    for (int rank = 1; rank < size; rank++)
+        for (int i = 0; i < TERMS; i++) {
+            const usp_field *field = &term_fields[i];
+            if (memcmp((const char *)&all[rank] + field->offset, (const char *)&all[0] + field->offset, field->size))
+                return usp_fail(USP_MISMATCH, "world.%s differs between rank 0 and rank %d", field->name, rank);
+        }
     return USP_OK;
 }
 
@@ -286,7 +295,7 @@ static usp_status agree_to_begin(const usp_bootstrap *bootstrap, usp_status mine
     if (mine == USP_OK) mine = usp_host_alloc(host, (size_t)bootstrap->size * sizeof(terms), "terms", &all);
     usp_status status = usp_bootstrap_agree(bootstrap, mine);
     if (status == USP_OK) {
-        const terms own = {(int32_t)world->device->ops->kind, world->timeout_ms};
+        const terms own = terms_of(world);
         status = usp_bootstrap_gather(bootstrap, &own, all, sizeof own);
         if (status == USP_OK) status = compare_terms(all, bootstrap->size);
     }
