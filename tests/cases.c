@@ -14,6 +14,16 @@ static void set_default(int *field, int value) {
     if (*field == 0) *field = value;
 }
 
+usp_case usp_case_states_alone(int ulysses) {
+    return (usp_case){.attention = USP_LINEAR,
+                      .layout = USP_LAYOUT_CUSTOM,
+                      .ulysses = ulysses,
+                      .heads = ulysses,
+                      .initial_state = 1,
+                      .final_state = 1,
+                      .mask = USP_MASK_CAUSAL};
+}
+
 usp_case usp_case_complete(usp_case c) {
     set_default(&c.ulysses, 1);
     set_default(&c.ring, 1);

@@ -27,6 +27,8 @@ typedef struct usp_case {
 typedef enum usp_expectation { USP_WORKS, USP_MAY_REFUSE, USP_MUST_REFUSE } usp_expectation;
 
 usp_case usp_case_complete(usp_case c); /* with the defaults filled in */
+/* No token and no segment, yet a state from every one of the ulysses ranks to every other. */
+usp_case usp_case_states_alone(int ulysses);
 usp_expectation usp_case_expectation(const usp_case *c);
 int usp_case_out_heads(const usp_case *c); /* H */
 int64_t usp_case_keys(const usp_case *c);  /* global key tokens */

@@ -93,13 +93,7 @@ int usp_body_costs(usp_rank *rank, void *argument) {
 }
 
 int usp_body_states_alone(usp_rank *rank, void *argument) {
-    const usp_case c = {.attention = USP_LINEAR,
-                        .layout = USP_LAYOUT_CUSTOM,
-                        .ulysses = rank->size,
-                        .heads = rank->size,
-                        .initial_state = 1,
-                        .final_state = 1,
-                        .mask = USP_MASK_CAUSAL};
+    const usp_case c = usp_case_states_alone(rank->size);
     (void)argument;
     return check_case(rank, &c, usp_trace_insert(rank->world));
 }

@@ -51,15 +51,8 @@ Test(layer, data_copies) {
     usp_references_free(&references);
 }
 
-/* No token and no segment, yet a state from every rank to every other. */
 static int without_tokens(usp_rank *rank, void *argument) {
-    const usp_case c = {.attention = USP_LINEAR,
-                        .layout = USP_LAYOUT_CUSTOM,
-                        .ulysses = rank->size,
-                        .heads = rank->size,
-                        .initial_state = 1,
-                        .final_state = 1,
-                        .mask = USP_MASK_CAUSAL};
+    const usp_case c = usp_case_states_alone(rank->size);
     return usp_check_case(rank, &c, argument);
 }
 

@@ -535,39 +535,51 @@ static usp_status always_capturing(usp_device *device, usp_stream stream, int *y
     return USP_OK;
 }
 
-/* What an upload still reads is not planned again; and no graph shall hold an upload. */
-static int late_uploads(usp_rank *rank, void *argument) {
-    static const int64_t first[] = {40, 97}, second[] = {10, 50, 97};
-    usp_device *device = rank->world->device;
-    const usp_device_ops *ops = device->ops;
-    late_device *late = calloc(1, sizeof *late);
+typedef int (*upload_test)(usp_rank *rank, usp_sequence *s);
+
+/* Runs the test on a sequence with documents, planned for every kind and mask. */
+static int with_plans(usp_rank *rank, upload_test test) {
     usp_mesh *mesh = NULL;
     usp_schedule *plans[PLANS];
     usp_case_configs *configs = malloc(sizeof *configs);
     int failed = usp_mesh_create(rank->world, 1, rank->size, &mesh) != USP_OK;
     usp_sequence *s = open_sequence(rank, mesh, USP_LAYOUT_ZIGZAG_PER_DOCUMENT, MOST, 0, configs);
-    (void)argument;
-    failed = failed || !s || acquire_plans(rank, s, (usp_split){1, rank->size}, plans);
+    failed = failed || !s || acquire_plans(rank, s, (usp_split){1, rank->size}, plans) || test(rank, s);
+    usp_sequence_destroy(s);
+    usp_mesh_destroy(mesh);
+    free(configs);
+    usp_count(rank);
+    return failed;
+}
+
+static const int64_t two_ends[] = {40, 97}, three_ends[] = {10, 50, 97};
+
+/* What an upload still reads is not planned again; and no graph shall hold an upload. */
+static int upload_late(usp_rank *rank, usp_sequence *s) {
+    usp_device *device = rank->world->device;
+    const usp_device_ops *ops = device->ops;
+    late_device *late = calloc(1, sizeof *late);
+    int failed = 0;
     late->ops = *ops;
     late->ops.copy = late_copy;
     late->ops.query = late_query;
     device->ops = &late->ops;
-    if (!failed &&
-        (usp_sequence_replan(s, 2, first, NULL) != USP_OK || usp_sequence_replan(s, 3, second, NULL) != USP_OK ||
-         usp_world_synchronize(rank->world, NULL) != USP_OK))
+    if (usp_sequence_replan(s, 2, two_ends, NULL) != USP_OK || usp_sequence_replan(s, 3, three_ends, NULL) != USP_OK ||
+        usp_world_synchronize(rank->world, NULL) != USP_OK)
         failed = usp_say(rank, "replan: %s", usp_last_error());
     late->ops.capturing = always_capturing;
-    if (!failed && (usp_sequence_replan(s, 2, first, NULL) != USP_INVALID || s->documents != 3 || late->count))
+    if (!failed && (usp_sequence_replan(s, 2, two_ends, NULL) != USP_INVALID || s->documents != 3 || late->count))
         failed = usp_say(rank, "a replan is captured");
     device->ops = ops;
     if (!failed && (late->run == 0 || late->changed))
         failed = usp_say(rank, "%d of %d uploads read what was planned later", late->changed, late->run);
-    usp_sequence_destroy(s);
-    usp_mesh_destroy(mesh);
-    free(configs);
     free(late);
-    usp_count(rank);
     return failed;
+}
+
+static int late_uploads(usp_rank *rank, void *argument) {
+    (void)argument;
+    return with_plans(rank, upload_late);
 }
 
 static usp_status failing_copy(usp_device *device, void *to, const void *from, size_t bytes, usp_stream stream) {
@@ -576,28 +588,22 @@ static usp_status failing_copy(usp_device *device, void *to, const void *from, s
 }
 
 /* Where the device has not got what the host has planned, no layer may run on it. */
-static int failed_upload(usp_rank *rank, void *argument) {
-    static const int64_t ends[] = {40, 97};
+static int upload_nothing(usp_rank *rank, usp_sequence *s) {
     usp_device *device = rank->world->device;
     const usp_device_ops *ops = device->ops;
     usp_device_ops broken = *ops;
-    usp_mesh *mesh = NULL;
-    usp_schedule *plans[PLANS];
-    usp_case_configs *configs = malloc(sizeof *configs);
-    int failed = usp_mesh_create(rank->world, 1, rank->size, &mesh) != USP_OK;
-    usp_sequence *s = open_sequence(rank, mesh, USP_LAYOUT_ZIGZAG_PER_DOCUMENT, MOST, 0, configs);
-    (void)argument;
-    failed = failed || !s || acquire_plans(rank, s, (usp_split){1, rank->size}, plans);
+    int failed = 0;
     broken.copy = failing_copy;
     device->ops = &broken;
-    if (!failed && (usp_sequence_replan(s, 2, ends, NULL) != USP_DEVICE || usp_world_poll(rank->world) != USP_DEVICE))
+    if (usp_sequence_replan(s, 2, two_ends, NULL) != USP_DEVICE || usp_world_poll(rank->world) != USP_DEVICE)
         failed = usp_say(rank, "a re-plan that failed: %s", usp_last_error());
     device->ops = ops;
-    usp_sequence_destroy(s);
-    usp_mesh_destroy(mesh);
-    free(configs);
-    usp_count(rank);
     return failed;
+}
+
+static int failed_upload(usp_rank *rank, void *argument) {
+    (void)argument;
+    return with_plans(rank, upload_nothing);
 }
 
 /* ---- tests ------------------------------------------------------------------------------------------------------- */
