@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include "control.h"
 #include "error.h"
+#include "lines.h"
 #include "tcp.h"
 #include "thread.h"
 #include <errno.h>
@@ -614,7 +615,7 @@ static usp_status control_alloc(const usp_host *host, const usp_bootstrap *boots
 }
 
 static usp_status connect_lines(usp_control *control, const usp_bootstrap *bootstrap) {
-    USP_TRY(usp_tcp_mesh(control->host, bootstrap, control->timeout_ms, control->connections));
+    USP_TRY(usp_lines_connect(control->host, bootstrap, control->timeout_ms, control->connections));
     for (int i = 0; i < control->size; i++) {
         control->lines[i].connection = control->connections[i];
         control->lines[i].waits_for = USP_NOBODY;

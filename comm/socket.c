@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include "control.h"
 #include "error.h"
+#include "lines.h"
 #include "list.h"
 #include "tcp.h"
 #include <errno.h>
@@ -263,7 +264,7 @@ static const usp_comm_ops socket_ops = {
 /* ---- create ------------------------------------------------------------------------------------------------------ */
 
 static usp_status connect_channels(usp_socket_comm *self, const usp_bootstrap *bootstrap) {
-    USP_TRY(usp_tcp_mesh(self->base.host, bootstrap, self->base.timeout_ms, self->connections));
+    USP_TRY(usp_lines_connect(self->base.host, bootstrap, self->base.timeout_ms, self->connections));
     for (int peer = 0; peer < self->base.size; peer++) self->channels[peer].connection = self->connections[peer];
     return USP_OK;
 }

@@ -20,6 +20,8 @@ int usp_tcp_left(int64_t deadline); /* as poll() wants it */
 
 /* The addresses of a host's name or number; at least one, or INVALID. */
 usp_status usp_tcp_resolve(const char *name, usp_ip *ips, int capacity, int *count);
+/* This host's addresses as others may reach it, IPv4 first; how many. */
+int usp_tcp_own_ips(usp_ip *ips, int capacity);
 /* `ip` NULL: all addresses. Port 0: any; *bound is the port. */
 usp_status usp_tcp_listen(const usp_ip *ip, int port, int *listener, int *bound);
 /* Connects as `rank` to `peer` and makes sure that it is. TIMEOUT if it does not answer: it may be late. */
@@ -33,9 +35,6 @@ usp_status usp_tcp_accept(int listener, const usp_token *token, int rank, int fi
 usp_status usp_tcp_send(int connection, const void *data, size_t bytes, int64_t deadline);
 usp_status usp_tcp_recv(int connection, void *data, size_t bytes, int64_t deadline);
 
-/* Collective over the bootstrap: one connection between every two ranks, connections[own rank] = -1; over loopback
- * where all ranks are on one host. The same verdict everywhere. */
-usp_status usp_tcp_mesh(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms, int *connections);
 void usp_tcp_close(int *connections, int count); /* those that are not -1 */
 
 #endif

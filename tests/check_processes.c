@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "conformance.h"
 #include "environment.h"
+#include "lines.h"
 #include "tcp.h"
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -448,7 +449,7 @@ static int usp_scene_no_call(const usp_cast *cast, usp_host *host, usp_device *d
     usp_words(name, cast->size - 1);
     if (odd) usp_take_descriptors(1);
     double start = usp_seconds();
-    usp_status status = usp_tcp_mesh(host, &bootstrap, cast->timeout_ms, connections);
+    usp_status status = usp_lines_connect(host, &bootstrap, cast->timeout_ms, connections);
     int wrong = usp_check_failure(NULL, status, odd ? USP_COMM : USP_PEER_FAILED, odd ? "no socket" : name);
     return wrong + usp_check(NULL, usp_seconds() - start < 3, "found out after %.1f s", usp_seconds() - start);
 }
@@ -475,7 +476,7 @@ static int usp_scene_late_call(const usp_cast *cast, usp_host *host, usp_device 
     int connections[USP_MOST];
     char mine = (char)cast->rank, theirs;
     (void)device;
-    usp_status status = usp_tcp_mesh(host, &bootstrap, cast->timeout_ms, connections);
+    usp_status status = usp_lines_connect(host, &bootstrap, cast->timeout_ms, connections);
     if (usp_check(NULL, status == USP_OK, "rank %d: %s", cast->rank, usp_last_error())) return 1;
     int wrong = usp_check(NULL, late.calls > 4, "nobody was late: %d gathers", late.calls);
     int64_t deadline = usp_tcp_deadline(cast->timeout_ms);
