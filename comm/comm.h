@@ -7,6 +7,7 @@
 #ifndef USP_COMM_H
 #define USP_COMM_H
 #include "device.h"
+#include "meeting.h"
 
 typedef struct usp_comm usp_comm;
 
@@ -61,38 +62,23 @@ struct usp_comm {
     const usp_host *host;
 };
 
-/* How the ranks of a new world first find each other. */
-typedef struct usp_bootstrap {
-    usp_allgather_fn allgather;
-    void *user;
-    int rank, size;
-} usp_bootstrap;
-
-/* The callback, with a sentence if it fails. */
-usp_status usp_bootstrap_gather(const usp_bootstrap *, const void *mine, void *all, size_t bytes_per_rank);
-
-/* Collective: this rank's own failure, else PEER_FAILED if another rank has failed, else OK. Needs no memory, and so
- * knows nothing (`mine` comes back) in worlds of more than USP_BOOTSTRAP_AGREE ranks. */
-enum { USP_BOOTSTRAP_AGREE = 1024 };
-usp_status usp_bootstrap_agree(const usp_bootstrap *, usp_status mine);
-
 typedef struct usp_comm_config {
     usp_device *device;
     const usp_host *host;
-    int timeout_ms;
+    int timeout_ms, silence_ms; /* -1: no limit */
 } usp_comm_config;
 
-/* Constructors; only lib/world.c calls them. All collective over the new ranks. The comm is written on success alone.
- */
-usp_status usp_comm_create_threads(const usp_comm_config *, usp_rendezvous *, int rank, usp_comm **);
-/* Rank `rank` will not come, for the reason in usp_last_error(): those who wait for it get PEER_FAILED. */
-void usp_rendezvous_leave(usp_rendezvous *, int rank);
-usp_status usp_comm_create_socket(const usp_comm_config *, const usp_bootstrap *, usp_comm **);
-/* `mine`: how this rank's own preparation went; the config of one that failed needs no device. */
-usp_status usp_comm_create_mpi(const usp_comm_config *, int fortran_comm, usp_status mine, usp_comm **);
-usp_status usp_comm_create_nccl(const usp_comm_config *, const usp_bootstrap *, usp_comm **);
-usp_status usp_comm_create_nccl_id(const usp_comm_config *, const usp_unique_id *, int size, int rank, usp_comm **);
-usp_status usp_comm_create_nccl_borrowed(const usp_comm_config *, struct ncclComm *, usp_comm **);
+/* Constructors; only lib/world.c calls them. All collective over the new ranks: each prepares what is its own, meets
+ * the others, and builds the transport where all can. A rank whose meeting->mine has failed comes to tell the others,
+ * and needs no device. socket and nccl meet over the bootstrap that is there, the others make one. The comm is written
+ * on success alone. */
+usp_status usp_comm_create_threads(const usp_comm_config *, usp_meeting *, usp_rendezvous *, int rank, usp_comm **);
+usp_status usp_comm_create_socket(const usp_comm_config *, usp_meeting *, usp_comm **);
+usp_status usp_comm_create_mpi(const usp_comm_config *, usp_meeting *, int fortran_comm, usp_comm **);
+usp_status usp_comm_create_nccl(const usp_comm_config *, usp_meeting *, usp_comm **);
+usp_status usp_comm_create_nccl_id(const usp_comm_config *, usp_meeting *, const usp_unique_id *, int size, int rank,
+                                   usp_comm **);
+usp_status usp_comm_create_nccl_borrowed(const usp_comm_config *, usp_meeting *, struct ncclComm *, usp_comm **);
 usp_status usp_nccl_unique_id(usp_unique_id *);
 
 #endif

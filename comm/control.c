@@ -7,10 +7,9 @@
 #define _GNU_SOURCE
 #include "control.h"
 #include "error.h"
-#include "lines.h"
-#include "tcp.h"
 #include "thread.h"
 #include <errno.h>
+#include <limits.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -23,6 +22,11 @@
 
 enum { USP_SENTENCE = 256, USP_NOBODY = -1, USP_READS = 64 };
 enum { USP_BEAT_MIN = 20, USP_BEAT_MAX = 1000, USP_SILENT_BEATS = 8, USP_SUSPECT_BEATS = 3 };
+enum {
+    USP_ECHO_MS = 500,  /* for the reason of a failure to arrive by way of another rank */
+    USP_APART_MS = 500, /* a data connection has ended and the control line has not */
+    USP_DYING_MS = 50   /* a process that ends closes one descriptor after the other */
+};
 
 typedef enum usp_frame_kind {
     USP_FRAME_BEAT = 1,   /* rank: whom the sender waits for; number: exchanges entered */
@@ -43,6 +47,7 @@ typedef struct usp_line {
     int connection; /* -1: ended, or this rank itself */
     int left;       /* the peer said goodbye */
     int wanted;     /* this rank cannot go on without the peer */
+    int64_t apart;  /* since when the data connection to it is known to have ended; 0: it has not */
     int64_t heard;  /* when */
     uint64_t exchanges;
     int waits_for;
@@ -91,7 +96,10 @@ struct usp_control {
     usp_gather gather;
     usp_line *lines;      /* [size] */
     struct pollfd *polls; /* [size + 1] */
-    int *connections;     /* [size], for creation */
+    usp_ears ears;
+    usp_lines ways;         /* how to call the others */
+    usp_address *addresses; /* [size] */
+    int *connections;       /* [size][USP_MOST_LINES], for creation */
 };
 
 /* ---- failure; all under the mutex -------------------------------------------------------------------------------- */
@@ -133,11 +141,32 @@ static void lose(usp_control *control, int peer) {
     declare(control, USP_PEER_LOST, "rank %d %s, as rank %d noticed", peer, how, control->rank);
 }
 
-static void end_line(usp_control *control, int peer) {
+/* A process that has died listens no more. */
+static int still_lives(const usp_control *control, int peer) {
+    if (!usp_lines_listens(&control->ways, peer)) return 0;
+    poll(NULL, 0, USP_DYING_MS);
+    return usp_lines_listens(&control->ways, peer);
+}
+
+static void close_line(usp_control *control, int peer) {
     usp_line *line = &control->lines[peer];
     if (line->connection >= 0) close(line->connection);
     line->connection = -1;
-    if (!line->left || line->wanted) lose(control, peer);
+}
+
+static void end_line(usp_control *control, int peer) {
+    const usp_line *line = &control->lines[peer];
+    close_line(control, peer);
+    if (atomic_load(&control->failure) != USP_OK || (line->left && !line->wanted)) return;
+    if (line->left || !still_lives(control, peer))
+        lose(control, peer);
+    else
+        declare(control, USP_COMM, "the control line between rank %d and rank %d was cut", control->rank, peer);
+}
+
+static void end_nonsense(usp_control *control, int peer) {
+    close_line(control, peer);
+    declare(control, USP_COMM, "rank %d hears nonsense on its control line to rank %d", control->rank, peer);
 }
 
 /* ---- gather; all under the mutex --------------------------------------------------------------------------------- */
@@ -341,7 +370,10 @@ static void read_line(usp_control *control, int peer) {
         char *target = read_target(control, peer, drain, sizeof drain, &bytes);
         ssize_t got = recv(line->connection, target, bytes, 0);
         if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
-        if (got <= 0 || !advance(control, peer, (size_t)got)) end_line(control, peer);
+        if (got <= 0)
+            end_line(control, peer);
+        else if (!advance(control, peer, (size_t)got))
+            end_nonsense(control, peer);
         line->heard = usp_now_ms();
     }
 }
@@ -427,6 +459,15 @@ static void write_line(usp_control *control, int peer) {
 
 /* ---- the service thread ------------------------------------------------------------------------------------------ */
 
+/* Both ends live, and no data can pass between them. */
+static void declare_apart(usp_control *control, int64_t now) {
+    for (int i = 0; i < control->size; i++) {
+        const usp_line *line = &control->lines[i];
+        if (line->apart > 0 && line->connection >= 0 && !line->left && now - line->apart > USP_APART_MS)
+            declare(control, USP_COMM, "the data connection between rank %d and rank %d was cut", control->rank, i);
+    }
+}
+
 /* A gap in this rank's own beats means that it was stopped itself: its view of the others is old. */
 static void beat(usp_control *control) {
     int64_t now = usp_now_ms();
@@ -439,6 +480,7 @@ static void beat(usp_control *control) {
     if (fresh) control->gather.deadline = usp_tcp_deadline(control->timeout_ms);
     int silent = control->silence < 0 ? USP_NOBODY : find_silent(control, control->silence);
     if (silent != USP_NOBODY) declare_stopped(control, silent);
+    declare_apart(control, now);
 }
 
 static void poll_lines(usp_control *control) {
@@ -545,6 +587,7 @@ usp_status usp_control_overdue(usp_control *control, int peer) {
 usp_status usp_control_gone(usp_control *control, int peer) {
     pthread_mutex_lock(&control->mutex);
     control->lines[peer].wanted = 1;
+    if (control->lines[peer].apart == 0) control->lines[peer].apart = usp_now_ms();
     if (control->lines[peer].left || control->lines[peer].connection < 0) lose(control, peer);
     usp_status status = failure_of(control);
     pthread_mutex_unlock(&control->mutex);
@@ -575,10 +618,10 @@ void usp_control_abort(usp_control *control) {
 /* ---- create and destroy ------------------------------------------------------------------------------------------ */
 
 static void set_times(usp_control *control) {
-    int period = control->timeout_ms < 0 ? USP_BEAT_MAX : control->timeout_ms / 8;
+    int period = control->silence < 0 ? USP_BEAT_MAX : control->silence / USP_SILENT_BEATS;
     control->period = period < USP_BEAT_MIN ? USP_BEAT_MIN : period > USP_BEAT_MAX ? USP_BEAT_MAX : period;
-    int least = USP_SILENT_BEATS * control->period;
-    control->silence = control->timeout_ms < 0 ? -1 : control->timeout_ms > least ? control->timeout_ms : least;
+    int least = USP_SILENT_BEATS * USP_BEAT_MIN;
+    if (control->silence >= 0 && control->silence < least) control->silence = least;
     control->last_beat = usp_now_ms();
 }
 
@@ -591,36 +634,29 @@ static void make_locks(usp_control *control) {
     pthread_mutex_init(&control->mutex, NULL);
 }
 
-static usp_status control_alloc(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms,
-                                usp_control **result) {
-    size_t size = (size_t)bootstrap->size;
-    size_t bytes = sizeof(usp_control) + size * (sizeof(usp_line) + sizeof(int)) + (size + 1) * sizeof(struct pollfd);
+static usp_status control_alloc(const usp_comm_config *config, int rank, int size, usp_control **result) {
+    const size_t each = sizeof(usp_line) + sizeof(usp_address) + USP_MOST_LINES * sizeof(int) + sizeof(struct pollfd);
+    size_t count = (size_t)size;
     void *memory;
-    USP_TRY(usp_host_alloc(host, bytes, "control channel", &memory));
+    USP_TRY(usp_host_alloc(config->host, sizeof(usp_control) + count * each + sizeof(struct pollfd), "control channel",
+                           &memory));
     usp_control *control = memory;
-    control->host = host;
-    control->rank = bootstrap->rank;
-    control->size = bootstrap->size;
-    control->timeout_ms = timeout_ms;
+    control->host = config->host;
+    control->rank = rank;
+    control->size = size;
+    control->timeout_ms = config->timeout_ms;
+    control->silence = config->silence_ms;
     control->lines = (usp_line *)(control + 1);
-    control->polls = (struct pollfd *)(control->lines + size);
-    control->connections = (int *)(control->polls + size + 1);
+    control->addresses = (usp_address *)(control->lines + count);
+    control->polls = (struct pollfd *)(control->addresses + count);
+    control->connections = (int *)(control->polls + count + 1);
     control->wake = control->failed_descriptor = -1;
+    control->ears = (usp_ears){-1, -1};
     atomic_store(&control->waits_for, USP_NOBODY);
-    for (size_t i = 0; i < size; i++) control->lines[i].connection = -1;
+    for (size_t i = 0; i < count; i++) control->lines[i].connection = control->lines[i].waits_for = USP_NOBODY;
     set_times(control);
     make_locks(control);
     *result = control;
-    return USP_OK;
-}
-
-static usp_status connect_lines(usp_control *control, const usp_bootstrap *bootstrap) {
-    USP_TRY(usp_lines_connect(control->host, bootstrap, control->timeout_ms, control->connections));
-    for (int i = 0; i < control->size; i++) {
-        control->lines[i].connection = control->connections[i];
-        control->lines[i].waits_for = USP_NOBODY;
-        control->lines[i].heard = usp_now_ms();
-    }
     return USP_OK;
 }
 
@@ -634,17 +670,66 @@ static usp_status start_thread(usp_control *control) {
     return reason == 0 ? USP_OK : usp_fail(USP_COMM, "no thread for the control channel: %s", strerror(reason));
 }
 
-usp_status usp_control_create(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms,
+usp_status usp_control_create(const usp_comm_config *config, int rank, int size, usp_address *mine,
                               usp_control **result) {
     usp_control *control = NULL;
-    *result = NULL;
-    usp_status status = usp_bootstrap_agree(bootstrap, control_alloc(host, bootstrap, timeout_ms, &control));
-    if (status == USP_OK) status = connect_lines(control, bootstrap);
-    if (status == USP_OK) status = usp_bootstrap_agree(bootstrap, start_thread(control));
+    USP_TRY(control_alloc(config, rank, size, &control));
+    usp_status status = usp_lines_listen(&control->ears, mine);
+    if (status == USP_OK) status = start_thread(control);
     if (status == USP_OK)
         *result = control;
     else
         usp_control_destroy(control);
+    return status;
+}
+
+/* Gives the service thread what has been connected since the last time. */
+static void take_lines(usp_control *control) {
+    pthread_mutex_lock(&control->mutex);
+    for (int i = 0; i < control->size; i++) {
+        usp_line *line = &control->lines[i];
+        int *connection = &control->connections[i * control->ways.lines];
+        if (line->heard != 0 || *connection < 0) continue;
+        line->connection = *connection;
+        line->heard = usp_now_ms();
+        line->fail_due = atomic_load(&control->failure) != USP_OK;
+    }
+    ring(control->wake);
+    pthread_mutex_unlock(&control->mutex);
+}
+
+/* What failed here may be the echo of a failure elsewhere, whose reason is on its way. */
+static usp_status fail_connecting(usp_control *control, usp_status status) {
+    char sentence[USP_SENTENCE];
+    snprintf(sentence, sizeof sentence, "%s", usp_last_error());
+    int64_t end = usp_tcp_deadline(USP_ECHO_MS);
+    for (; usp_tcp_left(end) > 0; usp_pause(INT_MAX)) USP_TRY(usp_control_poll(control));
+    if (status == USP_PEER_LOST) return usp_control_fail(control, status, "%s", sentence);
+    usp_control_fail(control, USP_PEER_FAILED, "rank %d could not join: %.200s", control->rank, sentence);
+    return usp_fail(status, "%s", sentence);
+}
+
+static usp_status connect_all(usp_control *control) {
+    int64_t deadline = usp_tcp_deadline(control->timeout_ms);
+    for (int round = 0, missing = 0;; round++) {
+        usp_status status = usp_lines_round(&control->ways, round, deadline, &missing);
+        take_lines(control);
+        if (status != USP_OK) return fail_connecting(control, status);
+        if (missing < 0) return USP_OK;
+        USP_TRY(usp_control_poll(control));
+        if (usp_tcp_left(deadline) == 0)
+            return usp_control_fail(control, USP_TIMEOUT, "rank %d and rank %d did not connect within %d ms", missing,
+                                    control->rank, control->timeout_ms);
+    }
+}
+
+usp_status usp_control_connect(usp_control *control, const usp_meeting *meeting, int *data) {
+    int lines = data ? 2 : 1;
+    for (int i = 0; i < control->size; i++) control->addresses[i] = meeting->all[i].address;
+    control->ways = (usp_lines){control->rank, control->size, lines, control->addresses, -1, control->connections};
+    usp_lines_begin(&control->ways, &control->ears);
+    usp_status status = connect_all(control);
+    for (int i = 0; data && i < control->size; i++) data[i] = control->connections[2 * i + 1];
     return status;
 }
 
@@ -659,8 +744,8 @@ static void stop_thread(usp_control *control) {
 void usp_control_destroy(usp_control *control) {
     if (!control) return;
     if (control->running) stop_thread(control);
-    for (int i = 0; i < control->size; i++)
-        if (control->lines[i].connection >= 0) close(control->lines[i].connection);
+    for (int i = 0; i < control->size; i++) close_line(control, i);
+    usp_lines_deafen(&control->ears);
     if (control->wake >= 0) close(control->wake);
     if (control->failed_descriptor >= 0) close(control->failed_descriptor);
     pthread_cond_destroy(&control->changed);

@@ -9,8 +9,12 @@
 
 typedef struct usp_control usp_control;
 
-/* Collective over the bootstrap. timeout_ms as in usp_comm. */
-usp_status usp_control_create(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms, usp_control **);
+/* Local, before ranks meet: memory, descriptors and the thread. Fills where this rank listens. */
+usp_status usp_control_create(const usp_comm_config *config, int rank, int size, usp_address *mine, usp_control **);
+/* Collective, once all have met: a line to every other rank, and in `data` [size], unless NULL, one more connection to
+ * each (-1: none), which is the caller's to close, after a failure too. A rank that fails or dies meanwhile is named on
+ * all that have a line. */
+usp_status usp_control_connect(usp_control *, const usp_meeting *, int *data);
 usp_status usp_control_allgather(usp_control *, const void *mine, void *all, size_t bytes_per_rank);
 /* What this rank does now: how many exchanges it has entered, and the rank it waits for (-1: none). Lock-free. */
 void usp_control_progress(usp_control *, uint64_t exchanges, int waiting_for);
@@ -20,8 +24,8 @@ usp_status usp_control_poll(usp_control *);
  * one in it that stopped beating; else any that stopped, else the one with the fewest exchanges. Records and spreads
  * the failure; returns its status. */
 usp_status usp_control_overdue(usp_control *, int peer);
-/* The wait on `peer` cannot end: its own connection to this rank has. PEER_LOST at once if the peer is known to have
- * gone, else as soon as it is; OK means: wait on. */
+/* The wait on `peer` cannot end: the data connection to it has. PEER_LOST at once if the peer is known to have gone,
+ * else as soon as it is, or COMM a second later; OK means: wait on. */
 usp_status usp_control_gone(usp_control *, int peer);
 /* Records a failure that this rank has found, spreads it to all ranks, and returns the one that came first. */
 usp_status usp_control_fail(usp_control *, usp_status, const char *format, ...) __attribute__((format(printf, 3, 4)));

@@ -1,10 +1,9 @@
-/* lines.c - one connection between every two ranks of a world, made over a bootstrap: addresses and tokens on cards,
- * then calls in rounds. It knows nothing of what is sent. */
+/* lines.c - connections between every two ranks of a world: where each rank listens, and how all call each other. It
+ * knows nothing of what is sent, and has no way to tell another rank of a failure: its caller does. */
 #define _GNU_SOURCE
 #include "lines.h"
 #include "error.h"
 #include "hash.h"
-#include "tcp.h"
 #include <errno.h>
 #include <string.h>
 #include <sys/random.h>
@@ -12,27 +11,13 @@
 #include <unistd.h>
 
 enum {
-    USP_ROUND_MS = 1000, /* of calling and of hearing, until ranks tell each other how it goes */
-    USP_CARD_IPS = 8
+    USP_ROUND_MS = 500, /* of calling or of hearing, before the caller looks what else has happened */
+    USP_PROBE_MS = 200
 };
 
-/* What every rank tells the others. */
-typedef struct usp_card {
-    uint64_t network; /* ranks with equal numbers reach each other over loopback */
-    usp_token token;  /* rank 0's is the world's */
-    int32_t status, port, ip_count;
-    int32_t waiting; /* for ranks that are late */
-    usp_ip ips[USP_CARD_IPS];
-} usp_card;
+static const usp_ip loopback = {{[10] = 0xff, [11] = 0xff, [12] = 127, [15] = 1}};
 
-typedef struct usp_making {
-    const usp_bootstrap *bootstrap;
-    usp_card mine;
-    usp_card *cards; /* [size] */
-    int listener;
-    int64_t deadline;
-    int *connections;
-} usp_making;
+/* ---- listening --------------------------------------------------------------------------------------------------- */
 
 /* Names the boot of this machine and the network namespace of this process. */
 static uint64_t network_identity(void) {
@@ -41,116 +26,114 @@ static uint64_t network_identity(void) {
     return usp_hash_boot((uint64_t)space.st_ino);
 }
 
-/* Shares the cards; another rank's failure becomes everybody's. */
-static usp_status share_cards(usp_making *making, usp_status mine) {
-    const usp_bootstrap *bootstrap = making->bootstrap;
-    making->mine.status = mine;
-    USP_TRY(usp_bootstrap_gather(bootstrap, &making->mine, making->cards, sizeof making->mine));
-    if (mine != USP_OK) return mine;
-    for (int i = 0; i < bootstrap->size; i++)
-        if (making->cards[i].status != USP_OK)
-            return usp_fail(USP_PEER_FAILED, "rank %d could not connect to the others: %s", i,
-                            usp_status_string((usp_status)making->cards[i].status));
+/* A host without a network has only the near ear. */
+static usp_status open_ears(usp_ears *ears, usp_address *mine) {
+    int port = 0;
+    USP_TRY(usp_tcp_listen(&loopback, 0, &ears->near, &port));
+    mine->near_port = port;
+    mine->ip_count = usp_tcp_own_ips(mine->ips, USP_ADDRESS_IPS);
+    if (mine->ip_count == 0) return USP_OK;
+    USP_TRY(usp_tcp_listen(NULL, 0, &ears->far, &port));
+    mine->far_port = port;
     return USP_OK;
 }
 
-static usp_status identify(usp_making *making) {
-    making->mine.network = network_identity();
-    if (getrandom(making->mine.token.bytes, sizeof making->mine.token.bytes, 0) == sizeof making->mine.token.bytes)
-        return USP_OK;
-    return usp_fail(USP_COMM, "no random numbers: %s", strerror(errno));
+usp_status usp_lines_listen(usp_ears *ears, usp_address *mine) {
+    *ears = (usp_ears){-1, -1};
+    *mine = (usp_address){.network = network_identity()};
+    if (getrandom(mine->nonce.bytes, sizeof mine->nonce.bytes, 0) != sizeof mine->nonce.bytes)
+        return usp_fail(USP_COMM, "no random numbers: %s", strerror(errno));
+    return open_ears(ears, mine);
 }
 
-/* Loopback where all are on one host. */
-static usp_status open_door(usp_making *making) {
-    const usp_ip loopback = {{[10] = 0xff, [11] = 0xff, [12] = 127, [15] = 1}};
-    usp_card *mine = &making->mine;
-    int local = 1, port;
-    for (int i = 0; i < making->bootstrap->size; i++) local &= making->cards[i].network == mine->network;
-    USP_TRY(usp_tcp_listen(local ? &loopback : NULL, 0, &making->listener, &port));
-    mine->port = port;
-    mine->ips[0] = loopback;
-    mine->ip_count = local ? 1 : usp_tcp_own_ips(mine->ips, USP_CARD_IPS);
-    if (mine->ip_count == 0) return usp_fail(USP_COMM, "rank %d has no network address", making->bootstrap->rank);
-    return USP_OK;
+void usp_lines_deafen(usp_ears *ears) {
+    if (ears->near >= 0) close(ears->near);
+    if (ears->far >= 0) close(ears->far);
+    *ears = (usp_ears){-1, -1};
 }
 
-/* The end of something that begins now and may take a round. */
-static int64_t round_end(const usp_making *making) {
-    int left = usp_tcp_left(making->deadline);
-    return left >= 0 && left <= USP_ROUND_MS ? making->deadline : usp_tcp_deadline(USP_ROUND_MS);
+/* ---- calling ----------------------------------------------------------------------------------------------------- */
+
+static int all_near(const usp_lines *lines) {
+    int near = 1;
+    for (int i = 1; i < lines->size; i++) near &= lines->addresses[i].network == lines->addresses[0].network;
+    return near;
+}
+
+void usp_lines_begin(usp_lines *lines, usp_ears *ears) {
+    int near = all_near(lines), *unused = near ? &ears->far : &ears->near;
+    if (*unused >= 0) close(*unused);
+    *unused = -1;
+    lines->listener = near ? ears->near : ears->far;
+    for (int i = 0; i < lines->size * lines->lines; i++) lines->connections[i] = -1;
+}
+
+/* Where to call a rank: the i-th of *count ways. */
+static usp_ip way_to(const usp_lines *lines, int peer, int i, int *count, int *port) {
+    const usp_address *address = &lines->addresses[peer];
+    int near = all_near(lines), known = address->ip_count < USP_ADDRESS_IPS ? address->ip_count : USP_ADDRESS_IPS;
+    *count = near ? 1 : known;
+    *port = near ? address->near_port : address->far_port;
+    return near || known < 1 ? loopback : address->ips[i % known];
+}
+
+static int64_t round_end(int64_t deadline) {
+    int64_t soon = usp_tcp_deadline(USP_ROUND_MS);
+    return deadline >= 0 && deadline < soon ? deadline : soon;
 }
 
 /* An address may lead elsewhere (a bridge, a private network): each round begins with another one. */
-static usp_status call(usp_making *making, const usp_token *token, int peer, int round) {
-    const usp_card *card = &making->cards[peer];
-    usp_status status = usp_fail(USP_COMM, "rank %d has no address", peer);
-    for (int i = 0; i < card->ip_count && i < USP_CARD_IPS; i++) {
-        const usp_ip *ip = &card->ips[(round + i) % card->ip_count];
-        status = usp_tcp_connect(ip, card->port, token, making->bootstrap->rank, peer, round_end(making),
-                                 &making->connections[peer]);
+static usp_status call(usp_lines *lines, int peer, int line, int round, int64_t deadline) {
+    const usp_token *token = &lines->addresses[0].nonce;
+    int from = lines->rank * lines->lines + line, count = 1, port;
+    usp_status status = USP_OK;
+    for (int i = 0; i < count; i++) {
+        usp_ip ip = way_to(lines, peer, round + i, &count, &port);
+        if (count == 0) return usp_fail(USP_COMM, "rank %d has no network address", peer);
+        status = usp_tcp_connect(&ip, port, token, from, peer, round_end(deadline),
+                                 &lines->connections[peer * lines->lines + line]);
         if (status == USP_OK || status == USP_TIMEOUT) break;
     }
     return status;
 }
 
-/* A rank that does not answer may be late, and is called again; who cannot be called at all is a failure. */
-static usp_status call_all(usp_making *making, const usp_token *token, int round) {
-    for (int peer = 0; peer < making->bootstrap->rank; peer++) {
-        if (making->connections[peer] >= 0) continue;
-        usp_status status = call(making, token, peer, round);
-        int late = status == USP_TIMEOUT && usp_tcp_left(making->deadline) != 0;
-        making->mine.waiting |= late;
-        if (!late) USP_TRY(status);
+/* A rank that does not answer may be late, and is called again. */
+static usp_status call_all(usp_lines *lines, int round, int64_t deadline) {
+    for (int i = 0; i < lines->rank * lines->lines; i++) {
+        if (lines->connections[i] >= 0) continue;
+        usp_status status = call(lines, i / lines->lines, i % lines->lines, round, deadline);
+        if (status != USP_TIMEOUT) USP_TRY(status);
     }
     return USP_OK;
 }
 
-static usp_status hear_all(usp_making *making, const usp_token *token) {
-    const usp_bootstrap *bootstrap = making->bootstrap;
-    usp_status status = usp_tcp_accept(making->listener, token, bootstrap->rank, bootstrap->rank + 1, bootstrap->size,
-                                       round_end(making), making->connections);
-    int late = status == USP_TIMEOUT && usp_tcp_left(making->deadline) != 0;
-    making->mine.waiting |= late;
-    return late ? USP_OK : status;
+static usp_status hear_all(usp_lines *lines, int64_t deadline) {
+    const usp_token *token = &lines->addresses[0].nonce;
+    usp_status status = usp_tcp_accept(lines->listener, token, lines->rank, (lines->rank + 1) * lines->lines,
+                                       lines->size * lines->lines, round_end(deadline), lines->connections);
+    return status == USP_TIMEOUT ? USP_OK : status;
 }
 
-static int anybody_waits(const usp_making *making) {
-    int waiting = 0;
-    for (int i = 0; i < making->bootstrap->size; i++) waiting |= making->cards[i].waiting;
-    return waiting;
+static int first_missing(const usp_lines *lines) {
+    for (int i = 0; i < lines->size * lines->lines; i++)
+        if (i / lines->lines != lines->rank && lines->connections[i] < 0) return i / lines->lines;
+    return -1;
 }
 
-/* Each rank calls the ranks before it, then hears those after it; rank 0 only hears, so the calls end. In rounds, since
- * a rank that could not call another is a failure that nobody else sees. */
-static usp_status connect_all(usp_making *making, const usp_token *token) {
-    for (int round = 0;; round++) {
-        making->mine.waiting = 0;
-        usp_status status = call_all(making, token, round);
-        if (status == USP_OK) status = hear_all(making, token);
-        USP_TRY(share_cards(making, status));
-        if (!anybody_waits(making)) return USP_OK;
+/* Rank 0 only hears, so the calls of all end. */
+usp_status usp_lines_round(usp_lines *lines, int round, int64_t deadline, int *missing) {
+    usp_status status = call_all(lines, round, deadline);
+    if (status == USP_OK) status = hear_all(lines, deadline);
+    *missing = first_missing(lines);
+    if (*missing < 0 || usp_lines_listens(lines, *missing)) return status;
+    return usp_fail(USP_PEER_LOST, "rank %d died or gave up while the ranks connected", *missing);
+}
+
+int usp_lines_listens(const usp_lines *lines, int peer) {
+    int count = 1, port;
+    for (int i = 0; i < count; i++) {
+        usp_ip ip = way_to(lines, peer, i, &count, &port);
+        if (count > 0 && usp_tcp_probe(&ip, port, usp_tcp_deadline(USP_PROBE_MS)) != ECONNREFUSED) return 1;
     }
-}
-
-static usp_status make_lines(usp_making *making) {
-    USP_TRY(share_cards(making, identify(making)));
-    usp_token token = making->cards[0].token;
-    USP_TRY(share_cards(making, open_door(making)));
-    return connect_all(making, &token);
-}
-
-usp_status usp_lines_connect(const usp_host *host, const usp_bootstrap *bootstrap, int timeout_ms, int *connections) {
-    usp_making making = {.bootstrap = bootstrap, .listener = -1, .connections = connections};
-    void *cards = NULL;
-    for (int i = 0; i < bootstrap->size; i++) connections[i] = -1;
-    usp_status status = usp_host_alloc(host, (size_t)bootstrap->size * sizeof(usp_card), "addresses", &cards);
-    status = usp_bootstrap_agree(bootstrap, status);
-    making.cards = cards;
-    making.deadline = usp_tcp_deadline(timeout_ms);
-    if (status == USP_OK) status = make_lines(&making);
-    if (making.listener >= 0) close(making.listener);
-    if (status != USP_OK) usp_tcp_close(connections, bootstrap->size);
-    usp_host_free(host, cards);
-    return status;
+    return 0;
 }

@@ -15,8 +15,7 @@
 enum {
     CHUNK_BYTES = 1 << 30, /* MPI counts in int */
     TAGS = 32768,          /* what MPI promises at least */
-    CANCEL_MS = 100,       /* longest wait for cancelled receives */
-    GATHER_BYTES = 256     /* of a rank, in a gather of the set-up */
+    CANCEL_MS = 100        /* longest wait for cancelled receives */
 };
 
 /* What a request carries. Sends and receives of a pair count alike, and the tag is the count: a message that is left
@@ -40,8 +39,8 @@ typedef struct usp_mpi {
     usp_transfer *transfers;
     int *finished;
 
-    int stuck;                /* a collective of the set-up is late: MPI may yet write `comm` and `gathered` */
-    unsigned char gathered[]; /* [1 + size][GATHER_BYTES]: what is sent, and what comes */
+    int stuck;       /* a collective of the set-up is late: MPI may yet write `comm` and `cards` */
+    usp_card cards[]; /* [1 + size]: what is sent, and what comes */
 } usp_mpi;
 
 static usp_mpi *mpi_of(usp_comm *comm) {
@@ -257,9 +256,10 @@ static void mpi_destroy(usp_comm *comm) {
     if (comm == NULL) return;
     usp_mpi *self = mpi_of(comm);
     MPI_Finalized(&finalized);
-    if (!finalized && self->control != NULL && mpi_poll(comm) == USP_OK)
+    int has_comm = self->stuck || self->comm != MPI_COMM_NULL;
+    if (has_comm && !self->stuck && !finalized && self->control != NULL && mpi_poll(comm) == USP_OK)
         MPI_Comm_free(&self->comm);
-    else if (self->stuck || self->comm != MPI_COMM_NULL)
+    else if (has_comm)
         usp_host_log(comm->host, self->stuck ? 1 : 2,
                      "rank %d: the MPI communicator of a failed world is left to MPI%s", comm->rank,
                      self->stuck ? ", with memory" : "");
@@ -313,18 +313,17 @@ static usp_status duplicate(usp_mpi *self, MPI_Comm borrowed) {
 }
 
 /* By way of own memory: after a time-out the caller's may be gone. */
-static int gather(void *user, const void *mine, void *all, size_t bytes_per_rank) {
+static usp_status gather(void *user, const void *mine, void *all, size_t bytes_per_rank) {
     usp_mpi *self = user;
     MPI_Request request;
-    unsigned char *come = self->gathered + GATHER_BYTES;
     int bytes = (int)bytes_per_rank;
-    if (bytes_per_rank > GATHER_BYTES) return (int)usp_fail(USP_INTERNAL, "a gather of %d bytes over MPI", bytes);
-    memcpy(self->gathered, mine, bytes_per_rank);
-    int code = MPI_Iallgather(self->gathered, bytes, MPI_BYTE, come, bytes, MPI_BYTE, self->comm, &request);
-    if (code != MPI_SUCCESS) return (int)fail_mpi(self->base.rank, "MPI_Iallgather", code);
-    usp_status status = wait_for(&self->base, &request, "MPI_Iallgather", &self->stuck);
-    if (status == USP_OK) memcpy(all, come, bytes_per_rank * (size_t)self->base.size);
-    return (int)status;
+    if (bytes_per_rank > sizeof *self->cards) return usp_fail(USP_INTERNAL, "a gather of %d bytes over MPI", bytes);
+    memcpy(self->cards, mine, bytes_per_rank);
+    int code = MPI_Iallgather(self->cards, bytes, MPI_BYTE, self->cards + 1, bytes, MPI_BYTE, self->comm, &request);
+    if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, "MPI_Iallgather", code);
+    USP_TRY(wait_for(&self->base, &request, "MPI_Iallgather", &self->stuck));
+    memcpy(all, self->cards + 1, bytes_per_rank * (size_t)self->base.size);
+    return USP_OK;
 }
 
 /* Whether it is a communicator, and of one group. Where it is none MPI would end the program, unless told not to. */
@@ -361,7 +360,7 @@ static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mp
     int rank = 0, size = 1;
     MPI_Comm_rank(borrowed, &rank);
     MPI_Comm_size(borrowed, &size);
-    size_t bytes = sizeof(usp_mpi) + GATHER_BYTES * (1 + (size_t)size);
+    size_t bytes = sizeof(usp_mpi) + sizeof(usp_card) * (1 + (size_t)size);
     USP_TRY(usp_host_alloc(config->host, bytes, "the MPI transport", &memory));
     usp_status status = usp_host_alloc(config->host, 2 * sizeof(unsigned) * (size_t)size, "message counts", &messages);
     if (status != USP_OK) {
@@ -377,32 +376,37 @@ static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mp
     return USP_OK;
 }
 
+/* What else needs no other rank. */
+static usp_status prepare_self(const usp_comm_config *config, usp_meeting *meeting, usp_mpi *self) {
+    USP_TRY(check_device(config));
+    return usp_control_create(config, self->base.rank, self->base.size, &meeting->mine.address, &self->control);
+}
+
 /* Ranks that have failed come too: a communicator that all duplicated is fit for another try. */
-static usp_status join(usp_mpi *self, MPI_Comm borrowed, usp_status mine) {
-    const usp_bootstrap bootstrap = {gather, self, self->base.rank, self->base.size};
+static usp_status join(usp_mpi *self, usp_meeting *meeting, MPI_Comm borrowed) {
+    meeting->bootstrap = (usp_bootstrap){gather, self, self->base.rank, self->base.size};
     USP_TRY(duplicate(self, borrowed));
-    usp_status status = usp_bootstrap_agree(&bootstrap, mine);
-    if (status == USP_OK) return usp_control_create(self->base.host, &bootstrap, self->base.timeout_ms, &self->control);
+    usp_status status = usp_meet(meeting);
+    if (status == USP_OK) return usp_control_connect(self->control, meeting, NULL);
     if (!self->stuck) MPI_Comm_free(&self->comm);
     return status;
 }
 
-usp_status usp_comm_create_mpi(const usp_comm_config *config, int fortran_comm, usp_status mine, usp_comm **comm) {
+usp_status usp_comm_create_mpi(const usp_comm_config *config, usp_meeting *meeting, int fortran_comm, usp_comm **comm) {
     usp_mpi *self = NULL;
     MPI_Comm borrowed = MPI_COMM_NULL;
-    char why[256];
-    if (mine == USP_OK) mine = check_device(config);
-    snprintf(why, sizeof why, "%s", usp_last_error());
+    const usp_card *mine = &meeting->mine;
     usp_status status = find_communicator(fortran_comm, &borrowed);
     if (status == USP_OK) status = begin(config, borrowed, &self);
-    if (status == USP_OK) status = join(self, borrowed, mine);
+    if (self && mine->status == USP_OK) usp_meeting_note(meeting, prepare_self(config, meeting, self));
+    if (status == USP_OK) status = join(self, meeting, borrowed);
     if (status == USP_OK) {
         *comm = &self->base;
         return USP_OK;
     }
-    if (self && self->stuck) /* whatever the control channel made of it */
+    if (self && self->stuck) /* whatever else was made of it */
         status = usp_fail(USP_TIMEOUT, "rank %d: the other ranks did not make this world within %d ms", self->base.rank,
                           self->base.timeout_ms);
     if (self) mpi_destroy(&self->base);
-    return mine == USP_OK ? status : usp_fail(mine, "%s", why);
+    return usp_meeting_note(meeting, status);
 }

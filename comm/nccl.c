@@ -58,9 +58,8 @@ typedef struct usp_shared {
 typedef struct usp_nccl {
     usp_comm base;
     int gpu;
-    usp_control *control; /* keeps and spreads the first failure; NULL while the communicator has yet to create it */
-    usp_status early;     /* the first failure before there is a control channel, and its sentence */
-    char sentence[256];
+    usp_control *control; /* keeps and spreads the first failure; NULL on a half-built comm */
+    int connected;        /* to the other ranks: one that is behind can be named */
     uint64_t exchanges;
 
     /* one NCCL call at a time, and this paragraph; never held while waiting for another rank */
@@ -119,29 +118,20 @@ static void start_release(usp_nccl *self, int forced);
 /* The failure that has hit this rank or another, said in this thread. Once there is one, NCCL is to let go of the GPU,
  * where kernels may be waiting for ranks that are gone. Does not wait. */
 static usp_status check_ranks(usp_nccl *self) {
-    usp_status status = self->early;
-    if (self->control != NULL)
-        status = usp_control_poll(self->control);
-    else if (status != USP_OK)
-        usp_fail(status, "%s", self->sentence);
+    usp_status status = usp_control_poll(self->control);
     if (status != USP_OK) start_release(self, 1);
     return status;
 }
 
 /* This rank has failed by `status`, whose sentence is recorded: all ranks hear of it. The first failure is returned. */
 static usp_status give_up(usp_nccl *self, usp_status status) {
-    if (self->control != NULL) {
-        usp_control_fail(self->control, status, "%s", usp_last_error());
-    } else if (self->early == USP_OK) {
-        self->early = status;
-        snprintf(self->sentence, sizeof self->sentence, "%s", usp_last_error());
-    }
+    usp_control_fail(self->control, status, "%s", usp_last_error());
     return check_ranks(self);
 }
 
-/* Something has not ended in time. Before the control channel stands nobody can be named. */
+/* Something has not ended in time. Before ranks are connected nobody can be named. */
 static usp_status give_up_late(usp_nccl *self, const char *what) {
-    usp_status status = self->control != NULL ? usp_control_overdue(self->control, -1) : USP_OK;
+    usp_status status = self->connected ? usp_control_overdue(self->control, -1) : USP_OK;
     if (status == USP_OK)
         status =
             usp_fail(USP_TIMEOUT, "rank %d: %s did not end within %d ms", self->base.rank, what, self->base.timeout_ms);
@@ -420,7 +410,7 @@ static usp_status nccl_poll(usp_comm *comm) {
 
 static usp_status nccl_fail(usp_comm *comm, usp_status status) {
     usp_nccl *self = nccl_of(comm);
-    char sentence[sizeof self->sentence];
+    char sentence[256];
     snprintf(sentence, sizeof sentence, "%s", usp_last_error());
     return give_up(self, usp_fail(status, "rank %d: %s", comm->rank, sentence));
 }
@@ -727,8 +717,8 @@ static usp_status gather(usp_nccl *self, const void *mine, void *all, size_t byt
     return USP_OK;
 }
 
-static int gather_callback(void *user, const void *mine, void *all, size_t bytes_per_rank) {
-    return gather(user, mine, all, bytes_per_rank) == USP_OK ? 0 : -1;
+static usp_status gather_cards(void *user, const void *mine, void *all, size_t bytes_per_rank) {
+    return gather(user, mine, all, bytes_per_rank);
 }
 
 /* Two ranks on one GPU are NCCL's to refuse; the bytes that arrive are checked here. */
@@ -754,77 +744,76 @@ static usp_status join(usp_nccl *self, const ncclUniqueId *id) {
     return settle(self, result, "ncclCommInitRankConfig");
 }
 
-/* Ranks without a bootstrap make the control channel over the communicator that stands. */
-static usp_status control_over_gpus(usp_nccl *self) {
-    usp_bootstrap bootstrap = {gather_callback, self, self->base.rank, self->base.size};
-    usp_control *control = NULL;
-    USP_TRY(usp_control_create(self->base.host, &bootstrap, self->base.timeout_ms, &control));
-    self->control = control;
+static usp_status connect_ranks(usp_nccl *self, const usp_meeting *meeting) {
+    USP_TRY(usp_control_connect(self->control, meeting, NULL));
+    self->connected = 1;
     return USP_OK;
 }
 
+/* Ranks without a bootstrap meet over the communicator that stands. */
+static usp_status meet_over_gpus(usp_nccl *self, usp_meeting *meeting) {
+    meeting->bootstrap = (usp_bootstrap){gather_cards, self, self->base.rank, self->base.size};
+    USP_TRY(usp_meet(meeting));
+    return connect_ranks(self, meeting);
+}
+
 static usp_status finish(usp_nccl *self, usp_status status, usp_comm **out) {
-    char sentence[sizeof self->sentence];
+    char sentence[256];
     if (status == USP_OK) status = connect_all(self);
     if (status == USP_OK) {
         *out = &self->base;
         return USP_OK;
     }
-    status = give_up(self, status);
+    if (self->control != NULL) status = give_up(self, status);
     snprintf(sentence, sizeof sentence, "%s", usp_last_error());
     nccl_destroy(&self->base);
     return usp_fail(status, "%s", sentence);
 }
 
-/* What ranks tell each other before the communicator is made; rank 0's id counts. */
-typedef struct usp_hello {
-    int32_t status, version;
-    ncclUniqueId id;
-} usp_hello;
+/* What needs no other rank. */
+static usp_status prepare_self(const usp_comm_config *config, usp_meeting *meeting, int size, int rank,
+                               usp_nccl **self) {
+    usp_card *mine = &meeting->mine;
+    ncclGetVersion(&mine->terms.transport_version);
+    USP_TRY(begin(config, size, rank, self));
+    return usp_control_create(config, rank, size, &mine->address, &(*self)->control);
+}
 
-static usp_status judge_hellos(const usp_nccl *self, const usp_hello *all) {
-    if (all[0].status != USP_OK) return usp_fail(USP_PEER_FAILED, "rank 0 could not make an id for NCCL");
-    for (int rank = 1; rank < self->base.size; rank++)
-        if (all[rank].version != all[0].version)
-            return usp_fail(USP_MISMATCH, "rank 0 has NCCL %d and rank %d has NCCL %d", (int)all[0].version, rank,
-                            (int)all[rank].version);
+/* Rank 0's id counts. */
+static usp_status make_id(usp_card *mine) {
+    ncclUniqueId id;
+    _Static_assert(sizeof mine->id == sizeof id, "a card holds an ncclUniqueId");
+    ncclResult_t result = ncclGetUniqueId(&id);
+    if (result != ncclSuccess) return usp_fail(USP_COMM, "ncclGetUniqueId failed: %s", ncclGetErrorString(result));
+    memcpy(mine->id, &id, sizeof id);
     return USP_OK;
 }
 
-static usp_status share_id(usp_nccl *self, ncclUniqueId *id) {
-    usp_hello mine = {.status = USP_OK};
-    void *memory = NULL;
-    ncclGetVersion(&mine.version);
-    if (self->base.rank == 0 && ncclGetUniqueId(&mine.id) != ncclSuccess) mine.status = USP_COMM;
-    USP_TRY(usp_host_alloc(self->base.host, sizeof mine * (size_t)self->base.size, "the id", &memory));
-    const usp_hello *all = memory;
-    usp_status status = usp_control_allgather(self->control, &mine, memory, sizeof mine);
-    if (status == USP_OK) status = judge_hellos(self, all);
-    if (status == USP_OK) *id = all[0].id;
-    usp_host_free(self->base.host, memory);
-    return status;
-}
-
-usp_status usp_comm_create_nccl(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm) {
+usp_status usp_comm_create_nccl(const usp_comm_config *config, usp_meeting *meeting, usp_comm **comm) {
     usp_nccl *self = NULL;
     ncclUniqueId id;
-    usp_status status = usp_bootstrap_agree(bootstrap, begin(config, bootstrap->size, bootstrap->rank, &self));
+    int rank = meeting->bootstrap.rank, size = meeting->bootstrap.size;
+    usp_card *mine = &meeting->mine;
+    if (mine->status == USP_OK) usp_meeting_note(meeting, prepare_self(config, meeting, size, rank, &self));
+    if (mine->status == USP_OK && rank == 0) usp_meeting_note(meeting, make_id(mine));
+    usp_status status = usp_meet(meeting);
     if (self == NULL) return status;
-    if (status == USP_OK) status = usp_control_create(config->host, bootstrap, config->timeout_ms, &self->control);
-    if (status == USP_OK) status = share_id(self, &id);
+    if (status == USP_OK) status = connect_ranks(self, meeting);
+    if (status == USP_OK) memcpy(&id, meeting->all[0].id, sizeof id);
     if (status == USP_OK) status = join(self, &id);
     return finish(self, status, comm);
 }
 
-usp_status usp_comm_create_nccl_id(const usp_comm_config *config, const usp_unique_id *id, int size, int rank,
-                                   usp_comm **comm) {
+usp_status usp_comm_create_nccl_id(const usp_comm_config *config, usp_meeting *meeting, const usp_unique_id *id,
+                                   int size, int rank, usp_comm **comm) {
     usp_nccl *self = NULL;
     ncclUniqueId copy;
     memcpy(&copy, id->bytes, sizeof copy);
-    usp_status status = begin(config, size, rank, &self);
+    USP_TRY(usp_meeting_note(meeting, USP_OK));
+    usp_status status = prepare_self(config, meeting, size, rank, &self);
     if (self == NULL) return status;
     if (status == USP_OK) status = join(self, &copy);
-    if (status == USP_OK) status = control_over_gpus(self);
+    if (status == USP_OK) status = meet_over_gpus(self, meeting);
     return finish(self, status, comm);
 }
 
@@ -891,15 +880,17 @@ static usp_status look_at_borrowed(ncclComm_t borrowed, int *size, int *rank) {
     return USP_OK;
 }
 
-usp_status usp_comm_create_nccl_borrowed(const usp_comm_config *config, struct ncclComm *borrowed, usp_comm **comm) {
+usp_status usp_comm_create_nccl_borrowed(const usp_comm_config *config, usp_meeting *meeting, struct ncclComm *borrowed,
+                                         usp_comm **comm) {
     usp_nccl *self = NULL;
     int size = 0, rank = 0, gpu = 0;
+    USP_TRY(usp_meeting_note(meeting, USP_OK));
     USP_TRY(check_backend(config, &gpu));
     USP_TRY(look_at_borrowed(borrowed, &size, &rank));
-    usp_status status = begin(config, size, rank, &self);
+    usp_status status = prepare_self(config, meeting, size, rank, &self);
     if (self == NULL) return status;
     if (status == USP_OK) status = split_borrowed(self, borrowed);
-    if (status == USP_OK) status = control_over_gpus(self);
+    if (status == USP_OK) status = meet_over_gpus(self, meeting);
     return finish(self, status, comm);
 }
 

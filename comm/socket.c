@@ -6,9 +6,7 @@
 #define _GNU_SOURCE
 #include "control.h"
 #include "error.h"
-#include "lines.h"
 #include "list.h"
-#include "tcp.h"
 #include <errno.h>
 #include <poll.h>
 #include <sys/socket.h>
@@ -263,12 +261,6 @@ static const usp_comm_ops socket_ops = {
 
 /* ---- create ------------------------------------------------------------------------------------------------------ */
 
-static usp_status connect_channels(usp_socket_comm *self, const usp_bootstrap *bootstrap) {
-    USP_TRY(usp_lines_connect(self->base.host, bootstrap, self->base.timeout_ms, self->connections));
-    for (int peer = 0; peer < self->base.size; peer++) self->channels[peer].connection = self->connections[peer];
-    return USP_OK;
-}
-
 static usp_status socket_alloc(const usp_comm_config *config, const usp_bootstrap *bootstrap,
                                usp_socket_comm **result) {
     size_t size = (size_t)bootstrap->size;
@@ -289,11 +281,24 @@ static usp_status socket_alloc(const usp_comm_config *config, const usp_bootstra
     return USP_OK;
 }
 
-usp_status usp_comm_create_socket(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm) {
+/* What needs no other rank. */
+static usp_status prepare_self(const usp_comm_config *config, usp_meeting *meeting, usp_socket_comm **self) {
+    const usp_bootstrap *bootstrap = &meeting->bootstrap;
+    USP_TRY(socket_alloc(config, bootstrap, self));
+    return usp_control_create(config, bootstrap->rank, bootstrap->size, &meeting->mine.address, &(*self)->control);
+}
+
+static usp_status connect_channels(usp_socket_comm *self, const usp_meeting *meeting) {
+    usp_status status = usp_control_connect(self->control, meeting, self->connections);
+    for (int peer = 0; peer < self->base.size; peer++) self->channels[peer].connection = self->connections[peer];
+    return status;
+}
+
+usp_status usp_comm_create_socket(const usp_comm_config *config, usp_meeting *meeting, usp_comm **comm) {
     usp_socket_comm *self = NULL;
-    usp_status status = usp_bootstrap_agree(bootstrap, socket_alloc(config, bootstrap, &self));
-    if (status == USP_OK) status = usp_control_create(config->host, bootstrap, config->timeout_ms, &self->control);
-    if (status == USP_OK) status = connect_channels(self, bootstrap);
+    if (meeting->mine.status == USP_OK) usp_meeting_note(meeting, prepare_self(config, meeting, &self));
+    usp_status status = usp_meet(meeting);
+    if (status == USP_OK) status = connect_channels(self, meeting);
     if (status == USP_OK)
         *comm = &self->base;
     else

@@ -210,6 +210,26 @@ static usp_status introduce(int connection, const usp_token *token, int rank, in
     return usp_fail(USP_COMM, "another program answers in place of rank %d", peer);
 }
 
+/* 0 once the other end has taken the call, else why not. */
+static int finish_call(int descriptor, int reason, int64_t deadline) {
+    socklen_t size = sizeof reason;
+    if (reason != EINPROGRESS) return reason;
+    if (!is_ready(descriptor, POLLOUT, deadline)) return ETIMEDOUT;
+    getsockopt(descriptor, SOL_SOCKET, SO_ERROR, &reason, &size);
+    return reason;
+}
+
+int usp_tcp_probe(const usp_ip *ip, int port, int64_t deadline) {
+    struct sockaddr_storage address;
+    socklen_t length = socket_address(ip, port, &address);
+    int descriptor = open_socket(address.ss_family);
+    if (descriptor < 0) return errno;
+    int reason = connect(descriptor, (struct sockaddr *)&address, length) == 0 ? 0 : errno;
+    reason = finish_call(descriptor, reason, deadline);
+    close(descriptor);
+    return reason;
+}
+
 usp_status usp_tcp_connect(const usp_ip *ip, int port, const usp_token *token, int rank, int peer, int64_t deadline,
                            int *connection) {
     struct sockaddr_storage address;
@@ -217,11 +237,7 @@ usp_status usp_tcp_connect(const usp_ip *ip, int port, const usp_token *token, i
     int descriptor = open_socket(address.ss_family), reason = errno;
     if (descriptor < 0) return usp_fail(USP_COMM, "no socket: %s", strerror(reason));
     reason = connect(descriptor, (struct sockaddr *)&address, length) == 0 ? 0 : errno;
-    if (reason == EINPROGRESS) {
-        socklen_t size = sizeof reason;
-        reason = ETIMEDOUT;
-        if (is_ready(descriptor, POLLOUT, deadline)) getsockopt(descriptor, SOL_SOCKET, SO_ERROR, &reason, &size);
-    }
+    reason = finish_call(descriptor, reason, deadline);
     usp_status status = reason == 0 ? introduce(descriptor, token, rank, peer, deadline)
                                     : usp_fail(reason == ETIMEDOUT ? USP_TIMEOUT : USP_COMM,
                                                "cannot connect to rank %d: %s", peer, strerror(reason));

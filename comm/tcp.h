@@ -2,7 +2,7 @@
  * a deadline. No call raises a signal; every descriptor is non-blocking and closed on exec. */
 #ifndef USP_TCP_H
 #define USP_TCP_H
-#include "comm.h"
+#include "usp.h"
 
 /* IPv6, or IPv4 in its mapped form. */
 typedef struct usp_ip {
@@ -24,6 +24,8 @@ usp_status usp_tcp_resolve(const char *name, usp_ip *ips, int capacity, int *cou
 int usp_tcp_own_ips(usp_ip *ips, int capacity);
 /* `ip` NULL: all addresses. Port 0: any; *bound is the port. */
 usp_status usp_tcp_listen(const usp_ip *ip, int port, int *listener, int *bound);
+/* 0 if something listens there, else the errno of the call: ECONNREFUSED if nothing does. */
+int usp_tcp_probe(const usp_ip *ip, int port, int64_t deadline);
 /* Connects as `rank` to `peer` and makes sure that it is. TIMEOUT if it does not answer: it may be late. */
 usp_status usp_tcp_connect(const usp_ip *ip, int port, const usp_token *token, int rank, int peer, int64_t deadline,
                            int *connection);

@@ -497,14 +497,27 @@ static const usp_comm_ops threads_ops = {
 
 /* ---- create ------------------------------------------------------------------------------------------------------ */
 
-/* 0: another has it. */
-static int try_seat(usp_rendezvous *meeting, int rank) {
+/* Those who came for a world that was not made have yet to leave; afterwards the rendezvous is as new. */
+static usp_status wait_until_fresh(usp_rendezvous *meeting, int rank, int timeout_ms) {
+    struct timespec deadline = deadline_in(timeout_ms);
+    while (meeting->failure != USP_OK)
+        if (timeout_ms < 0)
+            pthread_cond_wait(&meeting->seats[rank].wake, &meeting->mutex);
+        else if (pthread_cond_timedwait(&meeting->seats[rank].wake, &meeting->mutex, &deadline) == ETIMEDOUT)
+            return usp_fail(USP_TIMEOUT, "the ranks of a rendezvous did not leave it within %d ms", timeout_ms);
+    return USP_OK;
+}
+
+static usp_status take_seat(usp_rendezvous *meeting, int rank, int timeout_ms) {
+    usp_status status = USP_OK;
     pthread_mutex_lock(&meeting->mutex);
     usp_seat *seat = &meeting->seats[rank];
-    int taken = seat->activity != USP_ABSENT;
-    if (!taken) seat->activity = USP_COMPUTING;
+    if (seat->activity == USP_ABSENT) status = wait_until_fresh(meeting, rank, timeout_ms);
+    if (status == USP_OK && seat->activity != USP_ABSENT)
+        status = usp_fail(USP_INVALID, "rank %d of the rendezvous is taken", rank);
+    if (status == USP_OK) seat->activity = USP_COMPUTING;
     pthread_mutex_unlock(&meeting->mutex);
-    return !taken;
+    return status;
 }
 
 static usp_status make_events(usp_thread_comm *self) {
@@ -517,36 +530,59 @@ static usp_status make_events(usp_thread_comm *self) {
     return USP_OK;
 }
 
-/* The others wait for this rank: tell them that it will not come. */
-static usp_status refuse(usp_rendezvous *meeting, int rank, usp_status status) {
-    char own[256];
-    snprintf(own, sizeof own, "%s", usp_last_error()); /* which fail_all replaces by that of the first who failed */
+static void free_events(usp_thread_comm *self) {
+    usp_rendezvous *meeting = self->meeting;
+    usp_device *device = self->base.device;
+    usp_seat *seat = &meeting->seats[self->base.rank];
+    if (!device) return;
+    for (int peer = 0; peer < meeting->size; peer++) {
+        usp_box *in = box_of(meeting, peer, self->base.rank);
+        device->ops->event_destroy(device, in->consumed);
+        in->consumed = NULL;
+    }
+    device->ops->event_destroy(device, seat->posted);
+    seat->posted = NULL;
+}
+
+/* A world that was not made: the seat is free for another try, once all have left for one. */
+static void give_seat_back(usp_thread_comm *self) {
+    usp_rendezvous *meeting = self->meeting;
+    int present = 0;
     pthread_mutex_lock(&meeting->mutex);
-    fail_all(meeting, USP_PEER_FAILED, "rank %d could not join: %s", rank, own);
-    meeting->seats[rank].activity = USP_LEFT;
+    free_events(self);
+    meeting->seats[self->base.rank].activity = USP_ABSENT;
+    for (int i = 0; i < meeting->size; i++) present += meeting->seats[i].activity != USP_ABSENT;
+    if (present == 0) {
+        meeting->failure = USP_OK;
+        wake_all(meeting);
+    }
     pthread_mutex_unlock(&meeting->mutex);
-    return usp_fail(status, "%s", own);
 }
 
-void usp_rendezvous_leave(usp_rendezvous *meeting, int rank) {
-    if (rank >= 0 && rank < meeting->size && try_seat(meeting, rank)) refuse(meeting, rank, USP_PEER_FAILED);
+static usp_status gather_cards(void *user, const void *mine, void *all, size_t bytes_per_rank) {
+    return threads_allgather(user, mine, all, bytes_per_rank);
 }
 
-usp_status usp_comm_create_threads(const usp_comm_config *config, usp_rendezvous *meeting, int rank, usp_comm **comm) {
+/* The object is on the stack until all have met: a rank without memory tells the others so. */
+usp_status usp_comm_create_threads(const usp_comm_config *config, usp_meeting *met, usp_rendezvous *meeting, int rank,
+                                   usp_comm **comm) {
     USP_REQUIRE(rank >= 0 && rank < meeting->size, "rank is %d in a rendezvous of %d", rank, meeting->size);
-    USP_REQUIRE(try_seat(meeting, rank), "rank %d of the rendezvous is taken", rank);
-    void *memory;
-    usp_status status = usp_host_alloc(config->host, sizeof(usp_thread_comm), "comm", &memory);
-    if (status != USP_OK) return refuse(meeting, rank, status);
-    usp_thread_comm *self = memory;
-    self->base = (usp_comm){&threads_ops, rank, meeting->size, config->timeout_ms, config->device, config->host};
-    self->meeting = meeting;
-    status = make_events(self);
-    if (status != USP_OK) refuse(meeting, rank, status);
-    if (status == USP_OK) status = threads_allgather(&self->base, NULL, NULL, 0);
-    if (status == USP_OK)
-        *comm = &self->base;
-    else
-        threads_destroy(&self->base);
-    return status;
+    USP_TRY(take_seat(meeting, rank, config->timeout_ms));
+    usp_thread_comm self = {
+        .base = {&threads_ops, rank, meeting->size, config->timeout_ms, config->device, config->host},
+        .meeting = meeting};
+    void *memory = NULL;
+    met->bootstrap = (usp_bootstrap){gather_cards, &self, rank, meeting->size};
+    if (met->mine.status == USP_OK) usp_meeting_note(met, make_events(&self));
+    if (met->mine.status == USP_OK)
+        usp_meeting_note(met, usp_host_alloc(config->host, sizeof self, "comm", &memory));
+    usp_status status = usp_meet(met);
+    if (status != USP_OK) {
+        usp_host_free(config->host, memory);
+        give_seat_back(&self);
+        return status;
+    }
+    *(usp_thread_comm *)memory = self;
+    *comm = memory;
+    return USP_OK;
 }

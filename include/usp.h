@@ -109,6 +109,10 @@ typedef struct usp_world_config {
     void *(*host_alloc)(void *user, size_t bytes); /* both or neither; NULL: malloc and free. 16-byte aligned */
     void (*host_free)(void *user, void *memory);
     void *host_user;
+    int silence_ms; /* a rank of another process that gives no sign of life for so long is lost, though its connections
+                       stand (a stopped process; one that died while a child of its fork lives). 0: a quarter of
+                       timeout_ms, but 2000 to 10000; -1: no limit */
+    int reserved;   /* 0 */
 } usp_world_config;
 
 typedef struct usp_world_info {
@@ -120,6 +124,8 @@ typedef struct usp_world_info {
     int nodes;                  /* hosts, by usp_world_config.node */
     int local_rank, local_size; /* this rank among those of its host */
     int watchdog;
+    int silence_ms; /* what 0 became */
+    int reserved;
 } usp_world_info;
 
 /* Where the thread-ranks of one process meet, at most 4096: one per world, made by any thread, destroyed after its
@@ -138,10 +144,11 @@ USP_API usp_status usp_unique_id_create(usp_unique_id *id);
 typedef int (*usp_allgather_fn)(void *user, const void *mine, void *all, size_t bytes_per_rank);
 
 /* Six ways to make a world; all collective among the ranks of the new world. `config` NULL means all defaults.
- * Errors: INVALID, UNSUPPORTED (no such backend here), NO_MEMORY, MISMATCH (device or timeout differ between ranks),
- * PEER_FAILED, TIMEOUT, COMM. Multi-process worlds open TCP connections between all ranks for liveness. A rank whose
- * own arguments are wrong tells the others, except where it has no way to (nccl, nccl_id; a rank out of range or taken,
- * no callback, no communicator): there they wait for the time limit. */
+ * Errors: INVALID, UNSUPPORTED (no such backend here), NO_MEMORY, MISMATCH (library version, device, timeout_ms or
+ * silence_ms differ between ranks), PEER_FAILED, TIMEOUT, COMM. Multi-process worlds open TCP connections between all
+ * ranks for liveness. A rank whose own arguments are wrong waits for the others and tells them, except where it has no
+ * way to (nccl, nccl_id; a rank out of range or taken, no callback, no communicator): there they wait for the time
+ * limit. */
 
 /* Ranks are threads of this process, each making the call with its own rank. CPU, or CUDA with any number of ranks a
  * GPU. */

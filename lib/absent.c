@@ -23,19 +23,21 @@ static usp_status no_nccl(void) {
     return usp_fail(USP_UNSUPPORTED, "this libusp was built without NCCL");
 }
 
-usp_status usp_comm_create_nccl(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm) {
-    (void)config, (void)bootstrap, (void)comm;
+usp_status usp_comm_create_nccl(const usp_comm_config *config, usp_meeting *meeting, usp_comm **comm) {
+    (void)config, (void)comm;
+    usp_meeting_note(meeting, no_nccl());
+    return usp_meet(meeting);
+}
+
+usp_status usp_comm_create_nccl_id(const usp_comm_config *config, usp_meeting *meeting, const usp_unique_id *id,
+                                   int size, int rank, usp_comm **comm) {
+    (void)config, (void)meeting, (void)id, (void)size, (void)rank, (void)comm;
     return no_nccl();
 }
 
-usp_status usp_comm_create_nccl_id(const usp_comm_config *config, const usp_unique_id *id, int size, int rank,
-                                   usp_comm **comm) {
-    (void)config, (void)id, (void)size, (void)rank, (void)comm;
-    return no_nccl();
-}
-
-usp_status usp_comm_create_nccl_borrowed(const usp_comm_config *config, struct ncclComm *borrowed, usp_comm **comm) {
-    (void)config, (void)borrowed, (void)comm;
+usp_status usp_comm_create_nccl_borrowed(const usp_comm_config *config, usp_meeting *meeting, struct ncclComm *borrowed,
+                                         usp_comm **comm) {
+    (void)config, (void)meeting, (void)borrowed, (void)comm;
     return no_nccl();
 }
 
@@ -46,8 +48,8 @@ usp_status usp_nccl_unique_id(usp_unique_id *id) {
 #endif
 
 #ifndef USP_HAVE_MPI
-usp_status usp_comm_create_mpi(const usp_comm_config *config, int fortran_comm, usp_status mine, usp_comm **comm) {
-    (void)config, (void)fortran_comm, (void)mine, (void)comm;
+usp_status usp_comm_create_mpi(const usp_comm_config *config, usp_meeting *meeting, int fortran_comm, usp_comm **comm) {
+    (void)config, (void)meeting, (void)fortran_comm, (void)comm;
     return usp_fail(USP_UNSUPPORTED, "this libusp was built without MPI");
 }
 #endif

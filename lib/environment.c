@@ -278,7 +278,7 @@ static usp_status gather_by_host(usp_environment *environment, const void *mine,
 }
 
 /* A rank that fails closes its connections, so that no other waits for it. */
-static int environment_allgather(void *user, const void *mine, void *all, size_t bytes) {
+static usp_status environment_gather(void *user, const void *mine, void *all, size_t bytes) {
     usp_environment *environment = user;
     int64_t deadline = usp_tcp_deadline(environment->timeout_ms);
     usp_status status = USP_OK;
@@ -290,10 +290,10 @@ static int environment_allgather(void *user, const void *mine, void *all, size_t
         status = gather_by_host(environment, mine, all, bytes, deadline);
     }
     if (status != USP_OK) usp_tcp_close(environment->connections, environment->placement.size);
-    return (int)status;
+    return status;
 }
 
 usp_bootstrap usp_environment_bootstrap(usp_environment *environment) {
     const usp_placement *placement = &environment->placement;
-    return (usp_bootstrap){environment_allgather, environment, placement->rank, placement->size};
+    return (usp_bootstrap){environment_gather, environment, placement->rank, placement->size};
 }

@@ -2,7 +2,6 @@
  * counts the ranks of each. Chooses nothing. */
 #define _GNU_SOURCE
 #include "node.h"
-#include "error.h"
 #include <unistd.h>
 
 /* Never 0, nor an identity that a configuration can give. */
@@ -12,16 +11,17 @@ static uint64_t host_identity(void) {
     return usp_hash(usp_hash_boot(2), name, sizeof name) | UINT64_C(1) << 63;
 }
 
-usp_status usp_node_find(usp_world *world, int given) {
-    uint64_t mine = given ? (uint64_t)given : host_identity(), *all = world->ballots; /* a ballot has room for it */
-    USP_TRY(world->comm->ops->allgather(world->comm, &mine, all, sizeof mine));
-    world->nodes = world->local_rank = world->local_size = 0;
+uint64_t usp_node_identity(int given) {
+    return given ? (uint64_t)given : host_identity();
+}
+
+void usp_node_count(usp_world *world, const usp_card *all) {
+    uint64_t mine = all[world->comm->rank].node;
     for (int rank = 0; rank < world->comm->size; rank++) {
         int first = 1;
-        for (int before = 0; before < rank; before++) first &= all[before] != all[rank];
+        for (int before = 0; before < rank; before++) first &= all[before].node != all[rank].node;
         world->nodes += first;
-        world->local_size += all[rank] == mine;
-        world->local_rank += all[rank] == mine && rank < world->comm->rank;
+        world->local_size += all[rank].node == mine;
+        world->local_rank += all[rank].node == mine && rank < world->comm->rank;
     }
-    return USP_OK;
 }

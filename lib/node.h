@@ -1,10 +1,11 @@
-/* node.h - which ranks of a world share a host. */
+/* node.h - which ranks share a host. */
 #ifndef USP_NODE_H
 #define USP_NODE_H
 #include "world.h"
 
-/* Collective: finds world->nodes, local_rank and local_size. `given` is the configuration's identity, 0: this host's.
- */
-usp_status usp_node_find(usp_world *world, int given);
+/* Of this host; `given` (usp_world_config.node) counts if not 0. */
+uint64_t usp_node_identity(int given);
+/* Sets nodes, local_rank and local_size. */
+void usp_node_count(usp_world *world, const usp_card *all);
 
 #endif

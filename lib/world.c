@@ -7,12 +7,11 @@
 #include "error.h"
 #include "node.h"
 #include "thread.h"
-#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 
-enum { DEFAULT_TIMEOUT_MS = 600000, WATCHDOG_PERIOD_MS = 20 };
+enum { DEFAULT_TIMEOUT_MS = 600000, LEAST_SILENCE_MS = 2000, MOST_SILENCE_MS = 10000, WATCHDOG_PERIOD_MS = 20 };
 
 /* ---- agreement --------------------------------------------------------------------------------------------------- */
 
@@ -72,7 +71,7 @@ usp_status usp_world_agree(usp_world *world, usp_status mine, const usp_agreemen
     if (agreement->record) memcpy(own.record, agreement->record, agreement->size);
 
     int size = world->comm->size;
-    ballot *all = world->ballots;
+    ballot *all = (ballot *)(void *)world->meeting.all;
     USP_TRY(world->comm->ops->allgather(world->comm, &own, all, sizeof own));
     USP_TRY(mine);
     USP_TRY(other_failure(all, size)); /* before comparing: a rank that failed may not have read its configuration */
@@ -88,6 +87,10 @@ static usp_status check_config(const usp_world_config *config) {
                 "usp_world_config.timeout_ms is %d: give milliseconds, 0 for the default or "
                 "-1 for no limit",
                 config->timeout_ms);
+    USP_REQUIRE(config->silence_ms >= -1,
+                "usp_world_config.silence_ms is %d: give milliseconds, 0 for the default or -1 for no limit",
+                config->silence_ms);
+    USP_REQUIRE(config->reserved == 0, "usp_world_config.reserved is %d: must be 0", config->reserved);
     USP_REQUIRE(config->watchdog == 0 || config->watchdog == 1, "usp_world_config.watchdog is %d: 0 or 1",
                 config->watchdog);
     USP_REQUIRE(config->node >= 0, "usp_world_config.node is %d: must not be negative", config->node);
@@ -125,6 +128,14 @@ static int limit_of(const usp_world_config *config) {
     return config->timeout_ms ? config->timeout_ms : DEFAULT_TIMEOUT_MS;
 }
 
+/* Well under the time limit, and long enough for a machine that has much to do. */
+static int silence_of(const usp_world_config *config) {
+    if (config->silence_ms) return config->silence_ms;
+    int limit = limit_of(config), part = limit < 0 ? MOST_SILENCE_MS : limit / 4;
+    if (part > MOST_SILENCE_MS) return MOST_SILENCE_MS;
+    return part > LEAST_SILENCE_MS ? part : limit < LEAST_SILENCE_MS ? limit : LEAST_SILENCE_MS;
+}
+
 /* The part of a world that needs no other rank. */
 static usp_status begin_world(const usp_world_config *config, usp_world **out) {
     usp_host host = usp_host_from_config(config);
@@ -133,6 +144,7 @@ static usp_status begin_world(const usp_world_config *config, usp_world **out) {
     usp_world *world = memory;
     world->host = host;
     world->timeout_ms = limit_of(config);
+    world->silence_ms = silence_of(config);
     usp_status status = create_device(&world->host, config->device, &world->device);
     if (status == USP_OK) status = world->device->ops->stream_create(world->device, &world->transfer);
     if (status == USP_OK) status = world->device->ops->event_create(world->device, &world->event);
@@ -165,44 +177,58 @@ static usp_status start_watchdog(usp_world *world) {
     return USP_OK;
 }
 
-static int gather_over_comm(void *user, const void *mine, void *all, size_t bytes_per_rank) {
-    usp_comm *comm = user;
-    return comm->ops->allgather(comm, mine, all, bytes_per_rank) != USP_OK;
+/* A world that is being made: the part that needs no other rank, and what the ranks will tell each other. */
+typedef struct making {
+    usp_world_config config;
+    usp_host host;
+    usp_world *world; /* NULL where this rank has failed, which it tells the others */
+    usp_meeting meeting;
+    usp_comm_config settings;
+    usp_comm *comm;
+} making;
+
+static void read_call(making *m, const usp_world_config *given, usp_world **out) {
+    *m = (making){.world = NULL};
+    usp_meeting_note(&m->meeting, check_call(given, &m->config, out));
+    m->host = usp_host_from_config(&m->config);
 }
 
-/* Tells the other ranks whether there is memory for ballots, without any. */
-static usp_status agree_on_memory(usp_comm *comm, usp_status mine) {
-    usp_status verdict = usp_bootstrap_agree(&(usp_bootstrap){gather_over_comm, comm, comm->rank, comm->size}, mine);
-    usp_status failure = comm->ops->poll(comm);
-    return failure != USP_OK ? failure : verdict;
+static void prepare(making *m) {
+    usp_card *mine = &m->meeting.mine;
+    int limit = limit_of(&m->config), silence = silence_of(&m->config);
+    if (mine->status == USP_OK) usp_meeting_note(&m->meeting, begin_world(&m->config, &m->world));
+    mine->node = usp_node_identity(m->config.node);
+    mine->terms = (usp_terms){.version = usp_version(), .timeout_ms = limit, .silence_ms = silence};
+    m->settings = (usp_comm_config){.host = &m->host, .timeout_ms = limit, .silence_ms = silence};
+    if (!m->world) return;
+    mine->terms.device = (int32_t)m->world->device->ops->kind;
+    m->settings.device = m->world->device;
+    m->settings.host = &m->world->host;
 }
 
-/* What all ranks of a world have alike: it says which transport is built, and how. */
-typedef struct terms {
-    int32_t device, timeout_ms;
-} terms;
-
-static const usp_field term_fields[] = {{"device", offsetof(terms, device), sizeof(int32_t)},
-                                        {"timeout_ms", offsetof(terms, timeout_ms), sizeof(int32_t)}};
-enum { TERMS = sizeof term_fields / sizeof *term_fields };
-
-static terms terms_of(const usp_world *world) {
-    return (terms){(int32_t)world->device->ops->kind, world->timeout_ms};
+static void begin(making *m, const usp_world_config *given, usp_world **out) {
+    read_call(m, given, out);
+    prepare(m);
 }
 
-/* The part that all ranks do together, once the comm stands. */
-static usp_status finish_world(const usp_world_config *config, usp_status status, usp_world *world, usp_world **out) {
-    if (status == USP_OK) {
-        status = usp_host_alloc(&world->host, (size_t)world->comm->size * sizeof(ballot), "ballots", &world->ballots);
-        status = agree_on_memory(world->comm, status);
-    }
-    if (status == USP_OK) {
-        const terms record = terms_of(world);
-        usp_status mine = config->watchdog ? start_watchdog(world) : USP_OK;
-        status =
-            usp_world_agree(world, mine, &(usp_agreement){"world", 0, &record, sizeof record, term_fields, TERMS, 0});
-    }
-    if (status == USP_OK) status = usp_node_find(world, config->node);
+/* The comm stands. Whether each rank can go on they tell each other as they will from now on. */
+static usp_status start_world(making *m) {
+    usp_world *world = m->world;
+    _Static_assert(sizeof(ballot) <= sizeof(usp_card), "a ballot lies where a card was");
+    world->comm = m->comm;
+    world->meeting = m->meeting;
+    usp_node_count(world, m->meeting.all);
+    usp_status mine = m->config.watchdog ? start_watchdog(world) : USP_OK;
+    return usp_world_agree(world, mine, &(usp_agreement){.what = "world"});
+}
+
+/* `status`: how the comm was made. */
+static usp_status finish(making *m, usp_status status, usp_world **out) {
+    usp_world *world = m->world;
+    if (status == USP_OK)
+        status = start_world(m);
+    else
+        usp_meeting_end(&m->meeting);
     if (status != USP_OK) {
         usp_world_destroy(world);
         return status;
@@ -213,10 +239,6 @@ static usp_status finish_world(const usp_world_config *config, usp_status status
     return USP_OK;
 }
 
-static usp_comm_config comm_config(usp_world *world) {
-    return (usp_comm_config){world->device, &world->host, world->timeout_ms};
-}
-
 static usp_status check_rank(int rank, int size) {
     USP_REQUIRE(size >= 1, "size is %d: a world has at least one rank", size);
     USP_REQUIRE(rank >= 0 && rank < size, "rank is %d: must be in 0 .. %d", rank, size - 1);
@@ -225,110 +247,64 @@ static usp_status check_rank(int rank, int size) {
 
 usp_status usp_world_create_threads(const usp_world_config *given, usp_rendezvous *rendezvous, int rank,
                                     usp_world **out) {
-    usp_world_config config;
-    usp_world *world = NULL;
+    making m;
     USP_REQUIRE(rendezvous, "rendezvous is NULL");
-    usp_status status = check_call(given, &config, out);
-    if (status == USP_OK) status = begin_world(&config, &world);
-    if (status != USP_OK) {
-        usp_rendezvous_leave(rendezvous, rank);
-        return status;
-    }
-    usp_comm_config settings = comm_config(world);
-    status = usp_comm_create_threads(&settings, rendezvous, rank, &world->comm);
-    return finish_world(&config, status, world, out);
+    begin(&m, given, out);
+    return finish(&m, usp_comm_create_threads(&m.settings, &m.meeting, rendezvous, rank, &m.comm), out);
 }
 
 usp_status usp_world_create_nccl_id(const usp_world_config *given, const usp_unique_id *id, int size, int rank,
                                     usp_world **out) {
-    usp_world_config config;
-    usp_world *world = NULL;
+    making m;
     USP_REQUIRE(id, "id is NULL");
     USP_TRY(check_rank(rank, size));
-    USP_TRY(check_call(given, &config, out));
-    USP_TRY(begin_world(&config, &world));
-    usp_comm_config settings = comm_config(world);
-    usp_status status = usp_comm_create_nccl_id(&settings, id, size, rank, &world->comm);
-    return finish_world(&config, status, world, out);
+    begin(&m, given, out);
+    return finish(&m, usp_comm_create_nccl_id(&m.settings, &m.meeting, id, size, rank, &m.comm), out);
 }
 
 usp_status usp_world_create_nccl(const usp_world_config *given, struct ncclComm *comm, usp_world **out) {
-    usp_world_config config;
-    usp_world *world = NULL;
+    making m;
     USP_REQUIRE(comm, "comm is NULL");
-    USP_TRY(check_call(given, &config, out));
-    USP_TRY(begin_world(&config, &world));
-    usp_comm_config settings = comm_config(world);
-    usp_status status = usp_comm_create_nccl_borrowed(&settings, comm, &world->comm);
-    return finish_world(&config, status, world, out);
+    begin(&m, given, out);
+    return finish(&m, usp_comm_create_nccl_borrowed(&m.settings, &m.meeting, comm, &m.comm), out);
 }
 
 usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm, usp_world **out) {
-    usp_world_config config;
-    usp_world *world = NULL;
-    usp_comm *comm = NULL;
-    usp_status mine = check_call(given, &config, out);
-    usp_host host = usp_host_from_config(&config);
-    if (config.device == USP_DEVICE_AUTO) config.device = USP_DEVICE_CPU; /* MPI moves host memory */
-    if (mine == USP_OK) mine = begin_world(&config, &world);
-    usp_comm_config settings = world ? comm_config(world) : (usp_comm_config){NULL, &host, limit_of(&config)};
-    usp_status status = usp_comm_create_mpi(&settings, fortran_comm, mine, &comm);
-    if (world) world->comm = comm;
-    return finish_world(&config, status, world, out);
+    making m;
+    read_call(&m, given, out);
+    if (m.config.device == USP_DEVICE_AUTO) m.config.device = USP_DEVICE_CPU; /* MPI moves host memory */
+    prepare(&m);
+    return finish(&m, usp_comm_create_mpi(&m.settings, &m.meeting, fortran_comm, &m.comm), out);
 }
 
-static usp_status compare_terms(const terms *all, int size) {
-    for (int rank = 1; rank < size; rank++)
-        for (int i = 0; i < TERMS; i++) {
-            const usp_field *field = &term_fields[i];
-            if (memcmp((const char *)&all[rank] + field->offset, (const char *)&all[0] + field->offset, field->size))
-                return usp_fail(USP_MISMATCH, "world.%s differs between rank 0 and rank %d", field->name, rank);
-        }
-    return USP_OK;
+/* NCCL on GPUs, sockets elsewhere; a rank that has failed before can say so over either. */
+static usp_status create_over(making *m, const usp_bootstrap *bootstrap, usp_world **out) {
+    int gpus = m->world && m->world->device->ops->kind == USP_DEVICE_CUDA;
+    m->meeting.bootstrap = *bootstrap;
+    return finish(m, (gpus ? usp_comm_create_nccl : usp_comm_create_socket)(&m->settings, &m->meeting, &m->comm), out);
 }
 
-/* Ranks tell each other how their own preparation went, before a transport is built on ranks that are not coming or
- * would build another one. */
-static usp_status agree_to_begin(const usp_bootstrap *bootstrap, usp_status mine, const usp_host *host,
-                                 const usp_world *world) {
-    void *all = NULL;
-    if (mine == USP_OK) mine = usp_host_alloc(host, (size_t)bootstrap->size * sizeof(terms), "terms", &all);
-    usp_status status = usp_bootstrap_agree(bootstrap, mine);
-    if (status == USP_OK) {
-        const terms own = terms_of(world);
-        status = usp_bootstrap_gather(bootstrap, &own, all, sizeof own);
-        if (status == USP_OK) status = compare_terms(all, bootstrap->size);
-    }
-    usp_host_free(host, all);
-    return status;
-}
+/* The caller's all-gather. */
+typedef struct callback {
+    usp_allgather_fn allgather;
+    void *user;
+    int rank;
+} callback;
 
-/* `mine`: how this rank's own arguments are. */
-static usp_status create_over(const usp_bootstrap *bootstrap, usp_status mine, const usp_world_config *config,
-                              usp_world **out) {
-    usp_world *world = NULL;
-    usp_host host = usp_host_from_config(config);
-    usp_status status = mine == USP_OK ? begin_world(config, &world) : mine;
-    status = agree_to_begin(bootstrap, status, &host, world);
-    if (status != USP_OK) {
-        usp_world_destroy(world);
-        return status;
-    }
-    usp_comm_config settings = comm_config(world);
-    if (world->device->ops->kind == USP_DEVICE_CUDA)
-        status = usp_comm_create_nccl(&settings, bootstrap, &world->comm);
-    else
-        status = usp_comm_create_socket(&settings, bootstrap, &world->comm);
-    return finish_world(config, status, world, out);
+static usp_status gather_by_callback(void *user, const void *mine, void *all, size_t bytes_per_rank) {
+    const callback *own = user;
+    if (own->allgather(own->user, mine, all, bytes_per_rank) == 0) return USP_OK;
+    return usp_fail(USP_COMM, "the all-gather callback failed on rank %d", own->rank);
 }
 
 usp_status usp_world_create_callback(const usp_world_config *given, usp_allgather_fn allgather, void *user, int size,
                                      int rank, usp_world **out) {
-    usp_world_config config;
+    making m;
+    callback own = {allgather, user, rank};
     USP_REQUIRE(allgather, "allgather is NULL");
     USP_TRY(check_rank(rank, size));
-    usp_status mine = check_call(given, &config, out);
-    return create_over(&(usp_bootstrap){allgather, user, rank, size}, mine, &config, out);
+    begin(&m, given, out);
+    return create_over(&m, &(usp_bootstrap){gather_by_callback, &own, rank, size}, out);
 }
 
 /* A process for each GPU, by its place on the host. */
@@ -338,21 +314,18 @@ static usp_status select_local_gpu(const usp_world_config *config, const usp_env
 }
 
 usp_status usp_world_create_env(const usp_world_config *given, usp_world **out) {
-    usp_world_config config;
+    making m;
     usp_environment *environment = NULL;
-    char why[256];
-    usp_status mine = check_call(given, &config, out);
-    snprintf(why, sizeof why, "%s", usp_last_error()); /* what fails below for that reason shall not hide it */
-    usp_host host = usp_host_from_config(&config);
-    usp_status met = usp_environment_open(&host, limit_of(&config), &environment);
-    if (met != USP_OK) return mine == USP_OK ? met : usp_fail(mine, "%s", why);
-    mine = mine == USP_OK ? select_local_gpu(&config, environment) : usp_fail(mine, "%s", why);
+    read_call(&m, given, out);
+    usp_status met = usp_environment_open(&m.host, limit_of(&m.config), &environment);
+    if (met != USP_OK) return usp_meeting_note(&m.meeting, met);
+    if (m.meeting.mine.status == USP_OK) usp_meeting_note(&m.meeting, select_local_gpu(&m.config, environment));
+    prepare(&m);
     usp_bootstrap bootstrap = usp_environment_bootstrap(environment);
-    usp_status status = create_over(&bootstrap, mine, &config, out);
+    usp_status status = create_over(&m, &bootstrap, out);
     usp_environment_close(environment);
     return status;
 }
-
 /* ---- a world's life ---------------------------------------------------------------------------------------------- */
 
 usp_status usp_world_get_info(const usp_world *world, usp_world_info *info) {
@@ -364,7 +337,8 @@ usp_status usp_world_get_info(const usp_world *world, usp_world_info *info) {
                             .nodes = world->nodes,
                             .local_rank = world->local_rank,
                             .local_size = world->local_size,
-                            .watchdog = world->watching};
+                            .watchdog = world->watching,
+                            .silence_ms = world->silence_ms};
     strncpy(known.transport, world->comm->ops->name, sizeof known.transport - 1);
     return usp_abi_write(&known, sizeof known, info, "usp_world_info");
 }
@@ -428,7 +402,7 @@ void usp_world_destroy(usp_world *world) {
         usp_host_free(&host, world->pieces);
         world->pieces = next;
     }
-    usp_host_free(&host, world->ballots);
+    usp_meeting_end(&world->meeting);
     usp_host_free(&host, world);
 }
 

@@ -19,10 +19,10 @@ struct usp_world {
     usp_comm *comm;
     usp_stream transfer; /* every transfer of every mesh and layer, in the order of the calls: one ordered queue */
     usp_event *event;    /* the moving end of fork */
-    void *ballots;       /* [size], for usp_world_agree */
+    usp_meeting meeting; /* the memory of its cards serves usp_world_agree from now on */
     usp_piece *pieces;
     uint64_t piece_count; /* made so far */
-    int timeout_ms;       /* -1: no limit */
+    int timeout_ms, silence_ms; /* -1: no limit */
     int nodes, local_rank, local_size;
     int watching;    /* the watchdog runs */
     atomic_int stop; /* asks the watchdog to end */

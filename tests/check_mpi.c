@@ -12,6 +12,15 @@
 
 enum { CALM_MS = 30000, LIMIT_MS = 500, MARGIN_MS = 1500, GUARD = 0x5a };
 
+/* `mine`: a failure that this rank comes with, its sentence recorded. */
+static usp_status make(const usp_comm_config *config, int fortran_comm, usp_status mine, usp_comm **comm) {
+    usp_meeting meeting = {.all = NULL};
+    usp_meeting_note(&meeting, mine);
+    usp_status status = usp_comm_create_mpi(config, &meeting, fortran_comm, comm);
+    usp_meeting_end(&meeting);
+    return status;
+}
+
 /* One scene on a comm of its own; returns how many things went wrong. */
 typedef int (*usp_scene)(usp_comm *comm);
 
@@ -142,13 +151,13 @@ static int written_after(const memory *m) {
 static int come_late(const usp_comm_config *config, int slow_call) {
     memory m = {.slow_call = 0}; /* never freed: some of it is left to MPI */
     usp_host careful = {.alloc = take, .free = give_back, .user = &m};
-    usp_comm_config own = {.device = config->device, .host = &careful, .timeout_ms = LIMIT_MS};
+    usp_comm_config own = {.device = config->device, .host = &careful, .timeout_ms = LIMIT_MS, .silence_ms = LIMIT_MS};
     usp_comm *comm = NULL;
     int rank = 0, all = 0;
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     if (rank == 0) m.slow_call = slow_call;
     double begin = now_ms();
-    usp_status status = usp_comm_create_mpi(&own, MPI_Comm_c2f(MPI_COMM_WORLD), USP_OK, &comm);
+    usp_status status = make(&own, MPI_Comm_c2f(MPI_COMM_WORLD), USP_OK, &comm);
     double took = now_ms() - begin;
     int wrong = usp_check_failure(NULL, status, USP_TIMEOUT, "within 500 ms");
     wrong += usp_check(NULL, took < 3 * LIMIT_MS + MARGIN_MS, "answered after %.0f ms", took);
@@ -166,8 +175,8 @@ static int fail_first(const usp_comm_config *config) {
     usp_comm *comm = NULL;
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     usp_status mine = rank == 1 ? usp_fail(USP_INVALID, "a wrong field") : USP_OK;
-    usp_comm_config own = {.device = rank == 1 ? NULL : config->device, .host = config->host, .timeout_ms = CALM_MS};
-    usp_status status = usp_comm_create_mpi(&own, MPI_Comm_c2f(MPI_COMM_WORLD), mine, &comm);
+    usp_comm_config own = {.device = rank == 1 ? NULL : config->device, .host = config->host, .timeout_ms = CALM_MS, .silence_ms = CALM_MS};
+    usp_status status = make(&own, MPI_Comm_c2f(MPI_COMM_WORLD), mine, &comm);
     int wrong = rank == 1 ? usp_check_failure(NULL, status, USP_INVALID, "a wrong field")
                           : usp_check_failure(NULL, status, USP_PEER_FAILED, "rank 1");
     MPI_Allreduce(&wrong, &all, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD);
@@ -181,7 +190,7 @@ static int refuse_handles(const usp_comm_config *config) {
     int wrong = 0;
     for (int i = 0; i < 3; i++) {
         usp_comm *comm = NULL;
-        wrong += usp_check_failure(NULL, usp_comm_create_mpi(config, handles[i], USP_OK, &comm), USP_INVALID,
+        wrong += usp_check_failure(NULL, make(config, handles[i], USP_OK, &comm), USP_INVALID,
                                    "no communicator");
     }
     return wrong;
@@ -192,8 +201,8 @@ static int refuse_handles(const usp_comm_config *config) {
 static int play(const usp_comm_config *config, int timeout_ms, const char *name, usp_scene scene) {
     usp_comm_config own = *config;
     usp_comm *comm = NULL;
-    own.timeout_ms = timeout_ms;
-    usp_status status = usp_comm_create_mpi(&own, MPI_Comm_c2f(MPI_COMM_WORLD), USP_OK, &comm);
+    own.timeout_ms = own.silence_ms = timeout_ms;
+    usp_status status = make(&own, MPI_Comm_c2f(MPI_COMM_WORLD), USP_OK, &comm);
     if (usp_check(NULL, status == USP_OK, "%s: not created: %s", name, usp_last_error())) return 1;
     int rank = comm->rank, wrong = scene(comm), all = 0;
     comm->ops->destroy(comm);
@@ -211,13 +220,13 @@ static int play_all(const usp_comm_config *config) {
     wrong += play(config, CALM_MS, "give up", give_up);
     wrong += play(config, LIMIT_MS, "leave", leave);
     wrong += fail_first(config) + refuse_handles(config);
-    wrong += come_late(config, 1) + come_late(config, 3); /* before the communicator, before the first gather */
+    wrong += come_late(config, 1) + come_late(config, 3); /* in the transport's part and in the control channel's */
     return wrong + play(config, CALM_MS, "conformance again", conform);
 }
 
 static int refuse_early(const usp_comm_config *config) {
     usp_comm *comm = NULL;
-    return usp_check_failure(NULL, usp_comm_create_mpi(config, 0, USP_OK, &comm), USP_INVALID,
+    return usp_check_failure(NULL, make(config, 0, USP_OK, &comm), USP_INVALID,
                              "MPI is not initialised");
 }
 

@@ -208,7 +208,7 @@ static const char *way_name(usp_way way) {
 }
 
 static usp_comm_config config_of(const usp_player *player, int timeout_ms) {
-    return (usp_comm_config){player->device, &player->host, timeout_ms};
+    return (usp_comm_config){player->device, &player->host, timeout_ms, timeout_ms};
 }
 
 /* One id for all ranks, by the bootstrap. */
@@ -216,7 +216,7 @@ static int share_id(usp_player *player, usp_unique_id *id) {
     static usp_unique_id none;
     usp_unique_id mine = none, all[MOST_RANKS];
     if (player->rank == 0 && !good(player, usp_nccl_unique_id(&mine), "usp_nccl_unique_id")) return 0;
-    if (player->bootstrap.allgather(player->bootstrap.user, &mine, all, sizeof mine) != 0)
+    if (player->bootstrap.gather(player->bootstrap.user, &mine, all, sizeof mine) != USP_OK)
         return complain(player, "the bootstrap failed");
     *id = all[0];
     return 1;
@@ -257,17 +257,19 @@ static int own_sum(usp_player *player, ncclComm_t own, int size) {
 
 static int create(usp_player *player, usp_way way, int timeout_ms, ncclComm_t borrowed, usp_comm **comm) {
     usp_comm_config config = config_of(player, timeout_ms);
+    usp_meeting meeting = {.bootstrap = player->bootstrap};
     usp_unique_id id;
     double begin = now();
     usp_status status = USP_OK;
     if (way == BY_BOOTSTRAP)
-        status = usp_comm_create_nccl(&config, &player->bootstrap, comm);
+        status = usp_comm_create_nccl(&config, &meeting, comm);
     else if (way != BY_ID)
-        status = usp_comm_create_nccl_borrowed(&config, borrowed, comm);
+        status = usp_comm_create_nccl_borrowed(&config, &meeting, borrowed, comm);
     else if (!share_id(player, &id))
         return 0;
     else
-        status = usp_comm_create_nccl_id(&config, &id, player->size, player->rank, comm);
+        status = usp_comm_create_nccl_id(&config, &meeting, &id, player->size, player->rank, comm);
+    usp_meeting_end(&meeting);
     if (!good(player, status, way_name(way))) return 0;
     report(player, "%s: created in %.0f ms", way_name(way), (now() - begin) * 1e3);
     return 1;
@@ -633,14 +635,14 @@ typedef struct usp_member {
     pthread_t thread;
 } usp_member;
 
-static int team_gather(void *user, const void *mine, void *all, size_t bytes_per_rank) {
+static usp_status team_gather(void *user, const void *mine, void *all, size_t bytes_per_rank) {
     usp_member *member = user;
     member->team->given[member->rank] = mine;
     pthread_barrier_wait(&member->team->barrier);
     for (int i = 0; i < member->team->size; i++)
         memcpy((char *)all + (size_t)i * bytes_per_rank, member->team->given[i], bytes_per_rank);
     pthread_barrier_wait(&member->team->barrier);
-    return 0;
+    return USP_OK;
 }
 
 static void *play_member(void *argument) {

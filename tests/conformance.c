@@ -305,3 +305,19 @@ int usp_check_comm_mismatch(usp_comm *comm) {
     status = comm->ops->allgather(comm, out, out, 0);
     return wrong + usp_check_failure(comm, status, USP_COMM, "expects 32");
 }
+
+/* ---- making ------------------------------------------------------------------------------------------------------ */
+
+usp_status usp_make_threads(const usp_comm_config *config, usp_rendezvous *rendezvous, int rank, usp_comm **comm) {
+    usp_meeting meeting = {.all = NULL};
+    usp_status status = usp_comm_create_threads(config, &meeting, rendezvous, rank, comm);
+    usp_meeting_end(&meeting);
+    return status;
+}
+
+usp_status usp_make_socket(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm) {
+    usp_meeting meeting = {.bootstrap = *bootstrap};
+    usp_status status = usp_comm_create_socket(config, &meeting, comm);
+    usp_meeting_end(&meeting);
+    return status;
+}

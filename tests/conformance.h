@@ -11,6 +11,10 @@ int usp_check_comm(usp_comm *comm, unsigned seed);
  * For comms that can know; needs 2 ranks. */
 int usp_check_comm_mismatch(usp_comm *comm);
 
+/* A rank's part in making a comm, as lib/world.c plays it: the meeting and its end are here. */
+usp_status usp_make_threads(const usp_comm_config *config, usp_rendezvous *rendezvous, int rank, usp_comm **comm);
+usp_status usp_make_socket(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm);
+
 /* Prints the sentence, with the rank, and returns 1 unless `good`. */
 int usp_check(const usp_comm *comm, int good, const char *format, ...) __attribute__((format(printf, 3, 4)));
 

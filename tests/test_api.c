@@ -308,6 +308,8 @@ static const wrong world_fields[] = {
     {"device", offsetof(usp_world_config, device), INT, -1, USP_INVALID, NULL},
     {"timeout_ms", offsetof(usp_world_config, timeout_ms), INT, -2, USP_INVALID, NULL},
     {"watchdog", offsetof(usp_world_config, watchdog), INT, 2, USP_INVALID, NULL},
+    {"silence_ms", offsetof(usp_world_config, silence_ms), INT, -2, USP_INVALID, NULL},
+    {"reserved", offsetof(usp_world_config, reserved), INT, 1, USP_INVALID, NULL},
     {"node", offsetof(usp_world_config, node), INT, -1, USP_INVALID, NULL},
     {"host_alloc", offsetof(usp_world_config, host_alloc), POINTER, 0, USP_INVALID, NULL},
     {"host_free", offsetof(usp_world_config, host_free), POINTER, 0, USP_INVALID, NULL},
