@@ -33,10 +33,12 @@ typedef struct usp_comm_ops {
                            usp_stream stream);
     /* Host memory, collective over all ranks, in rank order; at most timeout_ms. */
     usp_status (*allgather)(usp_comm *, const void *mine, void *all, size_t bytes_per_rank);
-    /* Collective: device memory that peers may touch directly; and giving it back. Every rank gives the same size, or
-     * the same piece that is not given back yet: lib/world.c sees to it, and to it that all have come before memory
-     * goes. On a comm that has failed free_shared waits for nobody, and what a transport must keep destroy frees. */
+    /* Device memory that peers may touch directly. Local: gets it, the same size on every rank. Collective, once all
+     * have it: registers it. Collective once it is registered: gives it back; every rank gives the same piece, and
+     * lib/world.c sees to it that all have come. On a comm that has failed nobody is waited for, and what a transport
+     * must keep destroy frees. */
     usp_status (*alloc_shared)(usp_comm *, size_t bytes, void **memory);
+    usp_status (*register_shared)(usp_comm *, void *memory);
     usp_status (*free_shared)(usp_comm *, void *memory);
     /* Collective: the caller's own communicator over the ranks that pass the same colour, ordered by key. All ranks
      * make the colours by one rule: lib/mesh.c sees to it. */

@@ -224,6 +224,11 @@ static usp_status mpi_alloc_shared(usp_comm *comm, size_t bytes, void **memory) 
     return comm->device->ops->alloc(comm->device, bytes, memory);
 }
 
+static usp_status mpi_register_shared(usp_comm *comm, void *memory) {
+    (void)comm, (void)memory;
+    return USP_OK;
+}
+
 static usp_status mpi_free_shared(usp_comm *comm, void *memory) {
     comm->device->ops->free(comm->device, memory);
     return USP_OK;
@@ -275,6 +280,7 @@ static const usp_comm_ops mpi_ops = {
     .exchange = mpi_exchange,
     .allgather = mpi_allgather,
     .alloc_shared = mpi_alloc_shared,
+    .register_shared = mpi_register_shared,
     .free_shared = mpi_free_shared,
     .split = mpi_split,
     .split_destroy = mpi_split_destroy,

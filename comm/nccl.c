@@ -53,6 +53,7 @@ typedef struct usp_shared {
     size_t bytes;
     ncclWindow_t window; /* NULL: plain memory */
     int spare;           /* given back */
+    int fresh;           /* not every rank is known to have it yet */
 } usp_shared;
 
 typedef struct usp_nccl {
@@ -75,7 +76,7 @@ typedef struct usp_nccl {
     ncclComm_t child; /* where NCCL writes the communicator of a split */
     void *scratch;    /* device memory and stream of `gather` */
     usp_stream stream;
-    int verdicts[]; /* [size], for `agree`: a rank must be able to say that it has no memory */
+    int flags[];      /* [size], for a gather */
 } usp_nccl;
 
 static usp_nccl *nccl_of(usp_comm *comm) {
@@ -451,32 +452,6 @@ static void free_piece(usp_nccl *self, usp_shared *piece) {
     usp_host_free(self->base.host, piece);
 }
 
-/* The same verdict on every rank, before all register together: its own failure, PEER_FAILED for another's, or OK. */
-static usp_status agree(usp_nccl *self, usp_status mine) {
-    char sentence[256];
-    int own = (int)mine;
-    snprintf(sentence, sizeof sentence, "%s", usp_last_error());
-    usp_status status = nccl_allgather(&self->base, &own, self->verdicts, sizeof own);
-    if (status == USP_OK && mine != USP_OK) status = usp_fail(mine, "%s", sentence);
-    for (int rank = 0; status == USP_OK && rank < self->base.size; rank++)
-        if (self->verdicts[rank] != USP_OK) status = usp_fail(USP_PEER_FAILED, "rank %d has no shared memory", rank);
-    return status;
-}
-
-/* Where NCCL refuses to register memory, it refuses on all ranks, and plain memory does. */
-static usp_status register_piece(usp_nccl *self, size_t bytes, usp_shared *piece) {
-    pthread_mutex_lock(&self->lock);
-    ncclResult_t result = ncclInProgress;
-    if (self->comm != NULL)
-        result = ncclCommWindowRegister(self->comm, piece->memory, bytes, &piece->window, NCCL_WIN_COLL_SYMMETRIC);
-    pthread_mutex_unlock(&self->lock);
-    if (!went_wrong(result)) USP_TRY(settle(self, result, "ncclCommWindowRegister"));
-    if (piece->window == NULL)
-        usp_host_log(self->base.host, 1, "rank %d: NCCL did not register %zu bytes: exchanges with them are slower",
-                     self->base.rank, bytes);
-    return USP_OK;
-}
-
 /* Rounded up to what NCCL registers; what is more than there can be stays so. */
 static size_t whole_bytes(size_t bytes) {
     const size_t unit = NCCL_WIN_REQUIRED_ALIGNMENT, most = SIZE_MAX / unit;
@@ -493,26 +468,43 @@ static usp_shared *take_spare(usp_nccl *self, size_t bytes) {
     return best;
 }
 
-/* A piece whose registration failed stays in the list: NCCL may still hold it, and destroy knows when it does not. */
 static usp_status nccl_alloc_shared(usp_comm *comm, size_t bytes, void **memory) {
     usp_nccl *self = nccl_of(comm);
-    usp_shared *piece = NULL;
     size_t whole = whole_bytes(bytes);
     USP_TRY(check_ranks(self));
-    usp_shared *spare = take_spare(self, whole);
-    if (spare != NULL) {
-        *memory = spare->memory;
-        return USP_OK;
+    usp_shared *piece = take_spare(self, whole);
+    if (piece == NULL) {
+        USP_TRY(alloc_piece(self, whole, &piece));
+        piece->next = self->shared;
+        self->shared = piece;
     }
-    usp_status status = agree(self, alloc_piece(self, whole, &piece));
-    if (status != USP_OK) {
-        free_piece(self, piece);
-        return status;
-    }
-    piece->next = self->shared;
-    self->shared = piece;
-    USP_TRY(register_piece(self, whole, piece));
+    piece->fresh = 1;
     *memory = piece->memory;
+    return USP_OK;
+}
+
+static usp_shared **link_of(usp_nccl *self, void *memory) {
+    usp_shared **link = &self->shared;
+    while ((*link)->memory != memory) link = &(*link)->next;
+    return link;
+}
+
+/* Where NCCL refuses to register memory, it refuses on all ranks, and plain memory does. A piece whose registration
+ * failed stays in the list: NCCL may still hold it, and destroy knows when it does not. */
+static usp_status nccl_register_shared(usp_comm *comm, void *memory) {
+    usp_nccl *self = nccl_of(comm);
+    usp_shared *piece = *link_of(self, memory);
+    ncclResult_t result = ncclInProgress;
+    piece->fresh = 0;
+    if (piece->window != NULL) return USP_OK;
+    pthread_mutex_lock(&self->lock);
+    if (self->comm != NULL)
+        result = ncclCommWindowRegister(self->comm, memory, piece->bytes, &piece->window, NCCL_WIN_COLL_SYMMETRIC);
+    pthread_mutex_unlock(&self->lock);
+    if (!went_wrong(result)) USP_TRY(settle(self, result, "ncclCommWindowRegister"));
+    if (piece->window == NULL)
+        usp_host_log(comm->host, 1, "rank %d: NCCL did not register %zu bytes: exchanges with them are slower",
+                     comm->rank, piece->bytes);
     return USP_OK;
 }
 
@@ -527,14 +519,18 @@ static void deregister(usp_nccl *self, usp_shared *piece) {
     piece->window = NULL;
 }
 
-/* All ranks have come before this one takes its memory away. On a comm that has failed, destroy frees it. */
+static usp_status has_any_captured(usp_nccl *self, int *any) {
+    USP_TRY(nccl_allgather(&self->base, &self->captured, self->flags, sizeof self->captured));
+    for (int rank = 0; rank < self->base.size; rank++) *any |= self->flags[rank];
+    return USP_OK;
+}
+
+/* All ranks have come before this one takes its memory away; one that is fresh goes back as it came. On a comm that has failed, destroy frees it. */
 static usp_status nccl_free_shared(usp_comm *comm, void *memory) {
     usp_nccl *self = nccl_of(comm);
-    usp_shared **link = &self->shared;
-    while ((*link)->memory != memory) link = &(*link)->next;
-    usp_shared *piece = *link;
-    USP_TRY(nccl_allgather(comm, &self->captured, self->verdicts, sizeof self->captured));
-    for (int rank = 0; rank < comm->size; rank++) piece->spare |= self->verdicts[rank];
+    usp_shared **link = link_of(self, memory), *piece = *link;
+    piece->spare = piece->fresh && piece->window != NULL;
+    if (!piece->fresh) USP_TRY(has_any_captured(self, &piece->spare));
     if (piece->spare) return USP_OK;
     *link = piece->next;
     deregister(self, piece);
@@ -616,6 +612,7 @@ static const usp_comm_ops nccl_ops = {
     .exchange = nccl_exchange,
     .allgather = nccl_allgather,
     .alloc_shared = nccl_alloc_shared,
+    .register_shared = nccl_register_shared,
     .free_shared = nccl_free_shared,
     .split = nccl_split,
     .split_destroy = nccl_split_destroy,

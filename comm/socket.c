@@ -203,6 +203,11 @@ static usp_status socket_alloc_shared(usp_comm *comm, size_t bytes, void **memor
     return comm->device->ops->alloc(comm->device, bytes, memory);
 }
 
+static usp_status socket_register_shared(usp_comm *comm, void *memory) {
+    (void)comm, (void)memory;
+    return USP_OK;
+}
+
 static usp_status socket_free_shared(usp_comm *comm, void *memory) {
     comm->device->ops->free(comm->device, memory);
     return USP_OK;
@@ -249,6 +254,7 @@ static const usp_comm_ops socket_ops = {
     .exchange = socket_exchange,
     .allgather = socket_allgather,
     .alloc_shared = socket_alloc_shared,
+    .register_shared = socket_register_shared,
     .free_shared = socket_free_shared,
     .split = socket_split,
     .split_destroy = socket_split_destroy,

@@ -398,6 +398,11 @@ static usp_status threads_alloc_shared(usp_comm *comm, size_t bytes, void **memo
     return comm->device->ops->alloc(comm->device, bytes, memory);
 }
 
+static usp_status threads_register_shared(usp_comm *comm, void *memory) {
+    (void)comm, (void)memory;
+    return USP_OK;
+}
+
 static usp_status threads_free_shared(usp_comm *comm, void *memory) {
     comm->device->ops->free(comm->device, memory);
     return USP_OK;
@@ -485,6 +490,7 @@ static const usp_comm_ops threads_ops = {
     .exchange = threads_exchange,
     .allgather = threads_allgather,
     .alloc_shared = threads_alloc_shared,
+    .register_shared = threads_register_shared,
     .free_shared = threads_free_shared,
     .split = threads_split,
     .split_destroy = threads_split_destroy,

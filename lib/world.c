@@ -426,32 +426,29 @@ usp_status usp_world_copy(usp_world *world, void *to, const void *from, size_t b
 
 /* ---- shared memory ----------------------------------------------------------------------------------------------- */
 
-/* The transport's memory, with the same verdict on all ranks. */
-static usp_status alloc_piece(usp_world *world, size_t bytes, void **memory) {
-    usp_status status = world->comm->ops->alloc_shared(world->comm, bytes, memory);
-    usp_status verdict = usp_world_agree(world, status, &(usp_agreement){.what = "shared memory"});
-    if (verdict != USP_OK && status == USP_OK) world->comm->ops->free_shared(world->comm, *memory);
-    return verdict;
+static void *keep_piece(usp_world *world, usp_piece *piece, void *memory) {
+    *piece = (usp_piece){world->pieces, memory, ++world->piece_count};
+    world->pieces = piece;
+    return memory;
 }
 
 usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory) {
     static const usp_field fields[] = {{"bytes", 0, sizeof(uint64_t)}};
     USP_REQUIRE(world, "world is NULL");
-    void *entry = NULL;
+    usp_comm *comm = world->comm;
+    void *entry = NULL, *taken = NULL;
+    uint64_t record = bytes;
     usp_status status = memory ? USP_OK : usp_fail(USP_INVALID, "memory is NULL");
     if (status == USP_OK) status = usp_host_alloc(&world->host, sizeof(usp_piece), "shared memory", &entry);
-    uint64_t record = bytes;
+    if (status == USP_OK) status = comm->ops->alloc_shared(comm, bytes, &taken);
     status = usp_world_agree(world, status, &(usp_agreement){"shared memory", 0, &record, sizeof record, fields, 1, 0});
-    usp_piece *piece = entry;
-    if (status == USP_OK) status = alloc_piece(world, bytes, &piece->memory);
+    if (status == USP_OK) status = comm->ops->register_shared(comm, taken);
     if (status != USP_OK) {
+        if (taken) comm->ops->free_shared(comm, taken);
         usp_host_free(&world->host, entry);
         return status;
     }
-    piece->next = world->pieces;
-    piece->number = ++world->piece_count;
-    world->pieces = piece;
-    *memory = piece->memory;
+    *memory = keep_piece(world, entry, taken);
     return USP_OK;
 }
 

@@ -391,6 +391,7 @@ static int check_shared(usp_player *player, usp_comm *comm) {
     void *plain = NULL, *shared = NULL;
     if (!good(player, player->device->ops->alloc(player->device, bytes, &plain), "alloc")) return 0;
     if (!good(player, comm->ops->alloc_shared(comm, bytes, &shared), "alloc_shared")) return 0;
+    if (!good(player, comm->ops->register_shared(comm, shared), "register_shared")) return 0;
     int fine = print_times(player, comm, plain, shared);
     fine = good(player, comm->ops->free_shared(comm, shared), "free_shared") && fine;
     player->device->ops->free(player->device, plain);
@@ -420,6 +421,7 @@ static int use_shared(usp_player *player, usp_comm *comm, size_t bytes, char *ho
     void *memory = NULL;
     cudaGraphExec_t exec = NULL;
     if (!good(player, comm->ops->alloc_shared(comm, 2 * bytes, &memory), "alloc_shared")) return 0;
+    if (!good(player, comm->ops->register_shared(comm, memory), "register_shared")) return 0;
     usp_traffic traffic = spread(player, comm, memory, bytes, player->size - 1);
     traffic.host = host;
     int fine = move_values(player, &traffic, NULL) && move_values(player, &traffic, NULL) &&

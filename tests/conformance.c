@@ -254,6 +254,7 @@ static int usp_check_shared(usp_comm *comm) {
     void *shared;
     usp_status status = comm->ops->alloc_shared(comm, 2 * sizeof seen, &shared);
     if (usp_check_ok(comm, status, "alloc_shared")) return 1;
+    if (usp_check_ok(comm, comm->ops->register_shared(comm, shared), "register_shared")) return 1;
     int wrong = usp_check(comm, (uintptr_t)shared % 256 == 0, "shared memory is not aligned");
     wrong += usp_check_ok(comm, usp_shift_shared(comm, shared, sizeof seen, seen), "exchange of shared memory");
     memset(expected, (comm->rank + comm->size - 1) % comm->size + 1, sizeof expected);

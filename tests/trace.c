@@ -90,6 +90,10 @@ static usp_status alloc_shared(usp_comm *comm, size_t bytes, void **memory) {
     return trace_of(comm)->inside->ops->alloc_shared(trace_of(comm)->inside, bytes, memory);
 }
 
+static usp_status register_shared(usp_comm *comm, void *memory) {
+    return trace_of(comm)->inside->ops->register_shared(trace_of(comm)->inside, memory);
+}
+
 static usp_status free_shared(usp_comm *comm, void *memory) {
     return trace_of(comm)->inside->ops->free_shared(trace_of(comm)->inside, memory);
 }
@@ -124,7 +128,7 @@ static void destroy(usp_comm *comm) {
     free(trace_of(comm));
 }
 
-static const usp_comm_ops ops = {"trace",       prepare, exchange, allgather, alloc_shared, free_shared, split,
+static const usp_comm_ops ops = {"trace",       prepare, exchange, allgather, alloc_shared, register_shared, free_shared, split,
                                  split_destroy, poll,    fail,     overdue,   give_up,      destroy};
 
 usp_trace *usp_trace_insert(usp_world *world) {
