@@ -44,6 +44,9 @@ typedef struct usp_comm_ops {
      * make the colours by one rule: lib/mesh.c sees to it. */
     usp_status (*split)(usp_comm *, int colour, int key, struct ncclComm **);
     void (*split_destroy)(usp_comm *, struct ncclComm *);
+    /* This rank has re-planned a sequence over `ranks` ranks, to what `hash` says. Ranks of one data copy that differ
+     * fail by MISMATCH: threads at their next exchange, others with the beats. */
+    void (*note_plan)(usp_comm *, int ranks, uint64_t hash);
     /* The failure that has hit the comm, with its sentence, or OK. Sticky. Never waits. */
     usp_status (*poll)(usp_comm *);
     /* This rank has failed by `status`, for the reason in usp_last_error(): fails the comm, and all ranks hear of it,

@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include "control.h"
 #include "error.h"
+#include "plans.h"
 #include "thread.h"
 #include <errno.h>
 #include <limits.h>
@@ -33,7 +34,8 @@ typedef enum usp_frame_kind {
     USP_FRAME_ENTER = 2,  /* number: round of the gather; bytes: per rank */
     USP_FRAME_DATA = 3,   /* number, bytes as above; then the data */
     USP_FRAME_FAIL = 4,   /* rank: the status; bytes of sentence follow */
-    USP_FRAME_GOODBYE = 5 /* number: exchanges entered */
+    USP_FRAME_GOODBYE = 5, /* number: exchanges entered */
+    USP_FRAME_PLAN = 6     /* rank: ranks of a copy; number: hash, bytes: count of re-plans */
 } usp_frame_kind;
 
 typedef struct usp_frame {
@@ -63,6 +65,7 @@ typedef struct usp_line {
     size_t out_size, out_done;
 
     int beat_due, fail_due, goodbye_due;
+    int plan_due; /* the first of the plans still to be told; USP_PLAN_SIZES: none */
     uint64_t entered; /* the peer's last round */
     size_t entered_bytes;
     int enter_due, data_due; /* towards the peer */
@@ -93,6 +96,7 @@ struct usp_control {
     atomic_uint_fast64_t exchanges;
     atomic_int waits_for;
     int64_t last_beat;
+    usp_plans plans;
     usp_gather gather;
     usp_line *lines;      /* [size] */
     struct pollfd *polls; /* [size + 1] */
@@ -291,10 +295,17 @@ static void take_beat(usp_line *line) {
     line->exchanges = line->in.number;
 }
 
+static void compare_plans(usp_control *control, int peer) {
+    const usp_frame *frame = &control->lines[peer].in;
+    if (usp_plans_differ(&control->plans, control->rank, peer, frame->rank, frame->bytes, frame->number))
+        declare(control, USP_MISMATCH, "rank %d and rank %d re-planned to different documents", peer, control->rank);
+}
+
 static void take_frame(usp_control *control, int peer) {
     usp_line *line = &control->lines[peer];
     const usp_frame *frame = &line->in;
     if (frame->kind == USP_FRAME_BEAT) take_beat(line);
+    if (frame->kind == USP_FRAME_PLAN) compare_plans(control, peer);
     if (frame->kind == USP_FRAME_FAIL) record(control, (usp_status)frame->rank, line->in_text);
     if (frame->kind == USP_FRAME_ENTER) {
         line->entered = frame->number;
@@ -318,7 +329,7 @@ static void take_frame(usp_control *control, int peer) {
 /* 0 for a frame that no rank sends. */
 static int frame_sane(const usp_control *control, const usp_frame *frame) {
     const usp_gather *gather = &control->gather;
-    if (frame->kind < USP_FRAME_BEAT || frame->kind > USP_FRAME_GOODBYE) return 0;
+    if (frame->kind < USP_FRAME_BEAT || frame->kind > USP_FRAME_PLAN) return 0;
     if (frame->kind == USP_FRAME_BEAT) return frame->rank >= USP_NOBODY && frame->rank < control->size;
     if (frame->kind == USP_FRAME_FAIL)
         return frame->bytes < USP_SENTENCE && frame->rank > USP_OK && frame->rank < USP_STATUS_COUNT;
@@ -410,6 +421,9 @@ static int begin_next(usp_control *control, int peer) {
     } else if (line->beat_due) {
         begin_frame(line, USP_FRAME_BEAT, waited_for_by(control, control->rank), exchanges, 0);
         line->beat_due = 0;
+    } else if (line->plan_due < USP_PLAN_SIZES && control->plans.of[line->plan_due].ranks > 0) {
+        const usp_plan *plan = &control->plans.of[line->plan_due++];
+        begin_frame(line, USP_FRAME_PLAN, plan->ranks, plan->hash[plan->count % USP_PLAN_HISTORY], plan->count);
     } else if (line->goodbye_due) {
         begin_frame(line, USP_FRAME_GOODBYE, 0, exchanges, 0);
         line->goodbye_due = 0;
@@ -475,6 +489,7 @@ static void beat(usp_control *control) {
     control->last_beat = now;
     for (int i = 0; i < control->size; i++) {
         control->lines[i].beat_due = 1;
+        control->lines[i].plan_due = 0;
         if (fresh) control->lines[i].heard = now;
     }
     if (fresh) control->gather.deadline = usp_tcp_deadline(control->timeout_ms);
@@ -567,6 +582,14 @@ usp_status usp_control_allgather(usp_control *control, const void *mine, void *a
 void usp_control_progress(usp_control *control, uint64_t exchanges, int waiting_for) {
     atomic_store(&control->exchanges, exchanges);
     atomic_store(&control->waits_for, waiting_for);
+}
+
+void usp_control_note_plan(usp_control *control, int ranks, uint64_t hash) {
+    pthread_mutex_lock(&control->mutex);
+    usp_plans_note(&control->plans, ranks, hash);
+    for (int i = 0; i < control->size; i++) control->lines[i].plan_due = 0;
+    ring(control->wake);
+    pthread_mutex_unlock(&control->mutex);
 }
 
 usp_status usp_control_poll(usp_control *control) {

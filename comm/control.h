@@ -18,6 +18,8 @@ usp_status usp_control_connect(usp_control *, const usp_meeting *, int *data);
 usp_status usp_control_allgather(usp_control *, const void *mine, void *all, size_t bytes_per_rank);
 /* What this rank does now: how many exchanges it has entered, and the rank it waits for (-1: none). Lock-free. */
 void usp_control_progress(usp_control *, uint64_t exchanges, int waiting_for);
+/* See usp_comm_ops.note_plan. */
+void usp_control_note_plan(usp_control *, int ranks, uint64_t hash);
 /* OK, or the sticky failure with its sentence: PEER_LOST (rank), or COMM for a rank that aborted. Never waits. */
 usp_status usp_control_poll(usp_control *);
 /* The rank to blame for a wait on `peer` (-1: unknown) that timed out: the end of the chain of who waits for whom, or

@@ -61,6 +61,10 @@ static usp_status give_up(usp_mpi *self, usp_status status) {
     return usp_control_fail(self->control, status, "%s", usp_last_error());
 }
 
+static void mpi_note_plan(usp_comm *comm, int ranks, uint64_t hash) {
+    usp_control_note_plan(mpi_of(comm)->control, ranks, hash);
+}
+
 static usp_status mpi_poll(usp_comm *comm) {
     return usp_control_poll(mpi_of(comm)->control);
 }
@@ -284,6 +288,7 @@ static const usp_comm_ops mpi_ops = {
     .free_shared = mpi_free_shared,
     .split = mpi_split,
     .split_destroy = mpi_split_destroy,
+    .note_plan = mpi_note_plan,
     .poll = mpi_poll,
     .fail = mpi_fail,
     .overdue = mpi_overdue,

@@ -392,6 +392,10 @@ static usp_status nccl_allgather(usp_comm *comm, const void *mine, void *all, si
 
 /* ---- watching ---------------------------------------------------------------------------------------------------- */
 
+static void nccl_note_plan(usp_comm *comm, int ranks, uint64_t hash) {
+    usp_control_note_plan(nccl_of(comm)->control, ranks, hash);
+}
+
 static usp_status nccl_poll(usp_comm *comm) {
     usp_nccl *self = nccl_of(comm);
     ncclResult_t result = ncclSuccess;
@@ -525,7 +529,8 @@ static usp_status has_any_captured(usp_nccl *self, int *any) {
     return USP_OK;
 }
 
-/* All ranks have come before this one takes its memory away; one that is fresh goes back as it came. On a comm that has failed, destroy frees it. */
+/* All ranks have come before this one takes its memory away; one that is fresh goes back as it came.
+ * On a comm that has failed, destroy frees it. */
 static usp_status nccl_free_shared(usp_comm *comm, void *memory) {
     usp_nccl *self = nccl_of(comm);
     usp_shared **link = link_of(self, memory), *piece = *link;
@@ -616,6 +621,7 @@ static const usp_comm_ops nccl_ops = {
     .free_shared = nccl_free_shared,
     .split = nccl_split,
     .split_destroy = nccl_split_destroy,
+    .note_plan = nccl_note_plan,
     .poll = nccl_poll,
     .fail = nccl_fail,
     .overdue = nccl_overdue,

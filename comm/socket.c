@@ -222,6 +222,10 @@ static void socket_split_destroy(usp_comm *comm, struct ncclComm *axis) {
     (void)comm, (void)axis;
 }
 
+static void socket_note_plan(usp_comm *comm, int ranks, uint64_t hash) {
+    usp_control_note_plan(((usp_socket_comm *)comm)->control, ranks, hash);
+}
+
 static usp_status socket_poll(usp_comm *comm) {
     return usp_control_poll(((usp_socket_comm *)comm)->control);
 }
@@ -258,6 +262,7 @@ static const usp_comm_ops socket_ops = {
     .free_shared = socket_free_shared,
     .split = socket_split,
     .split_destroy = socket_split_destroy,
+    .note_plan = socket_note_plan,
     .poll = socket_poll,
     .fail = socket_fail,
     .overdue = socket_overdue,

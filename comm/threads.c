@@ -7,6 +7,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "error.h"
 #include "list.h"
+#include "plans.h"
 #include <errno.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -38,6 +39,7 @@ typedef struct usp_seat {
     const void *mine; /* gathering */
     void *all;
     size_t bytes;
+    usp_plans plans;
 } usp_seat;
 
 struct usp_rendezvous {
@@ -272,6 +274,18 @@ static usp_status copy_message(usp_thread_comm *self, usp_box *in, const usp_sea
     return fail_all(self->meeting, status, "rank %d: %s", self->base.rank, usp_last_error());
 }
 
+/* Both are in the exchange that carries the message: neither re-plans meanwhile. */
+static usp_status compare_plans(usp_rendezvous *meeting, int rank, int peer) {
+    const usp_plans *own = &meeting->seats[rank].plans, *theirs = &meeting->seats[peer].plans;
+    for (int i = 0; i < USP_PLAN_SIZES && theirs->of[i].ranks > 0; i++) {
+        const usp_plan *plan = &theirs->of[i];
+        uint64_t hash = plan->hash[plan->count % USP_PLAN_HISTORY];
+        if (usp_plans_differ(own, rank, peer, plan->ranks, plan->count, hash))
+            return fail_all(meeting, USP_MISMATCH, "rank %d and rank %d re-planned to different documents", peer, rank);
+    }
+    return USP_OK;
+}
+
 /* Takes the next message of `peer` if it is there. */
 static usp_status receive(usp_thread_comm *self, int peer, const usp_errand *errand, int *moved) {
     usp_rendezvous *meeting = self->meeting;
@@ -284,6 +298,7 @@ static usp_status receive(usp_thread_comm *self, int peer, const usp_errand *err
     if (sent != recv->bytes)
         return fail_all(meeting, USP_COMM, "rank %d sends %zu bytes to rank %d, which expects %zu", peer, sent, rank,
                         recv->bytes);
+    USP_TRY(compare_plans(meeting, rank, peer));
     usp_status status = copy_message(self, in, sender, recv, errand->stream);
     pthread_cond_signal(&sender->wake);
     if (status != USP_OK) return status;
@@ -417,6 +432,13 @@ static void threads_split_destroy(usp_comm *comm, struct ncclComm *axis) {
     (void)comm, (void)axis;
 }
 
+static void threads_note_plan(usp_comm *comm, int ranks, uint64_t hash) {
+    usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
+    pthread_mutex_lock(&meeting->mutex);
+    usp_plans_note(&meeting->seats[comm->rank].plans, ranks, hash);
+    pthread_mutex_unlock(&meeting->mutex);
+}
+
 static usp_status threads_poll(usp_comm *comm) {
     usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
     pthread_mutex_lock(&meeting->mutex);
@@ -494,6 +516,7 @@ static const usp_comm_ops threads_ops = {
     .free_shared = threads_free_shared,
     .split = threads_split,
     .split_destroy = threads_split_destroy,
+    .note_plan = threads_note_plan,
     .poll = threads_poll,
     .fail = threads_fail,
     .overdue = threads_overdue,

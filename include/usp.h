@@ -173,8 +173,8 @@ USP_API usp_status usp_world_create_env(const usp_world_config *config, usp_worl
 
 USP_API usp_status usp_world_get_info(const usp_world *world, usp_world_info *info);
 
-/* The failure that has hit the world, if any: OK, PEER_LOST, TIMEOUT, COMM or DEVICE. Waits for no rank. Once failed, a
- * world stays failed: every later call returns the same status; destroy it and create another. */
+/* The failure that has hit the world, if any: OK, PEER_LOST, TIMEOUT, COMM, MISMATCH or DEVICE. Waits for no rank. Once
+ * failed, a world stays failed: every later call returns the same status; destroy it and create another. */
 USP_API usp_status usp_world_poll(usp_world *world);
 /* Waits until all work on `stream` is done, at most timeout_ms, polling the world meanwhile. Work that has failed fails
  * the world. */
@@ -258,7 +258,9 @@ USP_API usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_
  * work of earlier calls must be complete or on `stream`, and later calls on other streams must be made to wait for
  * `stream`. Graphs that hold calls of layers on the sequence are stale, with one rank too: counts, offsets and grids
  * are in them; capture again. Waits on the host for nothing but the uploads of the replan before, at most timeout_ms.
- * Errors: INVALID (also while `stream` is captured), the world's: a DEVICE error fails the world. */
+ * Errors: INVALID (also while `stream` is captured), the world's: a DEVICE error fails the world. Ranks of one data
+ * copy that give different documents fail the world by MISMATCH: threads at their next exchange, processes within a
+ * second. */
 USP_API usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const int64_t *document_ends,
                                        usp_stream stream);
 /* The segments of sequence rank `rank`: writes at most `capacity`, always the whole number to *count. */

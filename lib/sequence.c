@@ -350,6 +350,7 @@ usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *
         usp_sequence_destroy(sequence);
         return status;
     }
+    sequence->number = ++mesh->world->sequence_count;
     *out = sequence;
     return USP_OK;
 }
@@ -360,6 +361,13 @@ static usp_status check_capture(usp_device *device, usp_stream stream) {
     USP_TRY(device->ops->capturing(device, stream, &capturing));
     USP_REQUIRE(!capturing, "stream is being captured: other documents are planned on the host, outside of graphs");
     return USP_OK;
+}
+
+/* Ranks that plan otherwise would compute wrongly: their comm compares. */
+static void tell_plan(const usp_sequence *sequence) {
+    usp_comm *comm = sequence->world->comm;
+    uint64_t hash = usp_hash(sequence->number, sequence->document_ends, (size_t)sequence->documents * sizeof(int64_t));
+    comm->ops->note_plan(comm, sequence->ranks, hash);
 }
 
 usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const int64_t *ends, usp_stream stream) {
@@ -375,7 +383,9 @@ usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const 
     set_documents(sequence, documents, ends);
     fill(&sequence->query, sequence);
     sequence->key = sequence->query;
-    return usp_world_conclude(sequence->world, usp_schedule_replan(sequence, stream));
+    USP_TRY(usp_world_conclude(sequence->world, usp_schedule_replan(sequence, stream)));
+    tell_plan(sequence);
+    return USP_OK;
 }
 
 static uint64_t hash_segments(uint64_t seed, const usp_sharding *sharding) {

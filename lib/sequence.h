@@ -21,6 +21,7 @@ struct usp_sequence {
     int ranks, rank, copy; /* N, p, data copy */
     usp_layout layout;
     int cross; /* keys are another tensor */
+    uint64_t number; /* of the sequence among those of the world */
     int64_t max_documents, max_tokens;
     int64_t documents;
     int64_t *document_ends;  /* [max_documents] */

@@ -5,6 +5,7 @@
 #include "reference.h"
 #include "stage.h"
 
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -285,6 +286,40 @@ Test(world, own_mistakes) {
 
 Test(world, other_limits) {
     expect_on(SOCKETS, 3, 0, other_limits);
+}
+
+/* Processes exchange nothing in between: the beats tell. */
+static int replan_apart(usp_rank *rank, void *argument) {
+    meeting *m = argument;
+    usp_world *world = join(rank, m, silent());
+    usp_mesh *mesh = NULL;
+    usp_sequence *sequence = NULL;
+    const int64_t first[] = {48, 97}, second[] = {50, 97}, *ends = rank->rank == 1 ? second : first;
+    usp_sequence_config config = {.struct_size = sizeof config,
+                                  .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
+                                  .tokens = 97,
+                                  .max_documents = 2};
+    if (!world || usp_mesh_create(world, 1, rank->size, &mesh) != USP_OK ||
+        usp_sequence_create(mesh, &config, &sequence) != USP_OK)
+        return usp_say(rank, "%s", usp_last_error());
+    for (int i = 0; i < 100; i++) /* more than is kept of the past */
+        if (usp_sequence_replan(sequence, 2, first, NULL) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+    if (usp_world_poll(world) != USP_OK) return usp_say(rank, "before they differ: %s", usp_last_error());
+    pthread_barrier_wait(&m->barrier);
+    usp_sequence_replan(sequence, 2, ends, NULL);
+    usp_status status = USP_OK;
+    for (int i = 0; i < 500 && status == USP_OK; i++, poll(NULL, 0, 10)) status = usp_world_poll(world);
+    if (status != USP_MISMATCH || !strstr(usp_last_error(), "rank 1"))
+        usp_say(rank, "%s, \"%s\"", usp_status_string(status), usp_last_error());
+    usp_sequence_destroy(sequence);
+    usp_mesh_destroy(mesh);
+    usp_world_destroy(world);
+    usp_count(rank);
+    return 0;
+}
+
+Test(world, replan_apart) {
+    expect_on(SOCKETS, 3, 0, replan_apart);
 }
 
 /* ---- log --------------------------------------------------------------------------------------------------------- */

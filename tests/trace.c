@@ -106,6 +106,10 @@ static void split_destroy(usp_comm *comm, struct ncclComm *made) {
     trace_of(comm)->inside->ops->split_destroy(trace_of(comm)->inside, made);
 }
 
+static void note_plan(usp_comm *comm, int ranks, uint64_t hash) {
+    trace_of(comm)->inside->ops->note_plan(trace_of(comm)->inside, ranks, hash);
+}
+
 static usp_status poll(usp_comm *comm) {
     return trace_of(comm)->inside->ops->poll(trace_of(comm)->inside);
 }
@@ -128,8 +132,21 @@ static void destroy(usp_comm *comm) {
     free(trace_of(comm));
 }
 
-static const usp_comm_ops ops = {"trace",       prepare, exchange, allgather, alloc_shared, register_shared, free_shared, split,
-                                 split_destroy, poll,    fail,     overdue,   give_up,      destroy};
+static const usp_comm_ops ops = {.name = "trace",
+                                 .prepare = prepare,
+                                 .exchange = exchange,
+                                 .allgather = allgather,
+                                 .alloc_shared = alloc_shared,
+                                 .register_shared = register_shared,
+                                 .free_shared = free_shared,
+                                 .split = split,
+                                 .split_destroy = split_destroy,
+                                 .note_plan = note_plan,
+                                 .poll = poll,
+                                 .fail = fail,
+                                 .overdue = overdue,
+                                 .abort = give_up,
+                                 .destroy = destroy};
 
 usp_trace *usp_trace_insert(usp_world *world) {
     usp_trace *trace = calloc(1, sizeof *trace);
