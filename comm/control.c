@@ -26,7 +26,7 @@ enum { USP_BEAT_MIN = 20, USP_BEAT_MAX = 1000, USP_SILENT_BEATS = 8, USP_SUSPECT
 enum {
     USP_ECHO_MS = 500,  /* for the reason of a failure to arrive by way of another rank */
     USP_APART_MS = 500, /* a data connection has ended and the control line has not */
-    USP_DYING_MS = 50   /* a process that ends closes one descriptor after the other */
+    USP_DYING_MS = 10   /* a process that ends closes one descriptor after the other */
 };
 
 typedef enum usp_frame_kind {
@@ -49,6 +49,7 @@ typedef struct usp_line {
     int connection; /* -1: ended, or this rank itself */
     int left;       /* the peer said goodbye */
     int wanted;     /* this rank cannot go on without the peer */
+    int deaf;       /* what the peer says cannot be understood any more */
     int64_t apart;  /* since when the data connection to it is known to have ended; 0: it has not */
     int64_t heard;  /* when */
     uint64_t exchanges;
@@ -168,8 +169,9 @@ static void end_line(usp_control *control, int peer) {
         declare(control, USP_COMM, "the control line between rank %d and rank %d was cut", control->rank, peer);
 }
 
-static void end_nonsense(usp_control *control, int peer) {
-    close_line(control, peer);
+/* The line stays, for this rank to say why. */
+static void hear_no_more(usp_control *control, int peer) {
+    control->lines[peer].deaf = 1;
     declare(control, USP_COMM, "rank %d hears nonsense on its control line to rank %d", control->rank, peer);
 }
 
@@ -376,7 +378,7 @@ static int advance(usp_control *control, int peer, size_t got) {
 static void read_line(usp_control *control, int peer) {
     usp_line *line = &control->lines[peer];
     char drain[4096];
-    for (int reads = 0; reads < USP_READS && line->connection >= 0; reads++) {
+    for (int reads = 0; reads < USP_READS && line->connection >= 0 && !line->deaf; reads++) {
         size_t bytes;
         char *target = read_target(control, peer, drain, sizeof drain, &bytes);
         ssize_t got = recv(line->connection, target, bytes, 0);
@@ -384,7 +386,7 @@ static void read_line(usp_control *control, int peer) {
         if (got <= 0)
             end_line(control, peer);
         else if (!advance(control, peer, (size_t)got))
-            end_nonsense(control, peer);
+            hear_no_more(control, peer);
         line->heard = usp_now_ms();
     }
 }
@@ -501,7 +503,8 @@ static void beat(usp_control *control) {
 static void poll_lines(usp_control *control) {
     for (int i = 0; i < control->size; i++) {
         const usp_line *line = &control->lines[i];
-        short events = line->out_size > 0 ? POLLIN | POLLOUT : POLLIN;
+        short events = line->deaf ? 0 : POLLIN;
+        if (line->out_size > 0) events |= POLLOUT;
         control->polls[i] = (struct pollfd){.fd = line->connection, .events = events};
     }
     control->polls[control->size] = (struct pollfd){.fd = control->wake, .events = POLLIN};

@@ -7,6 +7,7 @@
 #include "tcp.h"
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -330,6 +331,72 @@ static int usp_scene_memory(const usp_cast *cast, usp_host *host, usp_device *de
     return wrong;
 }
 
+/* The own established connections in the order in which they were made: for two ranks control, then data. */
+static int usp_find_connection(int index) {
+    for (int i = 3; i < 1024; i++) {
+        struct tcp_info info;
+        socklen_t length = sizeof info;
+        if (getsockopt(i, IPPROTO_TCP, TCP_INFO, &info, &length) == 0 && info.tcpi_state == TCP_ESTABLISHED &&
+            index-- == 0)
+            return i;
+    }
+    exit(1);
+}
+
+/* Both ranks live, and a connection between them does not, or carries what no rank says: three sentences, all COMM. */
+static int usp_check_cut(const usp_cast *cast, usp_host *host, usp_device *device, int index, const char *words) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_comm *comm;
+    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    for (int i = 0; i < 10; i++) usp_ring_step(comm, 100);
+    if (cast->rank == cast->odd && index >= 0) shutdown(usp_find_connection(index), SHUT_RDWR);
+    if (cast->rank == cast->odd && index < 0) send(usp_find_connection(0), "nonsense of 16 b and more of it", 31, 0);
+    double start = usp_seconds();
+    usp_status status = usp_run_ring(comm);
+    double took = usp_seconds() - start;
+    int wrong = usp_check_failure(comm, status, USP_COMM, words) + usp_check(comm, took < 2, "known after %.1f s", took);
+    wrong += usp_check(comm, strstr(usp_last_error(), "rank 0") && strstr(usp_last_error(), "rank 1"), "who? %s",
+                       usp_last_error());
+    usp_rest(300); /* or the other, which has yet to look, finds this one gone */
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
+static int usp_scene_cut_data(const usp_cast *cast, usp_host *host, usp_device *device) {
+    return usp_check_cut(cast, host, device, 1, "the data connection between ");
+}
+
+static int usp_scene_cut_control(const usp_cast *cast, usp_host *host, usp_device *device) {
+    return usp_check_cut(cast, host, device, 0, "the control line between ");
+}
+
+static int usp_scene_nonsense(const usp_cast *cast, usp_host *host, usp_device *device) {
+    return usp_check_cut(cast, host, device, -1, "hears nonsense");
+}
+
+/* The odd rank dies and a child of its fork keeps its connections: it is silent, and that is noticed. */
+static int usp_scene_child_holds(const usp_cast *cast, usp_host *host, usp_device *device) {
+    usp_circle circle = usp_circle_make(cast, -1);
+    usp_bootstrap bootstrap = {usp_circle_gather, &circle, circle.rank, circle.size};
+    usp_comm_config config = {.device = device, .host = host, .timeout_ms = cast->timeout_ms, .silence_ms = 800};
+    usp_comm *comm;
+    char odd[32];
+    usp_words(odd, cast->odd);
+    if (usp_check(NULL, usp_make_socket(&config, &bootstrap, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    if (cast->rank == cast->odd) {
+        if (fork() == 0) {
+            usp_rest(6000);
+            _exit(0);
+        }
+        raise(SIGKILL);
+    }
+    double start = usp_seconds();
+    int wrong = usp_check_failure(comm, usp_run_ring(comm), USP_TIMEOUT, odd);
+    wrong += usp_check(comm, usp_seconds() - start < 3, "noticed after %.1f s", usp_seconds() - start);
+    comm->ops->destroy(comm);
+    return wrong;
+}
+
 /* ---- scenes of the environment ----------------------------------------------------------------------------------- */
 
 static void usp_set_number(const char *name, int value) {
@@ -638,6 +705,18 @@ static int usp_check_deaths(double *struck) {
     return wrong;
 }
 
+/* What breaks between ranks that live, and a death that no connection tells. */
+static int usp_check_lines(void) {
+    usp_cast cast = {.size = 2, .timeout_ms = 10000};
+    int wrong = 0;
+    for (cast.odd = 0; cast.odd < 2; cast.odd++) {
+        wrong += usp_play(usp_scene_cut_data, cast) + usp_play(usp_scene_cut_control, cast);
+        wrong += usp_play(usp_scene_nonsense, cast);
+    }
+    cast = (usp_cast){.size = 3, .timeout_ms = 10000, .odd = 1, .signal = SIGKILL};
+    return wrong + usp_play(usp_scene_child_holds, cast);
+}
+
 static int usp_check_others(double *struck) {
     usp_cast cast = {.size = 4, .timeout_ms = 10000, .odd = 2, .port = usp_free_port()};
     int wrong = usp_play(usp_scene_left, cast) + usp_play(usp_scene_abort, cast) + usp_play(usp_scene_mismatch, cast);
@@ -675,7 +754,7 @@ int main(void) {
     for (int size = 1; size <= USP_MOST; size++)
         wrong += usp_play(usp_scene_conformance, (usp_cast){.size = size, .timeout_ms = 20000});
     wrong += usp_play(usp_scene_conformance, (usp_cast){.size = 2, .timeout_ms = -1, .seed = 9});
-    wrong += usp_check_deaths(struck) + usp_check_others(struck);
+    wrong += usp_check_deaths(struck) + usp_check_lines() + usp_check_others(struck);
     munmap(struck, sizeof *struck);
     printf("%s: %d wrong\n", wrong ? "FAIL" : "ok", wrong);
     return wrong != 0;
