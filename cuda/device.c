@@ -160,6 +160,12 @@ static usp_status cuda_softmax_backward_key(usp_device *device, const usp_softma
     return usp_cuda_softmax(softmax, USP_CALL_BACKWARD_KEY, USP_CUDA_GRID, stream);
 }
 
+/* Tiles live in shared memory and registers. */
+static size_t cuda_scratch(usp_device *device, const usp_kernel_shape *shape) {
+    (void)device, (void)shape;
+    return 0;
+}
+
 /* Longer blocks move fewer states through memory, shorter ones give short inputs enough blocks to fill the GPU; the
  * steps are where the one began to win over the other (docs/performance-log.md). */
 static int64_t cuda_linear_block(usp_device *device, int64_t rows) {
@@ -222,6 +228,7 @@ static const usp_device_ops cuda_ops = {
     .event_query = cuda_event_query,
     .capturing = cuda_capturing,
     .supports = cuda_supports,
+    .scratch = cuda_scratch,
     .copy_rows = cuda_copy_rows,
     .softmax_forward = cuda_softmax_forward,
     .softmax_delta = cuda_softmax_delta,

@@ -13,6 +13,7 @@
  * Fields are only ever appended, so a program built against an older header keeps working; a newer program's unknown
  * fields must be zero. No struct has padding.
  *
+ * On the CPU any call runs on a stack of 64 KiB, which is less than the default of any system.
  * Objects are used by one thread at a time, and destroyed in the reverse order of creation; destroying NULL is fine.
  * This header needs no CUDA, NCCL or MPI header and is clean in C99, C11 and C++17. */
 #ifndef USP_H
@@ -397,8 +398,8 @@ USP_API usp_status usp_layer_get_shard(const usp_layer *layer, usp_shard *shard)
 USP_API size_t usp_layer_describe(const usp_layer *layer, char *text, size_t capacity);
 
 /* Collective among the ranks of one data copy, in the same order for all layers of a world. Enqueue on `stream` and
- * return (on the CPU: return when done, and take some 256 KiB of stack). Allocate nothing, never wait for the device,
- * may be captured in a CUDA graph (UNSUPPORTED where ranks of usp_world_create_threads exchange).
+ * return (on the CPU: return when done). Allocate nothing, never wait for the device, may be captured in a CUDA graph
+ * (UNSUPPORTED where ranks of usp_world_create_threads exchange).
  * workspace: `bytes` long, contents free; one workspace serves any number of layers that run one after the other on one
  * stream. Errors: INVALID, WORKSPACE, UNSUPPORTED (captured between thread-ranks): programming errors, found before
  * anything moved, after which the caller should usp_world_abort since other ranks may wait; else the world's: a DEVICE

@@ -25,12 +25,14 @@ typedef struct flow {
     float *carry;    /* one state, on its way */
     const float *initial;
     float *final;
+    void *scratch; /* of the kernels */
 } flow;
 
 typedef struct buffers {
     float *blocks[2], *totals[2], *slots[2], *carry[2], *incoming[2], *edge[2]; /* of the flows S and D */
     float *seed;                                                                /* D's initial state */
     float *acc, *keys, *heads; /* fp32 rows of products: before a state is applied, or shared heads are summed */
+    void *scratch;
 } buffers;
 
 /* Floats of one state of all own heads. */
@@ -59,6 +61,7 @@ static buffers carve(const usp_layer *layer, usp_pass pass, usp_arena *arena) {
         b.carry[i] = carve_states(layer, 1, arena);
         b.edge[i] = carve_states(layer, 1, arena);
     }
+    b.scratch = usp_carve(arena, layer->scratch);
     b.acc = carve_rows(layer, arena);
     if (pass == USP_PASS_FORWARD) return b;
     b.keys = layer->config.recompute_state ? carve_rows(layer, arena) : b.acc; /* dq is done before dk begins */
@@ -108,7 +111,8 @@ static usp_linear block_arguments(const usp_layer *layer, const flow *f) {
                         .tokens = layer->schedule->query.block[layer->mesh.r].rows,
                         .k = f->k,
                         .v = f->v,
-                        .states = f->blocks};
+                        .states = f->blocks,
+                        .scratch = f->scratch};
 }
 
 static usp_scan scan_arguments(const usp_layer *layer, const flow *f) {
@@ -404,7 +408,8 @@ static flow forward_flow(const usp_layer *layer, const usp_inner *inner, const b
                   .incoming = inner->states ? inner->states : b->incoming[0],
                   .carry = b->carry[0],
                   .initial = inner->initial,
-                  .final = b->edge[0]};
+                  .final = b->edge[0],
+                  .scratch = b->scratch};
 }
 
 static product out_product(const usp_layer *layer, const usp_inner *inner, const flow *f) {
@@ -460,7 +465,8 @@ static flow backward_flow(const usp_layer *layer, const usp_inner *inner, const 
                   .incoming = b->incoming[1],
                   .carry = b->carry[1],
                   .initial = inner->dfinal,
-                  .final = b->edge[1]};
+                  .final = b->edge[1],
+                  .scratch = b->scratch};
 }
 
 static product dq_product(const usp_layer *layer, const usp_inner *inner, const flow *s) {

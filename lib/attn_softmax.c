@@ -14,6 +14,7 @@ typedef struct buffers {
     void *own, *ring[2];     /* key blocks: own, if it comes unpacked; arriving and arrived */
     float *acc;              /* forward: running output; backward: running dq */
     float *home, *travel[2]; /* backward: fp32 key gradients of the own step; of blocks passing through */
+    void *scratch;           /* of the kernels */
 } buffers;
 
 static usp_bundle keys_bundle(const usp_layer *layer) {
@@ -52,6 +53,7 @@ static buffers carve(const usp_layer *layer, usp_pass pass, usp_arena *arena) {
     int ring = layer->mesh.ring, backward = pass == USP_PASS_BACKWARD;
     int64_t dim = backward ? layer->dim[USP_QUERY] : layer->dim[USP_OUT];
     int64_t heads = usp_layer_own_heads(layer);
+    b.scratch = usp_carve(arena, layer->scratch);
     if (ring == 1) return b;
     b.own = carve_block(layer, &keys, arena);
     for (int i = 0; i < 2; i++) b.ring[i] = carve_block(layer, &keys, arena);
@@ -76,7 +78,7 @@ static size_t saved(const usp_layer *layer) {
 
 /* ---- steps ------------------------------------------------------------------------------------------------------- */
 
-static usp_softmax step_arguments(const usp_layer *layer, const usp_inner *inner) {
+static usp_softmax step_arguments(const usp_layer *layer, const usp_inner *inner, const buffers *b) {
     return (usp_softmax){.dtype = layer->config.dtype,
                          .batch = layer->config.batch,
                          .heads = usp_layer_own_heads(layer),
@@ -95,7 +97,8 @@ static usp_softmax step_arguments(const usp_layer *layer, const usp_inner *inner
                          .delta = inner->delta,
                          .dq = inner->dq,
                          .dk = inner->dk,
-                         .dv = inner->dv};
+                         .dv = inner->dv,
+                         .scratch = b->scratch};
 }
 
 static void set_keys(const usp_layer *layer, usp_softmax *step, int t, void *block) {
@@ -159,7 +162,7 @@ static void post_gradients(const usp_layer *layer, int t, const void *done, void
 static usp_status forward(usp_layer *layer, usp_inner *inner) {
     usp_device *device = layer->world->device;
     buffers b = carve(layer, USP_PASS_FORWARD, &inner->arena);
-    usp_softmax step = step_arguments(layer, inner);
+    usp_softmax step = step_arguments(layer, inner, &b);
     int ring = layer->mesh.ring;
     void *current;
     USP_TRY(pack_keys(layer, inner, &b, &current));
@@ -256,7 +259,7 @@ static usp_status bring_home(usp_layer *layer, const usp_inner *inner, const buf
 
 static usp_status backward(usp_layer *layer, usp_inner *inner) {
     buffers b = carve(layer, USP_PASS_BACKWARD, &inner->arena);
-    usp_softmax step = step_arguments(layer, inner);
+    usp_softmax step = step_arguments(layer, inner, &b);
     void *current;
     USP_TRY(pack_keys(layer, inner, &b, &current));
     step.dq_sum = query_sums(layer, b.acc);

@@ -78,6 +78,7 @@ typedef struct usp_softmax {
     usp_tensor dq_sum;  /* fp32 running sums, any strides */
     usp_tensor dk_sum, dv_sum;
     usp_tensor dq, dk, dv; /* dtype, if last */
+    void *scratch;         /* as the device's entry `scratch` says; contents free between kernels */
 } usp_softmax;
 
 /* Linear attention over chunks: runs of consecutive positions, in ascending order, a block at a time. Block i covers
@@ -108,6 +109,7 @@ typedef struct usp_linear {
     int first, last;    /* first: acc is not read; last: write dtype to out, else fp32 to acc */
     float *acc;         /* fp32 [tokens, batch, heads, value_dim] dense */
     usp_tensor out;     /* [.., heads, ..]: per layer head, no map */
+    void *scratch;      /* of totals, output and apply, as in usp_softmax */
 } usp_linear;
 
 /* Exclusive scan over n states of `elements` floats per head: x = initial or 0; for i ascending (descending if
@@ -163,6 +165,8 @@ typedef struct usp_device_ops {
     /* kernels */
     /* UNSUPPORTED with the reason, or OK: then the entries below serve every call of the layer, of any size. */
     usp_status (*supports)(usp_device *, const usp_kernel_shape *);
+    /* Bytes of scratch that the layer's kernels take, one at a time; 0: they take none. */
+    size_t (*scratch)(usp_device *, const usp_kernel_shape *);
     usp_status (*copy_rows)(usp_device *, const usp_copy *, usp_stream);
     usp_status (*softmax_forward)(usp_device *, const usp_softmax *, usp_stream);
     /* delta[b, h, t] = sum over value_dim of dout * out, fp32. Of the arguments it reads dtype, batch, heads,

@@ -78,14 +78,25 @@ static usp_status check_size(const usp_sequence *sequence, const usp_layer_confi
                     c->batch, usp_layer_config_heads(c), c->head_dim, c->value_dim, (long long)sequence->max_tokens);
 }
 
+static usp_kernel_shape kernel_shape(const usp_layer_config *c) {
+    return (usp_kernel_shape){.attention = c->attention,
+                              .dtype = c->dtype,
+                              .batch = c->batch,
+                              .heads = usp_layer_config_heads(c),
+                              .dim = c->head_dim,
+                              .value_dim = c->value_dim};
+}
+
 static usp_status check_kernels(const usp_mesh *mesh, const usp_layer_config *c) {
     usp_device *device = mesh->world->device;
-    return device->ops->supports(device, &(usp_kernel_shape){.attention = c->attention,
-                                                             .dtype = c->dtype,
-                                                             .batch = c->batch,
-                                                             .heads = usp_layer_config_heads(c),
-                                                             .dim = c->head_dim,
-                                                             .value_dim = c->value_dim});
+    usp_kernel_shape shape = kernel_shape(c);
+    return device->ops->supports(device, &shape);
+}
+
+static size_t kernel_scratch(const usp_layer *layer) {
+    usp_device *device = layer->world->device;
+    usp_kernel_shape shape = kernel_shape(&layer->config);
+    return device->ops->scratch(device, &shape);
 }
 
 /* Most states of any one exchange: all chunks' from ring rank to ring rank, or one to and from every rank of an axis.
@@ -140,6 +151,7 @@ static usp_status build(usp_layer *layer, const float *decay) {
     layer->attn = layer->config.attention == USP_SOFTMAX ? &usp_attn_softmax : &usp_attn_linear;
     usp_shape shape = {mesh->ulysses, mesh->ring, mesh->u, mesh->r, layer->config.attention, layer->config.mask};
     USP_TRY(usp_schedule_acquire(layer->sequence, &shape, &layer->schedule));
+    layer->scratch = kernel_scratch(layer);
     layer->sizes = usp_run_sizes(layer);
     USP_TRY(allocate_messages(layer));
     USP_TRY(prepare_transport(layer));

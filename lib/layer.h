@@ -32,6 +32,7 @@ struct usp_layer {
     int shared[USP_OPERANDS]; /* several ulysses ranks hold some head of it */
     const usp_attn_ops *attn;
     usp_sizes sizes;
+    size_t scratch; /* bytes that its kernels work in */
     float *decay; /* device, own heads; NULL: lambda = 1 */
     usp_messages messages;
     void *message_memory;

@@ -265,6 +265,28 @@ static float *poisoned(size_t n) {
     return p;
 }
 
+/* ---- scratch ----------------------------------------------------------------------------------------------------- */
+
+enum { GUARD = 256 };
+
+/* What the device says its kernels work in, poisoned, and a guard behind it. */
+static void *scratch_make(check *c, usp_attention attention, usp_dtype dtype, int dim, int value_dim) {
+    usp_kernel_shape shape = {attention, dtype, 1, 1, dim, value_dim};
+    size_t bytes = c->device->ops->scratch(c->device, &shape);
+    void *scratch = aligned_alloc(GUARD, bytes + GUARD);
+    if (!scratch) exit(99);
+    return memset(scratch, 255, bytes + GUARD);
+}
+
+static void scratch_free(check *c, void *scratch, usp_attention attention, usp_dtype dtype, int dim, int value_dim) {
+    usp_kernel_shape shape = {attention, dtype, 1, 1, dim, value_dim};
+    const unsigned char *guard = (const unsigned char *)scratch + c->device->ops->scratch(c->device, &shape);
+    int whole = 1;
+    for (int i = 0; i < GUARD; i++) whole &= guard[i] == 255;
+    verdict(c, whole, "kernels of dims %d, %d wrote behind their scratch", dim, value_dim);
+    free(scratch);
+}
+
 /* ---- copy -------------------------------------------------------------------------------------------------------- */
 
 /* A copy has one right answer, bit for bit. */
@@ -508,16 +530,18 @@ static problem problem_make(check *c, usp_dtype dtype, int dim, int value_dim, i
     p.lse_single = poisoned(stats), p.delta_single = poisoned(stats), p.acc = poisoned(stats * (size_t)value_dim);
     p.work = memory(sizeof *p.work * (size_t)(queries + keys));
     p.tile = memory(sizeof *p.tile * (size_t)(queries + keys) * SEGMENTS * 2);
+    a->scratch = scratch_make(c, USP_SOFTMAX, dtype, dim, value_dim);
     problem_args(&p);
     return p;
 }
 
-static void problem_free(problem *p) {
+static void problem_free(check *c, problem *p) {
     tensor *all[] = {&p->q,  &p->k,  &p->v,      &p->out,    &p->dout,  &p->dq,
                      &p->dk, &p->dv, &p->dq_sum, &p->dk_sum, &p->dv_sum};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) tensor_free(all[i]);
     free(p->lse), free(p->delta), free(p->lse_single), free(p->delta_single), free(p->acc);
     free(p->work), free(p->tile);
+    scratch_free(c, p->args.scratch, USP_SOFTMAX, p->args.dtype, p->args.dim, p->args.value_dim);
 }
 
 static void problem_reference(problem *p) {
@@ -612,7 +636,7 @@ static void check_softmax(check *c, usp_dtype dtype, int dim, int value_dim, int
     }
     check_head_alone(c, &p);
     check_delta(c, &p);
-    problem_free(&p);
+    problem_free(c, &p);
 }
 
 /* ---- linear: problems -------------------------------------------------------------------------------------------- */
@@ -675,6 +699,7 @@ static linear linear_make(check *c, usp_dtype dtype, int dim, int value_dim, int
     a->reverse = pick(c, 2), a->shift = pick(c, 2), a->transposed = pick(c, 2), a->blocks = BLOCKS;
     linear_blocks(c, &l, tokens);
     linear_decay(c, &l);
+    a->scratch = scratch_make(c, USP_LINEAR, dtype, dim, value_dim);
     l.q = tensor_random(c, dtype, tokens, a->batch, a->heads, dim, 1);
     l.k = tensor_random(c, dtype, tokens, a->batch, (a->heads - 1 + a->k_map.offset) / group + 1, dim, 1);
     l.v = tensor_random(c, dtype, tokens, a->batch, (a->heads - 1 + a->v_map.offset) / 2 + 1, value_dim, 1);
@@ -690,9 +715,10 @@ static void linear_args(linear *l) {
     a->block = l->block, a->states = l->states, a->acc = l->acc;
 }
 
-static void linear_free(linear *l) {
+static void linear_free(check *c, linear *l) {
     tensor_free(&l->q), tensor_free(&l->k), tensor_free(&l->v), tensor_free(&l->out);
     free(l->states), free(l->acc), free(l->log_decay), free(l->truth);
+    scratch_free(c, l->args.scratch, USP_LINEAR, l->args.dtype, l->args.dim, l->args.value_dim);
 }
 
 static double decay(const linear *l, int h, int64_t n) {
@@ -781,7 +807,7 @@ static void check_linear(check *c, usp_dtype dtype, int dim, int value_dim, int 
     for (int i = 0; i < 4; i++) check_output(c, &l, reference_apply, 1, i & 1, i >> 1);
     l.args.causal = 0;
     check_output(c, &l, reference_apply, 1, 1, 1);
-    linear_free(&l);
+    linear_free(c, &l);
 }
 
 /* ---- linear: scan ------------------------------------------------------------------------------------------------ */
@@ -895,7 +921,7 @@ static void print_speed(check *c, usp_dtype dtype, int dim, int causal) {
     rate[2] = speed(c, &p, ops->softmax_backward_key, pairs, 4);
     printf("%-9s dtype %d d %3d %-6s forward %6.1f, dq %6.1f, dk+dv %6.1f GFLOP/s\n", usp_cpu_panel(c->device)->name,
            (int)dtype, dim, causal ? "causal" : "full", rate[0], rate[1], rate[2]);
-    problem_free(&p);
+    problem_free(c, &p);
 }
 
 static void print_linear_speed(check *c, int dim) {
@@ -915,7 +941,7 @@ static void print_linear_speed(check *c, int dim) {
         printf("%-9s dtype 0 d %3d linear %s %6.1f GFLOP/s\n", usp_cpu_panel(c->device)->name, dim,
                e ? "output" : "totals", 1e-9 * each * rows * runs / (end - begin));
     }
-    linear_free(&l);
+    linear_free(c, &l);
 }
 
 /* ---- main -------------------------------------------------------------------------------------------------------- */

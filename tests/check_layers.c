@@ -2,8 +2,8 @@
  * for ranks that are processes. A plain program for the CPU; run by a launcher it is one rank, else it starts
  * thread-ranks.
  *
- *   check_layers [N]             N thread-ranks (default 4)
- *   RANK=... check_layers        one process of a launcher's, over sockets
+ *   check_layers [N [KIB]]       N thread-ranks (default 4) on stacks of KIB KiB (default the system's)
+ *   RANK=... check_layers [..]   one process of a launcher's, over sockets
  *   mpirun check_layers --mpi    one process of mpirun's, over MPI (where the build has it) */
 #include "bodies.h"
 #include "costs.h"
@@ -64,7 +64,9 @@ static int run_mpi(int argc, char **argv) {
 
 int main(int argc, char **argv) {
     if (argc > 1 && strcmp(argv[1], "--mpi") == 0) return run_mpi(argc, argv);
-    int size = argc > 1 ? atoi(argv[1]) : DEFAULT_RANKS, launched = getenv("RANK") != NULL;
-    return run_as(
-        &(usp_ranks){.kind = launched ? USP_RANKS_PROCESS : USP_RANKS_THREADS, .size = size, .seconds = SECONDS});
+    int size = argc > 1 ? atoi(argv[1]) : DEFAULT_RANKS, stack = argc > 2 ? atoi(argv[2]) : 0;
+    return run_as(&(usp_ranks){.kind = getenv("RANK") ? USP_RANKS_PROCESS : USP_RANKS_THREADS,
+                               .size = size,
+                               .stack = stack,
+                               .seconds = SECONDS});
 }

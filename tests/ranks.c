@@ -12,7 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { DEFAULT_SECONDS = 60, GRACE_SECONDS = 5 };
+enum { DEFAULT_SECONDS = 60, GRACE_SECONDS = 5, GUARD_BYTES = 1 << 20 };
 
 struct usp_run {
     usp_ranks how;
@@ -158,10 +158,22 @@ static int wait_or_abort(usp_run *run) {
     return ended;
 }
 
+/* The guard is longer than any frame, so that one that leaves the stack ends there. */
+static int start_rank(usp_run *run, int rank) {
+    size_t stack = (size_t)run->how.stack << 10;
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return 1;
+    int failed = stack && (pthread_attr_setstacksize(&attributes, stack) != 0 ||
+                           pthread_attr_setguardsize(&attributes, GUARD_BYTES) != 0);
+    if (!failed) failed = pthread_create(&run->thread[rank], &attributes, rank_thread, &run->rank[rank]) != 0;
+    pthread_attr_destroy(&attributes);
+    return failed;
+}
+
 static int run_threads(usp_run *run) {
     run->running = run->how.size;
     for (int i = 0; i < run->how.size; i++)
-        if (pthread_create(&run->thread[i], NULL, rank_thread, &run->rank[i]) != 0) abort();
+        if (start_rank(run, i)) abort();
     int ended = wait_or_abort(run);
     for (int i = 0; ended && i < run->how.size; i++) pthread_join(run->thread[i], NULL);
     return ended;
@@ -169,10 +181,14 @@ static int run_threads(usp_run *run) {
 
 /* The launcher ends the other processes when this one is killed by its alarm. */
 static int run_process(usp_run *run) {
+    int ended = 1;
     alarm((unsigned)run->how.seconds);
-    run_rank(run, &run->rank[0]);
+    if (run->how.stack)
+        ended = run_threads(run);
+    else
+        run_rank(run, &run->rank[0]);
     alarm(0);
-    return 1;
+    return ended;
 }
 
 static usp_run *run_create(const usp_ranks *ranks, usp_body body, void *argument) {

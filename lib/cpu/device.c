@@ -100,6 +100,11 @@ static usp_status cpu_supports(usp_device *device, const usp_kernel_shape *shape
     return USP_OK;
 }
 
+static size_t cpu_scratch(usp_device *device, const usp_kernel_shape *shape) {
+    (void)device;
+    return usp_cpu_scratch(shape->dim, shape->value_dim);
+}
+
 /* Inside a block the CPU compares all pairs of rows: short blocks cost least. */
 static int64_t cpu_linear_block(usp_device *device, int64_t rows) {
     (void)device, (void)rows;
@@ -133,6 +138,7 @@ static const usp_device_ops cpu_ops = {
     .event_query = cpu_event_query,
     .capturing = cpu_capturing,
     .supports = cpu_supports,
+    .scratch = cpu_scratch,
     .copy_rows = usp_cpu_copy_rows,
     .softmax_forward = usp_cpu_softmax_forward,
     .softmax_delta = usp_cpu_softmax_delta,

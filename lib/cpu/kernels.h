@@ -5,11 +5,10 @@
 #include "../device.h"
 
 enum {
-    USP_CPU_DIM = 512,    /* largest head dim: bounds the tiles, which live on the stack */
-    USP_CPU_LANE = 16,    /* rows of a tile are padded to this many floats, and begin 64-byte aligned */
-    USP_CPU_ROWS = 8,     /* products are computed for this many rows at a time */
-    USP_CPU_BLOCK = 64,   /* rows and columns of a score tile at most */
-    USP_CPU_ARENA = 57344 /* floats of all tiles of one kernel: 224 KiB */
+    USP_CPU_DIM = 512, /* largest head dim: bounds a row of floats, which lies on the stack */
+    USP_CPU_LANE = 16, /* rows of a tile are padded to this many floats, and begin 64-byte aligned */
+    USP_CPU_ROWS = 8,  /* products are computed for this many rows at a time */
+    USP_CPU_BLOCK = 64 /* rows and columns of a score tile at most */
 };
 
 /* c[i][j] (+)= sum over l < k of a(i, l) * b[l][j], a(i, l) = a[i * a_row + l * a_step], i < m, j < n. m is a multiple
@@ -65,10 +64,17 @@ static inline int usp_cpu_pad(int n) {
     return (n + USP_CPU_LANE - 1) / USP_CPU_LANE * USP_CPU_LANE;
 }
 
-/* Rows and columns of a tile such that all tiles of any kernel fit into the arena. */
+/* Rows and columns of a tile such that all tiles of a kernel, at most 224 KiB, stay in the processor's cache. */
 static inline int usp_cpu_block(int dim, int value_dim) {
     int widest = dim > value_dim ? dim : value_dim;
     return widest <= 128 ? 64 : widest <= 256 ? 32 : 16;
+}
+
+/* Bytes of all tiles of one kernel: rows, columns and totals of both dims and two tiles of scores; linear ones have
+ * one total, one tile of scores and some lines of a state less. */
+static inline size_t usp_cpu_scratch(int dim, int value_dim) {
+    int block = usp_cpu_block(dim, value_dim);
+    return sizeof(float) * (size_t)(block * (3 * (usp_cpu_pad(dim) + usp_cpu_pad(value_dim)) + 2 * block));
 }
 
 static inline void *usp_cpu_row(const usp_tensor *tensor, usp_dtype dtype, int64_t token, int batch, int head) {

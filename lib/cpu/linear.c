@@ -13,7 +13,6 @@ typedef struct usp_linear_strip {
     _Alignas(64) float weight[USP_CPU_BLOCK];    /* of rows */
     _Alignas(64) float band[2 * USP_CPU_BLOCK];  /* of pairs, by distance */
     _Alignas(64) float power[2 * USP_CPU_BLOCK]; /* lambda^i */
-    _Alignas(64) float arena[USP_CPU_ARENA];
     float *row, *key, *value; /* [dim][width] queries, transposed; [block][dim]; [block][value_dim] */
     float *score, *out;       /* [block][width]; [width][value_dim] */
     float *state;             /* [block][value_dim, or dim if transposed]: a few lines of a state */
@@ -34,7 +33,7 @@ static double power(double log_decay, int64_t n) {
 }
 
 static void strip_init(usp_linear_strip *s, const usp_panel *panel, const usp_linear *args) {
-    float *free = s->arena;
+    float *free = args->scratch;
     s->panel = panel;
     s->args = args;
     s->dim = usp_cpu_pad(args->dim);

@@ -16,7 +16,6 @@ typedef struct usp_softmax_strip {
     _Alignas(64) float factor[USP_CPU_BLOCK];
     _Alignas(64) float lse[USP_CPU_BLOCK]; /* backward: of the queries, rows or columns */
     _Alignas(64) float delta[USP_CPU_BLOCK];
-    _Alignas(64) float arena[USP_CPU_ARENA];
     float *row[2];    /* [dim][width], [value_dim][width]: this side, transposed, the first one times scale */
     float *column[2]; /* [block][dim], [block][value_dim]: the other side */
     float *score[2];  /* [block][width]: weights, and their gradient */
@@ -41,7 +40,7 @@ static void strip_init(usp_softmax_strip *s, const usp_panel *panel, const usp_s
 
 /* Lays the tiles out for `count` rows of the work item from its row `first` on. */
 static void strip_place(usp_softmax_strip *s, const usp_work *work, int first) {
-    float *free = s->arena;
+    float *free = s->args->scratch;
     s->begin = work->begin + first;
     s->count = work->count - first < s->block ? work->count - first : s->block;
     s->width = usp_cpu_pad(s->count);
