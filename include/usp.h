@@ -337,7 +337,8 @@ typedef struct usp_tensor {
  * every rank of the mesh, and always the state after a token. Strides of inputs may be any numbers. Those of outputs
  * must nest (INVALID else): ordered by size, each at least as long as all that lies within it, as in any view of a
  * dense tensor, so that no two elements share a place. out must not overlap q, k or v (equal
- * addresses are found and refused, other overlaps are not). */
+ * addresses are found and refused, other overlaps are not). A NaN or infinity in a token reaches only the results that
+ * depend on it by the mask. */
 typedef struct usp_forward {
     size_t struct_size;
     usp_tensor q;               /* [batch, local_tokens, heads, head_dim] */

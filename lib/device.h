@@ -3,7 +3,8 @@
  *
  * All kernels run on `stream` and return after launching (CPU: when done). Tensors are [token, batch, head, dim] by
  * strides in elements with dense dim (usp_tensor); any stride and alignment is legal. Running sums are fp32. Counts may
- * be zero. Kernels check nothing: lib/ has, at create. */
+ * be zero. Kernels check nothing: lib/ has, at create. A NaN or infinity reaches only what depends on it: pairs that
+ * are not allowed, and padding, are left out of sums, since 0 times NaN is NaN. */
 #ifndef USP_DEVICE_H
 #define USP_DEVICE_H
 #include "host.h"

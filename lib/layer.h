@@ -33,7 +33,7 @@ struct usp_layer {
     const usp_attn_ops *attn;
     usp_sizes sizes;
     size_t scratch; /* bytes that its kernels work in */
-    float *decay; /* device, own heads; NULL: lambda = 1 */
+    float *decay;   /* device, own heads; NULL: lambda = 1 */
     usp_messages messages;
     void *message_memory;
 };

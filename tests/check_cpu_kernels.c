@@ -890,6 +890,44 @@ static void check_exponential(check *c) {
     }
 }
 
+enum { BAND_TERMS = 21 };
+
+/* Whether the sums of a product are those of the terms within its band: finite where these are. */
+static int sums_are_right(const usp_product *p) {
+    int right = 1;
+    for (int i = 0; i < p->m; i++)
+        for (int j = 0; j < p->n; j++) {
+            double truth = 0;
+            float sum = p->c[i * p->c_row + j];
+            for (int l = 0; l < p->k; l++) {
+                int offset = p->band->origin + l * p->band->stride - p->band->position[i];
+                if (offset < p->band->low || offset > p->band->high) continue;
+                truth += (double)p->a[i * p->a_row + l * p->a_step] * (double)p->b[l * p->b_row + j];
+            }
+            right &= isfinite(truth) ? fabs(truth - (double)sum) < 1e-5 : !isfinite(sum);
+        }
+    return right;
+}
+
+/* A product of which a band leaves terms out, with a NaN or infinity in one of them or in one that stays. */
+static void check_banded(check *c) {
+    _Alignas(64) float a[BAND_TERMS * USP_CPU_ROWS], b[BAND_TERMS * USP_CPU_LANE], sum[USP_CPU_ROWS * USP_CPU_LANE];
+    const float odd[] = {NAN, INFINITY, -INFINITY};
+    int32_t position[USP_CPU_ROWS];
+    const usp_panel *panel = usp_cpu_panel(c->device);
+    usp_band allowed_terms = {position, pick(c, 9), 1 + pick(c, 2), -pick(c, 9), pick(c, 5)};
+    usp_product p = {.m = USP_CPU_ROWS, .n = USP_CPU_LANE, .k = BAND_TERMS, .band = &allowed_terms};
+    p.a = a, p.a_row = 1, p.a_step = USP_CPU_ROWS, p.b = b, p.b_row = p.c_row = USP_CPU_LANE, p.c = sum;
+    for (int i = 0; i < USP_CPU_ROWS; i++) position[i] = 3 * i;
+    for (int i = 0; i < BAND_TERMS * USP_CPU_ROWS; i++) a[i] = (float)uniform(c);
+    for (int i = 0; i < BAND_TERMS * USP_CPU_LANE; i++) b[i] = (float)uniform(c);
+    verdict(c, panel->finite(b, BAND_TERMS * USP_CPU_LANE), "numbers are not finite");
+    b[pick(c, BAND_TERMS * USP_CPU_LANE)] = odd[pick(c, 3)];
+    verdict(c, !panel->finite(b, BAND_TERMS * USP_CPU_LANE), "a NaN or infinity is finite");
+    panel->multiply(&p);
+    verdict(c, sums_are_right(&p), "a banded product is wrong");
+}
+
 /* ---- speed ------------------------------------------------------------------------------------------------------- */
 
 static double seconds(void) {
@@ -957,6 +995,7 @@ static void check_panel(check *c, int rounds) {
         check_linear(c, dtype, dims[pick(c, choices)], dims[pick(c, choices)], pick(c, length));
         check_copy(c);
         check_scan(c);
+        check_banded(c);
     }
     check_softmax(c, USP_F32, 64, 64, 300, 400);
     check_softmax(c, USP_F32, 512, 256, 40, 40);

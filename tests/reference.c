@@ -40,7 +40,7 @@ static usp_answer answer_create(const extents *e) {
                         numbers(e->v),   numbers(e->state), numbers(e->state)};
 }
 
-static void answer_free(usp_answer *a) {
+void usp_answer_free(usp_answer *a) {
     double *all[] = {a->out, a->lse, a->dq, a->dk, a->dv, a->final_state, a->dinitial_state};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
 }
@@ -94,28 +94,71 @@ static void answer_plainly(const usp_case *c, usp_oracle *o, const extents *e, u
     keep_farther(truth->dq, plain->dq, other.dq, e->q);
     keep_farther(truth->dk, plain->dk, other.dk, e->k);
     keep_farther(truth->dv, plain->dv, other.dv, e->v);
-    answer_free(&other);
+    usp_answer_free(&other);
+}
+
+/* A case's whole inputs. */
+typedef struct inputs {
+    double *q, *k, *v, *dout, *initial_state, *dfinal_state;
+    float decay[USP_CASE_HEADS];
+} inputs;
+
+static inputs inputs_create(const usp_case *c, const extents *e) {
+    inputs i = {.q = random_numbers(c, c->dtype, e->q, USP_Q),
+                .k = random_numbers(c, c->dtype, e->k, USP_K),
+                .v = random_numbers(c, c->dtype, e->v, USP_V),
+                .dout = random_numbers(c, c->dtype, e->out, USP_DOUT),
+                .initial_state = random_numbers(c, USP_F32, e->state, USP_INITIAL_STATE),
+                .dfinal_state = random_numbers(c, USP_F32, e->state, USP_DFINAL_STATE)};
+    usp_case_decay(c, i.decay);
+    return i;
+}
+
+static void inputs_free(inputs *i) {
+    double *all[] = {i->q, i->k, i->v, i->dout, i->initial_state, i->dfinal_state};
+    for (size_t n = 0; n < sizeof all / sizeof all[0]; n++) free(all[n]);
+}
+
+static usp_oracle oracle_of(const usp_case *c, const inputs *i) {
+    usp_oracle o = describe(c);
+    o.decay = c->decay ? i->decay : NULL;
+    o.q = i->q;
+    o.k = i->k;
+    o.v = i->v;
+    o.dout = i->dout;
+    o.initial_state = c->initial_state ? i->initial_state : NULL;
+    o.dfinal_state = c->final_state ? i->dfinal_state : NULL;
+    return o;
 }
 
 static void answer_case(const usp_case *c, usp_reference *reference) {
-    float decay[USP_CASE_HEADS];
     extents e = extents_of(c);
-    usp_oracle o = describe(c);
-    double *inputs[] = {random_numbers(c, c->dtype, e.q, USP_Q), random_numbers(c, c->dtype, e.k, USP_K),
-                        random_numbers(c, c->dtype, e.v, USP_V), random_numbers(c, c->dtype, e.out, USP_DOUT),
-                        random_numbers(c, USP_F32, e.state, 10), random_numbers(c, USP_F32, e.state, 11)};
-    usp_case_decay(c, decay);
-    o.decay = c->decay ? decay : NULL;
-    o.q = inputs[0];
-    o.k = inputs[1];
-    o.v = inputs[2];
-    o.dout = inputs[3];
-    o.initial_state = c->initial_state ? inputs[4] : NULL;
-    o.dfinal_state = c->final_state ? inputs[5] : NULL;
+    inputs i = inputs_create(c, &e);
+    usp_oracle o = oracle_of(c, &i);
     reference->truth = answer_create(&e);
     ask(&o, &reference->truth);
     if (c->dtype != USP_F32) answer_plainly(c, &o, &e, reference);
-    for (int i = 0; i < 6; i++) free(inputs[i]);
+    inputs_free(&i);
+}
+
+int64_t usp_reference_elements(const usp_case *c, int input) {
+    extents e = extents_of(c);
+    return input == USP_Q ? e.q : input == USP_K ? e.k : input == USP_V ? e.v : input == USP_DOUT ? e.out : e.state;
+}
+
+usp_answer usp_answer_spotted(const usp_case *c, const usp_spot *spot) {
+    extents e = extents_of(c);
+    inputs i = inputs_create(c, &e);
+    usp_oracle o = oracle_of(c, &i);
+    usp_answer answer = answer_create(&e);
+    double *const parts[] = {[USP_Q] = i.q, [USP_K] = i.k, [USP_V] = i.v, [USP_DOUT] = i.dout};
+    double *whole = spot->input < USP_PARTS            ? parts[spot->input]
+                    : spot->input == USP_INITIAL_STATE ? i.initial_state
+                                                       : i.dfinal_state;
+    whole[spot->index] = spot->value;
+    ask(&o, &answer);
+    inputs_free(&i);
+    return answer;
 }
 
 /* Two cases with equal keys have equal results. */
@@ -152,8 +195,8 @@ void usp_references_free(usp_references *references) {
     while (references->first) {
         usp_reference *r = references->first;
         references->first = r->next;
-        answer_free(&r->truth);
-        answer_free(&r->plain);
+        usp_answer_free(&r->truth);
+        usp_answer_free(&r->plain);
         free(r);
     }
 }

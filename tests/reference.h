@@ -20,6 +20,13 @@ typedef struct usp_references {
     usp_reference *first;
 } usp_references;
 
+/* Elements of an input (see usp_spot) of a complete case. */
+int64_t usp_reference_elements(const usp_case *c, int input);
+/* The oracle's answer, whose numbers the caller frees, where one element is another: a NaN, say, which is then in all
+ * that depends on it. */
+usp_answer usp_answer_spotted(const usp_case *c, const usp_spot *spot);
+void usp_answer_free(usp_answer *answer);
+
 const usp_reference *usp_reference_of(usp_references *references, const usp_case *c);
 void usp_references_free(usp_references *references);
 

@@ -4,8 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Seeds of the random tensors, beside the parts' own numbers. */
-enum { OTHER_VALUES = 9, INITIAL = 10, DFINAL = 11 };
+/* What other random elements come from, beside the numbers of the inputs. */
+enum { OTHER_VALUES = 9 };
 
 static int fail(usp_stage *stage, const char *what, usp_status status) {
     char name[256];
@@ -195,8 +195,8 @@ int usp_stage_fill(usp_stage *stage) {
     fill_part(stage, USP_K);
     fill_part(stage, USP_V);
     fill_part(stage, USP_DOUT);
-    fill_state(stage, &stage->initial_state, INITIAL);
-    fill_state(stage, &stage->dfinal_state, DFINAL);
+    fill_state(stage, &stage->initial_state, USP_INITIAL_STATE);
+    fill_state(stage, &stage->dfinal_state, USP_DFINAL_STATE);
     stage->input_hash = hash_inputs(stage);
     return fail(stage, "upload", upload_all(stage));
 }
@@ -228,6 +228,33 @@ int usp_stage_set_states(usp_stage *stage, const float *initial, const float *df
 
 int usp_stage_spoil(usp_stage *stage, usp_part part) {
     usp_view_poison(&stage->view[part], &stage->memory[stage->holder[part]]);
+    stage->input_hash = hash_inputs(stage);
+    return fail(stage, "upload", upload_all(stage));
+}
+
+static void set_state(const usp_stage *stage, const usp_spot *spot) {
+    const usp_buffer *state = spot->input == USP_INITIAL_STATE ? &stage->initial_state : &stage->dfinal_state;
+    usp_store(USP_F32, state->host + (size_t)spot->index * sizeof(float), spot->value);
+}
+
+static void set_part(const usp_stage *stage, const usp_spot *spot) {
+    const usp_view *view = &stage->view[spot->input];
+    int keys = part_of_keys((usp_part)spot->input), owner;
+    int64_t tokens = keys ? usp_case_keys(&stage->c) : stage->c.tokens, row = spot->index / view->dim, local;
+    int64_t token = row / view->heads % tokens;
+    usp_sequence_to_local(keys ? stage->keys : stage->sequence, token, &owner, &local);
+    if (owner == stage->p)
+        usp_store(view->dtype,
+                  usp_view_at(view, &stage->memory[stage->holder[spot->input]], (int)(row / view->heads / tokens),
+                              local, (int)(row % view->heads), (int)(spot->index % view->dim)),
+                  spot->value);
+}
+
+int usp_stage_set(usp_stage *stage, const usp_spot *spot) {
+    if (spot->input < USP_PARTS)
+        set_part(stage, spot);
+    else
+        set_state(stage, spot);
     stage->input_hash = hash_inputs(stage);
     return fail(stage, "upload", upload_all(stage));
 }
@@ -422,11 +449,12 @@ void usp_whole_free(usp_whole *whole) {
     *whole = (usp_whole){0};
 }
 
-int usp_stage_run(usp_rank *rank, const usp_case *c, usp_whole *whole) {
+int usp_stage_run_spotted(usp_rank *rank, const usp_case *c, const usp_spot *spot, usp_whole *whole) {
     usp_stage *stage = malloc(sizeof *stage);
     *whole = (usp_whole){0};
     usp_status refusal = usp_stage_open(rank, c, stage);
     int failed = refusal != USP_OK ? -1 : usp_stage_fill(stage);
+    if (!failed && spot) failed = usp_stage_set(stage, spot);
     if (!failed) failed = usp_stage_forward(stage, 1);
     if (!failed) failed = usp_stage_backward(stage);
     if (!failed) failed = usp_stage_gather(stage, 1, whole);
@@ -434,6 +462,10 @@ int usp_stage_run(usp_rank *rank, const usp_case *c, usp_whole *whole) {
     usp_stage_close(stage);
     free(stage);
     return failed;
+}
+
+int usp_stage_run(usp_rank *rank, const usp_case *c, usp_whole *whole) {
+    return usp_stage_run_spotted(rank, c, NULL, whole);
 }
 
 int usp_stage_share(usp_stage *stage, const void *mine, size_t bytes, void *all) {

@@ -7,6 +7,16 @@
 
 typedef enum usp_part { USP_Q, USP_K, USP_V, USP_O, USP_DOUT, USP_DQ, USP_DK, USP_DV, USP_PARTS } usp_part;
 
+/* Inputs of a case, by the numbers that their random elements come from. */
+enum { USP_INITIAL_STATE = 10, USP_DFINAL_STATE = 11 };
+
+/* One element of a whole input ([batch, token, head, dim], or a state) that is made another. */
+typedef struct usp_spot {
+    int input; /* a usp_part, or a state as above */
+    int64_t index;
+    double value;
+} usp_spot;
+
 typedef struct usp_stage {
     usp_rank *rank;
     usp_case c; /* completed */
@@ -43,6 +53,8 @@ int usp_stage_mix_values(usp_stage *stage, double first, double second);
 int usp_stage_set_states(usp_stage *stage, const float *initial, const float *dfinal);
 /* Makes this rank's part of an input NaN. */
 int usp_stage_spoil(usp_stage *stage, usp_part part);
+/* Sets one element, on the rank that owns it. */
+int usp_stage_set(usp_stage *stage, const usp_spot *spot);
 /* Makes q, k and v the other's out, which has the same shape. */
 int usp_stage_feed(usp_stage *stage, usp_stage *from);
 /* Makes dout the sum of dq, dk and dv of the one that was fed. */
@@ -67,6 +79,7 @@ void usp_whole_free(usp_whole *whole);
 
 /* All of the above in one: 0 and the result, 1 after saying why, -1 if the create call refused. */
 int usp_stage_run(usp_rank *rank, const usp_case *c, usp_whole *whole);
+int usp_stage_run_spotted(usp_rank *rank, const usp_case *c, const usp_spot *spot, usp_whole *whole); /* NULL: none */
 
 /* Collective over the mesh of the stage: every rank's `bytes` bytes, in order of p. */
 int usp_stage_share(usp_stage *stage, const void *mine, size_t bytes, void *all);

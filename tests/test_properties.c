@@ -3,6 +3,7 @@
 #include "bodies.h"
 #include "expect.h"
 #include "oracle.h"
+#include "spread.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -42,6 +43,10 @@ Test(properties, same_bits_in_any_arrangement) {
 
 Test(properties, nan_is_never_forgotten) {
     on_sizes(sizes, 4, usp_body_not_a_number);
+}
+
+Test(properties, nan_reaches_only_what_depends_on_it) {
+    on_sizes(sizes, 4, usp_body_spread);
 }
 
 Test(properties, same_bits_again) {

@@ -11,6 +11,13 @@ enum {
     USP_CPU_BLOCK = 64 /* rows and columns of a score tile at most */
 };
 
+/* Which pairs of a tile are allowed: row i and column j with low <= (origin + j * stride) - position[i] <= high, all
+ * modulo 2^32 but the comparisons. */
+typedef struct usp_band {
+    const int32_t *position; /* of rows, padded to USP_CPU_LANE */
+    int32_t origin, stride, low, high;
+} usp_band;
+
 /* c[i][j] (+)= sum over l < k of a(i, l) * b[l][j], a(i, l) = a[i * a_row + l * a_step], i < m, j < n. m is a multiple
  * of USP_CPU_ROWS, n, b_row and c_row of USP_CPU_LANE. Each sum runs over l in ascending order,
  * and is then added: many short sums lose less than a long one. */
@@ -22,6 +29,7 @@ typedef struct usp_product {
     int b_row;
     float *c;
     int c_row, accumulate;
+    const usp_band *band; /* if given, terms of a pair (i, l) outside of it are left out, whatever a and b hold */
 } usp_product;
 
 /* A tile of scores [columns][width]: lane i of each line belongs to row i of the work, padded to `width`. */
@@ -37,8 +45,10 @@ typedef struct usp_panel {
     void (*store)(usp_dtype, const float *from, void *to, int n);
     /* x[i][c] *= factor[i], i < rows, c < columns (a multiple of USP_CPU_LANE) */
     void (*scale)(float *x, const float *factor, int rows, int columns);
-    /* score[j][i] = -inf unless low <= (origin + j * stride) - position[i] <= high */
-    void (*mask)(usp_scores, const int32_t *position, int32_t origin, int32_t stride, int32_t low, int32_t high);
+    /* Whether none of n (a multiple of USP_CPU_LANE) is NaN or infinite. */
+    int (*finite)(const float *x, int n);
+    /* score[j][i] = fill outside of the band */
+    void (*mask)(usp_scores, const usp_band *, float fill);
     /* Online softmax: m = max(max, scores); score = exp(score - m); factor = exp(max - m); sum = sum * factor + scores;
      * max = m. All zero where m is -inf. */
     void (*fold)(usp_scores, float *max, float *sum, float *factor);

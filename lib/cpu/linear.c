@@ -10,6 +10,7 @@
 enum { USP_SCAN_LINE = 1024 };
 
 typedef struct usp_linear_strip {
+    _Alignas(64) int32_t position[USP_CPU_BLOCK];
     _Alignas(64) float weight[USP_CPU_BLOCK];    /* of rows */
     _Alignas(64) float band[2 * USP_CPU_BLOCK];  /* of pairs, by distance */
     _Alignas(64) float power[2 * USP_CPU_BLOCK]; /* lambda^i */
@@ -58,6 +59,7 @@ static void strip_rows(usp_linear_strip *s, int begin, int end) {
     s->begin = begin;
     s->count = end - begin < s->block ? end - begin : s->block;
     s->width = usp_cpu_pad(s->count);
+    for (int i = 0; i < s->width; i++) s->position[i] = begin + i;
 }
 
 static void load_line(const usp_linear_strip *s, const usp_tensor *tensor, usp_head_map map, int64_t token, float *to,
@@ -231,7 +233,7 @@ static void apply_state(usp_linear_strip *s, const float *state) {
     s->panel->scale(s->out, s->weight, s->width, s->value_dim);
 }
 
-/* score[j][i] *= lambda^(i - j) where column j is not after row i, else 0; by reverse, not before and j - i. */
+/* score[j][i] *= lambda^(i - j) where column j is not after row i; by reverse, not before and j - i. */
 static void decay_scores(usp_linear_strip *s, int begin, int count) {
     int sign = s->args->reverse ? -1 : 1, distances = s->width + count - 1;
     int64_t lowest = (int64_t)sign * (s->begin - begin) - (s->args->reverse ? s->count - 1 : count - 1);
@@ -245,9 +247,19 @@ static void decay_scores(usp_linear_strip *s, int begin, int count) {
         for (int i = 0; i < s->width; i++) s->score[j * s->width + i] *= s->band[i - j + count - 1];
 }
 
-/* out[i] += sum over the columns j of the decayed scores times v_j. */
+/* Whether the columns hold some that come after a row; which these are. */
+static int find_band(const usp_linear_strip *s, int begin, int count, usp_band *band) {
+    *band = (usp_band){s->position, begin, 1, INT32_MIN, 0};
+    if (s->args->reverse) band->low = 0, band->high = INT32_MAX;
+    return s->args->reverse ? begin < s->begin + s->count - 1 : begin + count - 1 > s->begin;
+}
+
+/* out[i] += sum over the columns j of the decayed scores times v_j. What comes after a row is left out before it is
+ * multiplied, as in softmax.c. */
 static void add_columns(usp_linear_strip *s, int begin, int count) {
     const usp_linear *a = s->args;
+    usp_band band;
+    int masked = find_band(s, begin, count, &band);
     load_columns(s, s->key, &a->k, a->k_map, a->dim, begin, count);
     load_columns(s, s->value, &a->v, a->v_map, a->value_dim, begin, count);
     usp_product scores = {.m = (count + USP_CPU_ROWS - 1) / USP_CPU_ROWS * USP_CPU_ROWS, .n = s->width, .k = a->dim};
@@ -255,11 +267,13 @@ static void add_columns(usp_linear_strip *s, int begin, int count) {
     scores.b = s->row, scores.b_row = s->width;
     scores.c = s->score, scores.c_row = s->width;
     s->panel->multiply(&scores);
+    if (masked) s->panel->mask((usp_scores){s->score, count, s->width}, &band, 0);
     decay_scores(s, begin, count);
     usp_product out = {.m = s->width, .n = s->value_dim, .k = count, .accumulate = 1};
     out.a = s->score, out.a_row = 1, out.a_step = s->width;
     out.b = s->value, out.b_row = s->value_dim;
     out.c = s->out, out.c_row = s->value_dim;
+    if (masked && !s->panel->finite(s->value, count * s->value_dim)) out.band = &band;
     s->panel->multiply(&out);
 }
 

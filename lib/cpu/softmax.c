@@ -87,24 +87,25 @@ static void multiply_scores(usp_softmax_strip *s, int which, int count) {
     s->panel->multiply(&p);
 }
 
-/* total[which][i] += sum over columns j of score[j][i] * column[which][j]. */
-static void multiply_totals(usp_softmax_strip *s, const float *score, int which, int count) {
+/* ---- tiles ------------------------------------------------------------------------------------------------------- */
+
+/* What of a tile one step takes: columns, and which pairs are allowed if not all are (`masked`). */
+typedef struct usp_tile_step {
+    int begin, count, masked;
+    usp_band band;
+} usp_tile_step;
+
+/* total[which][i] += sum over columns j of score[j][i] * column[which][j]. The score of a masked pair is 0, but 0 times
+ * NaN is NaN: with such columns a product leaves those pairs out. */
+static void multiply_totals(usp_softmax_strip *s, const float *score, int which, const usp_tile_step *step) {
     int dim = which ? s->value_dim : s->dim;
-    usp_product p = {.m = s->width, .n = dim, .k = count, .accumulate = 1};
+    usp_product p = {.m = s->width, .n = dim, .k = step->count, .accumulate = 1};
     p.a = score, p.a_row = 1, p.a_step = s->width;
     p.b = s->column[which], p.b_row = dim;
     p.c = s->total[which], p.c_row = dim;
+    if (step->masked && !s->panel->finite(p.b, step->count * dim)) p.band = &step->band;
     s->panel->multiply(&p);
 }
-
-/* ---- tiles ------------------------------------------------------------------------------------------------------- */
-
-/* What of a tile one step takes: columns, and the band as limits on column position - row position. */
-typedef struct usp_tile_step {
-    int begin, count;
-    int32_t origin, stride, low, high;
-    int masked;
-} usp_tile_step;
 
 typedef void (*usp_tile_step_fn)(usp_softmax_strip *s, const usp_tile_step *step);
 
@@ -119,15 +120,16 @@ static int64_t most(int64_t a, int64_t b) {
 /* Decides from the corners of the step whether no pair (0), every pair (1) or some pairs (2) may be allowed. */
 static int step_kind(const usp_softmax_strip *s, const usp_tile_step *step) {
     int64_t row0 = s->position[0], row1 = s->position[s->count - 1];
-    int64_t column0 = step->origin, column1 = column0 + (int64_t)(step->count - 1) * step->stride;
+    const usp_band *band = &step->band;
+    int64_t column0 = band->origin, column1 = column0 + (int64_t)(step->count - 1) * band->stride;
     int64_t lowest = least(column0, column1) - most(row0, row1), highest = most(column0, column1) - least(row0, row1);
-    if (highest < step->low || lowest > step->high) return 0;
-    return lowest >= step->low && highest <= step->high ? 1 : 2;
+    if (highest < band->low || lowest > band->high) return 0;
+    return lowest >= band->low && highest <= band->high ? 1 : 2;
 }
 
-static void mask_step(usp_softmax_strip *s, const usp_tile_step *step) {
-    usp_scores scores = {s->score[0], step->count, s->width};
-    if (step->masked) s->panel->mask(scores, s->position, step->origin, step->stride, step->low, step->high);
+static void mask_scores(const usp_softmax_strip *s, float *score, const usp_tile_step *step, float fill) {
+    usp_scores scores = {score, step->count, s->width};
+    if (step->masked) s->panel->mask(scores, &step->band, fill);
 }
 
 /* Cuts a tile where the column index is a multiple of the block, so that a row's sums do not depend on how rows are
@@ -135,10 +137,10 @@ static void mask_step(usp_softmax_strip *s, const usp_tile_step *step) {
 static void walk_tile(usp_softmax_strip *s, const usp_tile *tile, int rows_are_keys, usp_tile_step_fn visit) {
     for (int begin = tile->begin, end; begin < tile->end; begin = end) {
         end = (int)least(tile->end, ((int64_t)begin / s->block + 1) * s->block);
-        usp_tile_step step = {.begin = begin, .count = end - begin, .stride = tile->stride};
-        step.origin = (int32_t)(tile->origin + (int64_t)begin * tile->stride);
-        step.low = rows_are_keys ? (int32_t)most(-(int64_t)tile->high, INT32_MIN) : tile->low;
-        step.high = rows_are_keys ? (int32_t)least(-(int64_t)tile->low, INT32_MAX) : tile->high;
+        usp_tile_step step = {.begin = begin, .count = end - begin, .band = {s->position, .stride = tile->stride}};
+        step.band.origin = (int32_t)(tile->origin + (int64_t)begin * tile->stride);
+        step.band.low = rows_are_keys ? (int32_t)most(-(int64_t)tile->high, INT32_MIN) : tile->low;
+        step.band.high = rows_are_keys ? (int32_t)least(-(int64_t)tile->low, INT32_MAX) : tile->high;
         int kind = begin >= tile->full_begin && end <= tile->full_end ? 1 : step_kind(s, &step);
         step.masked = kind == 2;
         if (kind) visit(s, &step);
@@ -193,10 +195,10 @@ static void forward_step(usp_softmax_strip *s, const usp_tile_step *step) {
     load_columns(s, s->column[0], &a->k, s->key_head, a->dim, step->begin, step->count);
     load_columns(s, s->column[1], &a->v, s->key_head, a->value_dim, step->begin, step->count);
     multiply_scores(s, 0, step->count);
-    mask_step(s, step);
+    mask_scores(s, s->score[0], step, -INFINITY);
     s->panel->fold(scores, s->max, s->sum, s->factor);
     s->panel->scale(s->total[1], s->factor, s->width, s->value_dim);
-    multiply_totals(s, s->score[0], 1, step->count);
+    multiply_totals(s, s->score[0], 1, step);
 }
 
 /* Only a row without keys has sum 0: a NaN, which no maximum sees, stays one. */
@@ -276,13 +278,13 @@ static void load_stats(usp_softmax_strip *s, int head, int begin, int count, int
     }
 }
 
-/* Scores, weights P in score[0] and P (dout.v - delta) in score[1]. */
+/* Weights P in score[0] and P (dout.v - delta) in score[1], both 0 where masked, whatever lse, delta and dout.v are. */
 static void backward_scores(usp_softmax_strip *s, const usp_tile_step *step, int by_column) {
     usp_scores scores = {s->score[0], step->count, s->width};
     multiply_scores(s, 0, step->count);
     multiply_scores(s, 1, step->count);
-    mask_step(s, step);
     s->panel->weigh(scores, s->score[1], s->lse, s->delta, by_column);
+    for (int i = 0; i < 2; i++) mask_scores(s, s->score[i], step, 0);
 }
 
 static void clear_totals(usp_softmax_strip *s) {
@@ -312,7 +314,7 @@ static void query_step(usp_softmax_strip *s, const usp_tile_step *step) {
     load_columns(s, s->column[0], &a->k, s->key_head, a->dim, step->begin, step->count);
     load_columns(s, s->column[1], &a->v, s->key_head, a->value_dim, step->begin, step->count);
     backward_scores(s, step, 0);
-    multiply_totals(s, s->score[1], 0, step->count);
+    multiply_totals(s, s->score[1], 0, step);
 }
 
 static void query_strip(usp_softmax_strip *s, const usp_work *work) {
@@ -336,8 +338,8 @@ static void key_step(usp_softmax_strip *s, const usp_tile_step *step) {
     load_columns(s, s->column[1], &a->dout, s->head, a->value_dim, step->begin, step->count);
     load_stats(s, s->head, step->begin, step->count, step->count);
     backward_scores(s, step, 1);
-    multiply_totals(s, s->score[1], 0, step->count);
-    multiply_totals(s, s->score[0], 1, step->count);
+    multiply_totals(s, s->score[1], 0, step);
+    multiply_totals(s, s->score[0], 1, step);
 }
 
 /* Sums over all query heads that read this key head, in ascending order. */
