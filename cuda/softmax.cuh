@@ -16,16 +16,14 @@ struct usp_job {
 };
 
 /* This block's job, one of those that usp_launch_jobs starts. Inside a bundle all heads of one work item come before
- * the next one, heaviest first, so that no heavy job starts late; blocks running together still share columns in the
- * cache. Under a causal mask the last queries and the first keys have most work: `backward` gives out the last rows
- * first. count is not positive if the work item has no such part. */
-static __device__ __forceinline__ usp_job usp_take_job(const usp_softmax &args, int heads, int rows, bool backward) {
+ * the next one of the list, whose heaviest items are first, so that no heavy job starts late; blocks running together
+ * still share columns in the cache. count is not positive if the work item has no such part. */
+static __device__ __forceinline__ usp_job usp_take_job(const usp_softmax &args, int heads, int rows) {
     constexpr unsigned most_lines = USP_SOFTMAX_BUNDLE;
     unsigned parts = USP_WORK_ROWS / rows, items = args.tiles.works * parts, bundle = blockIdx.x / (items * most_lines);
     unsigned inside = blockIdx.x % (items * most_lines),
              width = min(most_lines, args.batch * heads - bundle * most_lines);
     unsigned item = inside / width, line = bundle * most_lines + inside % width;
-    if (backward) item = items - 1 - item;
     const usp_work *work = args.tiles.work + item / parts;
     int skipped = item % parts * rows;
     return {work, work->begin + skipped, min(work->count - skipped, rows), (int)(line % heads), (int)(line / heads)};

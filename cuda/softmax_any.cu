@@ -110,7 +110,7 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
     usp_softmax_forward_any_kernel(const __grid_constant__ usp_softmax args) {
     extern __shared__ float shared[];
     float *q = shared, *columns = q + USP_ANY_BLOCK * usp_padded(args.dim);
-    usp_job job = usp_take_job(args, args.heads, USP_ANY_BLOCK, true);
+    usp_job job = usp_take_job(args, args.heads, USP_ANY_BLOCK);
     if (job.count <= 0) return;
     usp_work work = *job.work;
     usp_any_rows rows = usp_rows_of_warp(job);
@@ -176,7 +176,7 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
     extern __shared__ float shared[];
     float *q = shared, *dout = q + USP_ANY_BLOCK * usp_padded(args.dim);
     float *columns = dout + USP_ANY_BLOCK * usp_padded(args.value_dim);
-    usp_job job = usp_take_job(args, args.heads, USP_ANY_BLOCK, true);
+    usp_job job = usp_take_job(args, args.heads, USP_ANY_BLOCK);
     if (job.count <= 0) return;
     usp_work work = *job.work;
     usp_any_rows rows = usp_rows_of_warp(job);
@@ -224,7 +224,7 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
     extern __shared__ float shared[];
     float *k = shared, *v = k + USP_ANY_BLOCK * usp_padded(args.dim);
     float *columns = v + USP_ANY_BLOCK * usp_padded(args.value_dim);
-    usp_job job = usp_take_job(args, args.key_heads, USP_ANY_BLOCK, false);
+    usp_job job = usp_take_job(args, args.key_heads, USP_ANY_BLOCK);
     if (job.count <= 0) return;
     usp_work work = *job.work;
     usp_any_rows rows = usp_rows_of_warp(job);

@@ -38,7 +38,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     usp_shared_rows<DIM> q = {base + memory::q}, dout = {base + memory::dout}, k = {base + memory::k},
                          v = {base + memory::v};
 
-    usp_job job = usp_take_job(args, args.heads, Shape::rows, true);
+    usp_job job = usp_take_job(args, args.heads, Shape::rows);
     if (job.count <= 0) return;
     int key_head = usp_mapped_head(args.kv, job.head);
     int warp_row = threadIdx.x / 32 * M * 16, first_row = job.begin + warp_row, rows = job.count - warp_row;
@@ -114,7 +114,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
                          dout = {base + memory::dout};
     float *lines = reinterpret_cast<float *>(bytes + memory::lines);
 
-    usp_job job = usp_take_job(args, args.key_heads, Shape::rows, false);
+    usp_job job = usp_take_job(args, args.key_heads, Shape::rows);
     if (job.count <= 0) return;
     int warp_row = threadIdx.x / 32 * M * 16, first_row = job.begin + warp_row, rows = job.count - warp_row;
     int first_head = max(job.head * args.kv.group - args.kv.offset, 0);

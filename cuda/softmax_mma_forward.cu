@@ -15,7 +15,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     uint32_t base = usp_shared_base();
     usp_shared_rows<DIM> q = {base + memory::q}, k = {base + memory::k}, v = {base + memory::v};
 
-    usp_job job = usp_take_job(args, args.heads, Shape::rows, true);
+    usp_job job = usp_take_job(args, args.heads, Shape::rows);
     if (job.count <= 0) return;
     int key_head = usp_mapped_head(args.kv, job.head);
     int warp_row = threadIdx.x / 32 * M * 16, first_row = job.begin + warp_row, rows = job.count - warp_row;

@@ -38,7 +38,8 @@ typedef struct usp_tile {
     int32_t begin, end, full_begin, full_end, origin, stride, low, high;
 } usp_tile;
 
-/* Every row of the side is in exactly one work item, also rows that have no tile. */
+/* Every row of the side is in exactly one work item, also rows that have no tile. Items with more columns come first:
+ * a device that begins them in this order ends with light ones. */
 typedef struct usp_tiles {
     const usp_work *work;
     const usp_tile *tile;

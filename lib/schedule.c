@@ -15,7 +15,9 @@ typedef struct piece {
     usp_segment tokens;
 } piece;
 
-_Static_assert(sizeof(piece) <= USP_SORT_BYTES && sizeof(usp_chunk) <= USP_SORT_BYTES, "both are sorted");
+_Static_assert(sizeof(piece) <= USP_SORT_BYTES && sizeof(usp_chunk) <= USP_SORT_BYTES &&
+                   sizeof(usp_work) <= USP_SORT_BYTES,
+               "all three are sorted");
 
 static int by_start(const void *a, const void *b) {
     const piece *x = a, *y = b;
@@ -211,12 +213,29 @@ static void add_work(work_list *list, const usp_ring_segment *rows, int64_t offs
     list->works++;
 }
 
-/* Every row of a block in one work item. Under a causal mask late queries and early keys have most to do: first come
- * the heavy ones. */
+/* Position of row i of a work item, counted from its first. */
+static int32_t work_position(const usp_work *work, int32_t i) {
+    return (int32_t)((uint32_t)work->origin + (uint32_t)(work->begin + i) * (uint32_t)work->stride);
+}
+
+/* Under a causal mask the last query of a work item sees most keys, and its first key is seen by most queries. */
+static int later_query(const void *a, const void *b) {
+    const usp_work *x = a, *y = b;
+    int32_t last_x = work_position(x, x->count - 1), last_y = work_position(y, y->count - 1);
+    return (last_x < last_y) - (last_x > last_y);
+}
+
+static int earlier_key(const void *a, const void *b) {
+    int32_t first_x = work_position(a, 0), first_y = work_position(b, 0);
+    return (first_x > first_y) - (first_x < first_y);
+}
+
+/* Every row of a block in one work item, the heaviest first: the order in which devices begin them. Only where segments
+ * do not lie one behind the other is that more than to walk them from one end. */
 static void add_works(work_list *list, const usp_ring_side *row_side, int row_block, const usp_ring_side *column_side,
                       int column_block, band allowed, int keys_are_rows) {
     const usp_ring_block *rows = &row_side->block[row_block], *columns = &column_side->block[column_block];
-    int64_t tile_base = list->tiles;
+    int64_t tile_base = list->tiles, first = list->works;
     for (int64_t n = 0; n < rows->segments; n++) {
         int64_t i = keys_are_rows ? n : rows->segments - 1 - n;
         const usp_ring_segment *segment = &row_side->segment[rows->first_segment + i];
@@ -225,8 +244,10 @@ static void add_works(work_list *list, const usp_ring_side *row_side, int row_bl
             add_work(list, segment, (keys_are_rows ? c : cuts - 1 - c) * USP_WORK_ROWS,
                      column_side->segment + columns->first_segment, columns, allowed, keys_are_rows, tile_base);
     }
+    if (list->work && !rows->ordered)
+        usp_sort(list->work + first, (size_t)(list->works - first), sizeof *list->work,
+                 keys_are_rows ? earlier_key : later_query);
 }
-
 static void plan_steps(usp_schedule *schedule, work_list *list) {
     band forward = query_band(schedule->shape.mask), swapped = {-forward.high, -forward.low};
     int ring = schedule->shape.ring, r = schedule->shape.r;

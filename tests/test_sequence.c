@@ -214,12 +214,37 @@ static int check_pairs(usp_rank *rank, const usp_sequence *s, const usp_schedule
     return failed;
 }
 
+/* Columns of a work item: what a device walks for it. */
+static int64_t columns_of(const usp_tiles *tiles, const usp_work *work) {
+    int64_t columns = 0;
+    for (int t = 0; t < work->tiles; t++) {
+        const usp_tile *tile = &tiles->tile[work->first_tile + t];
+        columns += tile->end - tile->begin;
+    }
+    return columns;
+}
+
+/* The lists of every step, by queries and by keys, begin with their heaviest items: devices follow them. */
+static int check_order(usp_rank *rank, const usp_schedule *plan) {
+    for (int i = 0; i < 2 * plan->shape.ring; i++) {
+        usp_tiles tiles = i % 2 ? usp_schedule_key_tiles(plan, i / 2) : usp_schedule_query_tiles(plan, i / 2);
+        for (int w = 1; w < tiles.works; w++) {
+            int64_t before = columns_of(&tiles, &tiles.work[w - 1]), columns = columns_of(&tiles, &tiles.work[w]);
+            if (columns > before)
+                return usp_say(rank, "step %d, list of %s: item %d has %lld columns, the one before %lld", i / 2,
+                               i % 2 ? "keys" : "queries", w, (long long)columns, (long long)before);
+        }
+    }
+    return 0;
+}
+
 static int check_schedule(usp_rank *rank, usp_sequence *s, usp_split split, usp_mask mask, double *work) {
     usp_schedule *plan = NULL;
     usp_shape shape = {split.ulysses, split.ring, rank->rank % split.ulysses, rank->rank / split.ulysses,
                        USP_SOFTMAX,   mask};
     if (usp_schedule_acquire(s, &shape, &plan) != USP_OK) return usp_say(rank, "schedule: %s", usp_last_error());
-    int failed = check_landings(rank, s, plan) || check_pairs(rank, s, plan, work);
+    int failed = check_order(rank, plan) ||
+                 (s->query.tokens <= MOST && (check_landings(rank, s, plan) || check_pairs(rank, s, plan, work)));
     usp_schedule_release(s, plan);
     if (failed)
         usp_say(rank, "... for %s, %lld tokens, U%d R%d, %s", layout_names[s->layout], (long long)s->query.tokens,
@@ -295,6 +320,23 @@ static int cross_lengths(usp_rank *rank, void *argument) {
         for (int p = 0; p < rank->size && s; p++) sum += usp_sequence_local_key_tokens(s, p);
         if (!failed && sum != keys)
             failed = usp_say(rank, "%lld of %lld keys are owned", (long long)sum, (long long)keys);
+        usp_sequence_destroy(s);
+    }
+    usp_mesh_destroy(mesh);
+    free(configs);
+    usp_count(rank);
+    return failed;
+}
+
+/* Lists of several work items a segment. Coverage does not count pairs at this length. */
+static int long_lists(usp_rank *rank, void *argument) {
+    usp_mesh *mesh = NULL;
+    usp_case_configs *configs = malloc(sizeof *configs);
+    int failed = usp_mesh_create(rank->world, 1, rank->size, &mesh) != USP_OK;
+    (void)argument;
+    for (int layout = 0; layout < LAYOUTS && !failed; layout++) {
+        usp_sequence *s = open_sequence(rank, mesh, (usp_layout)layout, 5000, 0, configs);
+        failed = !s || check_schedules(rank, s);
         usp_sequence_destroy(s);
     }
     usp_mesh_destroy(mesh);
@@ -640,6 +682,10 @@ Test(sequence, failed_upload) {
 
 Test(sequence, cross_coverage) {
     for (int size = 1; size <= 8; size += size < 4 ? 1 : 2) usp_expect_ranks(size, SECONDS, cross_lengths, NULL);
+}
+
+Test(sequence, heaviest_first) {
+    for (int size = 1; size <= 8; size += size < 4 ? 1 : 2) usp_expect_ranks(size, SECONDS, long_lists, NULL);
 }
 
 Test(sequence, balance) {
