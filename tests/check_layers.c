@@ -2,9 +2,10 @@
  * for ranks that are processes. A plain program for the CPU; run by a launcher it is one rank, else it starts
  * thread-ranks.
  *
- *   check_layers [N [KIB]]       N thread-ranks (default 4) on stacks of KIB KiB (default the system's)
- *   RANK=... check_layers [..]   one process of a launcher's, over sockets
- *   mpirun check_layers --mpi    one process of mpirun's, over MPI (where the build has it) */
+ *   check_layers [N [PART [KIB]]]       N thread-ranks (default 4); all parts, or one of the list below; on stacks of
+ *                                       KIB KiB (default the system's); PART "all" is all of them
+ *   RANK=... check_layers [N [PART]]    one process of a launcher's, over sockets
+ *   mpirun check_layers --mpi [PART]    one process of mpirun's, over MPI (where the build has it) */
 #include "bodies.h"
 #include "costs.h"
 
@@ -17,25 +18,57 @@
 
 enum { SECONDS = 280, DEFAULT_RANKS = 4 };
 
-/* argument: usp_references */
-static int run_all(usp_rank *rank, void *argument) {
-    static const usp_table *const tables[] = {&usp_half_table, &usp_linear_table, &usp_softmax_table};
-    static const usp_body bodies[] = {usp_body_switch, usp_body_repeats, usp_body_round_trip,
-                                      usp_body_parts,  usp_body_states,  usp_body_continue};
-    for (int i = 0; i < 3; i++) {
-        usp_table_run run = {.table = tables[i], .references = argument};
-        if (usp_body_table(rank, &run)) return 1;
-    }
-    for (int i = 0; i < 6; i++)
-        if (bodies[i](rank, NULL)) return 1;
+static int half_costs(usp_rank *rank, void *argument) {
+    (void)argument;
     return usp_body_costs(rank, (void *)(uintptr_t)&usp_half_table);
 }
 
-static int run_as(const usp_ranks *ranks) {
-    usp_references references = {0};
+/* A table against the oracle, or a body of its own. */
+static const struct part {
+    const char *name;
+    const usp_table *table;
+    usp_body body;
+} parts[] = {
+    {"half", &usp_half_table, NULL},   {"linear", &usp_linear_table, NULL}, {"softmax", &usp_softmax_table, NULL},
+    {"switch", NULL, usp_body_switch}, {"repeats", NULL, usp_body_repeats}, {"round_trip", NULL, usp_body_round_trip},
+    {"parts", NULL, usp_body_parts},   {"states", NULL, usp_body_states},   {"continue", NULL, usp_body_continue},
+    {"costs", NULL, half_costs},
+};
+enum { PARTS = sizeof parts / sizeof parts[0] };
+
+typedef struct choice {
+    const char *only; /* NULL: all parts */
+    usp_references references;
+} choice;
+
+static int is_part(const char *name) {
+    for (int i = 0; i < PARTS; i++)
+        if (strcmp(name, parts[i].name) == 0) return 1;
+    fprintf(stderr, "check_layers: no part '%s'; the parts are", name);
+    for (int i = 0; i < PARTS; i++) fprintf(stderr, " %s", parts[i].name);
+    return fputs("\n", stderr), 0;
+}
+
+/* argument: choice */
+static int run_parts(usp_rank *rank, void *argument) {
+    choice *chosen = argument;
+    int failed = 0;
+    for (int i = 0; i < PARTS && !failed; i++) {
+        usp_table_run run = {.table = parts[i].table, .references = &chosen->references};
+        if (chosen->only && strcmp(chosen->only, parts[i].name) != 0) continue;
+        failed = parts[i].table ? usp_body_table(rank, &run) : parts[i].body(rank, NULL);
+    }
+    return failed;
+}
+
+static int run_as(const usp_ranks *ranks, const char *only) {
+    choice chosen = {.only = only};
     usp_report report;
-    int failed = usp_ranks_run(ranks, run_all, &references, &report) || report.done == 0;
-    usp_references_free(&references);
+    if (only && !is_part(only)) return 2;
+    int failed = usp_ranks_run(ranks, run_parts, &chosen, &report);
+    int counts = !only || ranks->kind == USP_RANKS_THREADS; /* of processes, rank 0 alone counts the cases of a table */
+    failed |= counts && report.done == 0;
+    usp_references_free(&chosen.references);
     printf("check_layers: %d done, %d refused, %d failures\n%s", report.done, report.refused, report.failures,
            report.text);
     return failed;
@@ -50,7 +83,7 @@ static usp_status create_mpi(const usp_world_config *config, usp_world **world) 
 static int run_mpi(int argc, char **argv) {
     int provided = 0;
     MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided);
-    int failed = run_as(&(usp_ranks){.kind = USP_RANKS_PROCESS, .seconds = SECONDS, .create = create_mpi});
+    int failed = run_as(&(usp_ranks){.kind = USP_RANKS_PROCESS, .seconds = SECONDS, .create = create_mpi}, argv[2]);
     MPI_Finalize();
     return failed;
 }
@@ -64,9 +97,10 @@ static int run_mpi(int argc, char **argv) {
 
 int main(int argc, char **argv) {
     if (argc > 1 && strcmp(argv[1], "--mpi") == 0) return run_mpi(argc, argv);
-    int size = argc > 1 ? atoi(argv[1]) : DEFAULT_RANKS, stack = argc > 2 ? atoi(argv[2]) : 0;
-    return run_as(&(usp_ranks){.kind = getenv("RANK") ? USP_RANKS_PROCESS : USP_RANKS_THREADS,
+    int size = argc > 1 ? atoi(argv[1]) : DEFAULT_RANKS, launched = getenv("RANK") != NULL;
+    return run_as(&(usp_ranks){.kind = launched ? USP_RANKS_PROCESS : USP_RANKS_THREADS,
                                .size = size,
-                               .stack = stack,
-                               .seconds = SECONDS});
+                               .stack = argc > 3 ? atoi(argv[3]) : 0,
+                               .seconds = SECONDS},
+                  argc > 2 && strcmp(argv[2], "all") != 0 ? argv[2] : NULL);
 }

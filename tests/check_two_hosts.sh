@@ -6,4 +6,4 @@ set -eu
 need_gpus 2
 export GPU_LAYERS="$2" HALF=$((gpus / 2))
 export NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1 NCCL_SOCKET_IFNAME=lo NCCL_NVLS_ENABLE=0
-exec "$1" -n "$gpus" -t 280 --kill sh -c 'NCCL_HOSTID=host$((RANK / HALF)) exec "$GPU_LAYERS"'
+exec "$1" -n "$gpus" --kill sh -c 'NCCL_HOSTID=host$((RANK / HALF)) exec "$GPU_LAYERS"'
