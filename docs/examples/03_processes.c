@@ -116,8 +116,8 @@ int main(int count, char **argument) {
     if (ulysses < 1) return fputs("usage: 03_processes [ULYSSES]\n", stderr), 2;
     create(&p, ulysses);
     if (p.info.rank == 0)
-        printf("%d ranks, transport %s, ulysses %d x ring %d\n", p.info.size, p.info.transport, ulysses,
-               p.info.size / ulysses);
+        printf("%d rank%s, transport %s, ulysses %d x ring %d\n", p.info.size, p.info.size == 1 ? "" : "s",
+               p.info.transport, ulysses, p.info.size / ulysses);
     int failures = compute(&p, given, expected);
     destroy(&p);
     return failures != 0;

@@ -85,7 +85,8 @@ static void describe(const rank_state *me) {
     char text[512];
     for (int i = 0; me->rank == 0 && me->ranks > 1 && i < LAYERS; i++) {
         usp_layer_describe(me->layer[i], text, sizeof text);
-        printf("layer %d: %.*s\n", i, (int)strcspn(text, "\n"), text);
+        printf("layer %d: ulysses %d x ring %d, %.*s\n", i, stack[i].ulysses, stack[i].ring, (int)strcspn(text, "\n"),
+               text);
     }
 }
 

@@ -26,10 +26,10 @@ verdict() {
     printf '%-5s %s\n' "$word" "$3"
 }
 
-# difference NAME: the largest relative difference to one rank in the first 50 steps, that of the last held-out loss,
-# and whether they are within 1e-4 and 5e-3
+# difference A B: the largest relative difference of B to A in the first 50 steps, that of the last held-out loss, and
+# whether they are within 1e-4 and 5e-3
 difference() {
-    paste -d, "$curves/one" "$curves/$1" | awk -F, '
+    paste -d, "$curves/$1" "$curves/$2" | awk -F, '
         function apart(a, b) { return (a > b ? a - b : b - a) / a }
         NR > 1 && $1 != $4 { exit 1 }
         NR > 1 && $1 <= 50 && apart($2, $5) > early { early = apart($2, $5) }
@@ -37,12 +37,12 @@ difference() {
         END { printf("%.1e %.1e %s\n", early, last, NR > 50 && early <= 1e-4 && last <= 5e-3 ? "same" : "differ") }'
 }
 
-# compare EXPECTED NAME TEXT
+# compare EXPECTED A B TEXT
 compare() {
     read -r early last word <<END
-$(difference "$2")
+$(difference "$2" "$3")
 END
-    verdict "$1" "$word" "$3: first 50 steps within $early, final held-out loss within $last"
+    verdict "$1" "$word" "$4: first 50 steps within $early, final held-out loss within $last"
 }
 
 # refuse STATUS SENTENCE ARGUMENT... : a mistake is told in one sentence.
@@ -62,6 +62,8 @@ refuse 1 'too little text: 16 KiB are the least; of folders only files named *.m
 refuse 1 "cannot write $curves/nosuch/a: No such file or directory" --csv "$curves/nosuch/a" "$@"
 refuse 2 "unknown option '--bogus'; --help lists all" --bogus
 refuse 2 "unknown option '--bogus'; --help lists all" --bogus 3
+refuse 2 "unknown option '--bogus'; --help lists all" "$1" --bogus
+refuse 2 "--steps wants a whole number of at least 1, not 'x'" "$1" --steps x
 refuse 2 '--steps wants a whole number of at least 1' --steps
 refuse 2 "--steps wants a whole number of at least 1, not 'x'" --steps x
 refuse 2 '--csv wants a file' --csv
@@ -72,17 +74,20 @@ run 4x1 -u 4 "$@"
 run 2x2 -u 2 -r 2 "$@"
 run 1x4 -r 4 "$@"
 run copies -u 2 -d 2 "$@"
-run again -u 2 -r 2 "$@"
-run position -u 2 -r 2 --plant position "$@"
-run label -u 2 -r 2 --plant label "$@"
+# The first steps show a planted error, and that a run repeats. Options behind the texts are options.
+short='--steps 60 -u 2 -r 2'
+run short $short "$@"
+run again "$@" $short
+run position $short --plant position "$@"
+run label $short --plant label "$@"
 
-compare same 4x1 'ulysses 4, ring 1'
-compare same 2x2 'ulysses 2, ring 2'
-compare same 1x4 'ulysses 1, ring 4'
-compare same copies '2 data copies of ulysses 2, ring 1'
-compare differ position 'planted: positions one too far'
-compare differ label 'planted: labels shifted after sharding'
-if cmp -s "$curves/2x2" "$curves/again"; then word=same; else word=differ; fi
+compare same one 4x1 'ulysses 4, ring 1'
+compare same one 2x2 'ulysses 2, ring 2'
+compare same one 1x4 'ulysses 1, ring 4'
+compare same one copies '2 data copies of ulysses 2, ring 1'
+compare differ short position 'planted: positions one too far'
+compare differ short label 'planted: labels shifted after sharding'
+if cmp -s "$curves/short" "$curves/again"; then word=same; else word=differ; fi
 verdict same "$word" 'the same mesh again, bit for bit'
 for name in one 4x1 2x2 1x4 copies; do
     read -r word first last <<END

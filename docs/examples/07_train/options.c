@@ -8,7 +8,7 @@
 #include <string.h>
 
 void options_help(void) {
-    puts("usage: train [options] [TEXT...]\n"
+    puts("usage: train [OPTION | TEXT]...\n"
          "Trains a small language model on each TEXT: a file, or all *.md files under a folder (default docs).\n"
          "Ranks are threads: data copies x ring x ulysses of them.\n"
          "  -u, --ulysses N   ranks that exchange heads (1)\n"
@@ -74,15 +74,21 @@ static int read_option(const char *name, const char *value, int *seed, options *
     return -1;
 }
 
+/* Options may stand anywhere; the texts between them move to the front of `argument`. */
 static int read_all(int count, char **argument, int *seed, options *to) {
-    int i = 1;
-    for (; i < count && argument[i][0] == '-'; i += 2) {
+    int texts = 0;
+    for (int i = 1; i < count; i++) {
         if (is(argument[i], "-h", "--help")) return to->help = 1, 0;
-        if (read_option(argument[i], i + 1 < count ? argument[i + 1] : NULL, seed, to) != 0) return -1;
+        if (argument[i][0] != '-')
+            argument[texts++] = argument[i];
+        else if (read_option(argument[i], i + 1 < count ? argument[i + 1] : NULL, seed, to) != 0)
+            return -1;
+        else
+            i++;
     }
-    if (i == count) return 0;
-    to->text = (const char *const *)(argument + i);
-    to->texts = count - i;
+    if (texts == 0) return 0;
+    to->text = (const char *const *)argument;
+    to->texts = texts;
     return 0;
 }
 

@@ -173,7 +173,11 @@ static void report(trainer *t, int step, double loss, int evaluated, double held
     if (t->csv) fprintf(t->csv, evaluated ? "%d,%.9g,%.9g\n" : "%d,%.9g,\n", step, loss, held_out);
     if (!evaluated) return;
     double tokens = (double)step * t->options.batch * t->options.tokens, took = seconds() - t->start;
-    printf("step %4d  train %.4f  held-out %.4f  %6.0f tokens/s  %5.1f s\n", step, loss, held_out, tokens / took, took);
+    if (step == 0)
+        printf("step    0                held-out %.4f\n", held_out);
+    else
+        printf("step %4d  train %.4f  held-out %.4f  %6.0f tokens/s  %5.1f s\n", step, loss, held_out, tokens / took,
+               took);
     fflush(stdout);
 }
 
@@ -313,7 +317,7 @@ int main(int count, char **argument) {
     if (t.options.help) return options_help(), 0;
     if (open_files(&t) != 0) return text_free(&t.text), 1;
     allocate(&t);
-    printf("%zu parameters, %zu bytes of text, mesh %d x %d, %d data copies, %d x %d tokens a step\n", t.count,
+    printf("%zu parameters, %zu bytes of text, ulysses %d x ring %d x data copies %d, %d x %d tokens a step\n", t.count,
            t.text.training.length + t.text.held_out.length, t.options.ulysses, t.options.ring, t.options.copies,
            t.options.batch, t.options.tokens);
     must(usp_rendezvous_create(t.ranks, &t.rendezvous));
