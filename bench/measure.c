@@ -117,9 +117,15 @@ static usp_status allocate_tensors(usp_setup *s) {
     return USP_OK;
 }
 
+/* Forward saves if backward is run too. */
+static size_t forward_bytes(const usp_setup *s) {
+    int saves = s->options->passes[USP_PASS_BACKWARD];
+    return saves ? s->sizes.forward_saving_workspace : s->sizes.forward_workspace;
+}
+
 static usp_status allocate_memory(usp_setup *s) {
     int backward = s->options->passes[USP_PASS_BACKWARD];
-    size_t forward = s->sizes.forward_workspace, other = backward ? s->sizes.backward_workspace : 0;
+    size_t forward = forward_bytes(s), other = backward ? s->sizes.backward_workspace : 0;
     s->workspace_bytes = forward > other ? forward : other;
     s->saved_bytes = backward ? s->sizes.saved : 0;
     USP_TRY(allocate_tensors(s));
@@ -424,7 +430,7 @@ static usp_status check_pass(usp_setup *s, usp_pass pass, usp_result *result) {
 
 static usp_status fill_cost(usp_setup *s, usp_pass pass, usp_result *result) {
     usp_cost cost = {.struct_size = sizeof cost};
-    size_t workspace = pass == USP_PASS_FORWARD ? s->sizes.forward_workspace : s->sizes.backward_workspace;
+    size_t workspace = pass == USP_PASS_FORWARD ? forward_bytes(s) : s->sizes.backward_workspace;
     size_t tensors = 0;
     for (int i = 0; i < TENSORS; i++) tensors += s->bytes[i];
     USP_TRY(usp_layer_get_cost(s->layer, pass, &cost));

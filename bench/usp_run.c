@@ -341,8 +341,13 @@ static int is_needed(const usp_run *run, int file) {
     }
 }
 
+/* Forward saves if backward is run too. */
+static size_t forward_bytes(const usp_part *p) {
+    return p->run->backward ? p->sizes.forward_saving_workspace : p->sizes.forward_workspace;
+}
+
 static usp_status allocate_all(usp_part *p) {
-    size_t forward = p->sizes.forward_workspace, backward = p->run->backward ? p->sizes.backward_workspace : 0;
+    size_t forward = forward_bytes(p), backward = p->run->backward ? p->sizes.backward_workspace : 0;
     for (int i = 0; i < USP_RUN_FILES; i++)
         if (is_needed(p->run, i))
             USP_TRY(i < USP_RUN_INPUTS ? upload(p, i) : allocate(p, local_bytes(p, i), &p->memory[i]));
@@ -362,7 +367,7 @@ static usp_tensor view(const usp_part *p, int file) {
 }
 
 static usp_status run_layer(usp_part *p) {
-    size_t forward = p->sizes.forward_workspace, backward = p->sizes.backward_workspace;
+    size_t forward = forward_bytes(p), backward = p->sizes.backward_workspace;
     usp_forward first = {.struct_size = sizeof first,
                          .q = view(p, USP_RUN_Q),
                          .k = view(p, USP_RUN_K),

@@ -362,10 +362,12 @@ typedef struct usp_backward {
     const float *initial_state; /* if config.initial_state: as in forward */
 } usp_backward;
 
+/* Bytes. forward_workspace is enough for any forward; one that is given `saved` needs forward_saving_workspace only. */
 typedef struct usp_sizes {
     size_t struct_size;
-    size_t forward_workspace, backward_workspace, exchange_workspace, saved; /* bytes */
-    size_t alignment;                                                        /* of workspace and saved */
+    size_t forward_workspace, backward_workspace, exchange_workspace, saved;
+    size_t alignment; /* of workspace and saved */
+    size_t forward_saving_workspace;
 } usp_sizes;
 
 /* What this rank does in one pass. Bytes are exact: what the transport is given. */

@@ -9,7 +9,8 @@
  * fp32 where sum_queries or sum_keys says that the head exchange will still add replicas. */
 typedef struct usp_inner {
     usp_tensor q, k, v, out, dout, dq, dk, dv;
-    void *key_block;      /* k and v packed as the ring sends them, or NULL: k and v are the caller's */
+    void *key_block;      /* room for k and v packed as the ring sends them, where ulysses > 1 */
+    int packed;           /* they are in it */
     const float *delta;   /* softmax backward: [batch, heads, rows] */
     float *lse;           /* softmax: [batch, heads, rows] */
     float *states;        /* linear: kept states, or NULL: recompute */

@@ -50,15 +50,23 @@ static float *carve_rows(const usp_layer *layer, usp_arena *arena) {
     return usp_carve(arena, (size_t)elements * sizeof(float));
 }
 
+static int uses_chain(const usp_layer *layer) {
+    return layer->config.state_exchange == USP_STATE_CHAIN ||
+           (layer->config.state_exchange == USP_STATE_AUTO && layer->mesh.ring > 8);
+}
+
 static buffers carve(const usp_layer *layer, usp_pass pass, usp_arena *arena) {
     buffers b = {0};
     const usp_schedule *schedule = layer->schedule;
     for (int i = 0; i < (pass == USP_PASS_BACKWARD ? 2 : 1); i++) {
         b.blocks[i] = carve_states(layer, schedule->block_capacity, arena);
         b.totals[i] = carve_states(layer, schedule->own_chunk_limit, arena);
-        b.slots[i] = carve_states(layer, schedule->chunk_capacity, arena);
-        b.incoming[i] = carve_states(layer, schedule->own_chunk_limit, arena);
-        b.carry[i] = carve_states(layer, 1, arena);
+        if (uses_chain(layer))
+            b.carry[i] = carve_states(layer, 1, arena);
+        else
+            b.slots[i] = carve_states(layer, schedule->chunk_capacity, arena);
+        if (i == 1 || layer->config.recompute_state) /* else forward states are kept, in inner->states */
+            b.incoming[i] = carve_states(layer, schedule->own_chunk_limit, arena);
         b.edge[i] = carve_states(layer, 1, arena);
     }
     b.scratch = usp_carve(arena, layer->scratch);
@@ -175,11 +183,6 @@ static int64_t state_bytes(const usp_layer *layer) {
 
 static float *state_at(const usp_layer *layer, float *states, int64_t index) {
     return states ? states + index * state_size(layer) : NULL;
-}
-
-static int uses_chain(const usp_layer *layer) {
-    return layer->config.state_exchange == USP_STATE_CHAIN ||
-           (layer->config.state_exchange == USP_STATE_AUTO && layer->mesh.ring > 8);
 }
 
 /* Every own total to every other rank; the others' into their slots. */

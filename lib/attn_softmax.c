@@ -11,7 +11,7 @@
 /* ---- buffers ----------------------------------------------------------------------------------------------------- */
 
 typedef struct buffers {
-    void *own, *ring[2];     /* key blocks: own, if it comes unpacked; arriving and arrived */
+    void *own, *ring[2];     /* key blocks: own, if there is no room for it yet; arriving and arrived */
     float *acc;              /* forward: running output; backward: running dq */
     float *home, *travel[2]; /* backward: fp32 key gradients of the own step; of blocks passing through */
     void *scratch;           /* of the kernels */
@@ -55,8 +55,8 @@ static buffers carve(const usp_layer *layer, usp_pass pass, usp_arena *arena) {
     int64_t heads = usp_layer_own_heads(layer);
     b.scratch = usp_carve(arena, layer->scratch);
     if (ring == 1) return b;
-    b.own = carve_block(layer, &keys, arena);
-    for (int i = 0; i < 2; i++) b.ring[i] = carve_block(layer, &keys, arena);
+    if (layer->mesh.ulysses == 1) b.own = carve_block(layer, &keys, arena);
+    for (int i = 0; i < 2 && i < ring - 1; i++) b.ring[i] = carve_block(layer, &keys, arena);
     b.acc =
         usp_carve(arena, (size_t)(layer->schedule->query.limit * layer->config.batch * heads * dim) * sizeof(float));
     if (!backward) return b;
@@ -112,9 +112,8 @@ static void set_keys(const usp_layer *layer, usp_softmax *step, int t, void *blo
 /* The own keys as the ring sends them. */
 static usp_status pack_keys(usp_layer *layer, const usp_inner *inner, const buffers *b, void **block) {
     usp_bundle keys = keys_bundle(layer);
-    *block = inner->key_block;
-    if (inner->key_block || layer->mesh.ring == 1) return USP_OK;
-    *block = b->own;
+    *block = inner->key_block ? inner->key_block : b->own;
+    if (inner->packed || layer->mesh.ring == 1) return USP_OK;
     for (int part = 0; part < 2; part++) {
         usp_copy copy = {.tokens = key_rows(layer, layer->mesh.r),
                          .batch = layer->config.batch,
@@ -123,7 +122,7 @@ static usp_status pack_keys(usp_layer *layer, const usp_inner *inner, const buff
                          .from_dtype = keys.dtype,
                          .to_dtype = keys.dtype,
                          .from = part ? inner->v : inner->k,
-                         .to = usp_bundle_view(layer, &keys, b->own, part, layer->mesh.u)};
+                         .to = usp_bundle_view(layer, &keys, *block, part, layer->mesh.u)};
         USP_TRY(layer->world->device->ops->copy_rows(layer->world->device, &copy, inner->stream));
     }
     return USP_OK;

@@ -125,7 +125,7 @@ static usp_status allocate_messages(usp_layer *layer) {
 /* No exchange moves more than a workspace and what is saved hold, but for states, of which one goes to many ranks. */
 static usp_status prepare_transport(usp_layer *layer) {
     usp_comm *comm = layer->world->comm;
-    size_t forward = layer->sizes.forward_workspace, backward = layer->sizes.backward_workspace;
+    size_t forward = layer->sizes.forward_saving_workspace, backward = layer->sizes.backward_workspace;
     size_t most = (forward > backward ? forward : backward) + layer->sizes.saved;
     if (layer->config.attention == USP_LINEAR)
         most += (size_t)state_capacity(layer) * (size_t)usp_layer_state_elements(layer) * (size_t)layer->config.batch *
@@ -298,7 +298,8 @@ size_t usp_layer_describe(const usp_layer *layer, char *to, size_t capacity) {
         own.first, own.first + own.count - 1);
     say_cost(&t, layer, USP_PASS_FORWARD);
     say_cost(&t, layer, USP_PASS_BACKWARD);
-    say(&t, "  memory    workspace %zu forward, %zu backward, saved %zu bytes\n", layer->sizes.forward_workspace,
-        layer->sizes.backward_workspace, layer->sizes.saved);
+    say(&t, "  memory    workspace %zu forward (%zu if it saves), %zu backward, saved %zu bytes\n",
+        layer->sizes.forward_workspace, layer->sizes.forward_saving_workspace, layer->sizes.backward_workspace,
+        layer->sizes.saved);
     return t.length;
 }

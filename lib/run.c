@@ -123,17 +123,19 @@ static size_t saved_bytes(const usp_layer *layer) {
     return arena.used;
 }
 
-static size_t workspace_bytes(const usp_layer *layer, usp_pass pass) {
+/* A forward that saves has memory of the caller's for what it keeps. */
+static size_t forward_bytes(const usp_layer *layer, int saves) {
+    usp_arena arena = {0}, saved = {0};
+    saved_buffers kept = carve_saved(layer, saves ? &saved : &arena);
+    carve_forward(layer, &kept, &arena);
+    return arena.used + layer->attn->workspace(layer, USP_PASS_FORWARD);
+}
+
+static size_t backward_bytes(const usp_layer *layer) {
     usp_arena arena = {0};
-    saved_buffers kept = {0};
-    if (pass == USP_PASS_FORWARD) {
-        kept = carve_saved(layer, &arena); /* where the caller keeps nothing */
-        carve_forward(layer, &kept, &arena);
-    } else {
-        carve_backward(layer, &arena);
-        carve_initial(layer, &arena);
-    }
-    return arena.used + layer->attn->workspace(layer, pass);
+    carve_backward(layer, &arena);
+    carve_initial(layer, &arena);
+    return arena.used + layer->attn->workspace(layer, USP_PASS_BACKWARD);
 }
 
 /* ---- arguments --------------------------------------------------------------------------------------------------- */
@@ -342,6 +344,7 @@ static usp_inner inner_of_forward(const usp_forward *args, const saved_buffers *
                        .k = args->k,
                        .v = args->v,
                        .out = args->out,
+                       .key_block = kept->keys,
                        .lse = kept->lse,
                        .states = kept->states,
                        .initial = args->initial_state,
@@ -415,6 +418,7 @@ static usp_inner inner_of_blocks(const usp_layer *layer, const saved_buffers *ke
                        .k = usp_bundle_view(layer, &keys, kept->keys, 0, layer->mesh.u),
                        .v = usp_bundle_view(layer, &keys, kept->keys, 1, layer->mesh.u),
                        .key_block = kept->keys,
+                       .packed = 1,
                        .lse = kept->lse,
                        .states = kept->states,
                        .arena = arena,
@@ -440,7 +444,8 @@ static usp_status run_forward(usp_layer *layer, const usp_forward *given, void *
     USP_TRY(usp_world_poll(layer->world));
     USP_TRY(usp_abi_read(&args, sizeof args, given, "usp_forward"));
     USP_TRY(check_forward(layer, &args, inner));
-    USP_TRY(check_workspace(workspace, bytes, layer->sizes.forward_workspace));
+    USP_TRY(check_workspace(workspace, bytes,
+                            args.saved ? layer->sizes.forward_saving_workspace : layer->sizes.forward_workspace));
     usp_arena arena = {workspace, 0}, saved = {args.saved, 0};
     saved_buffers kept = carve_saved(layer, args.saved ? &saved : &arena);
     usp_arena rest = {arena.base + arena.used, 0};
@@ -485,6 +490,8 @@ static usp_status backward_inner(usp_layer *layer, const usp_backward *args, con
                        .dq = args->dq,
                        .dk = args->dk,
                        .dv = args->dv,
+                       .key_block = kept->keys,
+                       .packed = kept->keys != NULL,
                        .delta = b.delta_rows,
                        .lse = kept->lse,
                        .states = kept->states,
@@ -683,8 +690,9 @@ usp_status usp_layer_heads_to_tokens(usp_layer *layer, usp_operand operand, cons
 /* ---- sizes and cost ---------------------------------------------------------------------------------------------- */
 
 usp_sizes usp_run_sizes(const usp_layer *layer) {
-    return (usp_sizes){.forward_workspace = workspace_bytes(layer, USP_PASS_FORWARD),
-                       .backward_workspace = workspace_bytes(layer, USP_PASS_BACKWARD),
+    return (usp_sizes){.forward_workspace = forward_bytes(layer, 0),
+                       .forward_saving_workspace = forward_bytes(layer, 1),
+                       .backward_workspace = backward_bytes(layer),
                        .exchange_workspace = exchange_bytes(layer),
                        .saved = saved_bytes(layer),
                        .alignment = USP_ALIGNMENT};

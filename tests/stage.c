@@ -323,18 +323,28 @@ usp_backward usp_stage_backward_arguments(const usp_stage *stage) {
                           .initial_state = c->initial_state ? stage->initial_state.device : NULL};
 }
 
+static size_t forward_bytes(const usp_stage *stage, int keep) {
+    return keep ? stage->sizes.forward_saving_workspace : stage->sizes.forward_workspace;
+}
+
+/* The last `bytes` bytes: what lies behind is not the stage's, as sanitizers know. */
+static void *end_of_workspace(const usp_stage *stage, size_t bytes) {
+    return (char *)stage->workspace.device + (stage->workspace.bytes - bytes);
+}
+
 int usp_stage_forward(usp_stage *stage, int keep) {
     usp_forward arguments = usp_stage_forward_arguments(stage, keep);
-    return fail(stage, "forward",
-                usp_layer_forward(stage->layer, &arguments, stage->workspace.device, stage->sizes.forward_workspace,
-                                  stage->rank->stream));
+    size_t bytes = forward_bytes(stage, keep);
+    return fail(
+        stage, "forward",
+        usp_layer_forward(stage->layer, &arguments, end_of_workspace(stage, bytes), bytes, stage->rank->stream));
 }
 
 int usp_stage_backward(usp_stage *stage) {
     usp_backward arguments = usp_stage_backward_arguments(stage);
     return fail(stage, "backward",
-                usp_layer_backward(stage->layer, &arguments, stage->workspace.device, stage->sizes.backward_workspace,
-                                   stage->rank->stream));
+                usp_layer_backward(stage->layer, &arguments, end_of_workspace(stage, stage->sizes.backward_workspace),
+                                   stage->sizes.backward_workspace, stage->rank->stream));
 }
 
 /* ---- gather ------------------------------------------------------------------------------------------------------ */
@@ -502,14 +512,16 @@ static usp_status make_operand(usp_stage *stage, usp_operand kind, usp_part part
 
 static usp_status exchange_in(usp_stage *stage, const operand *o) {
     usp_tensor tokens = part_tensor(stage, o->part), heads = usp_view_tensor(&o->view, &o->memory);
-    return usp_layer_tokens_to_heads(stage->layer, o->kind, &tokens, &heads, stage->workspace.device,
-                                     stage->sizes.exchange_workspace, stage->rank->stream);
+    size_t bytes = stage->sizes.exchange_workspace;
+    return usp_layer_tokens_to_heads(stage->layer, o->kind, &tokens, &heads, end_of_workspace(stage, bytes), bytes,
+                                     stage->rank->stream);
 }
 
 static usp_status exchange_out(usp_stage *stage, const operand *o) {
     usp_tensor tokens = part_tensor(stage, o->part), heads = usp_view_tensor(&o->view, &o->memory);
-    return usp_layer_heads_to_tokens(stage->layer, o->kind, &heads, &tokens, stage->workspace.device,
-                                     stage->sizes.exchange_workspace, stage->rank->stream);
+    size_t bytes = stage->sizes.exchange_workspace;
+    return usp_layer_heads_to_tokens(stage->layer, o->kind, &heads, &tokens, end_of_workspace(stage, bytes), bytes,
+                                     stage->rank->stream);
 }
 
 enum { OPERANDS = USP_PARTS };
@@ -533,8 +545,8 @@ static usp_status inner_forward(usp_stage *stage, const operand *all) {
     f.k = head_tensor(&all[USP_K]);
     f.v = head_tensor(&all[USP_V]);
     f.out = head_tensor(&all[USP_O]);
-    return usp_layer_inner_forward(stage->layer, &f, stage->workspace.device, stage->sizes.forward_workspace,
-                                   stage->rank->stream);
+    size_t bytes = forward_bytes(stage, 1);
+    return usp_layer_inner_forward(stage->layer, &f, end_of_workspace(stage, bytes), bytes, stage->rank->stream);
 }
 
 static usp_status inner_backward(usp_stage *stage, const operand *all) {
@@ -547,8 +559,8 @@ static usp_status inner_backward(usp_stage *stage, const operand *all) {
     b.dq = head_tensor(&all[USP_DQ]);
     b.dk = head_tensor(&all[USP_DK]);
     b.dv = head_tensor(&all[USP_DV]);
-    return usp_layer_inner_backward(stage->layer, &b, stage->workspace.device, stage->sizes.backward_workspace,
-                                    stage->rank->stream);
+    size_t bytes = stage->sizes.backward_workspace;
+    return usp_layer_inner_backward(stage->layer, &b, end_of_workspace(stage, bytes), bytes, stage->rank->stream);
 }
 
 static int finish_operands(usp_stage *stage, operand *all, const char *what, usp_status status) {

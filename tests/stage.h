@@ -59,6 +59,7 @@ int usp_stage_set(usp_stage *stage, const usp_spot *spot);
 int usp_stage_feed(usp_stage *stage, usp_stage *from);
 /* Makes dout the sum of dq, dk and dv of the one that was fed. */
 int usp_stage_feed_back(usp_stage *stage, usp_stage *fed);
+/* The calls are given the bytes that they ask for, of which the last one is that of the stage's workspace. */
 int usp_stage_forward(usp_stage *stage, int keep); /* keep: with saved */
 int usp_stage_backward(usp_stage *stage);
 /* The same results through tokens_to_heads, the inner calls and heads_to_tokens; for cases without lse and states. */

@@ -870,7 +870,10 @@ static void try_memory(usp_stage *s) {
     usp_forward f = usp_stage_forward_arguments(s, 1);
     usp_backward b = usp_stage_backward_arguments(s);
     char *workspace = s->workspace.device;
-    size_t forward = s->sizes.forward_workspace, backward = s->sizes.backward_workspace;
+    size_t forward = s->sizes.forward_saving_workspace, backward = s->sizes.backward_workspace;
+    if (s->sizes.forward_workspace != forward + s->sizes.saved)
+        usp_say(s->rank, "what a forward keeps is counted %s",
+                s->sizes.forward_workspace > forward ? "twice" : "never");
     if (forward > 0) {
         expect_refusal(s->rank, USP_WORKSPACE, "workspace", forward_with(s, &f, workspace, forward - 1));
         expect_refusal(s->rank, USP_WORKSPACE, "workspace", forward_with(s, &f, NULL, forward));
@@ -882,6 +885,8 @@ static void try_memory(usp_stage *s) {
         expect_refusal(s->rank, USP_WORKSPACE, "workspace", backward_with(s, &b, workspace + 8, backward));
     }
     if (s->sizes.saved == 0) return;
+    f.saved = NULL;
+    expect_refusal(s->rank, USP_WORKSPACE, "workspace", forward_with(s, &f, workspace, s->sizes.forward_workspace - 1));
     f.saved = (char *)s->saved.device + 4;
     expect_refusal(s->rank, USP_WORKSPACE, "saved", forward_with(s, &f, workspace, forward));
     b.saved = (char *)s->saved.device + 4;

@@ -53,6 +53,57 @@ Test(cost, states_travel_by_chain_or_gather) {
     on_sizes(usp_body_travel);
 }
 
+/* ---- memory ------------------------------------------------------------------------------------------------------ */
+
+/* Sizes of a softmax layer with 64 tokens a ring rank. */
+static int sizes_of(usp_rank *rank, int ulysses, int ring, usp_sizes *of) {
+    const usp_case c = {.ulysses = ulysses,
+                        .ring = ring,
+                        .copies = rank->size / ulysses / ring,
+                        .tokens = 64 * ring,
+                        .layout = USP_LAYOUT_CONTIGUOUS,
+                        .heads = 8,
+                        .kv_heads = 4,
+                        .head_dim = 16};
+    usp_stage stage;
+    if (usp_stage_open(rank, &c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+    *of = stage.sizes;
+    usp_stage_close(&stage);
+    return 0;
+}
+
+/* What a ring adds: keys that arrive and that arrived, the own ones where the head exchange has not packed them yet,
+ * running sums; backward also the gradients of keys at home, arriving and arrived. */
+static int expect_ring_memory(usp_rank *rank, int ulysses, int ring) {
+    usp_sizes alone, with;
+    size_t keys = 64 * 2 * (4 / (size_t)ulysses) * 16 * sizeof(float);
+    size_t blocks = (ulysses == 1) + (ring > 2 ? 2 : 1), sums = 64 * (8 / (size_t)ulysses) * 16 * sizeof(float);
+    if (sizes_of(rank, ulysses, 1, &alone) || sizes_of(rank, ulysses, ring, &with)) return 1;
+    size_t forward = with.forward_saving_workspace - alone.forward_saving_workspace;
+    size_t backward = with.backward_workspace - alone.backward_workspace;
+    if (forward != blocks * keys + sums || backward != (blocks + 3) * keys + sums)
+        usp_say(rank, "ulysses %d, ring %d: the ring takes %zu and %zu bytes, not %zu and %zu", ulysses, ring, forward,
+                backward, blocks * keys + sums, (blocks + 3) * keys + sums);
+    if (with.forward_workspace != with.forward_saving_workspace + with.saved)
+        usp_say(rank, "ulysses %d, ring %d: a forward that saves does not need `saved` less", ulysses, ring);
+    usp_count(rank);
+    return 0;
+}
+
+static int ring_memory(usp_rank *rank, void *argument) {
+    (void)argument;
+    for (int ulysses = 1; ulysses <= 4; ulysses *= 2)
+        for (int ring = 2; ulysses * ring <= rank->size; ring++)
+            if (rank->size % (ulysses * ring) == 0 && expect_ring_memory(rank, ulysses, ring)) return 1;
+    return 0;
+}
+
+Test(cost, memory_is_taken_once) {
+    for (int i = 1; i < 6; i++) usp_expect_ranks(sizes[i], SECONDS, ring_memory, NULL);
+}
+
+/* ---- work -------------------------------------------------------------------------------------------------------- */
+
 Test(cost, flops) {
     on_sizes(usp_body_flops);
 }
