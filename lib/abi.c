@@ -14,6 +14,8 @@ static usp_status given_size(const void *given, const char *name, size_t *size) 
 usp_status usp_abi_read(void *known, size_t known_size, const void *given, const char *name) {
     size_t size = 0;
     USP_TRY(given_size(given, name, &size));
+    /* No version ends within a word; to go on would take half of a pointer. */
+    USP_REQUIRE(size % sizeof size == 0, "%s.struct_size is %zu: set it to sizeof the struct", name, size);
     for (size_t i = known_size; i < size; i++)
         USP_REQUIRE(((const unsigned char *)given)[i] == 0,
                     "%s.struct_size is %zu, this library knows %zu bytes and byte %zu is not zero", name, size,

@@ -171,6 +171,7 @@ static const wrong bidirectional_fields[] = {
 
 static const wrong sequence_fields[] = {
     {"struct_size", offsetof(usp_sequence_config, struct_size), SIZE, 1, USP_INVALID, NULL},
+    {"struct_size", offsetof(usp_sequence_config, struct_size), SIZE, 41, USP_INVALID, NULL}, /* cuts document_ends */
     {"layout", offsetof(usp_sequence_config, layout), INT, 5, USP_INVALID, NULL},
     {"layout", offsetof(usp_sequence_config, layout), INT, -1, USP_INVALID, NULL},
     {"max_documents", offsetof(usp_sequence_config, max_documents), INT, -1, USP_INVALID, NULL},
