@@ -458,10 +458,12 @@ static int replan_apart(usp_rank *rank, void *argument) {
     usp_case c = {.layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT, .tokens = 96, .mask = USP_MASK_CAUSAL, .ring = 2};
     usp_stage stage;
     if (usp_stage_open(rank, &c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
-    if (usp_stage_fill(&stage)) return 1;
     int copy = rank->rank / 2, odd = *apart && rank->rank == 3;
     const int64_t ends[] = {copy ? 40 : 48, 96}, other[] = {44, 96};
-    usp_status status = usp_sequence_replan(stage.sequence, 2, odd ? other : ends, rank->stream);
+    usp_status status = usp_sequence_replan(stage.sequence, 1, &ends[1], rank->stream);
+    stage.tokens = stage.key_tokens = usp_sequence_local_tokens(stage.sequence, stage.p);
+    if (status != USP_OK || usp_stage_fill(&stage)) return usp_say(rank, "%s", usp_last_error());
+    status = usp_sequence_replan(stage.sequence, 2, odd ? other : ends, rank->stream);
     usp_forward f = usp_stage_forward_arguments(&stage, 1);
     if (status == USP_OK)
         status = usp_layer_forward(stage.layer, &f, stage.workspace.device, stage.sizes.forward_workspace, NULL);
