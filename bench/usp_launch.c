@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -76,7 +77,8 @@ static void usp_read_options(int argc, char **argv, usp_job *job) {
         {0}};
     static const char text[] =
         "Starts N copies of PROGRAM on this host and waits for them. Each finds RANK, WORLD_SIZE, LOCAL_RANK, "
-        "LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, as usp_world_create_env reads them."
+        "LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, as usp_world_create_env reads them, and "
+        "USP_JOB_TOKEN, a random number that keeps this job apart from others, unless it is set already."
         "\vThe status is that of the first rank that failed: its own, or 128 plus the signal that ended it. SIGINT and "
         "SIGTERM are passed on to the ranks; the second time they are killed.";
     const struct argp argp = {options, usp_option, "PROGRAM [ARGUMENT...]", text, NULL, NULL, NULL};
@@ -103,6 +105,15 @@ static void usp_set_number(const char *name, int value) {
     char text[16];
     snprintf(text, sizeof text, "%d", value);
     setenv(name, text, 1);
+}
+
+/* Another number for each job, which nobody guesses, unless the user has given the job a name. */
+static void usp_set_token(void) {
+    unsigned char random[16];
+    char text[2 * sizeof random + 1] = "";
+    if (getrandom(random, sizeof random, 0) != (ssize_t)sizeof random) return;
+    for (size_t i = 0; i < sizeof random; i++) snprintf(text + 2 * i, 3, "%02x", random[i]);
+    setenv("USP_JOB_TOKEN", text, 0);
 }
 
 /* Becomes rank `rank`; no rank outlives the launcher. */
@@ -220,6 +231,7 @@ int main(int argc, char **argv) {
     sigaddset(&signals, SIGTERM);
     sigprocmask(SIG_BLOCK, &signals, &before);
     if (job.seconds > 0) job.end = usp_now() + 1000 * (int64_t)job.seconds;
+    usp_set_token();
     if (usp_start(&job, &before)) return 1;
     usp_wait(&job, &signals);
     return job.status;

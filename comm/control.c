@@ -17,7 +17,10 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-enum { USP_ECHO_MS = 500 }; /* for the reason of a failure to arrive by way of another rank */
+enum {
+    USP_ECHO_MS = 300,     /* for the reason of a failure to arrive by way of another rank */
+    USP_FAREWELL_MS = 1000 /* for ranks that are still to connect to hear of it */
+};
 
 /* ---- what callers do --------------------------------------------------------------------------------------------- */
 
@@ -156,15 +159,17 @@ static usp_status control_alloc(const usp_comm_config *config, int rank, int siz
     const size_t each = sizeof(usp_line) + sizeof(usp_address) + USP_MOST_LINES * sizeof(int) + sizeof(struct pollfd);
     size_t count = (size_t)size;
     void *memory;
-    USP_TRY(usp_host_alloc(config->host, sizeof(usp_control) + count * each + sizeof(struct pollfd), "control channel",
+    size_t head = (sizeof(usp_control) + 15) / 16 * 16, room = usp_door_room();
+    USP_TRY(usp_host_alloc(config->host, head + room + count * each + sizeof(struct pollfd), "control channel",
                            &memory));
     usp_control *control = memory;
+    control->room = (char *)memory + head;
     control->host = config->host;
     control->rank = rank;
     control->size = size;
     control->timeout_ms = config->timeout_ms;
     control->silence = config->silence_ms;
-    control->lines = (usp_line *)(control + 1);
+    control->lines = (usp_line *)((char *)control->room + room);
     control->addresses = (usp_address *)(control->lines + count);
     control->polls = (struct pollfd *)(control->addresses + count);
     control->connections = (int *)(control->polls + count + 1);
@@ -188,11 +193,11 @@ static usp_status start_thread(usp_control *control) {
     return reason == 0 ? USP_OK : usp_fail(USP_COMM, "no thread for the control channel: %s", strerror(reason));
 }
 
-usp_status usp_control_create(const usp_comm_config *config, int rank, int size, usp_address *mine,
+usp_status usp_control_create(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_address *mine,
                               usp_control **result) {
     usp_control *control = NULL;
-    USP_TRY(control_alloc(config, rank, size, &control));
-    usp_status status = usp_lines_listen(&control->ears, mine);
+    USP_TRY(control_alloc(config, bootstrap->rank, bootstrap->size, &control));
+    usp_status status = usp_lines_listen(&control->ears, bootstrap->near, mine);
     if (status == USP_OK) status = start_thread(control);
     if (status == USP_OK)
         *result = control;
@@ -216,11 +221,12 @@ static void take_lines(usp_control *control) {
     pthread_mutex_unlock(&control->mutex);
 }
 
-/* What failed here may be the echo of a failure elsewhere, whose reason is on its way. */
+/* A rank that is missed here may have given up for a reason that is on its way; what else has failed is this rank's own
+ * affair, which the others hear of. */
 static usp_status fail_connecting(usp_control *control, usp_status status) {
     char sentence[USP_SENTENCE];
     snprintf(sentence, sizeof sentence, "%s", usp_last_error());
-    int64_t end = usp_tcp_deadline(USP_ECHO_MS);
+    int64_t end = usp_tcp_deadline(status == USP_PEER_LOST ? USP_ECHO_MS : 0);
     for (; usp_tcp_left(end) > 0; usp_pause(INT_MAX)) USP_TRY(usp_control_poll(control));
     if (status == USP_PEER_LOST) return usp_control_fail(control, status, "%s", sentence);
     usp_control_fail(control, USP_PEER_FAILED, "rank %d could not join: %.200s", control->rank, sentence);
@@ -241,12 +247,29 @@ static usp_status connect_all(usp_control *control) {
     }
 }
 
+/* Goes on connecting, so that those who come later are told why there will be no world. */
+static usp_status linger(usp_control *control, usp_status status) {
+    char sentence[USP_SENTENCE];
+    snprintf(sentence, sizeof sentence, "%s", usp_last_error());
+    int64_t end = usp_tcp_deadline(USP_FAREWELL_MS);
+    for (int round = 0, missing = 0; missing >= 0 && usp_tcp_left(end) > 0; round++) {
+        usp_lines_round(&control->ways, round, end, &missing);
+        take_lines(control);
+    }
+    return usp_fail(status, "%s", sentence);
+}
+
 usp_status usp_control_connect(usp_control *control, const usp_meeting *meeting, int *data) {
     int lines = data ? 2 : 1;
     for (int i = 0; i < control->size; i++) control->addresses[i] = meeting->all[i].address;
-    control->ways = (usp_lines){control->rank, control->size, lines, control->addresses, -1, control->connections};
-    usp_lines_begin(&control->ways, &control->ears);
+    control->ways = (usp_lines){.rank = control->rank,
+                                .size = control->size,
+                                .lines = lines,
+                                .addresses = control->addresses,
+                                .connections = control->connections};
+    usp_lines_begin(&control->ways, meeting->bootstrap.secret, control->room, &control->ears);
     usp_status status = connect_all(control);
+    if (status != USP_OK) status = linger(control, status);
     for (int i = 0; data && i < control->size; i++) data[i] = control->connections[2 * i + 1];
     return status;
 }

@@ -10,7 +10,7 @@
 typedef struct usp_control usp_control;
 
 /* Local, before ranks meet: memory, descriptors and the thread. Fills where this rank listens. */
-usp_status usp_control_create(const usp_comm_config *config, int rank, int size, usp_address *mine, usp_control **);
+usp_status usp_control_create(const usp_comm_config *config, const usp_bootstrap *, usp_address *mine, usp_control **);
 /* Collective, once all have met: a line to every other rank, and in `data` [size], unless NULL, one more connection to
  * each (-1: none), which is the caller's to close, after a failure too. A rank that fails or dies meanwhile is named on
  * all that have a line. */

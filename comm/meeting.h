@@ -10,6 +10,8 @@ typedef struct usp_bootstrap {
     usp_status (*gather)(void *user, const void *mine, void *all, size_t bytes_per_rank);
     void *user;
     int rank, size;
+    const usp_key *secret; /* that these ranks alone know and that was never sent; NULL: none */
+    const usp_ip *near;    /* this rank's address on the way to the others; NULL: not known */
 } usp_bootstrap;
 
 /* What all ranks must have alike: it says which transport is built, and how. */

@@ -39,7 +39,7 @@ typedef struct usp_mpi {
     usp_transfer *transfers;
     int *finished;
 
-    int stuck;       /* a collective of the set-up is late: MPI may yet write `comm` and `cards` */
+    int stuck;        /* a collective of the set-up is late: MPI may yet write `comm` and `cards` */
     usp_card cards[]; /* [1 + size]: what is sent, and what comes */
 } usp_mpi;
 
@@ -390,12 +390,11 @@ static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mp
 /* What else needs no other rank. */
 static usp_status prepare_self(const usp_comm_config *config, usp_meeting *meeting, usp_mpi *self) {
     USP_TRY(check_device(config));
-    return usp_control_create(config, self->base.rank, self->base.size, &meeting->mine.address, &self->control);
+    return usp_control_create(config, &meeting->bootstrap, &meeting->mine.address, &self->control);
 }
 
 /* Ranks that have failed come too: a communicator that all duplicated is fit for another try. */
 static usp_status join(usp_mpi *self, usp_meeting *meeting, MPI_Comm borrowed) {
-    meeting->bootstrap = (usp_bootstrap){gather, self, self->base.rank, self->base.size};
     USP_TRY(duplicate(self, borrowed));
     usp_status status = usp_meet(meeting);
     if (status == USP_OK) return usp_control_connect(self->control, meeting, NULL);
@@ -409,6 +408,9 @@ usp_status usp_comm_create_mpi(const usp_comm_config *config, usp_meeting *meeti
     const usp_card *mine = &meeting->mine;
     usp_status status = find_communicator(fortran_comm, &borrowed);
     if (status == USP_OK) status = begin(config, borrowed, &self);
+    if (self)
+        meeting->bootstrap =
+            (usp_bootstrap){.gather = gather, .user = self, .rank = self->base.rank, .size = self->base.size};
     if (self && mine->status == USP_OK) usp_meeting_note(meeting, prepare_self(config, meeting, self));
     if (status == USP_OK) status = join(self, meeting, borrowed);
     if (status == USP_OK) {

@@ -76,7 +76,7 @@ typedef struct usp_nccl {
     ncclComm_t child; /* where NCCL writes the communicator of a split */
     void *scratch;    /* device memory and stream of `gather` */
     usp_stream stream;
-    int flags[];      /* [size], for a gather */
+    int flags[]; /* [size], for a gather */
 } usp_nccl;
 
 static usp_nccl *nccl_of(usp_comm *comm) {
@@ -755,7 +755,7 @@ static usp_status connect_ranks(usp_nccl *self, const usp_meeting *meeting) {
 
 /* Ranks without a bootstrap meet over the communicator that stands. */
 static usp_status meet_over_gpus(usp_nccl *self, usp_meeting *meeting) {
-    meeting->bootstrap = (usp_bootstrap){gather_cards, self, self->base.rank, self->base.size};
+    meeting->bootstrap.user = self;
     USP_TRY(usp_meet(meeting));
     return connect_ranks(self, meeting);
 }
@@ -774,12 +774,12 @@ static usp_status finish(usp_nccl *self, usp_status status, usp_comm **out) {
 }
 
 /* What needs no other rank. */
-static usp_status prepare_self(const usp_comm_config *config, usp_meeting *meeting, int size, int rank,
-                               usp_nccl **self) {
+static usp_status prepare_self(const usp_comm_config *config, usp_meeting *meeting, usp_nccl **self) {
+    const usp_bootstrap *bootstrap = &meeting->bootstrap;
     usp_card *mine = &meeting->mine;
     ncclGetVersion(&mine->terms.transport_version);
-    USP_TRY(begin(config, size, rank, self));
-    return usp_control_create(config, rank, size, &mine->address, &(*self)->control);
+    USP_TRY(begin(config, bootstrap->size, bootstrap->rank, self));
+    return usp_control_create(config, bootstrap, &mine->address, &(*self)->control);
 }
 
 /* Rank 0's id counts. */
@@ -795,10 +795,9 @@ static usp_status make_id(usp_card *mine) {
 usp_status usp_comm_create_nccl(const usp_comm_config *config, usp_meeting *meeting, usp_comm **comm) {
     usp_nccl *self = NULL;
     ncclUniqueId id;
-    int rank = meeting->bootstrap.rank, size = meeting->bootstrap.size;
     usp_card *mine = &meeting->mine;
-    if (mine->status == USP_OK) usp_meeting_note(meeting, prepare_self(config, meeting, size, rank, &self));
-    if (mine->status == USP_OK && rank == 0) usp_meeting_note(meeting, make_id(mine));
+    if (mine->status == USP_OK) usp_meeting_note(meeting, prepare_self(config, meeting, &self));
+    if (mine->status == USP_OK && meeting->bootstrap.rank == 0) usp_meeting_note(meeting, make_id(mine));
     usp_status status = usp_meet(meeting);
     if (self == NULL) return status;
     if (status == USP_OK) status = connect_ranks(self, meeting);
@@ -813,7 +812,8 @@ usp_status usp_comm_create_nccl_id(const usp_comm_config *config, usp_meeting *m
     ncclUniqueId copy;
     memcpy(&copy, id->bytes, sizeof copy);
     USP_TRY(usp_meeting_note(meeting, USP_OK));
-    usp_status status = prepare_self(config, meeting, size, rank, &self);
+    meeting->bootstrap = (usp_bootstrap){.gather = gather_cards, .rank = rank, .size = size};
+    usp_status status = prepare_self(config, meeting, &self);
     if (self == NULL) return status;
     if (status == USP_OK) status = join(self, &copy);
     if (status == USP_OK) status = meet_over_gpus(self, meeting);
@@ -890,7 +890,8 @@ usp_status usp_comm_create_nccl_borrowed(const usp_comm_config *config, usp_meet
     USP_TRY(usp_meeting_note(meeting, USP_OK));
     USP_TRY(check_backend(config, &gpu));
     USP_TRY(look_at_borrowed(borrowed, &size, &rank));
-    usp_status status = prepare_self(config, meeting, size, rank, &self);
+    meeting->bootstrap = (usp_bootstrap){.gather = gather_cards, .rank = rank, .size = size};
+    usp_status status = prepare_self(config, meeting, &self);
     if (self == NULL) return status;
     if (status == USP_OK) status = split_borrowed(self, borrowed);
     if (status == USP_OK) status = meet_over_gpus(self, meeting);

@@ -296,7 +296,7 @@ static usp_status socket_alloc(const usp_comm_config *config, const usp_bootstra
 static usp_status prepare_self(const usp_comm_config *config, usp_meeting *meeting, usp_socket_comm **self) {
     const usp_bootstrap *bootstrap = &meeting->bootstrap;
     USP_TRY(socket_alloc(config, bootstrap, self));
-    return usp_control_create(config, bootstrap->rank, bootstrap->size, &meeting->mine.address, &(*self)->control);
+    return usp_control_create(config, bootstrap, &meeting->mine.address, &(*self)->control);
 }
 
 static usp_status connect_channels(usp_socket_comm *self, const usp_meeting *meeting) {

@@ -1,5 +1,5 @@
-/* tcp.c - TCP among the ranks of a world: connections that only ranks of one world can open, and transfers that end by
- * a deadline. It knows nothing of what is sent, and starts no thread. */
+/* tcp.c - TCP for the ranks of a world: addresses and interfaces, sockets, and transfers that end by a deadline. It
+ * knows nothing of who is at the other end or what is sent, and starts no thread. */
 #define _GNU_SOURCE
 #include "tcp.h"
 #include "error.h"
@@ -13,26 +13,14 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
-enum {
-    USP_BACKLOG = 1024,
-    USP_CALLERS = 16,
-    USP_PATIENCE_MS = 500, /* for a caller to say who it is */
-    USP_NAP_MS = 10        /* after a call that could not be taken */
-};
+enum { USP_BACKLOG = 4096 }; /* the system takes what it allows */
 
-static const char hello_magic[8] = {'u', 's', 'p', ' ', 't', 'c', 'p', '1'};
-
-/* What each end of a connection says first. */
-typedef struct usp_hello {
-    char magic[8];
-    usp_token token;
-    int32_t from, to;
-} usp_hello;
+static const char interface_variable[] = "USP_INTERFACE";
 
 /* ---- time -------------------------------------------------------------------------------------------------------- */
 
@@ -86,23 +74,62 @@ static usp_ip ip_of(const struct sockaddr *address) {
     return ip;
 }
 
+int usp_tcp_is_loopback(const usp_ip *ip) {
+    const usp_ip one = {{[15] = 1}};
+    return is_mapped(ip) ? ip->bytes[12] == 127 : memcmp(ip, &one, sizeof one) == 0;
+}
+
+/* ---- interfaces -------------------------------------------------------------------------------------------------- */
+
+/* `list` as NCCL_SOCKET_IFNAME has it: prefixes of names between commas; after '=' whole names; '^' first: all others.
+ */
+static int is_listed(const char *list, const char *name) {
+    int others = *list == '^', whole = list[others] == '=';
+    list += others + whole;
+    for (size_t length; *list; list += length + (list[length] == ',')) {
+        length = strcspn(list, ",");
+        if (length > 0 && strncmp(name, list, length) == 0 && (!whole || !name[length])) return !others;
+    }
+    return others;
+}
+
+/* Loopback only if it is asked for. */
+static int is_chosen(const struct ifaddrs *interface, const char *list) {
+    int named = list && *list != '^', loopback = (interface->ifa_flags & IFF_LOOPBACK) != 0;
+    return (!list || is_listed(list, interface->ifa_name)) && (named || !loopback);
+}
+
 static int is_reachable(const struct ifaddrs *interface) {
-    if (!interface->ifa_addr || !(interface->ifa_flags & IFF_UP) || (interface->ifa_flags & IFF_LOOPBACK)) return 0;
+    if (!interface->ifa_addr || !(interface->ifa_flags & IFF_UP)) return 0;
     if (interface->ifa_addr->sa_family == AF_INET) return 1;
     if (interface->ifa_addr->sa_family != AF_INET6) return 0;
     usp_ip ip = ip_of(interface->ifa_addr);
     return !IN6_IS_ADDR_LINKLOCAL((const struct in6_addr *)(const void *)ip.bytes);
 }
 
-int usp_tcp_own_ips(usp_ip *ips, int capacity) {
+static const char *interface_list(void) {
+    const char *list = secure_getenv(interface_variable);
+    return list && *list ? list : NULL;
+}
+
+int usp_tcp_interface_chosen(void) {
+    return interface_list() != NULL;
+}
+
+usp_status usp_tcp_own_ips(usp_ip *ips, int capacity, int *count) {
+    const char *list = interface_list();
     struct ifaddrs *interfaces;
-    int count = 0;
-    if (getifaddrs(&interfaces) != 0) return 0;
+    *count = 0;
+    if (getifaddrs(&interfaces) != 0) return usp_fail(USP_COMM, "no list of interfaces: %s", strerror(errno));
+    if (list) capacity = 1; /* who chooses wants no other */
     for (int v6 = 0; v6 < 2; v6++)
-        for (struct ifaddrs *i = interfaces; i && count < capacity; i = i->ifa_next)
-            if (is_reachable(i) && (i->ifa_addr->sa_family == AF_INET6) == v6) ips[count++] = ip_of(i->ifa_addr);
+        for (struct ifaddrs *i = interfaces; i && *count < capacity; i = i->ifa_next)
+            if (is_reachable(i) && is_chosen(i, list) && (i->ifa_addr->sa_family == AF_INET6) == v6)
+                ips[(*count)++] = ip_of(i->ifa_addr);
     freeifaddrs(interfaces);
-    return count;
+    if (*count > 0 || !list) return USP_OK;
+    return usp_fail(USP_INVALID, "the variable %s is '%.80s': no such interface has an address", interface_variable,
+                    list);
 }
 
 usp_status usp_tcp_resolve(const char *name, usp_ip *ips, int capacity, int *count) {
@@ -148,11 +175,16 @@ usp_status usp_tcp_recv(int connection, void *data, size_t bytes, int64_t deadli
     return USP_OK;
 }
 
-/* ---- listen, connect, accept ------------------------------------------------------------------------------------- */
+/* ---- sockets ----------------------------------------------------------------------------------------------------- */
+
+static void send_at_once(int connection) {
+    int one = 1;
+    setsockopt(connection, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+}
 
 static int open_socket(int family) {
-    int descriptor = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), one = 1;
-    if (descriptor >= 0) setsockopt(descriptor, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    int descriptor = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (descriptor >= 0) send_at_once(descriptor);
     return descriptor;
 }
 
@@ -171,198 +203,64 @@ static int listen_at(const usp_ip *ip, int port) {
     return -1;
 }
 
-static int bound_port(int listener) {
-    struct sockaddr_storage address = {0};
-    socklen_t length = sizeof address;
-    getsockname(listener, (struct sockaddr *)&address, &length);
-    if (address.ss_family == AF_INET) return ntohs(((struct sockaddr_in *)&address)->sin_port);
-    return ntohs(((struct sockaddr_in6 *)&address)->sin6_port);
-}
-
 usp_status usp_tcp_listen(const usp_ip *ip, int port, int *listener, int *bound) {
     const usp_ip any6 = {{0}}, any4 = {{[10] = 0xff, [11] = 0xff}};
+    usp_ip chosen;
+    int count;
+    if (!ip && usp_tcp_interface_chosen()) {
+        USP_TRY(usp_tcp_own_ips(&chosen, 1, &count));
+        ip = &chosen;
+    }
     *listener = listen_at(ip ? ip : &any6, port);
     if (*listener < 0 && !ip && errno != EADDRINUSE) *listener = listen_at(&any4, port); /* no IPv6 here */
-    if (*listener < 0) return usp_fail(USP_COMM, "cannot listen on port %d: %s", port, strerror(errno));
-    *bound = bound_port(*listener);
+    if (*listener < 0)
+        return usp_fail(errno == EADDRINUSE ? USP_PEER_FAILED : USP_COMM, "cannot listen on port %d: %s", port,
+                        strerror(errno));
+    usp_tcp_near(*listener, &chosen, bound);
     return USP_OK;
 }
 
-/* Takes the same time for every wrong token. */
-static int hello_right(const usp_hello *hello, const usp_token *token, int to) {
-    unsigned difference = 0;
-    for (size_t i = 0; i < sizeof token->bytes; i++) difference |= (unsigned)(hello->token.bytes[i] ^ token->bytes[i]);
-    return difference == 0 && memcmp(hello->magic, hello_magic, sizeof hello_magic) == 0 && hello->to == to;
+void usp_tcp_near(int descriptor, usp_ip *ip, int *port) {
+    struct sockaddr_storage address = {.ss_family = AF_INET};
+    socklen_t length = sizeof address;
+    getsockname(descriptor, (struct sockaddr *)&address, &length);
+    *ip = ip_of((struct sockaddr *)&address);
+    in_port_t at = address.ss_family == AF_INET ? ((struct sockaddr_in *)&address)->sin_port
+                                                : ((struct sockaddr_in6 *)&address)->sin6_port;
+    *port = ntohs(at);
 }
 
-static usp_hello hello_make(const usp_token *token, int from, int to) {
-    usp_hello hello = {.token = *token, .from = from, .to = to};
-    memcpy(hello.magic, hello_magic, sizeof hello_magic);
-    return hello;
-}
-
-static usp_status introduce(int connection, const usp_token *token, int rank, int peer, int64_t deadline) {
-    usp_hello hello = hello_make(token, rank, peer), answer;
-    usp_status status = usp_tcp_send(connection, &hello, sizeof hello, deadline);
-    if (status == USP_OK) status = usp_tcp_recv(connection, &answer, sizeof answer, deadline);
-    if (status != USP_OK) return usp_fail(USP_TIMEOUT, "rank %d does not answer", peer);
-    if (hello_right(&answer, token, rank) && answer.from == peer) return USP_OK;
-    return usp_fail(USP_COMM, "another program answers in place of rank %d", peer);
-}
-
-/* 0 once the other end has taken the call, else why not. */
-static int finish_call(int descriptor, int reason, int64_t deadline) {
-    socklen_t size = sizeof reason;
-    if (reason != EINPROGRESS) return reason;
-    if (!is_ready(descriptor, POLLOUT, deadline)) return ETIMEDOUT;
-    getsockopt(descriptor, SOL_SOCKET, SO_ERROR, &reason, &size);
-    return reason;
-}
-
-int usp_tcp_probe(const usp_ip *ip, int port, int64_t deadline) {
+int usp_tcp_dial(const usp_ip *ip, int port, int64_t deadline, int *connection) {
     struct sockaddr_storage address;
-    socklen_t length = socket_address(ip, port, &address);
-    int descriptor = open_socket(address.ss_family);
+    socklen_t length = socket_address(ip, port, &address), size = sizeof(int);
+    int descriptor = open_socket(address.ss_family), reason;
     if (descriptor < 0) return errno;
-    int reason = connect(descriptor, (struct sockaddr *)&address, length) == 0 ? 0 : errno;
-    reason = finish_call(descriptor, reason, deadline);
-    close(descriptor);
-    return reason;
-}
-
-usp_status usp_tcp_connect(const usp_ip *ip, int port, const usp_token *token, int rank, int peer, int64_t deadline,
-                           int *connection) {
-    struct sockaddr_storage address;
-    socklen_t length = socket_address(ip, port, &address);
-    int descriptor = open_socket(address.ss_family), reason = errno;
-    if (descriptor < 0) return usp_fail(USP_COMM, "no socket: %s", strerror(reason));
     reason = connect(descriptor, (struct sockaddr *)&address, length) == 0 ? 0 : errno;
-    reason = finish_call(descriptor, reason, deadline);
-    usp_status status = reason == 0 ? introduce(descriptor, token, rank, peer, deadline)
-                                    : usp_fail(reason == ETIMEDOUT ? USP_TIMEOUT : USP_COMM,
-                                               "cannot connect to rank %d: %s", peer, strerror(reason));
-    if (status == USP_OK)
+    if (reason == EINPROGRESS) {
+        reason = ETIMEDOUT;
+        if (is_ready(descriptor, POLLOUT, deadline)) getsockopt(descriptor, SOL_SOCKET, SO_ERROR, &reason, &size);
+    }
+    if (reason == 0)
         *connection = descriptor;
     else
         close(descriptor);
-    return status;
+    return reason;
 }
 
-/* Somebody who has connected and not yet said who it is. */
-typedef struct usp_caller {
-    int descriptor; /* -1: free */
-    int64_t since;
-    size_t heard;
-    usp_hello hello;
-} usp_caller;
-
-typedef struct usp_reception {
-    const usp_token *token;
-    int rank, first, size;
-    int *connections;
-    usp_caller callers[USP_CALLERS];
-} usp_reception;
-
-static void dismiss(usp_caller *caller) {
-    if (caller->descriptor >= 0) close(caller->descriptor);
-    caller->descriptor = -1;
+int usp_tcp_take(int listener) {
+    int connection = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (connection >= 0) send_at_once(connection);
+    return connection;
 }
 
-/* Who has given up waiting for an answer will call again. */
-static int is_gone(const usp_caller *caller) {
+int usp_tcp_exhausted(int reason) {
+    return reason == EMFILE || reason == ENFILE || reason == ENOBUFS || reason == ENOMEM;
+}
+
+int usp_tcp_is_gone(int connection) {
     char byte;
-    return recv(caller->descriptor, &byte, 1, MSG_PEEK) == 0;
-}
-
-/* Where a rank calls twice, it has given its first connection up. */
-static void seat_caller(usp_reception *reception, usp_caller *caller) {
-    int from = caller->hello.from;
-    int welcome = hello_right(&caller->hello, reception->token, reception->rank) && from >= reception->first &&
-                  from < reception->size;
-    usp_hello answer = hello_make(reception->token, reception->rank, from);
-    if (!welcome || is_gone(caller) ||
-        send(caller->descriptor, &answer, sizeof answer, MSG_NOSIGNAL) != (ssize_t)sizeof answer) {
-        dismiss(caller);
-        return;
-    }
-    if (reception->connections[from] >= 0) close(reception->connections[from]);
-    reception->connections[from] = caller->descriptor;
-    caller->descriptor = -1;
-}
-
-static void listen_to_caller(usp_reception *reception, usp_caller *caller) {
-    char *room = (char *)&caller->hello + caller->heard;
-    ssize_t got = recv(caller->descriptor, room, sizeof caller->hello - caller->heard, 0);
-    if (got < 0 && (errno == EAGAIN || errno == EINTR)) return;
-    if (got <= 0) {
-        dismiss(caller);
-        return;
-    }
-    caller->heard += (size_t)got;
-    if (caller->heard == sizeof caller->hello) seat_caller(reception, caller);
-}
-
-/* A free place, or that of the one who has been here for longest, if that was time enough to say who it is; NULL: none
- * yet. Many ranks may call at once, and each may be slow to speak. */
-static usp_caller *find_place(usp_reception *reception) {
-    usp_caller *oldest = &reception->callers[0];
-    for (int i = 0; i < USP_CALLERS; i++) {
-        usp_caller *caller = &reception->callers[i];
-        if (caller->descriptor < 0) return caller;
-        if (caller->since < oldest->since) oldest = caller;
-    }
-    return usp_now_ms() - oldest->since >= USP_PATIENCE_MS ? oldest : NULL;
-}
-
-/* A call that cannot be taken, for want of descriptors, stays: the next look at it must not come at once. */
-static void take_call(usp_caller *place, int listener) {
-    int descriptor = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK), one = 1;
-    if (descriptor < 0) {
-        poll(NULL, 0, USP_NAP_MS);
-        return;
-    }
-    setsockopt(descriptor, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    dismiss(place);
-    *place = (usp_caller){.descriptor = descriptor, .since = usp_now_ms()};
-}
-
-static int count_missing(const usp_reception *reception) {
-    int missing = 0;
-    for (int i = reception->first; i < reception->size; i++) missing += reception->connections[i] < 0;
-    return missing;
-}
-
-static usp_status name_missing(const usp_reception *reception) {
-    char ranks[160];
-    size_t length = 0;
-    for (int i = reception->first; i < reception->size && length + 16 < sizeof ranks; i++)
-        if (reception->connections[i] < 0)
-            length += (size_t)snprintf(ranks + length, sizeof ranks - length, "%s%d", length ? ", " : "", i);
-    return usp_fail(USP_TIMEOUT, "%d rank(s) did not connect in time: %s", count_missing(reception), ranks);
-}
-
-/* One round of whatever has come. */
-static void receive_calls(usp_reception *reception, int listener, int64_t deadline) {
-    struct pollfd polls[USP_CALLERS + 1];
-    usp_caller *place = find_place(reception);
-    int left = usp_tcp_left(deadline);
-    if (!place && (left < 0 || left > USP_PATIENCE_MS)) left = USP_PATIENCE_MS;
-    for (int i = 0; i < USP_CALLERS; i++)
-        polls[i] = (struct pollfd){.fd = reception->callers[i].descriptor, .events = POLLIN};
-    polls[USP_CALLERS] = (struct pollfd){.fd = place ? listener : -1, .events = POLLIN};
-    if (poll(polls, USP_CALLERS + 1, left) <= 0) return;
-    for (int i = 0; i < USP_CALLERS; i++)
-        if (polls[i].revents) listen_to_caller(reception, &reception->callers[i]);
-    if (polls[USP_CALLERS].revents) take_call(place, listener);
-}
-
-usp_status usp_tcp_accept(int listener, const usp_token *token, int rank, int first, int size, int64_t deadline,
-                          int *connections) {
-    usp_reception reception = {token, rank, first, size, connections, {{0}}};
-    for (int i = 0; i < USP_CALLERS; i++) reception.callers[i].descriptor = -1;
-    while (count_missing(&reception) > 0 && usp_tcp_left(deadline) != 0) receive_calls(&reception, listener, deadline);
-    for (int i = 0; i < USP_CALLERS; i++) dismiss(&reception.callers[i]);
-    return count_missing(&reception) > 0 ? name_missing(&reception) : USP_OK;
+    ssize_t got = recv(connection, &byte, 1, MSG_PEEK);
+    return got == 0 || (got < 0 && errno != EAGAIN && errno != EINTR);
 }
 
 void usp_tcp_close(int *connections, int count) {

@@ -601,10 +601,9 @@ usp_status usp_comm_create_threads(const usp_comm_config *config, usp_meeting *m
         .base = {&threads_ops, rank, meeting->size, config->timeout_ms, config->device, config->host},
         .meeting = meeting};
     void *memory = NULL;
-    met->bootstrap = (usp_bootstrap){gather_cards, &self, rank, meeting->size};
+    met->bootstrap = (usp_bootstrap){.gather = gather_cards, .user = &self, .rank = rank, .size = meeting->size};
     if (met->mine.status == USP_OK) usp_meeting_note(met, make_events(&self));
-    if (met->mine.status == USP_OK)
-        usp_meeting_note(met, usp_host_alloc(config->host, sizeof self, "comm", &memory));
+    if (met->mine.status == USP_OK) usp_meeting_note(met, usp_host_alloc(config->host, sizeof self, "comm", &memory));
     usp_status status = usp_meet(met);
     if (status != USP_OK) {
         usp_host_free(config->host, memory);

@@ -167,9 +167,12 @@ USP_API usp_status usp_world_create_mpi(const usp_world_config *config, int fort
  * only during this call. */
 USP_API usp_status usp_world_create_callback(const usp_world_config *config, usp_allgather_fn allgather, void *user,
                                              int size, int rank, usp_world **world);
-/* Reads the launcher's environment: torchrun and usp_launch (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT),
- * SLURM (SLURM_PROCID, ...) or Open MPI (OMPI_COMM_WORLD_RANK, ...); none of them: a world of one. On CUDA selects GPU
- * LOCAL_RANK. SLURM and Open MPI need MASTER_ADDR unless all ranks are on this host. */
+/* Reads the environment that a launcher has made: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT (torchrun,
+ * usp_launch), else that of Open MPI, of PMI (MPICH's and Intel's mpiexec) or of SLURM; none of them: a world of one.
+ * On CUDA selects GPU LOCAL_RANK. MPI's and SLURM's need MASTER_ADDR, the same on all ranks, unless all are on this
+ * host. USP_JOB_TOKEN, the same on all ranks and secret, keeps a job apart from all others; USP_INTERFACE, as
+ * NCCL_SOCKET_IFNAME, chooses where ranks listen. Further errors: MISMATCH (the ranks do not agree on their number),
+ * INVALID (variables; a rank that comes twice). */
 USP_API usp_status usp_world_create_env(const usp_world_config *config, usp_world **world);
 
 USP_API usp_status usp_world_get_info(const usp_world *world, usp_world_info *info);

@@ -304,7 +304,8 @@ usp_status usp_world_create_callback(const usp_world_config *given, usp_allgathe
     USP_REQUIRE(allgather, "allgather is NULL");
     USP_TRY(check_rank(rank, size));
     begin(&m, given, out);
-    return create_over(&m, &(usp_bootstrap){gather_by_callback, &own, rank, size}, out);
+    return create_over(&m, &(usp_bootstrap){.gather = gather_by_callback, .user = &own, .rank = rank, .size = size},
+                       out);
 }
 
 /* A process for each GPU, by its place on the host. */

@@ -3,6 +3,7 @@
 # usage: check_launch.sh USP_LAUNCH
 set -eu
 launch=$1
+unset USP_JOB_TOKEN
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 fail() { echo "FAIL: $*" >&2; cat "$work/out" "$work/err" >&2 || true; exit 1; }
@@ -26,6 +27,16 @@ sort "$work/out" >"$work/ranks"
 printf '%s\n' '0 0 3 3 127.0.0.1 23456' '1 1 3 3 127.0.0.1 23456' '2 2 3 3 127.0.0.1 23456' | cmp -s - "$work/ranks" ||
     fail "the ranks' environment"
 expect 0 sh -c 'test $WORLD_SIZE = 1 && test $MASTER_PORT -gt 0'
+
+# Each job has a token of its own, the same on all ranks; one that is there already stays.
+expect 0 -n 2 sh -c 'echo $USP_JOB_TOKEN'
+sort -u "$work/out" >"$work/first"
+expect 0 -n 2 sh -c 'echo $USP_JOB_TOKEN'
+sort -u "$work/out" >"$work/second"
+cat "$work/first" "$work/second" >"$work/out"
+[ "$(grep -cE '^[0-9a-f]{32}$' "$work/out")" = 2 ] || fail "the tokens are not two random numbers"
+cmp -s "$work/first" "$work/second" && fail "two jobs have one token"
+USP_JOB_TOKEN=mine expect 0 sh -c 'test $USP_JOB_TOKEN = mine'
 
 # Arguments go on as they are, options of the program too.
 expect 0 sh -c 'test "$1" = "a b" && test "$2" = -n' sh 'a b' -n

@@ -650,7 +650,7 @@ static usp_status team_gather(void *user, const void *mine, void *all, size_t by
 static void *play_member(void *argument) {
     usp_member *member = argument;
     usp_player player = {.rank = member->rank, .size = member->team->size, .is_thread = 1};
-    player.bootstrap = (usp_bootstrap){team_gather, member, player.rank, player.size};
+    player.bootstrap = (usp_bootstrap){.gather = team_gather, .user = member, .rank = player.rank, .size = player.size};
     member->failed = good(&player, usp_device_select_cuda(player.rank), "the GPU") ? play(&player) : 1;
     return NULL;
 }
