@@ -269,3 +269,12 @@ void usp_tcp_close(int *connections, int count) {
         connections[i] = -1;
     }
 }
+
+void usp_tcp_part(int *connections, int count, int64_t deadline) {
+    char unread;
+    for (int i = 0; i < count; i++)
+        if (connections[i] >= 0) shutdown(connections[i], SHUT_WR);
+    for (int i = 0; i < count; i++)
+        while (connections[i] >= 0 && usp_tcp_recv(connections[i], &unread, 1, deadline) == USP_OK) continue;
+    usp_tcp_close(connections, count);
+}

@@ -20,7 +20,8 @@ enum {
     USP_ATTEMPT_MS = 100, /* at first; whoever is silent there must not take the time of the others */
     USP_ATTEMPT_MOST_MS = 1600,
     USP_PAUSE_MS = 20,
-    USP_EARLY_MS = 1000
+    USP_EARLY_MS = 1000,
+    USP_FAREWELL_MS = 1000
 };
 
 struct usp_environment {
@@ -98,15 +99,14 @@ static usp_status blame(int rank, usp_status status) {
     return status == USP_OK ? status : usp_fail(USP_PEER_LOST, "rank %d died or gave up while the ranks met", rank);
 }
 
+/* Who cannot be told any more is missed in the next step, where all are told of it. */
 static usp_status tell_all(usp_environment *environment, usp_status status, int64_t deadline) {
     usp_verdict verdict = {.status = (int32_t)status};
     if (status != USP_OK) snprintf(verdict.sentence, sizeof verdict.sentence, "%s", usp_last_error());
-    for (int i = 1; i < environment->placement.size; i++) {
-        int connection = environment->connections[i];
-        usp_status sent = connection < 0 ? USP_OK : usp_tcp_send(connection, &verdict, sizeof verdict, deadline);
-        if (status == USP_OK) status = blame(i, sent);
-    }
-    return verdict.status == USP_OK ? status : usp_fail(status, "%s", verdict.sentence);
+    for (int i = 1; i < environment->placement.size; i++)
+        if (environment->connections[i] >= 0)
+            usp_tcp_send(environment->connections[i], &verdict, sizeof verdict, deadline);
+    return status == USP_OK ? USP_OK : usp_fail(status, "%s", verdict.sentence);
 }
 
 /* Before the limit of the others, who wait for what it says. */
@@ -246,7 +246,7 @@ static usp_status gather_on_host(usp_environment *environment, const void *mine,
     if (bytes > 0) memcpy(all, mine, bytes);
     USP_TRY(tell_all(environment, gather_to_host(environment, all, bytes, deadline), deadline));
     for (int i = 1; i < environment->placement.size; i++)
-        USP_TRY(blame(i, usp_tcp_send(environment->connections[i], all, total, deadline)));
+        usp_tcp_send(environment->connections[i], all, total, deadline); /* as in tell_all */
     return USP_OK;
 }
 
@@ -259,13 +259,16 @@ static usp_status gather_by_host(usp_environment *environment, const void *mine,
     return blame(0, usp_tcp_recv(host, all, bytes * (size_t)environment->placement.size, deadline));
 }
 
-/* A rank that fails closes its connections, so that no other waits for it. */
+/* A rank that fails ends its connections, so that no other waits for it; but not before its verdict has been read. */
 static usp_status environment_gather(void *user, const void *mine, void *all, size_t bytes) {
     usp_environment *environment = user;
+    char sentence[sizeof((usp_verdict *)0)->sentence];
     usp_status status = environment->placement.rank == 0 ? gather_on_host(environment, mine, all, bytes)
                                                          : gather_by_host(environment, mine, all, bytes);
-    if (status != USP_OK) usp_tcp_close(environment->connections, environment->placement.size);
-    return status;
+    if (status == USP_OK) return USP_OK;
+    snprintf(sentence, sizeof sentence, "%s", usp_last_error());
+    usp_tcp_part(environment->connections, environment->placement.size, usp_tcp_deadline(USP_FAREWELL_MS));
+    return usp_fail(status, "%s", sentence);
 }
 
 usp_bootstrap usp_environment_bootstrap(usp_environment *environment) {

@@ -1,5 +1,6 @@
-/* check_deaths.c - processes that die or stop in the middle of layers, through the public API: every other rank gets an
- * error that names the rank, in time, and the survivors make a new world that works. A plain program; it forks. */
+/* check_deaths.c - processes that die or stop, through the public API: every other rank gets an error that names the rank,
+ * in time. In the middle of layers, after which the survivors make a new world that works; and at random moments from
+ * the start of create to the end of destroy. A plain program; it forks. usage: check_deaths [KILLS [SEED]] */
 #define _GNU_SOURCE
 #include "usp.h"
 
@@ -47,8 +48,8 @@ static void set_number(const char *name, int value) {
     setenv(name, text, 1);
 }
 
-static usp_status join(int rank, int size, int port, usp_world **world) {
-    usp_world_config config = {.struct_size = sizeof config, .device = USP_DEVICE_CPU, .timeout_ms = LIMIT_MS};
+static usp_status join(int rank, int size, int port, int limit_ms, usp_world **world) {
+    usp_world_config config = {.struct_size = sizeof config, .device = USP_DEVICE_CPU, .timeout_ms = limit_ms};
     set_number("RANK", rank);
     set_number("WORLD_SIZE", size);
     set_number("LOCAL_RANK", rank);
@@ -146,7 +147,7 @@ static int start_again(int rank, int port, usp_attention attention, float *memor
     usp_world *world = NULL;
     model m = {0};
     int place = rank < VICTIM ? rank : rank - 1;
-    if (join(place, RANKS - 1, port, &world) != USP_OK) return complain(rank, "new world");
+    if (join(place, RANKS - 1, port, LIMIT_MS, &world) != USP_OK) return complain(rank, "new world");
     int failed = build(world, 1, RANKS - 1, attention, &m) != USP_OK;
     if (!failed) point(&m, memory);
     for (int i = 0; i < HEALTHY_STEPS && !failed; i++) failed = step(&m) != USP_OK;
@@ -159,7 +160,7 @@ static int play(int rank, const scene *s, int port, int second_port) {
     usp_world *world = NULL;
     model m = {0};
     float *memory = malloc(8 * sizeof *memory * TOKENS * HEADS * DIM);
-    if (!memory || join(rank, RANKS, port, &world) != USP_OK) return complain(rank, "world");
+    if (!memory || join(rank, RANKS, port, LIMIT_MS, &world) != USP_OK) return complain(rank, "world");
     if (build(world, 2, 2, s->attention, &m) != USP_OK) return complain(rank, "layer");
     point(&m, memory);
     usp_status status = USP_OK;
@@ -198,12 +199,80 @@ static int run(const scene *s) {
     return failures;
 }
 
-int main(void) {
+/* ---- random moments ---------------------------------------------------------------------------------------------- */
+
+enum { RANDOM_LIMIT_MS = 2000, RANDOM_STEPS = 50, RANDOM_RUN_MS = 250, RANDOM_CREATE_MS = 40 };
+
+static int names(const char *sentence, int victim) {
+    char name[32];
+    size_t length = (size_t)snprintf(name, sizeof name, "rank %d", victim);
+    for (const char *at = strstr(sentence, name); at; at = strstr(at + 1, name))
+        if (at[length] < '0' || at[length] > '9') return 1;
+    return 0;
+}
+
+/* Create, layers for a while, destroy. Whatever fails must name the victim, and come in time. */
+static int live(int rank, int victim, int port) {
+    usp_world *world = NULL;
+    model m = {0};
+    static float memory[8 * TOKENS * HEADS * DIM];
+    double began = now_ms();
+    usp_status status = join(rank, RANKS, port, RANDOM_LIMIT_MS, &world);
+    if (status == USP_OK) began = now_ms();
+    if (status == USP_OK) status = build(world, 2, 2, USP_SOFTMAX, &m);
+    if (status == USP_OK) point(&m, memory);
+    for (int i = 0; i < RANDOM_STEPS && status == USP_OK; i++) {
+        began = now_ms();
+        status = step(&m);
+        if (status == USP_OK) usleep(1000 * RANDOM_RUN_MS / RANDOM_STEPS);
+    }
+    double waited = now_ms() - began;
+    int failed = status != USP_OK && !names(usp_last_error(), victim) ? complain(rank, "the victim is not named") : 0;
+    if (waited > RANDOM_LIMIT_MS + MARGIN_MS) failed = complain(rank, "too late");
+    if (world) tear_down(world, &m);
+    return failed;
+}
+
+static int kill_once(unsigned seed) {
+    pid_t child[RANKS];
+    int failures = 0, port = free_port();
+    srand(seed);
+    int victim = rand() % RANKS, span = seed % 2 ? RANDOM_CREATE_MS : RANDOM_RUN_MS + RANDOM_CREATE_MS;
+    int delay_us = (int)(rand() / (RAND_MAX + 1.0) * span * 1000);
+    for (int rank = 0; rank < RANKS; rank++) {
+        child[rank] = fork();
+        if (child[rank] == 0) {
+            alarm(ALARM);
+            _exit(live(rank, victim, port));
+        }
+    }
+    usleep((useconds_t)delay_us);
+    kill(child[victim], SIGKILL);
+    for (int rank = 0; rank < RANKS; rank++) {
+        int status = 0;
+        waitpid(child[rank], &status, 0);
+        if (rank != victim) failures += !WIFEXITED(status) || WEXITSTATUS(status) != 0;
+    }
+    if (failures) printf("seed %u: rank %d killed after %.2f ms: %d survivors failed\n", seed, victim,
+                         delay_us * 1e-3, failures);
+    return failures;
+}
+
+static int kill_often(int kills, unsigned seed) {
+    int failures = 0;
+    for (int i = 0; i < kills; i++) failures += kill_once(seed + (unsigned)i) != 0;
+    printf("%d of %d kills at random moments were told wrongly\n", failures, kills);
+    return failures;
+}
+
+int main(int count, char **arguments) {
     static const scene scenes[] = {{"killed in a softmax layer", SIGKILL, USP_SOFTMAX},
                                    {"killed in a linear layer", SIGKILL, USP_LINEAR},
                                    {"stopped in a softmax layer", SIGSTOP, USP_SOFTMAX},
                                    {"stopped in a linear layer", SIGSTOP, USP_LINEAR}};
     int failures = 0;
-    for (size_t i = 0; i < sizeof scenes / sizeof scenes[0]; i++) failures += run(&scenes[i]);
-    return failures != 0;
+    int kills = count > 1 ? atoi(arguments[1]) : 30;
+    unsigned seed = count > 2 ? (unsigned)atoi(arguments[2]) : (unsigned)time(NULL);
+    for (size_t i = 0; count == 1 && i < sizeof scenes / sizeof scenes[0]; i++) failures += run(&scenes[i]);
+    return failures + kill_often(kills, seed) != 0;
 }
