@@ -17,8 +17,8 @@ enum {
     USP_LAST_PORT = 65535,
     USP_PORTS = 8,
     USP_IPS = 8,
-    USP_ATTEMPT_MS = 100, /* at first; whoever is silent there must not take the time of the others */
-    USP_ATTEMPT_MOST_MS = 1600,
+    USP_TWIN_MS = 50,
+    USP_ATTEMPT_MS = 100,
     USP_PAUSE_MS = 20,
     USP_EARLY_MS = 1000,
     USP_FAREWELL_MS = 1000
@@ -76,7 +76,7 @@ static const usp_ip *own_address(const usp_environment *environment, const usp_i
 static usp_status look_for_twin(const usp_environment *environment, const usp_ip *ip, int port) {
     const usp_ip loopback = {{[10] = 0xff, [11] = 0xff, [12] = 127, [15] = 1}};
     int connection = -1;
-    int64_t soon = usp_tcp_deadline(USP_ATTEMPT_MS);
+    int64_t soon = usp_tcp_deadline(USP_TWIN_MS);
     usp_status status = usp_door_connect(&environment->door, ip ? ip : &loopback, port, 0, soon, soon, &connection);
     usp_tcp_close(&connection, 1);
     return status == USP_INVALID || status == USP_MISMATCH ? status : USP_OK;
@@ -130,9 +130,9 @@ static int64_t sooner(int64_t a, int64_t b) {
     return a < 0 || b < a ? b : a;
 }
 
+/* Short at first, so that whoever is silent at one port does not take the time of the others. */
 static int attempt_ms(int round) {
-    int time = USP_ATTEMPT_MS << (round < 4 ? round : 4);
-    return time < USP_ATTEMPT_MOST_MS ? time : USP_ATTEMPT_MOST_MS;
+    return USP_ATTEMPT_MS << (round < 16 ? round / 4 : 4);
 }
 
 /* Tries every address and port until rank 0 answers: it may not listen yet, and others may. */

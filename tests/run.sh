@@ -36,6 +36,8 @@ install_missing() {
     command -v python3 >/dev/null 2>&1 || missing="$missing python3"
     pkg-config --exists criterion 2>/dev/null || missing="$missing libcriterion-dev"
     command -v mpicc >/dev/null 2>&1 || missing="$missing libopenmpi-dev openmpi-bin"
+    command -v mpiexec.hydra >/dev/null 2>&1 || missing="$missing mpich"
+    [ "$(id -u)" != 0 ] || command -v slurmctld >/dev/null 2>&1 || missing="$missing slurmctld slurmd slurm-client munge"
     command -v help2man >/dev/null 2>&1 || missing="$missing help2man"
     command -v cmake >/dev/null 2>&1 || missing="$missing cmake"
     [ -n "$missing" ] || return 0

@@ -1,0 +1,238 @@
+/* check_meeting.c - the first meeting of ranks where others are in the way: floods of callers that say nothing or
+ * nonsense, programs on the ports, a job that is the same in everything, ranks that do not agree on their number. A
+ * plain program; every rank is a process. */
+#define _GNU_SOURCE
+#include "conformance.h"
+#include "environment.h"
+#include "thread.h"
+#include <arpa/inet.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    USP_SECONDS = 100,
+    USP_MOST = 6,
+    USP_ATTACKERS = 4,
+    USP_ATTACKS = 500, /* connections of each attacker at any time */
+    USP_LIMIT_MS = 20000,
+    USP_DELAY_MS = 2000 /* what others may cost */
+};
+
+/* How the ranks of a job come together. */
+typedef struct usp_scene {
+    int size, port;
+    int sizes[USP_MOST]; /* what each rank believes; 0: size */
+    const char *address;
+    usp_status wanted;
+    const char *words; /* of every rank's failure */
+    int limit_ms;      /* each rank knows by then */
+} usp_scene;
+
+static void usp_rest(int milliseconds) {
+    struct timespec time = {milliseconds / 1000, (long)(milliseconds % 1000) * 1000000L};
+    nanosleep(&time, NULL);
+}
+
+static void usp_set(const char *name, int value) {
+    char text[16];
+    snprintf(text, sizeof text, "%d", value);
+    setenv(name, text, 1);
+}
+
+static struct sockaddr_in usp_here(int port) {
+    return (struct sockaddr_in){
+        .sin_family = AF_INET, .sin_port = htons((uint16_t)port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+}
+
+/* The first of nine ports that were free a moment ago. */
+static int usp_free_port(void) {
+    struct sockaddr_in address = usp_here(0);
+    socklen_t length = sizeof address;
+    int one = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (one < 0 || bind(one, (struct sockaddr *)&address, sizeof address) != 0) exit(1);
+    getsockname(one, (struct sockaddr *)&address, &length);
+    close(one);
+    return ntohs(address.sin_port) < 60000 ? ntohs(address.sin_port) : 30000;
+}
+
+/* ---- ranks ------------------------------------------------------------------------------------------------------- */
+
+static int usp_meet_as(const usp_scene *scene, int rank) {
+    usp_world_config defaults = {.struct_size = sizeof defaults};
+    usp_host host = usp_host_from_config(&defaults);
+    usp_environment *environment;
+    usp_set("RANK", rank), usp_set("WORLD_SIZE", scene->sizes[rank] ? scene->sizes[rank] : scene->size);
+    usp_set("MASTER_PORT", scene->port);
+    setenv("MASTER_ADDR", scene->address, 1);
+    int64_t begin = usp_now_ms();
+    usp_status status = usp_environment_open(&host, USP_LIMIT_MS, &environment);
+    int took = (int)(usp_now_ms() - begin);
+    int wrong = usp_check(NULL, took < scene->limit_ms, "rank %d took %d ms, not %d", rank, took, scene->limit_ms);
+    if (scene->wanted != USP_OK) return wrong + usp_check_failure(NULL, status, scene->wanted, scene->words);
+    if (usp_check(NULL, status == USP_OK, "rank %d: %s", rank, usp_last_error())) return 1;
+    wrong += usp_check(NULL, usp_tcp_is_loopback(usp_environment_near(environment)), "rank %d is elsewhere", rank);
+    usp_environment_close(environment);
+    return wrong;
+}
+
+static pid_t usp_start(const usp_scene *scene, int rank) {
+    fflush(stdout);
+    pid_t child = fork();
+    if (child != 0) return child;
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    exit(usp_meet_as(scene, rank) != 0);
+}
+
+static int usp_end(pid_t child, const char *what) {
+    int state = 1;
+    waitpid(child, &state, 0);
+    return usp_check(NULL, WIFEXITED(state) && WEXITSTATUS(state) == 0, "%s: a rank ended with state %d", what, state);
+}
+
+static int usp_play(const usp_scene *scene, const char *what) {
+    pid_t children[USP_MOST];
+    int wrong = 0;
+    for (int rank = 0; rank < scene->size; rank++) children[rank] = usp_start(scene, rank);
+    for (int rank = 0; rank < scene->size; rank++) wrong += usp_end(children[rank], what);
+    return wrong;
+}
+
+/* ---- floods ------------------------------------------------------------------------------------------------------ */
+
+/* What the callers of a flood say. */
+typedef enum usp_talk { USP_SILENT, USP_GARBAGE, USP_FORGED, USP_TALKS } usp_talk;
+
+static int usp_attack(int port, usp_talk talk) {
+    const struct {
+        char magic[8];
+        int32_t from, to, size, port;
+        char nonce[16];
+    } greeting = {{'u', 's', 'p', ' ', 't', 'c', 'p', '2'}, 1, 0, 4, port, "any"};
+    const struct sockaddr_in address = usp_here(port);
+    int descriptor = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (descriptor < 0) return -1;
+    connect(descriptor, (const struct sockaddr *)&address, sizeof address);
+    if (talk == USP_GARBAGE) send(descriptor, "GET / HTTP/1.0\r\n\r\n", 18, MSG_NOSIGNAL);
+    if (talk == USP_FORGED) send(descriptor, &greeting, sizeof greeting, MSG_NOSIGNAL);
+    return descriptor;
+}
+
+/* Holds as many connections as it can; who is turned away comes again at once. */
+static void usp_flood(int port) {
+    struct pollfd polls[USP_ATTACKS];
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    for (int i = 0; i < USP_ATTACKS; i++) polls[i] = (struct pollfd){usp_attack(port, i % USP_TALKS), POLLIN, 0};
+    for (;;) {
+        poll(polls, USP_ATTACKS, 100);
+        for (int i = 0; i < USP_ATTACKS; i++) {
+            char byte[64];
+            if (polls[i].fd >= 0 && !polls[i].revents) continue;
+            if (polls[i].fd >= 0 && recv(polls[i].fd, byte, sizeof byte, 0) > 0) continue;
+            if (polls[i].fd >= 0) close(polls[i].fd);
+            polls[i].fd = usp_attack(port, i % USP_TALKS);
+        }
+    }
+}
+
+static int usp_check_flood(void) {
+    usp_scene scene = {.size = 4, .port = usp_free_port(), .address = "127.0.0.1", .limit_ms = USP_DELAY_MS};
+    pid_t attackers[USP_ATTACKERS];
+    for (int i = 0; i < USP_ATTACKERS; i++) {
+        attackers[i] = fork();
+        if (attackers[i] == 0) usp_flood(scene.port);
+    }
+    usp_rest(300);
+    int wrong = 0;
+    for (int round = 0; round < 3; round++) wrong += usp_play(&scene, "a flood");
+    for (int i = 0; i < USP_ATTACKERS; i++) {
+        kill(attackers[i], SIGKILL);
+        waitpid(attackers[i], NULL, 0);
+    }
+    return wrong;
+}
+
+/* ---- others at the ports ----------------------------------------------------------------------------------------- */
+
+/* Programs that take every call and say nothing hold all ports but the last. */
+static int usp_check_held(void) {
+    usp_scene scene = {.size = 3, .port = usp_free_port(), .address = "localhost", .limit_ms = USP_DELAY_MS};
+    const usp_ip loopback = {{[10] = 0xff, [11] = 0xff, [12] = 127, [15] = 1}};
+    int holders[7], bound;
+    for (int i = 0; i < 7; i++)
+        if (usp_tcp_listen(&loopback, scene.port + i, &holders[i], &bound) != USP_OK) holders[i] = -1;
+    int wrong = usp_play(&scene, "held ports");
+    usp_tcp_close(holders, 7);
+    return wrong;
+}
+
+/* Two ranks 0 of jobs that are the same in everything, and nobody else: each hears of the other. */
+static int usp_check_twins(void) {
+    usp_scene scene = {.size = 2, .port = usp_free_port(), .address = "127.0.0.1", .limit_ms = USP_DELAY_MS + 300};
+    scene.wanted = USP_INVALID;
+    scene.words = "rank 0 came twice: two jobs have the same name, address and port";
+    pid_t one = usp_start(&scene, 0);
+    usp_rest(300);
+    pid_t other = usp_start(&scene, 0);
+    return usp_end(one, "a twin") + usp_end(other, "the other twin");
+}
+
+/* One of four ranks, in turn, is wrong about their number: all are told both. */
+static int usp_check_sizes(void) {
+    int wrong = 0;
+    for (int odd = 1; odd < 4; odd++) {
+        char words[64];
+        usp_scene scene = {.size = 4, .port = usp_free_port(), .address = "127.0.0.1", .limit_ms = USP_DELAY_MS};
+        scene.sizes[odd] = odd == 3 ? 7 : odd + 2 + (odd == 2);
+        scene.wanted = USP_MISMATCH;
+        scene.words = words;
+        snprintf(words, sizeof words, "rank %d says the job has %d ranks, rank 0 says 4", odd, scene.sizes[odd]);
+        wrong += usp_play(&scene, "sizes");
+    }
+    return wrong;
+}
+
+/* ---- where rank 0 listens ---------------------------------------------------------------------------------------- */
+
+/* At the announced address and nowhere else: another address of the same port stays free for others. */
+static int usp_check_address(void) {
+    const usp_ip other = {{[10] = 0xff, [11] = 0xff, [12] = 127, [15] = 9}};
+    usp_scene scene = {.size = 2, .port = usp_free_port(), .address = "127.0.0.1", .limit_ms = USP_DELAY_MS};
+    int listener = -1, bound, connection = -1;
+    pid_t host = usp_start(&scene, 0);
+    usp_rest(200);
+    int reason = usp_tcp_dial(&other, scene.port, usp_tcp_deadline(1000), &connection);
+    int wrong = usp_check(NULL, reason == ECONNREFUSED, "rank 0 listens at 127.0.0.9 too");
+    usp_status status = usp_tcp_listen(&other, scene.port, &listener, &bound);
+    wrong += usp_check(NULL, status == USP_OK, "%s", usp_last_error());
+    usp_tcp_close(&listener, 1);
+    usp_tcp_close(&connection, 1);
+    return wrong + usp_end(usp_start(&scene, 1), "address") + usp_end(host, "address");
+}
+
+static int usp_check_brackets(void) {
+    usp_scene scene = {.size = 2, .port = usp_free_port(), .address = "[::1]", .limit_ms = USP_DELAY_MS};
+    const usp_ip loopback = {{[15] = 1}};
+    int listener, port;
+    if (usp_tcp_listen(&loopback, 0, &listener, &port) != USP_OK) return 0; /* no IPv6 here */
+    close(listener);
+    return usp_play(&scene, "brackets");
+}
+
+int main(void) {
+    alarm(USP_SECONDS);
+    unsetenv("USP_JOB_TOKEN");
+    int wrong = usp_check_flood() + usp_check_held() + usp_check_twins() + usp_check_sizes();
+    wrong += usp_check_address() + usp_check_brackets();
+    printf("%s: %d wrong\n", wrong ? "FAIL" : "ok", wrong);
+    return wrong != 0;
+}
