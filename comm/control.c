@@ -159,17 +159,15 @@ static usp_status control_alloc(const usp_comm_config *config, int rank, int siz
     const size_t each = sizeof(usp_line) + sizeof(usp_address) + USP_MOST_LINES * sizeof(int) + sizeof(struct pollfd);
     size_t count = (size_t)size;
     void *memory;
-    size_t head = (sizeof(usp_control) + 15) / 16 * 16, room = usp_door_room();
-    USP_TRY(usp_host_alloc(config->host, head + room + count * each + sizeof(struct pollfd), "control channel",
+    USP_TRY(usp_host_alloc(config->host, sizeof(usp_control) + count * each + sizeof(struct pollfd), "control channel",
                            &memory));
     usp_control *control = memory;
-    control->room = (char *)memory + head;
     control->host = config->host;
     control->rank = rank;
     control->size = size;
     control->timeout_ms = config->timeout_ms;
     control->silence = config->silence_ms;
-    control->lines = (usp_line *)((char *)control->room + room);
+    control->lines = (usp_line *)(control + 1);
     control->addresses = (usp_address *)(control->lines + count);
     control->polls = (struct pollfd *)(control->addresses + count);
     control->connections = (int *)(control->polls + count + 1);
@@ -197,7 +195,8 @@ usp_status usp_control_create(const usp_comm_config *config, const usp_bootstrap
                               usp_control **result) {
     usp_control *control = NULL;
     USP_TRY(control_alloc(config, bootstrap->rank, bootstrap->size, &control));
-    usp_status status = usp_lines_listen(&control->ears, bootstrap->near, mine);
+    usp_status status = usp_reception_create(config->host, &control->reception);
+    if (status == USP_OK) status = usp_lines_listen(&control->ears, bootstrap->near, mine);
     if (status == USP_OK) status = start_thread(control);
     if (status == USP_OK)
         *result = control;
@@ -266,8 +265,9 @@ usp_status usp_control_connect(usp_control *control, const usp_meeting *meeting,
                                 .size = control->size,
                                 .lines = lines,
                                 .addresses = control->addresses,
+                                .reception = control->reception,
                                 .connections = control->connections};
-    usp_lines_begin(&control->ways, meeting->bootstrap.secret, control->room, &control->ears);
+    usp_lines_begin(&control->ways, meeting->bootstrap.secret, &control->ears);
     usp_status status = connect_all(control);
     if (status != USP_OK) status = linger(control, status);
     for (int i = 0; data && i < control->size; i++) data[i] = control->connections[2 * i + 1];
@@ -287,6 +287,7 @@ void usp_control_destroy(usp_control *control) {
     if (control->running) stop_thread(control);
     for (int i = 0; i < control->size; i++) usp_control_close_line(control, i);
     usp_lines_deafen(&control->ears);
+    usp_reception_destroy(control->reception);
     if (control->wake >= 0) close(control->wake);
     if (control->failed_descriptor >= 0) close(control->failed_descriptor);
     pthread_cond_destroy(&control->changed);

@@ -83,7 +83,7 @@ struct usp_control {
     usp_line *lines;      /* [size] */
     struct pollfd *polls; /* [size + 1] */
     usp_ears ears;
-    void *room;             /* for those who call */
+    usp_reception *reception;
     usp_lines ways;         /* how to call the others */
     usp_address *addresses; /* [size] */
     int *connections;       /* [size][USP_MOST_LINES], for creation */

@@ -123,8 +123,9 @@ typedef struct usp_caller {
 } usp_caller;
 
 /* The callers sit in a ring: who comes takes the place of the one who came USP_CALLERS before, and has had its time. */
-typedef struct usp_reception {
-    const usp_door *door;
+struct usp_reception {
+    const usp_host *host;
+    const usp_door *door; /* from here to `sentence`: of the call that goes on */
     int listener, port, first;
     int *connections;
     int64_t deadline;
@@ -132,7 +133,7 @@ typedef struct usp_reception {
     char sentence[USP_SENTENCE];
     unsigned next;
     usp_caller callers[USP_CALLERS];
-} usp_reception;
+};
 
 static void dismiss(usp_caller *caller) {
     if (caller->descriptor >= 0) close(caller->descriptor);
@@ -270,27 +271,37 @@ static usp_status name_missing(const usp_reception *reception) {
 }
 
 static usp_status receive_all(usp_reception *reception) {
-    for (int i = 0; i < USP_CALLERS; i++) reception->callers[i].descriptor = -1;
     while ((count_missing(reception) > 0 || reception->failure != USP_OK) && usp_tcp_left(reception->deadline) != 0)
         receive_calls(reception);
-    for (int i = 0; i < USP_CALLERS; i++) dismiss(&reception->callers[i]);
     if (reception->failure != USP_OK) return usp_fail(reception->failure, "%s", reception->sentence);
     return count_missing(reception) > 0 ? name_missing(reception) : USP_OK;
 }
 
-size_t usp_door_room(void) {
-    return (sizeof(usp_reception) + 15) / 16 * 16;
-}
-
-usp_status usp_door_accept(const usp_door *door, int listener, int first, int64_t deadline, int *connections) {
-    usp_reception *reception = door->room;
+usp_status usp_door_accept(const usp_door *door, usp_reception *reception, int listener, int first, int64_t deadline,
+                           int *connections) {
     usp_ip ip;
-    memset(reception, 0, sizeof *reception);
     reception->door = door;
     reception->listener = listener;
     reception->first = first;
     reception->connections = connections;
     reception->deadline = deadline;
+    reception->failure = USP_OK;
     usp_tcp_near(listener, &ip, &reception->port);
     return receive_all(reception);
+}
+
+usp_status usp_reception_create(const usp_host *host, usp_reception **result) {
+    void *memory;
+    USP_TRY(usp_host_alloc(host, sizeof(usp_reception), "callers", &memory));
+    usp_reception *reception = memory;
+    reception->host = host;
+    for (int i = 0; i < USP_CALLERS; i++) reception->callers[i].descriptor = -1;
+    *result = reception;
+    return USP_OK;
+}
+
+void usp_reception_destroy(usp_reception *reception) {
+    if (!reception) return;
+    for (int i = 0; i < USP_CALLERS; i++) dismiss(&reception->callers[i]);
+    usp_host_free(reception->host, reception);
 }

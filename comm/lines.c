@@ -61,7 +61,7 @@ static int all_near(const usp_lines *lines) {
     return near;
 }
 
-void usp_lines_begin(usp_lines *lines, const usp_key *secret, void *room, usp_ears *ears) {
+void usp_lines_begin(usp_lines *lines, const usp_key *secret, usp_ears *ears) {
     const usp_key none = {"usp lines"};
     const usp_key *nonce = &lines->addresses[0].nonce;
     int near = all_near(lines), *unused = near ? &ears->far : &ears->near;
@@ -69,8 +69,7 @@ void usp_lines_begin(usp_lines *lines, const usp_key *secret, void *room, usp_ea
     lines->listener = near ? ears->near : ears->far;
     lines->door = (usp_door){.key = usp_hash_key(secret ? secret : &none, nonce, sizeof *nonce),
                              .rank = lines->rank * lines->lines,
-                             .size = lines->size * lines->lines,
-                             .room = room};
+                             .size = lines->size * lines->lines};
     for (int i = 0; i < lines->size * lines->lines; i++) lines->connections[i] = -1;
 }
 
@@ -119,8 +118,8 @@ static usp_status call_all(usp_lines *lines, int round, int64_t deadline, char s
 }
 
 static usp_status hear_all(usp_lines *lines, int64_t deadline) {
-    usp_status status = usp_door_accept(&lines->door, lines->listener, (lines->rank + 1) * lines->lines,
-                                        round_end(deadline), lines->connections);
+    usp_status status = usp_door_accept(&lines->door, lines->reception, lines->listener,
+                                        (lines->rank + 1) * lines->lines, round_end(deadline), lines->connections);
     return status == USP_TIMEOUT ? USP_OK : status;
 }
 

@@ -29,13 +29,14 @@ typedef struct usp_lines {
     int rank, size, lines;
     const usp_address *addresses; /* [size] */
     int *connections;
+    usp_reception *reception;
     int listener;
     usp_door door; /* at which line i of a rank is "rank" rank * lines + i, and a rank listens as its line 0 */
 } usp_lines;
 
 /* Keeps the listener that the others will call: over loopback where all are on one host. The key of the lines is known
- * to those who know the secret, if there is one, and rank 0's nonce. `room`: as for a usp_door. */
-void usp_lines_begin(usp_lines *lines, const usp_key *secret, void *room, usp_ears *ears);
+ * to those who know the secret, if there is one, and rank 0's nonce. */
+void usp_lines_begin(usp_lines *lines, const usp_key *secret, usp_ears *ears);
 /* Calls who is missing among the ranks before this one and hears those after it, for a short time. *missing: a rank
  * still to come, -1: none. A failure is one that waiting does not mend. */
 usp_status usp_lines_round(usp_lines *lines, int round, int64_t deadline, int *missing);

@@ -115,13 +115,22 @@ static int64_t host_deadline(const usp_environment *environment) {
     return usp_tcp_deadline(time < 0 ? time : time - early);
 }
 
-static usp_status host_meeting(usp_environment *environment, const usp_ip *ips, int count) {
-    int64_t deadline = host_deadline(environment);
+static usp_status receive_all(usp_environment *environment, usp_reception *reception, const usp_ip *ip,
+                              int64_t deadline) {
     int listener;
-    USP_TRY(open_listener(environment, own_address(environment, ips, count), &listener));
-    usp_status status = usp_door_accept(&environment->door, listener, 1, deadline, environment->connections);
+    USP_TRY(open_listener(environment, ip, &listener));
+    usp_status status = usp_door_accept(&environment->door, reception, listener, 1, deadline, environment->connections);
     close(listener);
     return tell_all(environment, status, deadline);
+}
+
+static usp_status host_meeting(usp_environment *environment, const usp_ip *ips, int count) {
+    usp_reception *reception;
+    USP_TRY(usp_reception_create(environment->host, &reception));
+    const usp_ip *ip = own_address(environment, ips, count);
+    usp_status status = receive_all(environment, reception, ip, host_deadline(environment));
+    usp_reception_destroy(reception);
+    return status;
 }
 
 /* ---- the others -------------------------------------------------------------------------------------------------- */
@@ -201,12 +210,12 @@ usp_status usp_environment_open(const usp_host *host, int timeout_ms, usp_enviro
     void *memory;
     *result = NULL;
     USP_TRY(usp_launcher_read(&placement));
-    size_t head = (sizeof(usp_environment) + 15) / 16 * 16, room = usp_door_room();
-    USP_TRY(usp_host_alloc(host, head + room + (size_t)placement.size * sizeof(int), "environment", &memory));
+    size_t bytes = sizeof(usp_environment) + (size_t)placement.size * sizeof(int);
+    USP_TRY(usp_host_alloc(host, bytes, "environment", &memory));
     usp_environment *environment = memory;
     *environment = (usp_environment){.host = host, .placement = placement, .timeout_ms = timeout_ms};
-    environment->door = (usp_door){job_key(&placement), placement.rank, placement.size, (char *)memory + head};
-    environment->connections = (int *)((char *)memory + head + room);
+    environment->door = (usp_door){job_key(&placement), placement.rank, placement.size};
+    environment->connections = (int *)(environment + 1);
     for (int i = 0; i < placement.size; i++) environment->connections[i] = -1;
     usp_status status = placement.size > 1 ? meet(environment) : USP_OK;
     if (status == USP_OK)

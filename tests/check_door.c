@@ -46,10 +46,10 @@ static int usp_check_text(void) {
         {"rank 1 died: caf\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80",
          "rank 1 died: caf\xc3\xa9 \xe2\x82\xac \xf0\x9f\x98\x80"},
         {"\x1b[2J\x1b]0;title\x07 a\nb\r\tc\x7f", "?[2J?]0;title? a?b??c?"},
-        {"C1 \xc2\x9b[31m", "C1 ??[31m"},                    /* a control sequence in one character */
+        {"C1 \xc2\x9b[31m", "C1 ??[31m"},                     /* a control sequence in one character */
         {"\xc0\xaf \xe0\x80\xaf \xed\xa0\x80", "?? ??? ???"}, /* too long; half of a pair */
         {"\xf5\x80\x80\x80 \xf4\x90\x80\x80", "???? ????"},   /* beyond the last character */
-        {"\xe2\x80\xae txt", "??? txt"},                    /* writes from right to left */
+        {"\xe2\x80\xae txt", "??? txt"},                      /* writes from right to left */
         {"cut off \xe2\x82", "cut off ??"},
         {"", ""}};
     int wrong = 0;
@@ -67,7 +67,9 @@ static int usp_check_text(void) {
 /* ---- a rank that listens, in a thread of its own ----------------------------------------------------------------- */
 
 typedef struct usp_keeper {
+    usp_host host;
     usp_door door;
+    usp_reception *reception;
     int listener, port, timeout_ms;
     int connections[USP_MOST];
     pthread_t thread;
@@ -79,20 +81,24 @@ typedef struct usp_keeper {
 static void *usp_keep(void *argument) {
     usp_keeper *keeper = argument;
     int64_t begin = usp_now_ms(), deadline = usp_tcp_deadline(keeper->timeout_ms);
-    keeper->status = usp_door_accept(&keeper->door, keeper->listener, 1, deadline, keeper->connections);
+    keeper->status =
+        usp_door_accept(&keeper->door, keeper->reception, keeper->listener, 1, deadline, keeper->connections);
     keeper->took = usp_now_ms() - begin;
     snprintf(keeper->sentence, sizeof keeper->sentence, "%s", usp_last_error());
+    usp_reception_destroy(keeper->reception);
     return NULL;
 }
 
 /* Rank 0 of `size` begins to listen. */
 static usp_keeper *usp_keeper_start(int size, int timeout_ms) {
+    usp_world_config defaults = {.struct_size = sizeof defaults};
     usp_keeper *keeper = calloc(1, sizeof *keeper);
-    void *room = malloc(usp_door_room());
-    if (!keeper || !room) exit(1);
-    keeper->door = (usp_door){usp_job, 0, size, room};
+    if (!keeper) exit(1);
+    keeper->host = usp_host_from_config(&defaults);
+    keeper->door = (usp_door){usp_job, 0, size};
     keeper->timeout_ms = timeout_ms;
     memset(keeper->connections, -1, sizeof keeper->connections);
+    if (usp_reception_create(&keeper->host, &keeper->reception) != USP_OK) exit(1);
     if (usp_tcp_listen(&usp_loopback, 0, &keeper->listener, &keeper->port) != USP_OK) exit(1);
     if (pthread_create(&keeper->thread, NULL, usp_keep, keeper) != 0) exit(1);
     return keeper;
@@ -106,13 +112,12 @@ static int usp_keeper_end(usp_keeper *keeper, usp_status wanted, const char *wor
                           (int)wanted, words);
     usp_tcp_close(keeper->connections, USP_MOST);
     close(keeper->listener);
-    free(keeper->door.room);
     free(keeper);
     return wrong;
 }
 
 static usp_status usp_join(const usp_keeper *keeper, int rank, int *connection) {
-    usp_door door = {usp_job, rank, keeper->door.size, NULL};
+    usp_door door = {usp_job, rank, keeper->door.size};
     int64_t deadline = usp_tcp_deadline(USP_SOON_MS);
     return usp_door_connect(&door, &usp_loopback, keeper->port, 0, deadline, deadline, connection);
 }
@@ -243,14 +248,13 @@ static int usp_check_displacer(void) {
     close(first);
     usp_tcp_close(keeper->connections, USP_MOST);
     close(keeper->listener);
-    free(keeper->door.room);
     free(keeper);
     return wrong;
 }
 
 static int usp_check_sizes(void) {
     usp_keeper *keeper = usp_keeper_start(2, 10000);
-    usp_door door = {usp_job, 1, 3, NULL};
+    usp_door door = {usp_job, 1, 3};
     int connection;
     int64_t begin = usp_now_ms(), deadline = usp_tcp_deadline(USP_SOON_MS);
     usp_status status = usp_door_connect(&door, &usp_loopback, keeper->port, 0, deadline, deadline, &connection);
@@ -300,7 +304,7 @@ static void *usp_squat(void *argument) {
 static int usp_check_squatter(usp_trick trick) {
     usp_keeper *keeper = usp_keeper_start(2, 500);
     usp_squatter squatter = {.trick = trick, .real = keeper->port};
-    usp_door door = {usp_job, 1, 2, NULL};
+    usp_door door = {usp_job, 1, 2};
     pthread_t thread;
     int connection;
     int64_t deadline = usp_tcp_deadline(USP_SOON_MS);
@@ -328,19 +332,23 @@ static int usp_in_child(int (*body)(void)) {
 
 /* No descriptor to take or to make a call with: both say so at once. */
 static int usp_check_exhausted(void) {
-    usp_door door = {usp_job, 0, 2, malloc(usp_door_room())}, other = {usp_job, 1, 2, NULL};
+    usp_world_config defaults = {.struct_size = sizeof defaults};
+    usp_host host = usp_host_from_config(&defaults);
+    usp_door door = {usp_job, 0, 2}, other = {usp_job, 1, 2};
     int listener, port, connections[2] = {-1, -1};
-    if (!door.room || usp_tcp_listen(&usp_loopback, 0, &listener, &port) != USP_OK) return 1;
+    usp_reception *reception;
+    if (usp_reception_create(&host, &reception) != USP_OK) return 1;
+    if (usp_tcp_listen(&usp_loopback, 0, &listener, &port) != USP_OK) return 1;
     int caller = usp_dial(port);
     setrlimit(RLIMIT_NOFILE, &(struct rlimit){100, 100});
     while (dup(0) >= 0) continue;
     int64_t begin = usp_now_ms(), deadline = usp_tcp_deadline(10000);
-    usp_status status = usp_door_accept(&door, listener, 1, deadline, connections);
+    usp_status status = usp_door_accept(&door, reception, listener, 1, deadline, connections);
+    usp_reception_destroy(reception);
     int wrong = usp_check_failure(NULL, status, USP_COMM, "no connection can be taken: Too many open files");
     status = usp_door_connect(&other, &usp_loopback, port, 0, deadline, deadline, &connections[0]);
     wrong += usp_check_failure(NULL, status, USP_COMM, "no socket: Too many open files");
     close(caller);
-    free(door.room);
     return wrong + usp_check(NULL, usp_now_ms() - begin < 1000, "found out late");
 }
 

@@ -80,7 +80,7 @@ static int usp_meet_as(const usp_scene *scene, int rank) {
     int wrong = usp_check(NULL, took < scene->limit_ms, "rank %d took %d ms, not %d", rank, took, scene->limit_ms);
     if (scene->wanted != USP_OK) return wrong + usp_check_failure(NULL, status, scene->wanted, scene->words);
     if (usp_check(NULL, status == USP_OK, "rank %d: %s", rank, usp_last_error())) return 1;
-    wrong += usp_check(NULL, usp_tcp_is_loopback(usp_environment_near(environment)), "rank %d is elsewhere", rank);
+    wrong += usp_check(NULL, usp_tcp_is_loopback(usp_environment_bootstrap(environment).near), "rank %d is elsewhere", rank);
     usp_environment_close(environment);
     return wrong;
 }
