@@ -38,8 +38,8 @@ usp_status usp_tcp_send(int connection, const void *data, size_t bytes, int64_t 
 usp_status usp_tcp_recv(int connection, void *data, size_t bytes, int64_t deadline);
 
 void usp_tcp_close(int *connections, int count); /* those that are not -1 */
-/* The same, once the other ends have read what was sent and closed theirs, or at the deadline. (A close throws away what
- * is on its way to an end whose own words were not read.) */
+/* The same, once the other ends have read what was sent and closed theirs, or at the deadline. (A close throws away
+ * what is on its way to an end whose own words were not read.) */
 void usp_tcp_part(int *connections, int count, int64_t deadline);
 
 #endif
