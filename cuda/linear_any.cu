@@ -108,7 +108,8 @@ static __device__ float multiply_pair(tile<side> &q, tile<side> &k, const usp_li
     return sum;
 }
 
-/* sum += decayed (q . k) v over the rows of the block that are not after this thread's row in time. */
+/* sum += decayed (q . k) v over the rows of the block that are not after this thread's row in time; others are not even
+ * multiplied, since 0 times a NaN would be a NaN. */
 template <typename T>
 static __device__ void add_pairs(float (&sum)[value_columns], tile<side> &q, tile<side> &k, const usp_linear &linear,
                                  const output_work &work) {
@@ -116,10 +117,10 @@ static __device__ void add_pairs(float (&sum)[value_columns], tile<side> &q, til
     int y = threadIdx.x / side, x = threadIdx.x % side;
     for (int key = 0; key <= work.row; key += side) {
         int distance = work.row + y - (key + x);
-        float product = multiply_pair<T>(q, k, linear, work, key);
-        pair[y][x] = distance < 0 ? 0.0f : product * usp_decay(work.log2_decay, distance);
+        pair[y][x] = multiply_pair<T>(q, k, linear, work, key) * usp_decay(work.log2_decay, max(distance, 0));
         __syncthreads();
-        for (int j = 0; j < side && key + j < work.time.count; j++) {
+        int end = min(min(distance + x + 1, work.time.count - key), side);
+        for (int j = 0; j < end; j++) {
             int64_t token = work.time.first + (key + j) * work.time.step;
             const T *v = usp_row<T>(linear.v, token, work.place.batch, work.v_head);
             for (int c = 0; c < value_columns; c++) {

@@ -15,7 +15,8 @@
 static constexpr int rows = 64;              /* of one step */
 static constexpr int row_blocks = rows / 16; /* a fragment is 16 rows or columns */
 static constexpr int pair_bytes = rows * rows * 2;
-static constexpr int table_bytes = 1024; /* of decays[0 .. rows], and up to where a tile may begin */
+static constexpr int table_bytes = 1024; /* decays[0 .. rows], a spare word a warp, and up to where a tile may begin */
+static constexpr int spare_words = 128;  /* where these begin, in words */
 
 /* What the warps of a thread block share while it works on one block of one head. */
 struct work {
@@ -106,16 +107,25 @@ static __device__ __forceinline__ void add_rows(state_sums<DIM> &state, usp_shar
     }
 }
 
-/* A power of two that brings the warp's state well inside T's range; bf16 has fp32's. */
-template <typename T, int DIM> static __device__ __forceinline__ float state_unit(const state_sums<DIM> &state) {
-    if (std::is_same<T, __nv_bfloat16>::value) return 1;
+/* The largest size(element) of the warp's state; NaNs do not count. */
+template <int DIM, typename Size>
+static __device__ __forceinline__ float largest_element(const state_sums<DIM> &state, Size size) {
     float largest = 0;
 #pragma unroll
     for (int n = 0; n < DIM / 8; n++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) largest = fmaxf(largest, fabsf(state[0][n][i]));
+        for (int i = 0; i < 4; i++) largest = fmaxf(largest, size(state[0][n][i]));
     }
     for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
+    return largest;
+}
+
+/* A power of two that brings the warp's state well inside T's range; bf16 has fp32's. An infinity loses its value
+ * column but no other. */
+template <typename T, int DIM> static __device__ __forceinline__ float state_unit(const state_sums<DIM> &state) {
+    if (std::is_same<T, __nv_bfloat16>::value) return 1;
+    float largest = largest_element<DIM>(state, [](float x) { return fabsf(x); });
+    if (largest == INFINITY) largest = largest_element<DIM>(state, [](float x) { return isinf(x) ? 0 : fabsf(x); });
     int exponent = (__float_as_int(largest) >> 23) - 127;
     return __int_as_float((min(max(exponent - 10, -100), 100) + 127) << 23);
 }
@@ -199,13 +209,16 @@ static __device__ __forceinline__ void make_pairs(unsigned char *pairs, usp_shar
     }
 }
 
-/* out += pairs v; blocks above the diagonal hold nothing. */
+/* out += pairs v; blocks above the diagonal hold nothing. True if v is not finite everywhere in this warp's columns:
+ * then pairs of 0 have spoilt rows that are before it. */
 template <typename T, int VALUE>
-static __device__ __forceinline__ void add_pairs(out_sums &out, usp_shared_rows<rows> pairs, usp_shared_rows<VALUE> v) {
-    uint32_t pair_lane = usp_lane_address(pairs), v_lane = usp_lane_address(v);
+static __device__ __forceinline__ bool add_pairs(out_sums &out, usp_shared_rows<rows> pairs, usp_shared_rows<VALUE> v) {
+    uint32_t pair_lane = usp_lane_address(pairs), v_lane = usp_lane_address(v), taint = 0;
 #pragma unroll
     for (int key = 0; key < row_blocks; key++) {
         usp_fragment right = usp_load_block_transposed(usp_block_at<VALUE>(v_lane, key, threadIdx.x / 32));
+#pragma unroll
+        for (int i = 0; i < 4; i++) taint = usp_taint<T>(taint, right.part[i]);
 #pragma unroll
         for (int m = key; m < row_blocks; m++) {
             usp_fragment left = usp_load_block(usp_block_at<rows>(pair_lane, m, key));
@@ -213,6 +226,17 @@ static __device__ __forceinline__ void add_pairs(out_sums &out, usp_shared_rows<
             usp_mma<T>(out[m][1], left, right.part[2], right.part[3]);
         }
     }
+    return __any_sync(~0u, taint != 0);
+}
+
+/* Makes what is not finite 0 in this warp's columns. */
+template <typename T, int VALUE> static __device__ __forceinline__ void clear_columns(usp_shared_rows<VALUE> v) {
+#pragma unroll 1
+    for (int row = threadIdx.x % 32 / 8; row < rows; row += 4) {
+        int chunk = (threadIdx.x / 32 * 2 + threadIdx.x / 4 % 2) ^ (row & 7);
+        usp_clear_pair<T>(v.base + row * v.bytes + (chunk << 4) + threadIdx.x % 4 * 4);
+    }
+    __syncwarp();
 }
 
 /* Writes 16 columns of a row as T: lanes swap halves with their neighbour, so that four lanes fill 32 bytes at once. */
@@ -247,6 +271,25 @@ static __device__ __forceinline__ void put_rows(out_sums &out, const usp_linear 
         } else if (live) {
             usp_put_pair(acc, left);
             usp_put_pair(acc + 8, right);
+        }
+    }
+}
+
+/* Writes what is not finite in this warp's columns of v to the rows of the block that are not before it in time; the
+ * running state left it out too. A lane has one column. */
+template <typename T> static __device__ __noinline__ void mend(const usp_linear &linear) {
+    usp_place place = usp_find_place(linear);
+    usp_time time = usp_block_time(linear, linear.block[place.block]);
+    int v_head = usp_mapped_head(linear.v_map, place.head), column = threadIdx.x / 32 * 16 + threadIdx.x % 32;
+    __syncwarp(); /* the rows are written */
+    for (int key = 0; key < time.count && threadIdx.x % 32 < 16; key++) {
+        float x = usp_to_float(usp_row<T>(linear.v, time.first + key * time.step, place.batch, v_head)[column]);
+        for (int t = key; t < time.count && !isfinite(x); t++) {
+            int64_t token = time.first + t * time.step;
+            if (linear.last)
+                usp_row<T>(linear.out, token, place.batch, place.head)[column] = usp_from_float<T>(x);
+            else
+                usp_sums_row(linear, token, place)[column] = x;
         }
     }
 }
@@ -307,6 +350,8 @@ static __global__ void __launch_bounds__(threads_per_value *VALUE, 2)
     int q_head = usp_mapped_head(linear.q_map, work.place.head);
     int k_head = usp_mapped_head(linear.k_map, work.place.head);
     int v_head = usp_mapped_head(linear.v_map, work.place.head);
+    int &spoilt = reinterpret_cast<int *>(shared)[spare_words + warp]; /* here, since registers are dear */
+    spoilt = 0;
     state_sums<DIM> state;
     for (int first = -rows; first < work.time.count; first += rows) {
         int next = first + rows;
@@ -331,16 +376,21 @@ static __global__ void __launch_bounds__(threads_per_value *VALUE, 2)
             make_pairs<T>(shared + table_bytes, q, k, warp % row_blocks, half, linear.scale, work.decays);
         out_sums out;
         float unit = state_unit<T, DIM>(state);
-        multiply_state<T, DIM>(out, q, state, 1 / unit);
-        weigh_rows(out, linear.scale * unit, work.decays);
-        __syncthreads();
-        add_pairs<T, VALUE>(out, {base - pair_bytes}, v);
+        for (bool again = false;; again = true) { /* again: without what is not finite in v, for mend to bring */
+            multiply_state<T, DIM>(out, q, state, 1 / unit);
+            weigh_rows(out, linear.scale * unit, work.decays);
+            if (!again) __syncthreads();
+            if (!add_pairs<T, VALUE>(out, {base - pair_bytes}, v)) break;
+            clear_columns<T>(v);
+            spoilt = 1;
+        }
         put_rows<T>(out, linear, work, first);
         if (next >= work.time.count) break;
         float decay = work.decays[rows];
         for_state<DIM>(state, linear, [=](float &x, int) { x *= decay; });
         add_rows<T, DIM, VALUE, false>(state, k, v, work.decays, rows, 1);
     }
+    if (spoilt) mend<T>(linear);
 }
 
 template <typename T, int DIM, int VALUE>

@@ -43,6 +43,16 @@ static usp_status usp_launch_jobs(const char *what, Kernel kernel, const usp_sof
     return usp_cuda_launch(what, kernel, dim3((unsigned)jobs), dim3(threads), shared, stream, args);
 }
 
+/* The query heads first .. end - 1 read a key head; there may be none. */
+struct usp_readers {
+    int first, end;
+};
+
+static __device__ __forceinline__ usp_readers usp_readers_of(const usp_softmax &args, int key_head) {
+    return {max(key_head * args.kv.group - args.kv.offset, 0),
+            min((key_head + 1) * args.kv.group - args.kv.offset, args.heads)};
+}
+
 /* ---- columns ----------------------------------------------------------------------------------------------------- */
 
 /* Walks the tiles of a work item, `step` columns at a time, `rounds` times over (once for every head that shares the

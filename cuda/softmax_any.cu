@@ -39,9 +39,19 @@ static __device__ void usp_dots(float (&s)[USP_ANY_ROWS], const float *rows, con
 /* Elements lane, lane + 32, ... of this warp's rows. */
 using usp_any_sums = float[USP_ANY_ROWS][USP_ANY_WIDTH];
 
-/* sums += p times columns: p is held by lanes, one column each. */
-static __device__ void usp_add_weighted(usp_any_sums &sums, const float (&p)[USP_ANY_ROWS], const float *columns,
-                                        int dim) {
+/* Which pairs of this warp's rows and the 32 columns are allowed: bit j for the column of lane j. */
+struct usp_any_pairs {
+    unsigned row[USP_ANY_ROWS];
+
+    __device__ __forceinline__ bool mine(int r) const {
+        return row[r] >> threadIdx.x % 32 & 1;
+    }
+};
+
+/* sums += p times columns, over allowed pairs alone: 0 times a NaN would be a NaN. p is held by lanes, one column
+ * each. */
+static __device__ void usp_add_weighted(usp_any_sums &sums, const float (&p)[USP_ANY_ROWS], const usp_any_pairs &pairs,
+                                        const float *columns, int dim) {
     for (int j = 0; j < 32; j++) {
         float weight[USP_ANY_ROWS];
 #pragma unroll
@@ -52,7 +62,8 @@ static __device__ void usp_add_weighted(usp_any_sums &sums, const float (&p)[USP
             if (i * 32 >= dim) break;
             float x = column[i * 32];
 #pragma unroll
-            for (int r = 0; r < USP_ANY_ROWS; r++) sums[r][i] = fmaf(weight[r], x, sums[r][i]);
+            for (int r = 0; r < USP_ANY_ROWS; r++)
+                sums[r][i] = pairs.row[r] >> j & 1 ? fmaf(weight[r], x, sums[r][i]) : sums[r][i];
         }
     }
 }
@@ -65,6 +76,17 @@ struct usp_any_rows {
 static __device__ __forceinline__ usp_any_rows usp_rows_of_warp(const usp_job &job) {
     int skipped = threadIdx.x / 32 * USP_ANY_ROWS;
     return {job.begin + skipped, min(job.count - skipped, USP_ANY_ROWS)};
+}
+
+/* `column` is this lane's. */
+template <bool KEY_ROWS>
+static __device__ __forceinline__ usp_any_pairs usp_allowed_pairs(const usp_band &band, const usp_any_rows &rows,
+                                                                  int column) {
+    usp_any_pairs pairs;
+#pragma unroll
+    for (int r = 0; r < USP_ANY_ROWS; r++)
+        pairs.row[r] = __ballot_sync(~0u, r < rows.count && band.allows<KEY_ROWS>(rows.first + r, column));
+    return pairs;
 }
 
 /* row = row * factor (+ sum), to dtype if last, else into the sum. */
@@ -134,8 +156,7 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
         }
     }
     for (usp_walk at(args.tiles, work, 1); at.running(); at.advance(32)) {
-        usp_band band(work, at.tile());
-        int column = at.column + threadIdx.x % 32;
+        usp_any_pairs pairs = usp_allowed_pairs<false>(usp_band(work, at.tile()), rows, at.column + threadIdx.x % 32);
         float p[USP_ANY_ROWS];
         __syncthreads();
         usp_stage(columns, usp_pitch(args.dim), 32, usp_row<T>(args.k, at.column, job.batch, key_head),
@@ -143,14 +164,14 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
         __syncthreads();
         usp_dots(p, q + threadIdx.x / 32 * USP_ANY_ROWS * usp_padded(args.dim), columns, args.dim);
         for (int r = 0; r < USP_ANY_ROWS; r++) {
-            float score = band.allows<false>(rows.first + r, column) ? p[r] * args.scale : -INFINITY;
+            float score = pairs.mine(r) ? p[r] * args.scale : -INFINITY;
             p[r] = usp_weigh_any(online[r], out[r], score);
         }
         __syncthreads();
         usp_stage(columns, usp_pitch(args.value_dim), 32, usp_row<T>(args.v, at.column, job.batch, key_head),
                   args.v.stride_token, at.columns(), args.value_dim);
         __syncthreads();
-        usp_add_weighted(out, p, columns, args.value_dim);
+        usp_add_weighted(out, p, pairs, columns, args.value_dim);
     }
 #pragma unroll
     for (int r = 0; r < USP_ANY_ROWS; r++) {
@@ -165,9 +186,9 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
 
 /* ---- backward ---------------------------------------------------------------------------------------------------- */
 
-/* exp(scale score - lse), 0 for a pair that is not allowed or a query without keys. */
-static __device__ __forceinline__ float usp_weight_any(bool allowed, float score, float lse) {
-    return allowed && lse != -INFINITY ? expf(score - lse) : 0;
+/* exp(scale score - lse), 0 for a query without keys. */
+static __device__ __forceinline__ float usp_weight_any(float score, float lse) {
+    return lse == -INFINITY ? 0 : expf(score - lse);
 }
 
 template <typename T>
@@ -189,8 +210,7 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
               args.dout.stride_token, job.count, args.value_dim);
     usp_any_sums dq = {};
     for (usp_walk at(args.tiles, work, 1); at.running(); at.advance(32)) {
-        usp_band band(work, at.tile());
-        int column = at.column + threadIdx.x % 32;
+        usp_any_pairs pairs = usp_allowed_pairs<false>(usp_band(work, at.tile()), rows, at.column + threadIdx.x % 32);
         float s[USP_ANY_ROWS], ds[USP_ANY_ROWS];
         __syncthreads();
         usp_stage(columns, usp_pitch(args.value_dim), 32, usp_row<T>(args.v, at.column, job.batch, key_head),
@@ -203,11 +223,10 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
         __syncthreads();
         usp_dots(s, q + warp_row * usp_padded(args.dim), columns, args.dim);
         for (int r = 0; r < USP_ANY_ROWS; r++) {
-            bool allowed = r < rows.count && band.allows<false>(rows.first + r, column);
-            float p = allowed ? usp_weight_any(true, s[r] * args.scale, args.lse[line + r]) : 0;
-            ds[r] = p == 0 ? 0 : p * (ds[r] - args.delta[line + r]);
+            if (!pairs.mine(r)) continue;
+            ds[r] = usp_weight_any(s[r] * args.scale, args.lse[line + r]) * (ds[r] - args.delta[line + r]);
         }
-        usp_add_weighted(dq, ds, columns, args.dim);
+        usp_add_weighted(dq, ds, pairs, columns, args.dim);
     }
 #pragma unroll
     for (int r = 0; r < USP_ANY_ROWS; r++) {
@@ -229,17 +248,16 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
     usp_work work = *job.work;
     usp_any_rows rows = usp_rows_of_warp(job);
     int warp_row = threadIdx.x / 32 * USP_ANY_ROWS;
-    int first_head = max(job.head * args.kv.group - args.kv.offset, 0);
-    int last_head = min((job.head + 1) * args.kv.group - args.kv.offset, args.heads);
+    usp_readers heads = usp_readers_of(args, job.head);
 
     usp_stage(k, usp_padded(args.dim), USP_ANY_BLOCK, usp_row<T>(args.k, job.begin, job.batch, job.head),
               args.k.stride_token, job.count, args.dim);
     usp_stage(v, usp_padded(args.value_dim), USP_ANY_BLOCK, usp_row<T>(args.v, job.begin, job.batch, job.head),
               args.v.stride_token, job.count, args.value_dim);
     usp_any_sums dk = {}, dv = {};
-    for (usp_walk at(args.tiles, work, max(last_head - first_head, 0)); at.running(); at.advance(32)) {
-        usp_band band(work, at.tile());
-        int column = at.column + threadIdx.x % 32, head = first_head + at.round;
+    for (usp_walk at(args.tiles, work, max(heads.end - heads.first, 0)); at.running(); at.advance(32)) {
+        int column = at.column + threadIdx.x % 32, head = heads.first + at.round;
+        usp_any_pairs pairs = usp_allowed_pairs<true>(usp_band(work, at.tile()), rows, column);
         int64_t line = ((int64_t)job.batch * args.heads + head) * args.queries + column;
         const T *queries = usp_row<T>(args.q, at.column, job.batch, head);
         float p[USP_ANY_ROWS], ds[USP_ANY_ROWS];
@@ -248,19 +266,18 @@ static __global__ void __launch_bounds__(USP_ANY_WARPS * 32)
         usp_stage(columns, usp_pitch(args.dim), 32, queries, args.q.stride_token, at.columns(), args.dim);
         __syncthreads();
         usp_dots(p, k + warp_row * usp_padded(args.dim), columns, args.dim);
-        for (int r = 0; r < USP_ANY_ROWS; r++)
-            p[r] = usp_weight_any(band.allows<true>(rows.first + r, column), p[r] * args.scale, lse);
+        for (int r = 0; r < USP_ANY_ROWS; r++) p[r] = usp_weight_any(p[r] * args.scale, lse);
         __syncthreads();
         usp_stage(columns, usp_pitch(args.value_dim), 32, usp_row<T>(args.dout, at.column, job.batch, head),
                   args.dout.stride_token, at.columns(), args.value_dim);
         __syncthreads();
         usp_dots(ds, v + warp_row * usp_padded(args.value_dim), columns, args.value_dim);
-        usp_add_weighted(dv, p, columns, args.value_dim);
-        for (int r = 0; r < USP_ANY_ROWS; r++) ds[r] = p[r] == 0 ? 0 : p[r] * (ds[r] - delta);
+        usp_add_weighted(dv, p, pairs, columns, args.value_dim);
+        for (int r = 0; r < USP_ANY_ROWS; r++) ds[r] = p[r] * (ds[r] - delta);
         __syncthreads();
         usp_stage(columns, usp_pitch(args.dim), 32, queries, args.q.stride_token, at.columns(), args.dim);
         __syncthreads();
-        usp_add_weighted(dk, ds, columns, args.dim);
+        usp_add_weighted(dk, ds, pairs, columns, args.dim);
     }
 #pragma unroll
     for (int r = 0; r < USP_ANY_ROWS; r++) {

@@ -1,5 +1,5 @@
-/* softmax_mma.cuh - what the tensor-core kernels of softmax attention share on the host side and at their start: shared
- * memory and the choice of a template instance. It computes nothing. */
+/* softmax_mma.cuh - what the tensor-core kernels of softmax attention share on the host side and at their start and
+ * end: shared memory, numbers that are not finite, the choice of a template instance. */
 #ifndef USP_CUDA_SOFTMAX_MMA_CUH
 #define USP_CUDA_SOFTMAX_MMA_CUH
 #include "softmax.cuh"
@@ -9,6 +9,52 @@ static __device__ __forceinline__ uint32_t usp_shared_base() {
     extern __shared__ __align__(1024) unsigned char memory[];
     return (uint32_t)__cvta_generic_to_shared(memory);
 }
+
+/* ---- numbers that are not finite --------------------------------------------------------------------------------- */
+
+/* A word of this thread in shared memory, for what is hardly ever touched: registers are dear. */
+static __device__ __forceinline__ int &usp_spare_word(int offset) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    return reinterpret_cast<int *>(memory + offset)[threadIdx.x];
+}
+
+/* Before a product with weights of 0: makes what is not finite 0 in a tile; `spoilt` then tells to mend the results. A
+ * barrier: all threads of the block take part. */
+template <typename T, int ROWS, int THREADS, int DIM>
+static __device__ __forceinline__ void usp_shield(usp_shared_rows<DIM> tile, int &spoilt) {
+    if (!__syncthreads_or(usp_spoilt<T, ROWS, THREADS>(tile))) return;
+#pragma unroll 1
+    for (int at = threadIdx.x * 4; at < ROWS * tile.bytes; at += THREADS * 4) usp_clear_pair<T>(tile.base + at);
+    spoilt = 1;
+    __syncthreads();
+}
+
+/* Writes what is not finite in the columns of steps that need a mask to those rows of this block's job, in `result` or
+ * the sums, that may pair with them. A thread has one element of all rows. */
+template <typename T, bool KEY_ROWS, typename Shape>
+static __device__ __noinline__ void usp_mend(const usp_softmax &args, usp_tensor sum, usp_tensor result,
+                                             usp_tensor columns, int dim) {
+    static_assert(Shape::threads >= 128, "a thread for every element");
+    usp_job job = usp_take_job(args, KEY_ROWS ? args.key_heads : args.heads, Shape::rows);
+    int key_head = usp_mapped_head(args.kv, job.head), element = threadIdx.x;
+    usp_readers heads = KEY_ROWS ? usp_readers_of(args, job.head) : usp_readers{key_head, key_head + 1};
+    usp_walk at(args.tiles, *job.work, max(heads.end - heads.first, 0));
+    __syncthreads(); /* the rows are written */
+    for (; at.running() && element < dim; at.advance(Shape::step)) {
+        for (int j = at.column; j < min(at.column + Shape::step, at.end) && !at.full(Shape::step); j++) {
+            float x = usp_to_float(usp_row<T>(columns, j, job.batch, heads.first + at.round)[element]);
+            for (int row = job.begin; row < job.begin + job.count && !isfinite(x); row++) {
+                if (!usp_band(*job.work, at.tile()).template allows<KEY_ROWS>(row, j)) continue;
+                if (args.last)
+                    usp_row<T>(result, row, job.batch, job.head)[element] = usp_from_float<T>(x);
+                else
+                    usp_row<float>(sum, row, job.batch, job.head)[element] = x;
+            }
+        }
+    }
+}
+
+/* ---- launch ------------------------------------------------------------------------------------------------------ */
 
 /* Would blocks of the shape leave multiprocessors idle? */
 template <typename Shape> static bool usp_too_few(const usp_softmax &args, int heads) {

@@ -25,7 +25,8 @@ static __device__ __forceinline__ void usp_deliver(usp_sums<M, N> &c, const usp_
 
 template <int DIM, typename Shape> struct usp_backward_query_memory {
     static constexpr int step = Shape::step * DIM * 2, rows = Shape::rows * DIM * 2;
-    static constexpr int q = 0, dout = q + rows, k = dout + rows, v = k + 2 * step, bytes = v + 2 * step;
+    static constexpr int q = 0, dout = q + rows, k = dout + rows, v = k + 2 * step;
+    static constexpr int spoilt = v + 2 * step, bytes = spoilt + Shape::threads * 4;
 };
 
 /* Rows are queries: S = q k^T, dP = dout v^T, dq += P (dP - delta) k. */
@@ -40,6 +41,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
 
     usp_job job = usp_take_job(args, args.heads, Shape::rows);
     if (job.count <= 0) return;
+    usp_spare_word(memory::spoilt) = 0;
     int key_head = usp_mapped_head(args.kv, job.head);
     int warp_row = threadIdx.x / 32 * M * 16, first_row = job.begin + warp_row, rows = job.count - warp_row;
     const T *keys = usp_row<T>(args.k, 0, job.batch, key_head), *values = usp_row<T>(args.v, 0, job.batch, key_head);
@@ -82,14 +84,18 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
             x = usp_exp2(fmaf(x, scale2, -row_base[i / (N * 4) * 2 + i % 4 / 2]));
             ds[i / (N * 4)][i / 4 % N][i % 4] = -row_delta[i / (N * 4) * 2 + i % 4 / 2];
         }
-        if (!at.full(Shape::step)) usp_mask_pairs<false>(p, usp_band(*job.work, at.tile()), first_row, at.column, 0);
         usp_multiply_rows<T>(ds, dout.rows_from(warp_row), v.rows_from(buffer * Shape::step));
 #pragma unroll
         for (int i = 0; i < M * N * 4; i++) ds[i / (N * 4)][i / 4 % N][i % 4] *= p[i / (N * 4)][i / 4 % N][i % 4];
+        if (!at.full(Shape::step)) {
+            usp_mask_pairs<false>(ds, usp_band(*job.work, at.tile()), first_row, at.column, 0);
+            usp_shield<T, Shape::step, threads>(k.rows_from(buffer * Shape::step), usp_spare_word(memory::spoilt));
+        }
         usp_multiply_columns<T>(dq, ds, k.rows_from(buffer * Shape::step));
     }
     usp_fetched();
     usp_deliver<T>(dq, args, args.dq_sum, args.dq, args.scale, first_row, job.head, job.batch, rows, args.dim);
+    if (usp_spare_word(memory::spoilt)) usp_mend<T, false, Shape>(args, args.dq_sum, args.dq, args.k, args.dim);
 }
 
 /* ---- dk, dv ------------------------------------------------------------------------------------------------------ */
@@ -97,7 +103,8 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
 template <int DIM, typename Shape> struct usp_backward_key_memory {
     static constexpr int step = Shape::step * DIM * 2, rows = Shape::rows * DIM * 2, line = Shape::step * 4;
     static constexpr int k = 0, v = k + rows, q = v + rows, dout = q + 2 * step;
-    static constexpr int lines = dout + 2 * step, bytes = lines + 4 * line; /* [base, delta][buffer][column] */
+    static constexpr int lines = dout + 2 * step; /* [base, delta][buffer][column] */
+    static constexpr int spoilt = lines + 4 * line, bytes = spoilt + Shape::threads * 4;
 };
 
 /* Rows are keys: S^T = k q^T, dv += P^T dout, dP^T = v dout^T, dk += P^T (dP^T - delta) q, over all the query heads
@@ -116,15 +123,15 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
 
     usp_job job = usp_take_job(args, args.key_heads, Shape::rows);
     if (job.count <= 0) return;
+    usp_spare_word(memory::spoilt) = 0;
     int warp_row = threadIdx.x / 32 * M * 16, first_row = job.begin + warp_row, rows = job.count - warp_row;
-    int first_head = max(job.head * args.kv.group - args.kv.offset, 0);
-    int last_head = min((job.head + 1) * args.kv.group - args.kv.offset, args.heads);
+    usp_readers heads = usp_readers_of(args, job.head);
 
     /* The first `step` threads bring the columns' lse, the next their delta: into a register here, to memory when the
      * buffer is free and the value has arrived. */
     int line_column = threadIdx.x % step;
     auto fetch = [&](const usp_walk &at, int buffer) -> float {
-        int head = first_head + at.round;
+        int head = heads.first + at.round;
         int64_t line = ((int64_t)job.batch * args.heads + head) * args.queries + at.column + line_column;
         usp_fetch<step, threads>(q.rows_from(buffer * step), usp_row<T>(args.q, at.column, job.batch, head),
                                  args.q.stride_token, at.columns(), args.dim);
@@ -141,7 +148,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
                                     job.count, args.dim);
     usp_fetch<Shape::rows, threads>(v, usp_row<T>(args.v, job.begin, job.batch, job.head), args.v.stride_token,
                                     job.count, args.value_dim);
-    usp_walk walk(args.tiles, *job.work, max(last_head - first_head, 0));
+    usp_walk walk(args.tiles, *job.work, max(heads.end - heads.first, 0));
     float line_value = walk.running() ? fetch(walk, 0) : 0;
 
     float scale2 = args.scale * USP_LOG2E;
@@ -165,7 +172,10 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
                 x = usp_exp2(fmaf(x, scale2, i % 2 ? -column_base.y : -column_base.x));
             }
         }
-        if (!at.full(step)) usp_mask_pairs<true>(p, usp_band(*job.work, at.tile()), first_row, at.column, 0);
+        if (!at.full(step)) {
+            usp_mask_pairs<true>(p, usp_band(*job.work, at.tile()), first_row, at.column, 0);
+            usp_shield<T, step, threads>(dout.rows_from(buffer * step), usp_spare_word(memory::spoilt));
+        }
         usp_multiply_columns<T>(dv, p, dout.rows_from(buffer * step));
 #pragma unroll
         for (int n = 0; n < N; n++) {
@@ -176,11 +186,19 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         usp_multiply_rows<T>(ds, v.rows_from(warp_row), dout.rows_from(buffer * step));
 #pragma unroll
         for (int i = 0; i < M * N * 4; i++) ds[i / (N * 4)][i / 4 % N][i % 4] *= p[i / (N * 4)][i / 4 % N][i % 4];
+        if (!at.full(step)) {
+            usp_mask_pairs<true>(ds, usp_band(*job.work, at.tile()), first_row, at.column, 0);
+            usp_shield<T, step, threads>(q.rows_from(buffer * step), usp_spare_word(memory::spoilt));
+        }
         usp_multiply_columns<T>(dk, ds, q.rows_from(buffer * step));
     }
     usp_fetched();
     usp_deliver<T>(dk, args, args.dk_sum, args.dk, args.scale, first_row, job.head, job.batch, rows, args.dim);
     usp_deliver<T>(dv, args, args.dv_sum, args.dv, 1, first_row, job.head, job.batch, rows, args.value_dim);
+    if (usp_spare_word(memory::spoilt)) {
+        usp_mend<T, true, Shape>(args, args.dk_sum, args.dk, args.q, args.dim);
+        usp_mend<T, true, Shape>(args, args.dv_sum, args.dv, args.dout, args.value_dim);
+    }
 }
 
 /* ---- launchers --------------------------------------------------------------------------------------------------- */

@@ -4,7 +4,7 @@
 
 template <int DIM, typename Shape> struct usp_forward_memory {
     static constexpr int q = 0, k = Shape::rows * DIM * 2, step = Shape::step * DIM * 2;
-    static constexpr int v = k + 2 * step, bytes = v + 2 * step;
+    static constexpr int v = k + 2 * step, spoilt = v + 2 * step, bytes = spoilt + Shape::threads * 4;
 };
 
 template <typename T, int DIM, typename Shape>
@@ -17,6 +17,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
 
     usp_job job = usp_take_job(args, args.heads, Shape::rows);
     if (job.count <= 0) return;
+    usp_spare_word(memory::spoilt) = 0;
     int key_head = usp_mapped_head(args.kv, job.head);
     int warp_row = threadIdx.x / 32 * M * 16, first_row = job.begin + warp_row, rows = job.count - warp_row;
     const T *keys = usp_row<T>(args.k, 0, job.batch, key_head), *values = usp_row<T>(args.v, 0, job.batch, key_head);
@@ -56,8 +57,10 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         usp_multiply_rows<T>(scores, q.rows_from(warp_row), k.rows_from(buffer * Shape::step));
         walk.advance(Shape::step);
         if (walk.running()) fetch(walk, buffer ^ 1); /* here its addresses are computed in the shade of the products */
-        if (!at.full(Shape::step))
+        if (!at.full(Shape::step)) {
             usp_mask_pairs<false>(scores, usp_band(*job.work, at.tile()), first_row, at.column, -INFINITY);
+            usp_shield<T, Shape::step, threads>(v.rows_from(buffer * Shape::step), usp_spare_word(memory::spoilt));
+        }
         online.weigh(scores, out, scale2);
         usp_multiply_columns<T>(out, scores, v.rows_from(buffer * Shape::step));
     }
@@ -74,6 +77,10 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
                   args.value_dim);
     else
         usp_store(out, acc, acc_stride, rows, args.value_dim);
+    if (usp_spare_word(memory::spoilt)) {
+        usp_tensor sum = {args.acc, (int64_t)args.heads * args.value_dim, acc_stride, args.value_dim};
+        usp_mend<T, false, Shape>(args, sum, args.out, args.v, args.value_dim);
+    }
 }
 
 /* ---- launcher ---------------------------------------------------------------------------------------------------- */
