@@ -1,5 +1,5 @@
 /* copy.cu - rows of one tensor into another, with conversion between element types or addition to fp32 sums.
- * Any strides; rows that both begin on 16 bytes and keep their type move 16 bytes at a time. */
+ * Any strides; rows that both begin on 16 bytes and keep their type move 16 bytes at a time. For sm_80 and up. */
 #include "common.cuh"
 #include "launch.h"
 

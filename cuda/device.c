@@ -11,6 +11,7 @@
 typedef struct usp_cuda_device {
     usp_device base;
     int index;
+    usp_gpu gpu;
 } usp_cuda_device;
 
 /* ---- errors ------------------------------------------------------------------------------------------------------ */
@@ -29,6 +30,10 @@ static usp_status check(const char *what, cudaError_t error) {
 /* Ranks may be threads on several GPUs, and the current GPU belongs to the thread: every entry begins here. */
 static usp_status enter(const usp_device *device) {
     return check("cudaSetDevice", cudaSetDevice(((const usp_cuda_device *)device)->index));
+}
+
+const usp_gpu *usp_cuda_gpu(const usp_device *device) {
+    return &((const usp_cuda_device *)device)->gpu;
 }
 
 /* ---- memory ------------------------------------------------------------------------------------------------------ */
@@ -132,7 +137,8 @@ static usp_status cuda_capturing(usp_device *device, usp_stream stream, int *yes
 
 static usp_status cuda_supports(usp_device *device, const usp_kernel_shape *shape) {
     USP_TRY(enter(device));
-    return shape->attention == USP_LINEAR ? usp_cuda_linear_supports(shape) : usp_cuda_softmax_supports(shape);
+    return shape->attention == USP_LINEAR ? usp_cuda_linear_supports(shape)
+                                          : usp_cuda_softmax_supports(usp_cuda_gpu(device), shape);
 }
 
 static usp_status cuda_copy_rows(usp_device *device, const usp_copy *copy, usp_stream stream) {
@@ -142,7 +148,7 @@ static usp_status cuda_copy_rows(usp_device *device, const usp_copy *copy, usp_s
 
 static usp_status cuda_softmax_forward(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_softmax(softmax, USP_CALL_FORWARD, USP_CUDA_GRID, stream);
+    return usp_cuda_softmax(usp_cuda_gpu(device), softmax, USP_CALL_FORWARD, USP_CUDA_GRID, stream);
 }
 
 static usp_status cuda_softmax_delta(usp_device *device, const usp_softmax *softmax, float *delta, usp_stream stream) {
@@ -152,12 +158,12 @@ static usp_status cuda_softmax_delta(usp_device *device, const usp_softmax *soft
 
 static usp_status cuda_softmax_backward_query(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_softmax(softmax, USP_CALL_BACKWARD_QUERY, USP_CUDA_GRID, stream);
+    return usp_cuda_softmax(usp_cuda_gpu(device), softmax, USP_CALL_BACKWARD_QUERY, USP_CUDA_GRID, stream);
 }
 
 static usp_status cuda_softmax_backward_key(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_softmax(softmax, USP_CALL_BACKWARD_KEY, USP_CUDA_GRID, stream);
+    return usp_cuda_softmax(usp_cuda_gpu(device), softmax, USP_CALL_BACKWARD_KEY, USP_CUDA_GRID, stream);
 }
 
 /* Tiles live in shared memory and registers. */
@@ -175,7 +181,7 @@ static int64_t cuda_linear_block(usp_device *device, int64_t rows) {
 
 static usp_status cuda_linear_totals(usp_device *device, const usp_linear *linear, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_linear(linear, USP_CALL_TOTALS, USP_CUDA_GRID, stream);
+    return usp_cuda_linear(usp_cuda_gpu(device), linear, USP_CALL_TOTALS, USP_CUDA_GRID, stream);
 }
 
 static usp_status cuda_linear_scan(usp_device *device, const usp_scan *scan, usp_stream stream) {
@@ -185,24 +191,17 @@ static usp_status cuda_linear_scan(usp_device *device, const usp_scan *scan, usp
 
 static usp_status cuda_linear_output(usp_device *device, const usp_linear *linear, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_linear(linear, USP_CALL_OUTPUT, USP_CUDA_GRID, stream);
+    return usp_cuda_linear(usp_cuda_gpu(device), linear, USP_CALL_OUTPUT, USP_CUDA_GRID, stream);
 }
 
 static usp_status cuda_linear_apply(usp_device *device, const usp_linear *linear, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_linear(linear, USP_CALL_APPLY, USP_CUDA_GRID, stream);
+    return usp_cuda_linear(usp_cuda_gpu(device), linear, USP_CALL_APPLY, USP_CUDA_GRID, stream);
 }
 
 static usp_status cuda_scale(usp_device *device, float *data, int64_t count, float factor, usp_stream stream) {
     USP_TRY(enter(device));
     return usp_cuda_scale(data, count, factor, stream);
-}
-
-size_t usp_cuda_shared_limit(void) {
-    int device = 0, bytes = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
-    return (size_t)bytes;
 }
 
 /* ---- the table --------------------------------------------------------------------------------------------------- */
@@ -243,29 +242,36 @@ static const usp_device_ops cuda_ops = {
     .destroy = cuda_destroy,
 };
 
-/* UNSUPPORTED with the reason unless a GPU that the kernels are built for is there. */
-static usp_status current_gpu(int *index) {
-    int major = 0, minor = 0;
+/* The thread's GPU and its limits; UNSUPPORTED with the reason unless the kernels are built for it. */
+static usp_status current_gpu(int *index, usp_gpu *gpu) {
+    int major = 0, minor = 0, processors = 0, shared = 0;
+    const struct {
+        enum cudaDeviceAttr attribute;
+        int *value;
+    } limits[] = {{cudaDevAttrComputeCapabilityMajor, &major},
+                  {cudaDevAttrComputeCapabilityMinor, &minor},
+                  {cudaDevAttrMultiProcessorCount, &processors},
+                  {cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared}};
     cudaError_t error = cudaGetDevice(index);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, *index);
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, *index);
+    for (size_t i = 0; i < sizeof limits / sizeof limits[0] && error == cudaSuccess; i++)
+        error = cudaDeviceGetAttribute(limits[i].value, limits[i].attribute, *index);
     if (error != cudaSuccess) {
         cudaGetLastError();
         return usp_fail(USP_UNSUPPORTED, "no usable GPU: %s", cudaGetErrorString(error));
     }
-    if (major >= 8) return USP_OK;
+    *gpu = (usp_gpu){10 * major + minor, processors, (size_t)shared};
+    if (usp_gpu_runs(gpu, USP_SM_80)) return USP_OK;
     return usp_fail(USP_UNSUPPORTED, "GPU %d has compute capability %d.%d; the kernels need 8.0", *index, major, minor);
 }
 
 usp_status usp_device_create_cuda(const usp_host *host, usp_device **device) {
     int index = 0;
+    usp_gpu gpu;
     void *memory = NULL;
-    USP_TRY(current_gpu(&index));
+    USP_TRY(current_gpu(&index, &gpu));
     USP_TRY(usp_host_alloc(host, sizeof(usp_cuda_device), "the device", &memory));
     usp_cuda_device *cuda = memory;
-    cuda->base.ops = &cuda_ops;
-    cuda->base.host = host;
-    cuda->index = index;
+    *cuda = (usp_cuda_device){{&cuda_ops, host}, index, gpu};
     *device = &cuda->base;
     return USP_OK;
 }

@@ -1,4 +1,4 @@
-/* launch.h - the launchers that belong to no kind of attention, as device.c calls them.
+/* launch.h - a GPU's limits, and the launchers that belong to no kind of attention, as device.c calls them.
  * They run on the thread's current GPU and check nothing about their arguments. */
 #ifndef USP_CUDA_LAUNCH_H
 #define USP_CUDA_LAUNCH_H
@@ -8,8 +8,22 @@ extern "C" {
 #endif
 #include "device.h"
 
-/* Shared memory that one block may have on the current GPU; 0 if the GPU does not answer. */
-size_t usp_cuda_shared_limit(void);
+/* What decides which kernels a GPU can run, and how they are launched. Read once, when a device is made. */
+typedef struct usp_gpu {
+    int capability; /* of its architecture, 10 x major + minor */
+    int processors;
+    size_t shared; /* bytes of shared memory that one thread block may have */
+} usp_gpu;
+
+const usp_gpu *usp_cuda_gpu(const usp_device *device);
+
+/* What a .cu file is compiled for (meson.build lists it): sm_80 and all that came later; sm_90a, whose code runs on
+ * that alone. A file's family names its target in its table. */
+typedef enum usp_cuda_target { USP_SM_80 = 80, USP_SM_90A = 90 } usp_cuda_target;
+
+static inline int usp_gpu_runs(const usp_gpu *gpu, usp_cuda_target target) {
+    return target == USP_SM_90A ? gpu->capability == 90 : gpu->capability >= (int)target;
+}
 
 /* Thread blocks of one launch: as many as a grid takes in x. What needs more is launched in parts; tests give less. */
 enum { USP_CUDA_GRID = INT32_MAX };

@@ -3,7 +3,6 @@
 #include "linear.h"
 
 #include "error.h"
-#include "launch.h"
 
 /* The first family that fits is taken; the last one fits everything that `supports` lets through. */
 static const usp_linear_family *const families[] = {&usp_linear_mma, &usp_linear_any};
@@ -31,12 +30,14 @@ usp_status usp_cuda_linear_supports(const usp_kernel_shape *shape) {
     return USP_OK;
 }
 
-static const usp_linear_family *choose(const usp_linear *args, usp_linear_call call) {
-    size_t limit = usp_cuda_shared_limit();
+static int serves(const usp_linear_family *family, const usp_gpu *gpu, const usp_linear *args, usp_linear_call call) {
+    return usp_gpu_runs(gpu, family->target) && family->shared(args->dim, args->value_dim) <= gpu->shared &&
+           family->fits(gpu, args, call);
+}
+
+static const usp_linear_family *choose(const usp_gpu *gpu, const usp_linear *args, usp_linear_call call) {
     int i = 0;
-    while (i < FAMILIES - 1 &&
-           (families[i]->shared(args->dim, args->value_dim) > limit || !families[i]->fits(args, call)))
-        i++;
+    while (i < FAMILIES - 1 && !serves(families[i], gpu, args, call)) i++;
     return families[i];
 }
 
@@ -49,14 +50,15 @@ static usp_linear cut(const usp_linear *args, usp_linear_call call, int64_t firs
     return part;
 }
 
-usp_status usp_cuda_linear(const usp_linear *args, usp_linear_call call, int grid, usp_stream stream) {
+usp_status usp_cuda_linear(const usp_gpu *gpu, const usp_linear *args, usp_linear_call call, int grid,
+                           usp_stream stream) {
     int64_t places = (int64_t)args->batch * args->heads;
     if (places == 0) return USP_OK;
-    const usp_linear_family *family = choose(args, call);
+    const usp_linear_family *family = choose(gpu, args, call);
     int64_t most = grid > places ? grid / places : 1; /* blocks of one launch */
     for (int64_t first = 0; first < args->blocks; first += most) {
         usp_linear part = cut(args, call, first, most);
-        USP_TRY(family->call[call](&part, stream));
+        USP_TRY(family->call[call](gpu, &part, stream));
     }
     return USP_OK;
 }

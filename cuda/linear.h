@@ -6,7 +6,7 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-#include "device.h"
+#include "launch.h"
 
 /* ---- entries, as device.c calls them ----------------------------------------------------------------------------- */
 
@@ -15,16 +15,19 @@ typedef enum usp_linear_call { USP_CALL_TOTALS, USP_CALL_OUTPUT, USP_CALL_APPLY 
 /* UNSUPPORTED with the reason, or OK. */
 usp_status usp_cuda_linear_supports(const usp_kernel_shape *shape);
 /* `grid`: USP_CUDA_GRID. */
-usp_status usp_cuda_linear(const usp_linear *args, usp_linear_call call, int grid, usp_stream stream);
+usp_status usp_cuda_linear(const usp_gpu *gpu, const usp_linear *args, usp_linear_call call, int grid,
+                           usp_stream stream);
 usp_status usp_cuda_linear_scan(const usp_scan *args, usp_stream stream); /* one kernel, no family */
 
 /* ---- families ---------------------------------------------------------------------------------------------------- */
 
-/* Kernels that serve some arguments. `shared`: bytes of shared memory that they need of a thread block. */
+/* Kernels that serve some arguments, on GPUs that run their target. `shared`: bytes of shared memory that they need of
+ * a thread block; `fits` is asked only where the GPU has these. */
 typedef struct usp_linear_family {
+    usp_cuda_target target;
     size_t (*shared)(int dim, int value_dim);
-    int (*fits)(const usp_linear *args, usp_linear_call call);
-    usp_status (*call[3])(const usp_linear *args, usp_stream stream); /* by usp_linear_call */
+    int (*fits)(const usp_gpu *gpu, const usp_linear *args, usp_linear_call call);
+    usp_status (*call[3])(const usp_gpu *gpu, const usp_linear *args, usp_stream stream); /* by usp_linear_call */
 } usp_linear_family;
 
 /* Tensor cores by mma.sync, sm_80 and up: 16-bit elements, dims 64 and 128, rows on 16-byte boundaries. */

@@ -1,5 +1,5 @@
 /* linear_any.cu - linear attention for any element type, dim, stride and alignment, in plain fp32.
- * It is for what the tensor core kernels do not take, and made to be right before it is fast. */
+ * It is for what the tensor core kernels do not take, and made to be right before it is fast. For sm_80 and up. */
 #include "linear.cuh"
 
 /* 16 x 16 threads: thread (y, x) owns rows y, y + 16, ... and columns x, x + 16, ... of a tile. */
@@ -181,19 +181,19 @@ static unsigned parts(int size, int tile) {
     return static_cast<unsigned>((size + tile - 1) / tile);
 }
 
-static usp_status launch_totals(const usp_linear *linear, usp_stream stream) {
+static usp_status launch_totals(const usp_gpu *, const usp_linear *linear, usp_stream stream) {
     auto kernel = usp_of_dtype(linear->dtype, totals<float>, totals<__half>, totals<__nv_bfloat16>);
     dim3 grid = usp_place_grid(linear, parts(linear->dim, state_tile) * parts(linear->value_dim, state_tile));
     return usp_cuda_launch("linear_totals", kernel, grid, dim3(threads_per_block), 0, stream, *linear);
 }
 
-static usp_status launch_output(const usp_linear *linear, usp_stream stream) {
+static usp_status launch_output(const usp_gpu *, const usp_linear *linear, usp_stream stream) {
     auto kernel = usp_of_dtype(linear->dtype, output<float, true>, output<__half, true>, output<__nv_bfloat16, true>);
     dim3 grid = usp_place_grid(linear, parts(linear->value_dim, value_tile));
     return usp_cuda_launch("linear_output", kernel, grid, dim3(threads_per_block), 0, stream, *linear);
 }
 
-static usp_status launch_apply(const usp_linear *linear, usp_stream stream) {
+static usp_status launch_apply(const usp_gpu *, const usp_linear *linear, usp_stream stream) {
     auto kernel =
         usp_of_dtype(linear->dtype, output<float, false>, output<__half, false>, output<__nv_bfloat16, false>);
     dim3 grid = usp_place_grid(linear, parts(linear->value_dim, value_tile));
@@ -206,8 +206,9 @@ static size_t most_shared(int, int) {
     return 0;
 }
 
-static int fits(const usp_linear *, usp_linear_call) {
+static int fits(const usp_gpu *, const usp_linear *, usp_linear_call) {
     return 1;
 }
 
-extern "C" const usp_linear_family usp_linear_any = {most_shared, fits, {launch_totals, launch_output, launch_apply}};
+extern "C" const usp_linear_family usp_linear_any = {
+    USP_SM_80, most_shared, fits, {launch_totals, launch_output, launch_apply}};

@@ -1,5 +1,6 @@
-/* linear_mma.cu - linear attention on tensor cores by mma.sync: 16-bit elements, dims 64 and 128, rows on 16 bytes.
- * A warp owns 16 value columns of the state for all of its life: in fp32, in registers, never in shared memory.
+/* linear_mma.cu - linear attention on tensor cores (mma.sync, sm_80 and up), 16-bit elements, dims 64 and 128, rows on
+ * 16 bytes. A warp owns 16 value columns of the state for all of its life: in fp32, in registers, never in shared
+ * memory.
  *
  * Rows go by in the order of time, `rows` at a time. The state is kept transposed, [value][dim]: as the accumulator of
  * v^T k it then has the very places that the right operand of q state needs. States that leave the kernel, or come into
@@ -453,15 +454,15 @@ static usp_status launch(const char *what, const usp_linear *linear, usp_linear_
                            shared_bytes(call, linear->dim, linear->value_dim), stream, *linear);
 }
 
-static usp_status launch_totals(const usp_linear *linear, usp_stream stream) {
+static usp_status launch_totals(const usp_gpu *, const usp_linear *linear, usp_stream stream) {
     return launch("linear_totals", linear, USP_CALL_TOTALS, stream);
 }
 
-static usp_status launch_output(const usp_linear *linear, usp_stream stream) {
+static usp_status launch_output(const usp_gpu *, const usp_linear *linear, usp_stream stream) {
     return launch("linear_output", linear, USP_CALL_OUTPUT, stream);
 }
 
-static usp_status launch_apply(const usp_linear *linear, usp_stream stream) {
+static usp_status launch_apply(const usp_gpu *, const usp_linear *linear, usp_stream stream) {
     return launch("linear_apply", linear, USP_CALL_APPLY, stream);
 }
 
@@ -475,7 +476,7 @@ static bool whole_dim(int dim) {
     return dim == 64 || dim == 128;
 }
 
-static int fits(const usp_linear *linear, usp_linear_call call) {
+static int fits(const usp_gpu *, const usp_linear *linear, usp_linear_call call) {
     bool reads_q = call != USP_CALL_TOTALS, reads_kv = call != USP_CALL_APPLY, writes = reads_q && linear->last;
     return linear->dtype != USP_F32 && whole_dim(linear->dim) && whole_dim(linear->value_dim) &&
            (!reads_q || usp_rows_aligned(linear->q, 2)) && (!writes || usp_rows_aligned(linear->out, 2)) &&
@@ -483,4 +484,5 @@ static int fits(const usp_linear *linear, usp_linear_call call) {
            (reinterpret_cast<uintptr_t>(linear->acc) & 7) == 0;
 }
 
-extern "C" const usp_linear_family usp_linear_mma = {most_shared, fits, {launch_totals, launch_output, launch_apply}};
+extern "C" const usp_linear_family usp_linear_mma = {
+    USP_SM_80, most_shared, fits, {launch_totals, launch_output, launch_apply}};

@@ -1,5 +1,6 @@
 /* linear_scan.cu - the exclusive scan over states that turns every block's own sum into the state before the block.
- * A thread walks all states of a group for a few elements of one head; nothing is exchanged between threads. */
+ * A thread walks all states of a group for a few elements of one head; nothing is exchanged between threads.
+ * For sm_80 and up. */
 #include "linear.cuh"
 
 static constexpr unsigned threads_per_block = USP_SCAN_THREADS;

@@ -1,4 +1,4 @@
-/* scale.cu - numbers times one factor. */
+/* scale.cu - numbers times one factor. For sm_80 and up. */
 #include "common.cuh"
 #include "launch.h"
 

@@ -3,7 +3,6 @@
 #include "softmax.h"
 
 #include "error.h"
-#include "launch.h"
 
 /* The first family that fits is taken; the last one fits everything that `supports` lets through. */
 static const usp_softmax_family *const families[] = {&usp_softmax_mma, &usp_softmax_any};
@@ -12,7 +11,7 @@ enum { FAMILIES = sizeof families / sizeof *families };
 enum { PARTS = USP_WORK_ROWS / USP_SOFTMAX_LEAST_ROWS }; /* thread blocks for a work item of one head at most */
 
 /* A launch must hold one work item of all heads: the rest is cut. */
-usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape) {
+usp_status usp_cuda_softmax_supports(const usp_gpu *gpu, const usp_kernel_shape *shape) {
     int widest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
     if (widest > USP_SOFTMAX_MAX_DIM) {
         return usp_fail(USP_UNSUPPORTED, "softmax attention on a GPU takes head_dim and value_dim up to %d, not %d",
@@ -22,21 +21,24 @@ usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape) {
         return usp_fail(USP_UNSUPPORTED, "softmax attention on a GPU takes batch x heads up to %d, not %d x %d",
                         USP_CUDA_GRID / PARTS, shape->batch, shape->heads);
     }
-    size_t shared = usp_softmax_any.shared(shape->dim, shape->value_dim), limit = usp_cuda_shared_limit();
-    if (shared > limit) {
+    size_t shared = usp_softmax_any.shared(shape->dim, shape->value_dim);
+    if (shared > gpu->shared) {
         return usp_fail(USP_UNSUPPORTED,
                         "head_dim %d and value_dim %d need %zu bytes of shared memory, this GPU has %zu", shape->dim,
-                        shape->value_dim, shared, limit);
+                        shape->value_dim, shared, gpu->shared);
     }
     return USP_OK;
 }
 
-static const usp_softmax_family *choose(const usp_softmax *args, usp_softmax_call call) {
-    size_t limit = usp_cuda_shared_limit();
+static int serves(const usp_softmax_family *family, const usp_gpu *gpu, const usp_softmax *args,
+                  usp_softmax_call call) {
+    return usp_gpu_runs(gpu, family->target) && family->shared(args->dim, args->value_dim) <= gpu->shared &&
+           family->fits(gpu, args, call);
+}
+
+static const usp_softmax_family *choose(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call) {
     int i = 0;
-    while (i < FAMILIES - 1 &&
-           (families[i]->shared(args->dim, args->value_dim) > limit || !families[i]->fits(args, call)))
-        i++;
+    while (i < FAMILIES - 1 && !serves(families[i], gpu, args, call)) i++;
     return families[i];
 }
 
@@ -55,12 +57,13 @@ static usp_softmax cut(const usp_softmax *args, int64_t first, int64_t count) {
     return part;
 }
 
-usp_status usp_cuda_softmax(const usp_softmax *args, usp_softmax_call call, int grid, usp_stream stream) {
-    const usp_softmax_family *family = choose(args, call);
+usp_status usp_cuda_softmax(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call, int grid,
+                            usp_stream stream) {
+    const usp_softmax_family *family = choose(gpu, args, call);
     int64_t most = most_works(args, call, grid);
     for (int64_t first = 0; first < args->tiles.works; first += most) {
         usp_softmax part = cut(args, first, most);
-        USP_TRY(family->call[call](&part, stream));
+        USP_TRY(family->call[call](gpu, &part, stream));
     }
     return USP_OK;
 }

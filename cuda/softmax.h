@@ -6,25 +6,28 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
-#include "device.h"
+#include "launch.h"
 
 /* ---- entries, as device.c calls them ----------------------------------------------------------------------------- */
 
 typedef enum usp_softmax_call { USP_CALL_FORWARD, USP_CALL_BACKWARD_QUERY, USP_CALL_BACKWARD_KEY } usp_softmax_call;
 
 /* UNSUPPORTED with the reason, or OK. */
-usp_status usp_cuda_softmax_supports(const usp_kernel_shape *shape);
+usp_status usp_cuda_softmax_supports(const usp_gpu *gpu, const usp_kernel_shape *shape);
 /* `grid`: USP_CUDA_GRID. */
-usp_status usp_cuda_softmax(const usp_softmax *args, usp_softmax_call call, int grid, usp_stream stream);
+usp_status usp_cuda_softmax(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call, int grid,
+                            usp_stream stream);
 usp_status usp_cuda_softmax_delta(const usp_softmax *args, float *delta, usp_stream stream); /* one kernel, no family */
 
 /* ---- families ---------------------------------------------------------------------------------------------------- */
 
-/* Kernels that serve some arguments. `shared`: bytes of shared memory that they need of a thread block. */
+/* Kernels that serve some arguments, on GPUs that run their target. `shared`: bytes of shared memory that they need of
+ * a thread block; `fits` is asked only where the GPU has these. */
 typedef struct usp_softmax_family {
+    usp_cuda_target target;
     size_t (*shared)(int dim, int value_dim);
-    int (*fits)(const usp_softmax *args, usp_softmax_call call);
-    usp_status (*call[3])(const usp_softmax *args, usp_stream stream); /* by usp_softmax_call */
+    int (*fits)(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call);
+    usp_status (*call[3])(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream); /* by usp_softmax_call */
 } usp_softmax_family;
 
 /* Tensor cores by mma.sync, sm_80 and up: 16-bit elements, dims up to 128, rows on 16-byte boundaries. */

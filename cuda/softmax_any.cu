@@ -1,5 +1,5 @@
 /* softmax_any.cu - softmax attention for any element type, dim, stride, alignment and scale, in plain fp32.
- * It is simple rather than fast: a warp has ROWS rows, a lane one of 32 columns at a time. */
+ * It is simple rather than fast: a warp has ROWS rows, a lane one of 32 columns at a time. For sm_80 and up. */
 #include "softmax.cuh"
 
 constexpr int USP_ANY_WARPS = 4, USP_ANY_ROWS = 4, USP_ANY_BLOCK = USP_ANY_WARPS * USP_ANY_ROWS;
@@ -299,14 +299,14 @@ static size_t most_shared(int dim, int value_dim) {
     return sizeof(float) * (rows + 32 * usp_pitch(dim > value_dim ? dim : value_dim));
 }
 
-static usp_status launch_forward(const usp_softmax *args, usp_stream stream) {
+static usp_status launch_forward(const usp_gpu *, const usp_softmax *args, usp_stream stream) {
     auto kernel = usp_of_dtype(args->dtype, usp_softmax_forward_any_kernel<float>,
                                usp_softmax_forward_any_kernel<__half>, usp_softmax_forward_any_kernel<__nv_bfloat16>);
     return usp_launch_jobs("softmax forward", kernel, *args, args->heads, USP_ANY_BLOCK, USP_ANY_WARPS * 32,
                            most_shared(args->dim, args->value_dim), stream);
 }
 
-static usp_status launch_backward_query(const usp_softmax *args, usp_stream stream) {
+static usp_status launch_backward_query(const usp_gpu *, const usp_softmax *args, usp_stream stream) {
     auto kernel = usp_of_dtype(args->dtype, usp_softmax_backward_query_any_kernel<float>,
                                usp_softmax_backward_query_any_kernel<__half>,
                                usp_softmax_backward_query_any_kernel<__nv_bfloat16>);
@@ -314,7 +314,7 @@ static usp_status launch_backward_query(const usp_softmax *args, usp_stream stre
                            USP_ANY_WARPS * 32, most_shared(args->dim, args->value_dim), stream);
 }
 
-static usp_status launch_backward_key(const usp_softmax *args, usp_stream stream) {
+static usp_status launch_backward_key(const usp_gpu *, const usp_softmax *args, usp_stream stream) {
     auto kernel =
         usp_of_dtype(args->dtype, usp_softmax_backward_key_any_kernel<float>,
                      usp_softmax_backward_key_any_kernel<__half>, usp_softmax_backward_key_any_kernel<__nv_bfloat16>);
@@ -324,9 +324,9 @@ static usp_status launch_backward_key(const usp_softmax *args, usp_stream stream
 
 /* ---- the family -------------------------------------------------------------------------------------------------- */
 
-static int fits(const usp_softmax *, usp_softmax_call) {
+static int fits(const usp_gpu *, const usp_softmax *, usp_softmax_call) {
     return 1;
 }
 
 extern "C" const usp_softmax_family usp_softmax_any = {
-    most_shared, fits, {launch_forward, launch_backward_query, launch_backward_key}};
+    USP_SM_80, most_shared, fits, {launch_forward, launch_backward_query, launch_backward_key}};

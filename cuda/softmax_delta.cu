@@ -1,5 +1,5 @@
 /* softmax_delta.cu - rowsum(dout * out), which backward takes off every gradient of a weight.
- * A warp sums a row; nothing is exchanged between warps. */
+ * A warp sums a row; nothing is exchanged between warps. For sm_80 and up. */
 #include "softmax.cuh"
 
 constexpr int USP_DELTA_WARPS = 8;

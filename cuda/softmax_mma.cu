@@ -1,5 +1,6 @@
 /* softmax_mma.cu - softmax attention on tensor cores as a family: which calls it serves, and its table. The kernels are
- * in softmax_mma_forward.cu and softmax_mma_backward.cu, two files so that they compile side by side. */
+ * in softmax_mma_forward.cu and softmax_mma_backward.cu, two files so that they compile side by side. For sm_80 and
+ * up. */
 #include "softmax_mma.cuh"
 
 static size_t most_shared(int, int) {
@@ -15,7 +16,7 @@ static bool result_fits(const usp_softmax &args, const usp_tensor &sum, const us
     return (!args.last || usp_rows_aligned(result, 2)) && ((args.first && args.last) || pairs_aligned(sum));
 }
 
-static int fits(const usp_softmax *args, usp_softmax_call call) {
+static int fits(const usp_gpu *, const usp_softmax *args, usp_softmax_call call) {
     const usp_softmax &a = *args;
     if (a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || a.dim > 128 || a.value_dim > 128 || !(a.scale > 0))
         return 0;
@@ -28,4 +29,7 @@ static int fits(const usp_softmax *args, usp_softmax_call call) {
 }
 
 extern "C" const usp_softmax_family usp_softmax_mma = {
-    most_shared, fits, {usp_softmax_mma_forward, usp_softmax_mma_backward_query, usp_softmax_mma_backward_key}};
+    USP_SM_80,
+    most_shared,
+    fits,
+    {usp_softmax_mma_forward, usp_softmax_mma_backward_query, usp_softmax_mma_backward_key}};

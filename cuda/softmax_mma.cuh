@@ -57,18 +57,15 @@ static __device__ __noinline__ void usp_mend(const usp_softmax &args, usp_tensor
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
 /* Would blocks of the shape leave multiprocessors idle? */
-template <typename Shape> static bool usp_too_few(const usp_softmax &args, int heads) {
-    int device = 0, processors = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return false;
-    if (cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return false;
-    return usp_jobs(args, heads, Shape::rows) < (int64_t)processors * Shape::resident;
+template <typename Shape> static bool usp_too_few(const usp_gpu &gpu, const usp_softmax &args, int heads) {
+    return usp_jobs(args, heads, Shape::rows) < (int64_t)gpu.processors * Shape::resident;
 }
 
 template <typename Launch, typename T, int DIM, typename Shape>
-static usp_status usp_start(const usp_softmax &args, usp_stream stream) {
+static usp_status usp_start(const usp_gpu &gpu, const usp_softmax &args, usp_stream stream) {
     if constexpr (Shape::blocks > 1) {
-        if (usp_too_few<Shape>(args, Launch::heads(args)))
-            return usp_start<Launch, T, DIM, usp_half_shape<Shape>>(args, stream);
+        if (usp_too_few<Shape>(gpu, args, Launch::heads(args)))
+            return usp_start<Launch, T, DIM, usp_half_shape<Shape>>(gpu, args, stream);
     }
     constexpr int bytes = Launch::template memory<DIM, Shape>::bytes;
     static_assert(bytes <= USP_LEAST_SHARED, "tiles must fit every GPU");
@@ -78,25 +75,27 @@ static usp_status usp_start(const usp_softmax &args, usp_stream stream) {
 }
 
 /* DIM is 64 or 128, whichever is the first to hold both dims; what is beyond the dims is zeros. */
-template <typename Launch, typename T> static usp_status usp_start_type(const usp_softmax &args, usp_stream stream) {
+template <typename Launch, typename T>
+static usp_status usp_start_type(const usp_gpu &gpu, const usp_softmax &args, usp_stream stream) {
     if (args.dim <= 64 && args.value_dim <= 64)
-        return usp_start<Launch, T, 64, typename Launch::template shape<64>>(args, stream);
-    return usp_start<Launch, T, 128, typename Launch::template shape<128>>(args, stream);
+        return usp_start<Launch, T, 64, typename Launch::template shape<64>>(gpu, args, stream);
+    return usp_start<Launch, T, 128, typename Launch::template shape<128>>(gpu, args, stream);
 }
 
 /* Launch describes a kernel template: what (for errors), shape<DIM>, memory<DIM, Shape>, heads and
  * kernel<T, DIM, Shape>. */
-template <typename Launch> static usp_status usp_start_any(const usp_softmax &args, usp_stream stream) {
-    if (args.dtype == USP_F16) return usp_start_type<Launch, __half>(args, stream);
-    return usp_start_type<Launch, __nv_bfloat16>(args, stream);
+template <typename Launch>
+static usp_status usp_start_any(const usp_gpu &gpu, const usp_softmax &args, usp_stream stream) {
+    if (args.dtype == USP_F16) return usp_start_type<Launch, __half>(gpu, args, stream);
+    return usp_start_type<Launch, __nv_bfloat16>(gpu, args, stream);
 }
 
 /* ---- the launchers of the family --------------------------------------------------------------------------------- */
 
 extern "C" {
-usp_status usp_softmax_mma_forward(const usp_softmax *args, usp_stream stream);
-usp_status usp_softmax_mma_backward_query(const usp_softmax *args, usp_stream stream);
-usp_status usp_softmax_mma_backward_key(const usp_softmax *args, usp_stream stream);
+usp_status usp_softmax_mma_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
+usp_status usp_softmax_mma_backward_query(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
+usp_status usp_softmax_mma_backward_key(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 }
 
 #endif

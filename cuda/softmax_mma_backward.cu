@@ -227,10 +227,10 @@ struct usp_backward_key_launch {
     }
 };
 
-usp_status usp_softmax_mma_backward_query(const usp_softmax *args, usp_stream stream) {
-    return usp_start_any<usp_backward_query_launch>(*args, stream);
+usp_status usp_softmax_mma_backward_query(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    return usp_start_any<usp_backward_query_launch>(*gpu, *args, stream);
 }
 
-usp_status usp_softmax_mma_backward_key(const usp_softmax *args, usp_stream stream) {
-    return usp_start_any<usp_backward_key_launch>(*args, stream);
+usp_status usp_softmax_mma_backward_key(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    return usp_start_any<usp_backward_key_launch>(*gpu, *args, stream);
 }

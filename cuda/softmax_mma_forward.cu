@@ -97,6 +97,6 @@ struct usp_forward_launch {
     }
 };
 
-usp_status usp_softmax_mma_forward(const usp_softmax *args, usp_stream stream) {
-    return usp_start_any<usp_forward_launch>(*args, stream);
+usp_status usp_softmax_mma_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    return usp_start_any<usp_forward_launch>(*gpu, *args, stream);
 }

@@ -112,6 +112,7 @@ static usp_linear block_arguments(const usp_layer *layer, const flow *f) {
                         .v_map = f->v_map,
                         .scale = layer->config.scale,
                         .log_decay = layer->decay,
+                        .deterministic = layer->config.deterministic,
                         .causal = is_causal(layer),
                         .reverse = f->reverse,
                         .block = layer->schedule->device_block,

@@ -91,6 +91,7 @@ static usp_softmax step_arguments(const usp_layer *layer, const usp_inner *inner
                          .q = inner->q,
                          .k = inner->k,
                          .v = inner->v,
+                         .deterministic = layer->config.deterministic,
                          .lse = inner->lse,
                          .out = inner->out,
                          .dout = inner->dout,

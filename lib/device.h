@@ -67,6 +67,7 @@ typedef struct usp_softmax {
     int64_t queries, keys; /* rows of the two blocks */
     usp_tensor q, k, v;    /* dtype */
     usp_tiles tiles;       /* rows are queries, except in softmax_backward_key, where rows are keys */
+    int deterministic;     /* 1: no kernel whose result depends on timing */
     int first, last;       /* first: the running sums are not read but begin here; last: results are written as dtype to
                               `out` (dq, dk, dv) instead of to the running sums */
     /* forward: folds the keys into (acc, lse). acc is normalised, fp32 [queries, batch, heads, value_dim] dense. A row
@@ -108,6 +109,7 @@ typedef struct usp_linear {
     int64_t tokens;
     usp_tensor q, k, v; /* dtype */
     float *states;      /* fp32, [blocks or chunks][batch][heads][dim][value_dim] (last two swapped if transposed) */
+    int deterministic;  /* 1: no kernel whose result depends on timing */
     int first, last;    /* first: acc is not read; last: write dtype to out, else fp32 to acc */
     float *acc;         /* fp32 [tokens, batch, heads, value_dim] dense */
     usp_tensor out;     /* [.., heads, ..]: per layer head, no map */
@@ -140,6 +142,7 @@ typedef struct usp_kernel_shape {
     usp_dtype dtype;
     int batch, heads; /* heads of the whole layer */
     int dim, value_dim;
+    int deterministic; /* 1: no kernel whose result depends on timing */
 } usp_kernel_shape;
 
 typedef struct usp_device_ops {

@@ -84,7 +84,8 @@ static usp_kernel_shape kernel_shape(const usp_layer_config *c) {
                               .batch = c->batch,
                               .heads = usp_layer_config_heads(c),
                               .dim = c->head_dim,
-                              .value_dim = c->value_dim};
+                              .value_dim = c->value_dim,
+                              .deterministic = c->deterministic};
 }
 
 static usp_status check_kernels(const usp_mesh *mesh, const usp_layer_config *c) {

@@ -856,7 +856,7 @@ static void check_scan(check *c) {
 
 static void check_device(check *c) {
     const usp_device_ops *ops = c->device->ops;
-    usp_kernel_shape good = {USP_SOFTMAX, USP_BF16, 1, 1, 512, 1}, bad = {USP_LINEAR, USP_F32, 1, 1, 64, 513};
+    usp_kernel_shape good = {USP_SOFTMAX, USP_BF16, 1, 1, 512, 1, 0}, bad = {USP_LINEAR, USP_F32, 1, 1, 64, 513, 0};
     void *a = NULL, *b = NULL, *none = NULL;
     usp_event *event = NULL;
     int busy = 1;

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../cuda/launch.h"
+#include "../cuda/softmax.h"
 #include "gpu_test.h"
 
 enum { SKIPPED = 77 };
@@ -147,11 +147,13 @@ static void check_limits(usp_gpu_test *t) {
         usp_kernel_shape most, over;
         const char *named;
     } limits[] = {
-        {{USP_SOFTMAX, USP_BF16, 65535, 4096, 64, 64}, {USP_SOFTMAX, USP_BF16, 65536, 4096, 64, 64}, "65536 x 4096"},
-        {{USP_LINEAR, USP_BF16, 65535, 32768, 8, 8}, {USP_LINEAR, USP_BF16, 65536, 32768, 8, 8}, "65536 x 32768"},
-        {{USP_LINEAR, USP_BF16, 65535, 1024, 64, 64}, {USP_LINEAR, USP_BF16, 65536, 1024, 64, 64}, "batch 65536"},
-        {{USP_SOFTMAX, USP_F32, 1, 1, 64, 64}, {USP_SOFTMAX, USP_F32, 1, 1, 64, 513}, "513"},
-        {{USP_LINEAR, USP_F32, 1, 1, 1024, 64}, {USP_LINEAR, USP_F32, 1, 1, 1025, 64}, "1025"},
+        {{USP_SOFTMAX, USP_BF16, 65535, 4096, 64, 64, 0},
+         {USP_SOFTMAX, USP_BF16, 65536, 4096, 64, 64, 0},
+         "65536 x 4096"},
+        {{USP_LINEAR, USP_BF16, 65535, 32768, 8, 8, 0}, {USP_LINEAR, USP_BF16, 65536, 32768, 8, 8, 0}, "65536 x 32768"},
+        {{USP_LINEAR, USP_BF16, 65535, 1024, 64, 64, 0}, {USP_LINEAR, USP_BF16, 65536, 1024, 64, 64, 0}, "batch 65536"},
+        {{USP_SOFTMAX, USP_F32, 1, 1, 64, 64, 0}, {USP_SOFTMAX, USP_F32, 1, 1, 64, 513, 0}, "513"},
+        {{USP_LINEAR, USP_F32, 1, 1, 1024, 64, 0}, {USP_LINEAR, USP_F32, 1, 1, 1025, 64, 0}, "1025"},
     };
     usp_device *gpu = t->gpu.device;
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++) {
@@ -159,6 +161,27 @@ static void check_limits(usp_gpu_test *t) {
         usp_gpu_expect(t, gpu->ops->supports(gpu, &limits[i].most) == USP_OK, "the most");
         usp_gpu_expect(t, gpu->ops->supports(gpu, &limits[i].over) == USP_UNSUPPORTED, "more than the most");
         usp_gpu_expect(t, strstr(usp_last_error(), limits[i].named) != NULL, "the sentence");
+    }
+}
+
+/* The limits are the GPU's; code runs where its target says; what a smaller GPU has no room for is refused. */
+static void check_gpu(usp_gpu_test *t) {
+    static const struct target {
+        int capability;
+        usp_cuda_target target;
+        int runs;
+    } targets[] = {{75, USP_SM_80, 0},  {80, USP_SM_80, 1},  {90, USP_SM_80, 1},  {100, USP_SM_80, 1},
+                   {89, USP_SM_90A, 0}, {90, USP_SM_90A, 1}, {100, USP_SM_90A, 0}};
+    const usp_gpu *gpu = usp_cuda_gpu(t->gpu.device);
+    usp_kernel_shape shape = {USP_SOFTMAX, USP_F32, 1, 1, 512, 512, 0};
+    usp_gpu small = {80, 1, 99 * 1024};
+    snprintf(t->name, sizeof t->name, "limits of the GPU");
+    usp_gpu_expect(t, gpu->capability >= 80 && gpu->processors > 0 && gpu->shared >= small.shared, "limits");
+    usp_gpu_expect(t, usp_cuda_softmax_supports(&small, &shape) == USP_UNSUPPORTED, "a GPU with less shared memory");
+    usp_gpu_expect(t, strstr(usp_last_error(), "101376") != NULL, "the sentence");
+    for (size_t i = 0; i < sizeof targets / sizeof *targets; i++) {
+        small.capability = targets[i].capability;
+        usp_gpu_expect(t, usp_gpu_runs(&small, targets[i].target) == targets[i].runs, "a target");
     }
 }
 
@@ -178,6 +201,7 @@ static void check_memory(usp_gpu_test *t) {
 static void check_common(usp_gpu_test *t) {
     check_memory(t);
     check_limits(t);
+    check_gpu(t);
     check_streams(t);
     check_scale(t, 0);
     check_scale(t, 100003);

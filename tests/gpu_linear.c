@@ -107,7 +107,7 @@ static int is_cut(const usp_gpu_world *w, const linear_test *l) {
 static usp_status linear_totals(const usp_gpu_world *w, const void *args) {
     const linear_test *l = args;
     usp_linear a = linear_args(w, l, &l->states);
-    if (is_cut(w, l)) return usp_cuda_linear(&a, USP_CALL_TOTALS, l->grid, w->stream);
+    if (is_cut(w, l)) return usp_cuda_linear(usp_cuda_gpu(w->device), &a, USP_CALL_TOTALS, l->grid, w->stream);
     return w->device->ops->linear_totals(w->device, &a, w->stream);
 }
 
@@ -131,14 +131,14 @@ static usp_status linear_scan(const usp_gpu_world *w, const void *args) {
 static usp_status linear_output(const usp_gpu_world *w, const void *args) {
     const linear_test *l = args;
     usp_linear a = linear_args(w, l, &l->states);
-    if (is_cut(w, l)) return usp_cuda_linear(&a, USP_CALL_OUTPUT, l->grid, w->stream);
+    if (is_cut(w, l)) return usp_cuda_linear(usp_cuda_gpu(w->device), &a, USP_CALL_OUTPUT, l->grid, w->stream);
     return w->device->ops->linear_output(w->device, &a, w->stream);
 }
 
 static usp_status linear_apply(const usp_gpu_world *w, const void *args) {
     const linear_test *l = args;
     usp_linear a = linear_args(w, l, &l->chunk_states);
-    if (is_cut(w, l)) return usp_cuda_linear(&a, USP_CALL_APPLY, l->grid, w->stream);
+    if (is_cut(w, l)) return usp_cuda_linear(usp_cuda_gpu(w->device), &a, USP_CALL_APPLY, l->grid, w->stream);
     return w->device->ops->linear_apply(w->device, &a, w->stream);
 }
 

@@ -266,7 +266,7 @@ static usp_status softmax_forward(const usp_gpu_world *w, const void *args) {
     for (int i = 0; i < s->blocks && status == USP_OK; i++) {
         usp_softmax a = softmax_args(w, s, i, &s->query_plan[i]);
         a.first = i == 0, a.last = i == s->blocks - 1;
-        status = is_cut(w, s) ? usp_cuda_softmax(&a, USP_CALL_FORWARD, s->grid, w->stream)
+        status = is_cut(w, s) ? usp_cuda_softmax(usp_cuda_gpu(w->device), &a, USP_CALL_FORWARD, s->grid, w->stream)
                               : w->device->ops->softmax_forward(w->device, &a, w->stream);
     }
     return status;
@@ -284,8 +284,9 @@ static usp_status softmax_backward_query(const usp_gpu_world *w, const void *arg
     for (int i = 0; i < s->blocks && status == USP_OK; i++) {
         usp_softmax a = softmax_args(w, s, i, &s->query_plan[i]);
         a.first = i == 0, a.last = i == s->blocks - 1;
-        status = is_cut(w, s) ? usp_cuda_softmax(&a, USP_CALL_BACKWARD_QUERY, s->grid, w->stream)
-                              : w->device->ops->softmax_backward_query(w->device, &a, w->stream);
+        status = is_cut(w, s)
+                     ? usp_cuda_softmax(usp_cuda_gpu(w->device), &a, USP_CALL_BACKWARD_QUERY, s->grid, w->stream)
+                     : w->device->ops->softmax_backward_query(w->device, &a, w->stream);
     }
     return status;
 }
@@ -296,7 +297,7 @@ static usp_status softmax_backward_key(const usp_gpu_world *w, const void *args)
     for (int i = 0; i < s->folds && status == USP_OK; i++) {
         usp_softmax a = softmax_args(w, s, s->block, &s->key_plan[s->block]);
         a.first = i == 0, a.last = i == s->folds - 1;
-        status = is_cut(w, s) ? usp_cuda_softmax(&a, USP_CALL_BACKWARD_KEY, s->grid, w->stream)
+        status = is_cut(w, s) ? usp_cuda_softmax(usp_cuda_gpu(w->device), &a, USP_CALL_BACKWARD_KEY, s->grid, w->stream)
                               : w->device->ops->softmax_backward_key(w->device, &a, w->stream);
     }
     return status;
