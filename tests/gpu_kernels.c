@@ -1,7 +1,7 @@
 /* gpu_kernels.c - every entry of the CUDA device against the CPU's on random inputs; with --time, their speed.
  * Exits 0 if all agree and 1 if not; without a GPU it says why and exits 77. It tests kernels, not layers.
  *
- *   gpu_kernels [common | linear | softmax]         checks all entries, or those of one kind
+ *   gpu_kernels [common | linear | softmax | poison]    checks all entries, or those of one kind
  *   gpu_kernels --time [linear | softmax]           times them */
 #include <stdio.h>
 #include <stdlib.h>
@@ -239,6 +239,7 @@ static const struct kind_tests {
     {"common", check_common, NULL},
     {"linear", usp_gpu_check_linear, time_linear},
     {"softmax", usp_gpu_check_softmax, usp_gpu_time_softmax},
+    {"poison", usp_gpu_check_poison, NULL},
 };
 enum { KINDS = sizeof kinds / sizeof *kinds };
 
@@ -297,8 +298,8 @@ int main(int argc, char **argv) {
     usp_gpu_test t = {.random = 314159265};
     setvbuf(stdout, NULL, _IOLBF, 0); /* a run that is stopped has shown what it had */
     if (!choose_tests(argc - 1, argv + 1, &chosen)) {
-        fprintf(stderr, "usage: %s [common | linear | softmax]\n       %s --time [linear | softmax]\n", argv[0],
-                argv[0]);
+        fprintf(stderr, "usage: %s [common | linear | softmax | poison]\n       %s --time [linear | softmax]\n",
+                argv[0], argv[0]);
         return 2;
     }
     if (usp_device_create_cuda(&host, &t.gpu.device) != USP_OK) {

@@ -6,73 +6,47 @@
 
 #include "../cuda/launch.h"
 #include "../cuda/linear.h"
-#include "gpu_test.h"
+#include "gpu_linear.h"
 
 /* ---- linear: cases ----------------------------------------------------------------------------------------------- */
 
-enum { CHUNKS = 3 };
-
-typedef enum decay_kind { NO_DECAY, SLOW, FAST } decay_kind;
-
-typedef struct linear_case {
-    const char *name;
-    usp_dtype dtype;
-    usp_gpu_arrangement how;
-    int batch, heads, q_heads, k_heads, v_heads, offset, dim,
-        value_dim;            /* heads of the layer that are here, from `offset` */
-    int chunk[CHUNKS], block; /* rows */
-    int reverse, shift, transposed, causal;
-    decay_kind decay;
-    float scale;
-} linear_case;
-
-static const linear_case linear_cases[] = {
-    {"plain", USP_BF16, BSHD, 2, 2, 2, 2, 2, 0, 128, 128, {256}, 128, 0, 1, 0, 1, NO_DECAY, 1},
-    {"slow", USP_BF16, BSHD, 1, 4, 4, 4, 4, 0, 128, 128, {640, 300}, 256, 0, 1, 0, 1, SLOW, 0.088f},
-    {"fast", USP_BF16, BSHD, 1, 4, 4, 4, 4, 0, 128, 128, {500}, 128, 0, 1, 0, 1, FAST, 1},
-    {"reverse", USP_BF16, BSHD, 2, 2, 2, 2, 2, 0, 128, 128, {300, 190, 1}, 128, 1, 0, 0, 1, SLOW, 1},
-    {"reverse, transposed", USP_BF16, BHSD, 1, 2, 2, 2, 2, 0, 128, 128, {333}, 128, 1, 1, 1, 1, SLOW, 0.5f},
-    {"transposed", USP_BF16, PACKED, 2, 2, 2, 2, 2, 0, 128, 64, {257, 255}, 192, 0, 1, 1, 1, FAST, 1},
-    {"d 64", USP_BF16, SBHD, 2, 2, 2, 2, 2, 0, 64, 64, {130, 64}, 64, 0, 0, 0, 1, SLOW, 1},
-    {"d 64, e 128", USP_BF16, BSHD, 1, 2, 2, 2, 2, 0, 64, 128, {400}, 512, 1, 1, 1, 1, SLOW, 1},
-    {"f16", USP_F16, BSHD, 1, 2, 2, 2, 2, 0, 128, 128, {512}, 256, 0, 1, 0, 1, SLOW, 1},
-    {"f16, transposed", USP_F16, PACKED, 1, 2, 2, 2, 2, 0, 64, 128, {100, 90, 70}, 64, 1, 1, 1, 1, FAST, 1},
-    {"f16, d 128, e 64", USP_F16, BHSD, 1, 2, 2, 2, 2, 0, 128, 64, {200}, 128, 0, 1, 0, 1, NO_DECAY, 1},
-    {"f16, d 64", USP_F16, BSHD, 1, 2, 2, 2, 2, 0, 64, 64, {200}, 128, 0, 0, 0, 1, SLOW, 1},
-    {"shared keys", USP_BF16, BSHD, 1, 3, 6, 2, 3, 3, 64, 64, {200}, 128, 0, 1, 0, 1, SLOW, 1},
-    {"shared queries", USP_BF16, BSHD, 2, 4, 2, 2, 4, 0, 128, 128, {150}, 64, 1, 1, 0, 1, SLOW, 1},
-    {"both directions", USP_BF16, BSHD, 1, 2, 2, 2, 2, 0, 128, 128, {300, 20}, 128, 0, 0, 0, 0, NO_DECAY, 1},
-    {"odd rows", USP_BF16, ODD, 2, 2, 2, 2, 2, 0, 128, 128, {200, 77}, 128, 0, 1, 0, 1, SLOW, 1},
-    {"d 5, e 17", USP_F32, ODD, 2, 2, 2, 2, 2, 0, 5, 17, {100, 31}, 64, 0, 1, 0, 1, SLOW, 1},
-    {"d 17, e 5", USP_BF16, BSHD, 1, 2, 2, 2, 2, 0, 17, 5, {100, 31}, 64, 1, 0, 1, 1, FAST, 1},
-    {"d 96", USP_F16, PACKED, 1, 2, 2, 1, 2, 0, 96, 96, {130}, 64, 0, 1, 0, 1, SLOW, 1},
-    {"d 256", USP_BF16, BSHD, 1, 1, 1, 1, 1, 0, 256, 256, {140}, 64, 1, 1, 0, 1, SLOW, 1},
-    {"f32", USP_F32, BSHD, 1, 2, 2, 2, 2, 0, 64, 64, {200, 100}, 128, 0, 1, 1, 1, SLOW, 1},
-    {"f32, both directions", USP_F32, BHSD, 1, 2, 1, 2, 2, 0, 20, 36, {70, 20}, 64, 1, 0, 0, 0, NO_DECAY, 0.3f},
-    {"one row", USP_BF16, BSHD, 1, 2, 2, 2, 2, 0, 128, 128, {1, 65}, 64, 0, 1, 0, 1, FAST, 1},
-    {"long", USP_BF16, BSHD, 1, 1, 1, 1, 1, 0, 128, 128, {4096}, 512, 0, 1, 0, 1, SLOW, 1},
+static const usp_gpu_linear_case linear_cases[] = {
+    {"plain", USP_BF16, BSHD, 2, 2, 2, 2, 2, 0, 128, 128, {256}, 128, 0, 1, 0, 1, USP_GPU_NO_DECAY, 1},
+    {"slow", USP_BF16, BSHD, 1, 4, 4, 4, 4, 0, 128, 128, {640, 300}, 256, 0, 1, 0, 1, USP_GPU_SLOW, 0.088f},
+    {"fast", USP_BF16, BSHD, 1, 4, 4, 4, 4, 0, 128, 128, {500}, 128, 0, 1, 0, 1, USP_GPU_FAST, 1},
+    {"reverse", USP_BF16, BSHD, 2, 2, 2, 2, 2, 0, 128, 128, {300, 190, 1}, 128, 1, 0, 0, 1, USP_GPU_SLOW, 1},
+    {"reverse, transposed", USP_BF16, BHSD, 1, 2, 2, 2, 2, 0, 128, 128, {333}, 128, 1, 1, 1, 1, USP_GPU_SLOW, 0.5f},
+    {"transposed", USP_BF16, PACKED, 2, 2, 2, 2, 2, 0, 128, 64, {257, 255}, 192, 0, 1, 1, 1, USP_GPU_FAST, 1},
+    {"d 64", USP_BF16, SBHD, 2, 2, 2, 2, 2, 0, 64, 64, {130, 64}, 64, 0, 0, 0, 1, USP_GPU_SLOW, 1},
+    {"d 64, e 128", USP_BF16, BSHD, 1, 2, 2, 2, 2, 0, 64, 128, {400}, 512, 1, 1, 1, 1, USP_GPU_SLOW, 1},
+    {"f16", USP_F16, BSHD, 1, 2, 2, 2, 2, 0, 128, 128, {512}, 256, 0, 1, 0, 1, USP_GPU_SLOW, 1},
+    {"f16, transposed", USP_F16, PACKED, 1, 2, 2, 2, 2, 0, 64, 128, {100, 90, 70}, 64, 1, 1, 1, 1, USP_GPU_FAST, 1},
+    {"f16, d 128, e 64", USP_F16, BHSD, 1, 2, 2, 2, 2, 0, 128, 64, {200}, 128, 0, 1, 0, 1, USP_GPU_NO_DECAY, 1},
+    {"f16, d 64", USP_F16, BSHD, 1, 2, 2, 2, 2, 0, 64, 64, {200}, 128, 0, 0, 0, 1, USP_GPU_SLOW, 1},
+    {"shared keys", USP_BF16, BSHD, 1, 3, 6, 2, 3, 3, 64, 64, {200}, 128, 0, 1, 0, 1, USP_GPU_SLOW, 1},
+    {"shared queries", USP_BF16, BSHD, 2, 4, 2, 2, 4, 0, 128, 128, {150}, 64, 1, 1, 0, 1, USP_GPU_SLOW, 1},
+    {"both directions", USP_BF16, BSHD, 1, 2, 2, 2, 2, 0, 128, 128, {300, 20}, 128, 0, 0, 0, 0, USP_GPU_NO_DECAY, 1},
+    {"odd rows", USP_BF16, ODD, 2, 2, 2, 2, 2, 0, 128, 128, {200, 77}, 128, 0, 1, 0, 1, USP_GPU_SLOW, 1},
+    {"d 5, e 17", USP_F32, ODD, 2, 2, 2, 2, 2, 0, 5, 17, {100, 31}, 64, 0, 1, 0, 1, USP_GPU_SLOW, 1},
+    {"d 17, e 5", USP_BF16, BSHD, 1, 2, 2, 2, 2, 0, 17, 5, {100, 31}, 64, 1, 0, 1, 1, USP_GPU_FAST, 1},
+    {"d 96", USP_F16, PACKED, 1, 2, 2, 1, 2, 0, 96, 96, {130}, 64, 0, 1, 0, 1, USP_GPU_SLOW, 1},
+    {"d 256", USP_BF16, BSHD, 1, 1, 1, 1, 1, 0, 256, 256, {140}, 64, 1, 1, 0, 1, USP_GPU_SLOW, 1},
+    {"f32", USP_F32, BSHD, 1, 2, 2, 2, 2, 0, 64, 64, {200, 100}, 128, 0, 1, 1, 1, USP_GPU_SLOW, 1},
+    {"f32, both directions", USP_F32, BHSD, 1, 2, 1, 2, 2, 0, 20, 36, {70, 20}, 64, 1, 0, 0, 0, USP_GPU_NO_DECAY, 0.3f},
+    {"one row", USP_BF16, BSHD, 1, 2, 2, 2, 2, 0, 128, 128, {1, 65}, 64, 0, 1, 0, 1, USP_GPU_FAST, 1},
+    {"long", USP_BF16, BSHD, 1, 1, 1, 1, 1, 0, 128, 128, {4096}, 512, 0, 1, 0, 1, USP_GPU_SLOW, 1},
 };
 
 /* ---- linear: calls ----------------------------------------------------------------------------------------------- */
 
-typedef struct linear_test {
-    const linear_case *c;
-    int blocks, chunks;
-    int64_t tokens;
-    size_t block, step, decay;
-    usp_gpu_view q, k, v, out, acc, states, chunk_states, final;
-    int first, last; /* of the call */
-    int grid;        /* of one launch on the GPU */
-} linear_test;
-
-static usp_head_map map_of(const linear_case *c, int heads) {
+static usp_head_map map_of(const usp_gpu_linear_case *c, int heads) {
     int layer_heads = c->q_heads > c->k_heads ? c->q_heads : c->k_heads;
     layer_heads = layer_heads > c->v_heads ? layer_heads : c->v_heads;
     return (usp_head_map){layer_heads / heads, c->offset};
 }
 
-static usp_linear linear_args(const usp_gpu_world *w, const linear_test *l, const usp_gpu_view *states) {
-    const linear_case *c = l->c;
+static usp_linear linear_args(const usp_gpu_world *w, const usp_gpu_linear *l, const usp_gpu_view *states) {
+    const usp_gpu_linear_case *c = l->c;
     return (usp_linear){.dtype = w->dtype,
                         .batch = c->batch,
                         .heads = c->heads,
@@ -82,7 +56,7 @@ static usp_linear linear_args(const usp_gpu_world *w, const linear_test *l, cons
                         .k_map = map_of(c, c->k_heads),
                         .v_map = map_of(c, c->v_heads),
                         .scale = c->scale,
-                        .log_decay = c->decay == NO_DECAY ? NULL : usp_gpu_at(w, l->decay),
+                        .log_decay = c->decay == USP_GPU_NO_DECAY ? NULL : usp_gpu_at(w, l->decay),
                         .causal = c->causal,
                         .reverse = c->reverse,
                         .shift = c->shift,
@@ -100,24 +74,24 @@ static usp_linear linear_args(const usp_gpu_world *w, const linear_test *l, cons
                         .out = usp_gpu_tensor(w, &l->out)};
 }
 
-static int is_cut(const usp_gpu_world *w, const linear_test *l) {
+static int is_cut(const usp_gpu_world *w, const usp_gpu_linear *l) {
     return l->grid < USP_CUDA_GRID && w->device->ops->kind == USP_DEVICE_CUDA;
 }
 
-static usp_status linear_totals(const usp_gpu_world *w, const void *args) {
-    const linear_test *l = args;
+usp_status usp_gpu_linear_totals(const usp_gpu_world *w, const void *args) {
+    const usp_gpu_linear *l = args;
     usp_linear a = linear_args(w, l, &l->states);
     if (is_cut(w, l)) return usp_cuda_linear(usp_cuda_gpu(w->device), &a, USP_CALL_TOTALS, l->grid, w->stream);
     return w->device->ops->linear_totals(w->device, &a, w->stream);
 }
 
-static usp_status linear_scan(const usp_gpu_world *w, const void *args) {
-    const linear_test *l = args;
-    const linear_case *c = l->c;
+usp_status usp_gpu_linear_scan(const usp_gpu_world *w, const void *args) {
+    const usp_gpu_linear *l = args;
+    const usp_gpu_linear_case *c = l->c;
     usp_scan a = {.batch = c->batch,
                   .heads = c->heads,
                   .elements = (int64_t)c->dim * c->value_dim,
-                  .log_decay = c->decay == NO_DECAY ? NULL : usp_gpu_at(w, l->decay),
+                  .log_decay = c->decay == USP_GPU_NO_DECAY ? NULL : usp_gpu_at(w, l->decay),
                   .reverse = c->reverse,
                   .step = usp_gpu_at(w, l->step),
                   .states = l->blocks,
@@ -128,27 +102,27 @@ static usp_status linear_scan(const usp_gpu_world *w, const void *args) {
     return w->device->ops->linear_scan(w->device, &a, w->stream);
 }
 
-static usp_status linear_output(const usp_gpu_world *w, const void *args) {
-    const linear_test *l = args;
+usp_status usp_gpu_linear_output(const usp_gpu_world *w, const void *args) {
+    const usp_gpu_linear *l = args;
     usp_linear a = linear_args(w, l, &l->states);
     if (is_cut(w, l)) return usp_cuda_linear(usp_cuda_gpu(w->device), &a, USP_CALL_OUTPUT, l->grid, w->stream);
     return w->device->ops->linear_output(w->device, &a, w->stream);
 }
 
-static usp_status linear_apply(const usp_gpu_world *w, const void *args) {
-    const linear_test *l = args;
+usp_status usp_gpu_linear_apply(const usp_gpu_world *w, const void *args) {
+    const usp_gpu_linear *l = args;
     usp_linear a = linear_args(w, l, &l->chunk_states);
     if (is_cut(w, l)) return usp_cuda_linear(usp_cuda_gpu(w->device), &a, USP_CALL_APPLY, l->grid, w->stream);
     return w->device->ops->linear_apply(w->device, &a, w->stream);
 }
 
 /* Blocks of c->block rows, a shorter one at the end of every chunk. */
-static void make_blocks(usp_gpu_test *t, linear_test *l) {
+static void make_blocks(usp_gpu_test *t, usp_gpu_linear *l) {
     static usp_block block[4096];
     static usp_scan_step step[4096];
-    const linear_case *c = l->c;
+    const usp_gpu_linear_case *c = l->c;
     int begin = 0;
-    for (; l->chunks < CHUNKS && c->chunk[l->chunks] > 0; begin += c->chunk[l->chunks++]) {
+    for (; l->chunks < USP_GPU_CHUNKS && c->chunk[l->chunks] > 0; begin += c->chunk[l->chunks++]) {
         for (int at = 0; at < c->chunk[l->chunks]; at += c->block) {
             int left = c->chunk[l->chunks] - at, count = left < c->block ? left : c->block;
             block[l->blocks] = (usp_block){begin + at, count, l->chunks, at, c->chunk[l->chunks], 0};
@@ -160,21 +134,21 @@ static void make_blocks(usp_gpu_test *t, linear_test *l) {
     l->step = usp_gpu_put(t, step, sizeof *step * (size_t)l->blocks);
 }
 
-static void make_decay(usp_gpu_test *t, linear_test *l) {
+static void make_decay(usp_gpu_test *t, usp_gpu_linear *l) {
     float decay[64];
     for (int h = 0; h < l->c->heads; h++)
-        decay[h] = l->c->decay == SLOW ? -0.001f * (float)(1 + 3 * h) : -0.3f * (float)(1 + h);
+        decay[h] = l->c->decay == USP_GPU_SLOW ? -0.001f * (float)(1 + 3 * h) : -0.3f * (float)(1 + h);
     l->decay = usp_gpu_put(t, decay, sizeof *decay * (size_t)l->c->heads);
 }
 
-static usp_gpu_view make_states(usp_gpu_test *t, const char *name, const linear_case *c, int count) {
+static usp_gpu_view make_states(usp_gpu_test *t, const char *name, const usp_gpu_linear_case *c, int count) {
     usp_gpu_view v = usp_gpu_make_wide(t, name, count, c->batch, c->heads, c->dim * c->value_dim);
     v.strict = 1;
     return v;
 }
 
-static linear_test make_linear(usp_gpu_test *t, const linear_case *c, int grid) {
-    linear_test l = {.c = c, .grid = grid};
+usp_gpu_linear usp_gpu_make_linear(usp_gpu_test *t, const usp_gpu_linear_case *c, int grid) {
+    usp_gpu_linear l = {.c = c, .grid = grid};
     make_blocks(t, &l);
     make_decay(t, &l);
     l.q = usp_gpu_make_view(t, "q", c->how, l.tokens, c->batch, c->q_heads, c->dim);
@@ -193,7 +167,7 @@ static linear_test make_linear(usp_gpu_test *t, const linear_case *c, int grid) 
 }
 
 /* The four ways to begin and end running sums, one of which is the output's and one the sums'. */
-static void check_linear_rows(usp_gpu_test *t, linear_test *l, const char *what, usp_gpu_call call, int strict) {
+static void check_linear_rows(usp_gpu_test *t, usp_gpu_linear *l, const char *what, usp_gpu_call call, int strict) {
     for (int way = 0; way < 4; way++) {
         l->first = way / 2, l->last = way % 2;
         l->acc.strict = strict;
@@ -201,20 +175,20 @@ static void check_linear_rows(usp_gpu_test *t, linear_test *l, const char *what,
     }
 }
 
-static void check_linear(usp_gpu_test *t, const linear_case *c, int grid) {
+static void check_linear(usp_gpu_test *t, const usp_gpu_linear_case *c, int grid) {
     snprintf(t->name, sizeof t->name, "linear, %s, %d thread blocks a launch", c->name, grid);
     usp_gpu_begin_case(t, c->dtype);
-    linear_test l = make_linear(t, c, grid);
-    usp_gpu_run(t, "linear_totals", linear_totals, &l, (const usp_gpu_view *[]){&l.states, NULL});
+    usp_gpu_linear l = usp_gpu_make_linear(t, c, grid);
+    usp_gpu_run(t, "linear_totals", usp_gpu_linear_totals, &l, (const usp_gpu_view *[]){&l.states, NULL});
     for (int way = 0; way < 4; way++) {
         l.first = way / 2, l.last = way % 2;
-        usp_gpu_run(t, "linear_scan", linear_scan, &l,
+        usp_gpu_run(t, "linear_scan", usp_gpu_linear_scan, &l,
                     (const usp_gpu_view *[]){&l.states, l.last ? &l.final : NULL, NULL});
     }
     usp_gpu_fill(t, &l.states, 10);
     usp_gpu_fill(t, &l.acc, 30);
-    if (c->causal) check_linear_rows(t, &l, "linear_output", linear_output, 0);
-    check_linear_rows(t, &l, "linear_apply", linear_apply, 1);
+    if (c->causal) check_linear_rows(t, &l, "linear_output", usp_gpu_linear_output, 0);
+    check_linear_rows(t, &l, "linear_apply", usp_gpu_linear_apply, 1);
 }
 
 /* A graph of a kernel, replayed, gives what the kernel gave. */
@@ -226,13 +200,13 @@ static void check_capture(usp_gpu_test *t) {
     int before = 1, during = 0;
     snprintf(t->name, sizeof t->name, "linear, captured");
     usp_gpu_begin_case(t, USP_BF16);
-    linear_test l = make_linear(t, &linear_cases[0], USP_CUDA_GRID);
+    usp_gpu_linear l = usp_gpu_make_linear(t, &linear_cases[0], USP_CUDA_GRID);
     memcpy(t->before, t->plain.base, t->used);
-    usp_gpu_expect(t, usp_gpu_run_alone(t, "eager", linear_totals, &l, t->after), "eager run");
+    usp_gpu_expect(t, usp_gpu_run_alone(t, "eager", usp_gpu_linear_totals, &l, t->after), "eager run");
     usp_gpu_expect(t, gpu->ops->copy(gpu, t->gpu.base, t->before, t->used, stream) == USP_OK, "copy");
     usp_gpu_expect(t, gpu->ops->capturing(gpu, stream, &before) == USP_OK && !before, "capturing before a capture");
     usp_gpu_expect(t, cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess, "begin of a capture");
-    usp_gpu_expect(t, linear_totals(&t->gpu, &l) == USP_OK, "captured kernel");
+    usp_gpu_expect(t, usp_gpu_linear_totals(&t->gpu, &l) == USP_OK, "captured kernel");
     usp_gpu_expect(t, gpu->ops->capturing(gpu, stream, &during) == USP_OK && during, "capturing during a capture");
     usp_gpu_expect(t, cudaStreamEndCapture(stream, &graph) == cudaSuccess, "end of a capture");
     usp_gpu_expect(t, cudaGraphInstantiate(&replay, graph, 0) == cudaSuccess, "graph");
@@ -247,46 +221,46 @@ static void check_capture(usp_gpu_test *t) {
 /* ---- speed ------------------------------------------------------------------------------------------------------- */
 
 static usp_status linear_forward(const usp_gpu_world *w, const void *args) {
-    linear_test l = *(const linear_test *)args;
-    usp_status status = linear_totals(w, &l);
-    if (status == USP_OK) status = linear_scan(w, &l);
-    return status == USP_OK ? linear_output(w, &l) : status;
+    usp_gpu_linear l = *(const usp_gpu_linear *)args;
+    usp_status status = usp_gpu_linear_totals(w, &l);
+    if (status == USP_OK) status = usp_gpu_linear_scan(w, &l);
+    return status == USP_OK ? usp_gpu_linear_output(w, &l) : status;
 }
 
 /* The forward states stand in for those of the backward pass: dq from them, dk and dv from the scan of q dout^T. All
  * heads have one size here, so k and v may stand in for dout. */
 static usp_status linear_backward(const usp_gpu_world *w, const void *args) {
-    const linear_test *l = args;
-    linear_case reversed = *l->c, turned = *l->c, both = *l->c;
-    linear_test a = *l;
+    const usp_gpu_linear *l = args;
+    usp_gpu_linear_case reversed = *l->c, turned = *l->c, both = *l->c;
+    usp_gpu_linear a = *l;
     usp_status status;
     reversed.reverse = both.reverse = 1, turned.transposed = both.transposed = 1;
-    a.c = &turned, status = linear_output(w, &a);
+    a.c = &turned, status = usp_gpu_linear_output(w, &a);
     a.c = &reversed;
-    if (status == USP_OK) status = linear_totals(w, &a);
-    if (status == USP_OK) status = linear_scan(w, &a);
-    if (status == USP_OK) status = linear_output(w, &a);
+    if (status == USP_OK) status = usp_gpu_linear_totals(w, &a);
+    if (status == USP_OK) status = usp_gpu_linear_scan(w, &a);
+    if (status == USP_OK) status = usp_gpu_linear_output(w, &a);
     a.c = &both;
-    return status == USP_OK ? linear_output(w, &a) : status;
+    return status == USP_OK ? usp_gpu_linear_output(w, &a) : status;
 }
 
 static void time_linear(usp_gpu_test *t, int tokens, int block, double bytes_per_ms) {
     enum { HEADS = 16, DIM = 128 };
-    linear_case c = {.dtype = USP_BF16,
-                     .batch = 1,
-                     .heads = HEADS,
-                     .q_heads = HEADS,
-                     .k_heads = HEADS,
-                     .v_heads = HEADS,
-                     .dim = DIM,
-                     .value_dim = DIM,
-                     .chunk = {tokens},
-                     .block = block,
-                     .shift = 1,
-                     .causal = 1,
-                     .decay = SLOW,
-                     .scale = 1};
-    linear_test l = {.c = &c, .first = 1, .last = 1, .grid = USP_CUDA_GRID};
+    usp_gpu_linear_case c = {.dtype = USP_BF16,
+                             .batch = 1,
+                             .heads = HEADS,
+                             .q_heads = HEADS,
+                             .k_heads = HEADS,
+                             .v_heads = HEADS,
+                             .dim = DIM,
+                             .value_dim = DIM,
+                             .chunk = {tokens},
+                             .block = block,
+                             .shift = 1,
+                             .causal = 1,
+                             .decay = USP_GPU_SLOW,
+                             .scale = 1};
+    usp_gpu_linear l = {.c = &c, .first = 1, .last = 1, .grid = USP_CUDA_GRID};
     usp_gpu_begin_case(t, USP_BF16);
     make_blocks(t, &l);
     make_decay(t, &l);
@@ -302,8 +276,8 @@ static void time_linear(usp_gpu_test *t, int tokens, int block, double bytes_per
     l.chunk_states = usp_gpu_timed_view(t, 1, HEADS, DIM * DIM, 1);
     double floor = 4.0 * (double)l.q.bytes / bytes_per_ms;
     float forward = usp_gpu_time(t, linear_forward, &l), backward = usp_gpu_time(t, linear_backward, &l);
-    float totals = usp_gpu_time(t, linear_totals, &l), scan = usp_gpu_time(t, linear_scan, &l);
-    float output = usp_gpu_time(t, linear_output, &l), apply = usp_gpu_time(t, linear_apply, &l);
+    float totals = usp_gpu_time(t, usp_gpu_linear_totals, &l), scan = usp_gpu_time(t, usp_gpu_linear_scan, &l);
+    float output = usp_gpu_time(t, usp_gpu_linear_output, &l), apply = usp_gpu_time(t, usp_gpu_linear_apply, &l);
     printf("%7d %6d %10.3f %6.1f %10.3f %6.1f   totals %.3f, scan %.3f, output %.3f, apply %.3f ms\n", tokens, block,
            forward, forward / floor, backward, backward / (floor * 7 / 4), totals, scan, output, apply);
 }

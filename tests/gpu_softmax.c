@@ -6,29 +6,13 @@
 
 #include "../cuda/launch.h"
 #include "../cuda/softmax.h"
-#include "gpu_test.h"
+#include "gpu_softmax.h"
 
 /* ---- softmax: cases ---------------------------------------------------------------------------------------------- */
 
-typedef struct segment {
-    int start, length, stride;
-} segment;
-
-enum { SEGMENTS = 3, KEY_BLOCKS = 2, NO_LIMIT = INT32_MAX };
-
-typedef struct softmax_case {
-    const char *name;
-    usp_dtype dtype;
-    usp_gpu_arrangement how;
-    int batch, heads, key_heads, group, offset, dim, value_dim;
-    segment query[SEGMENTS], key[KEY_BLOCKS][SEGMENTS]; /* a second block of keys is folded into the first */
-    int low, high;                                      /* NO_LIMIT: none */
-    int work_rows;
-} softmax_case;
-
-#define USP_CAUSAL NO_LIMIT, 0
-#define USP_FULL NO_LIMIT, NO_LIMIT
-static const softmax_case softmax_cases[] = {
+#define USP_CAUSAL USP_GPU_NO_LIMIT, 0
+#define USP_FULL USP_GPU_NO_LIMIT, USP_GPU_NO_LIMIT
+static const usp_gpu_softmax_case softmax_cases[] = {
     {"causal", USP_BF16, BSHD, 2, 2, 2, 1, 0, 128, 128, {{0, 300, 1}}, {{{0, 300, 1}}}, USP_CAUSAL, 128},
     {"causal", USP_F16, BHSD, 1, 3, 3, 1, 0, 64, 64, {{0, 257, 1}}, {{{0, 257, 1}}}, USP_CAUSAL, 128},
     {"causal", USP_F32, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 130, 1}}, {{{0, 130, 1}}}, USP_CAUSAL, 128},
@@ -144,14 +128,9 @@ static const softmax_case softmax_cases[] = {
 
 /* ---- softmax: tiles ---------------------------------------------------------------------------------------------- */
 
-typedef struct plan {
-    size_t work, tile;
-    int works;
-} plan;
-
-static int64_t total_length(const segment *s) {
+static int64_t total_length(const usp_gpu_segment *s) {
     int64_t sum = 0;
-    for (int i = 0; i < SEGMENTS; i++) sum += s[i].length;
+    for (int i = 0; i < USP_GPU_SEGMENTS; i++) sum += s[i].length;
     return sum;
 }
 
@@ -163,9 +142,9 @@ static int32_t to_int32(int64_t x) {
     return (int32_t)(x < INT32_MIN ? INT32_MIN : x > INT32_MAX ? INT32_MAX : x);
 }
 
-/* The tile of one work item and one segment, whose first column is `first`; 0 if no pair is allowed. Offsets column -
- * row of the pairs lie in [position - last, position - first row]. */
-static int make_tile(const usp_work *work, segment s, int first, int64_t low, int64_t high, usp_tile *tile) {
+/* The tile of one work item and one usp_gpu_segment, whose first column is `first`; 0 if no pair is allowed. Offsets
+ * column - row of the pairs lie in [position - last, position - first row]. */
+static int make_tile(const usp_work *work, usp_gpu_segment s, int first, int64_t low, int64_t high, usp_tile *tile) {
     int64_t top = work->origin + (int64_t)work->begin * work->stride;
     int64_t bottom = top + (int64_t)(work->count - 1) * work->stride;
     *tile = (usp_tile){.origin = s.start - first * s.stride, .stride = s.stride};
@@ -183,13 +162,13 @@ static int make_tile(const usp_work *work, segment s, int first, int64_t low, in
 }
 
 /* Offsets are key - query in tiles: where rows are keys, column - row is the negative of that. */
-static plan make_plan(usp_gpu_test *t, const segment *rows, const segment *columns, const softmax_case *c,
-                      int keys_are_rows) {
+static usp_gpu_plan make_plan(usp_gpu_test *t, const usp_gpu_segment *rows, const usp_gpu_segment *columns,
+                              const usp_gpu_softmax_case *c, int keys_are_rows) {
     static usp_work work[4096];
     static usp_tile tile[4096];
     int works = 0, tiles = 0;
     int64_t low = limit(c->low, -1), high = limit(c->high, 1);
-    for (int r = 0, begin = 0; r < SEGMENTS; begin += rows[r++].length) {
+    for (int r = 0, begin = 0; r < USP_GPU_SEGMENTS; begin += rows[r++].length) {
         for (int at = begin; at < begin + rows[r].length; at += c->work_rows) {
             int left = begin + rows[r].length - at;
             usp_work *w = &work[works++];
@@ -199,7 +178,7 @@ static plan make_plan(usp_gpu_test *t, const segment *rows, const segment *colum
                             rows[r].stride,
                             tiles,
                             0};
-            for (int s = 0, first = 0; s < SEGMENTS; first += columns[s++].length) {
+            for (int s = 0, first = 0; s < USP_GPU_SEGMENTS; first += columns[s++].length) {
                 if (!make_tile(w, columns[s], first, keys_are_rows ? -high : low, keys_are_rows ? -low : high,
                                &tile[tiles]))
                     continue;
@@ -208,7 +187,7 @@ static plan make_plan(usp_gpu_test *t, const segment *rows, const segment *colum
             }
         }
     }
-    plan p = {.works = works};
+    usp_gpu_plan p = {.works = works};
     p.work = usp_gpu_put(t, work, sizeof *work * (size_t)works);
     p.tile = usp_gpu_put(t, tile, sizeof *tile * (size_t)tiles);
     return p;
@@ -216,19 +195,8 @@ static plan make_plan(usp_gpu_test *t, const segment *rows, const segment *colum
 
 /* ---- softmax: calls ---------------------------------------------------------------------------------------------- */
 
-typedef struct softmax_test {
-    const softmax_case *c;
-    int blocks; /* of keys */
-    int folds;  /* backward_key: 2: the same contribution twice, by way of the running sums */
-    int block;  /* of the call */
-    int grid;   /* of one launch on the GPU */
-    usp_gpu_view q, k[KEY_BLOCKS], v[KEY_BLOCKS], out, dout, acc, lse, delta;
-    usp_gpu_view dq, dq_sum, dk, dk_sum, dv, dv_sum;
-    plan query_plan[KEY_BLOCKS], key_plan[KEY_BLOCKS];
-} softmax_test;
-
-static usp_softmax softmax_args(const usp_gpu_world *w, const softmax_test *s, int block, const plan *p) {
-    const softmax_case *c = s->c;
+static usp_softmax softmax_args(const usp_gpu_world *w, const usp_gpu_softmax *s, int block, const usp_gpu_plan *p) {
+    const usp_gpu_softmax_case *c = s->c;
     return (usp_softmax){.dtype = w->dtype,
                          .batch = c->batch,
                          .heads = c->heads,
@@ -256,62 +224,67 @@ static usp_softmax softmax_args(const usp_gpu_world *w, const softmax_test *s, i
                          .dv = usp_gpu_tensor(w, &s->dv)};
 }
 
-static int is_cut(const usp_gpu_world *w, const softmax_test *s) {
-    return s->grid < USP_CUDA_GRID && w->device->ops->kind == USP_DEVICE_CUDA;
+/* The device's entry; on a GPU with fewer thread blocks a launch, or as if of other processors, what it calls. */
+static usp_status attend(const usp_gpu_world *w, const usp_gpu_softmax *s, const usp_softmax *a,
+                         usp_softmax_call call) {
+    const usp_device_ops *ops = w->device->ops;
+    usp_status (*const entry[])(usp_device *, const usp_softmax *, usp_stream) = {
+        ops->softmax_forward, ops->softmax_backward_query, ops->softmax_backward_key};
+    if (ops->kind != USP_DEVICE_CUDA || (s->grid == USP_CUDA_GRID && !s->processors))
+        return entry[call](w->device, a, w->stream);
+    usp_gpu gpu = *usp_cuda_gpu(w->device);
+    if (s->processors) gpu.processors = s->processors;
+    return usp_cuda_softmax(&gpu, a, call, s->grid, w->stream);
 }
 
-static usp_status softmax_forward(const usp_gpu_world *w, const void *args) {
-    const softmax_test *s = args;
+usp_status usp_gpu_softmax_forward(const usp_gpu_world *w, const void *args) {
+    const usp_gpu_softmax *s = args;
     usp_status status = USP_OK;
     for (int i = 0; i < s->blocks && status == USP_OK; i++) {
         usp_softmax a = softmax_args(w, s, i, &s->query_plan[i]);
         a.first = i == 0, a.last = i == s->blocks - 1;
-        status = is_cut(w, s) ? usp_cuda_softmax(usp_cuda_gpu(w->device), &a, USP_CALL_FORWARD, s->grid, w->stream)
-                              : w->device->ops->softmax_forward(w->device, &a, w->stream);
+        status = attend(w, s, &a, USP_CALL_FORWARD);
     }
     return status;
 }
 
-static usp_status softmax_delta(const usp_gpu_world *w, const void *args) {
-    const softmax_test *s = args;
+usp_status usp_gpu_softmax_delta(const usp_gpu_world *w, const void *args) {
+    const usp_gpu_softmax *s = args;
     usp_softmax a = softmax_args(w, s, 0, &s->query_plan[0]);
     return w->device->ops->softmax_delta(w->device, &a, usp_gpu_at(w, s->delta.at), w->stream);
 }
 
-static usp_status softmax_backward_query(const usp_gpu_world *w, const void *args) {
-    const softmax_test *s = args;
+usp_status usp_gpu_softmax_backward_query(const usp_gpu_world *w, const void *args) {
+    const usp_gpu_softmax *s = args;
     usp_status status = USP_OK;
     for (int i = 0; i < s->blocks && status == USP_OK; i++) {
         usp_softmax a = softmax_args(w, s, i, &s->query_plan[i]);
         a.first = i == 0, a.last = i == s->blocks - 1;
-        status = is_cut(w, s)
-                     ? usp_cuda_softmax(usp_cuda_gpu(w->device), &a, USP_CALL_BACKWARD_QUERY, s->grid, w->stream)
-                     : w->device->ops->softmax_backward_query(w->device, &a, w->stream);
+        status = attend(w, s, &a, USP_CALL_BACKWARD_QUERY);
     }
     return status;
 }
 
-static usp_status softmax_backward_key(const usp_gpu_world *w, const void *args) {
-    const softmax_test *s = args;
+usp_status usp_gpu_softmax_backward_key(const usp_gpu_world *w, const void *args) {
+    const usp_gpu_softmax *s = args;
     usp_status status = USP_OK;
     for (int i = 0; i < s->folds && status == USP_OK; i++) {
         usp_softmax a = softmax_args(w, s, s->block, &s->key_plan[s->block]);
         a.first = i == 0, a.last = i == s->folds - 1;
-        status = is_cut(w, s) ? usp_cuda_softmax(usp_cuda_gpu(w->device), &a, USP_CALL_BACKWARD_KEY, s->grid, w->stream)
-                              : w->device->ops->softmax_backward_key(w->device, &a, w->stream);
+        status = attend(w, s, &a, USP_CALL_BACKWARD_KEY);
     }
     return status;
 }
 
 /* lse and delta are [batch, heads, queries]. */
-static usp_gpu_view make_statistic(usp_gpu_test *t, const char *name, const softmax_case *c, int64_t queries) {
+static usp_gpu_view make_statistic(usp_gpu_test *t, const char *name, const usp_gpu_softmax_case *c, int64_t queries) {
     usp_gpu_view v = usp_gpu_make_view(t, name, BHSD, queries, c->batch, c->heads, 1);
     v.wide = v.strict = 1;
     return v;
 }
 
-static void make_gradients(usp_gpu_test *t, softmax_test *s, int block) {
-    const softmax_case *c = s->c;
+void usp_gpu_make_gradients(usp_gpu_test *t, usp_gpu_softmax *s, int block) {
+    const usp_gpu_softmax_case *c = s->c;
     int64_t keys = s->k[block].tokens;
     s->block = block;
     s->dk = usp_gpu_make_view(t, "dk", c->how, keys, c->batch, c->key_heads, c->dim);
@@ -321,8 +294,8 @@ static void make_gradients(usp_gpu_test *t, softmax_test *s, int block) {
     s->dk_sum.wide = s->dv_sum.wide = 1;
 }
 
-static void make_keys(usp_gpu_test *t, softmax_test *s, int block) {
-    const softmax_case *c = s->c;
+static void make_keys(usp_gpu_test *t, usp_gpu_softmax *s, int block) {
+    const usp_gpu_softmax_case *c = s->c;
     int64_t keys = total_length(c->key[block]);
     s->k[block] = usp_gpu_make_view(t, "k", c->how, keys, c->batch, c->key_heads, c->dim);
     s->v[block] = usp_gpu_make_view(t, "v", c->how, keys, c->batch, c->key_heads, c->value_dim);
@@ -332,8 +305,8 @@ static void make_keys(usp_gpu_test *t, softmax_test *s, int block) {
     s->key_plan[block] = make_plan(t, c->key[block], c->query, c, 1);
 }
 
-static softmax_test make_softmax(usp_gpu_test *t, const softmax_case *c, int grid) {
-    softmax_test s = {.c = c, .grid = grid, .blocks = total_length(c->key[1]) > 0 ? 2 : 1};
+usp_gpu_softmax usp_gpu_make_softmax(usp_gpu_test *t, const usp_gpu_softmax_case *c, int grid) {
+    usp_gpu_softmax s = {.c = c, .grid = grid, .blocks = total_length(c->key[1]) > 0 ? 2 : 1};
     int64_t queries = total_length(c->query);
     s.q = usp_gpu_make_view(t, "q", c->how, queries, c->batch, c->heads, c->dim);
     s.out = usp_gpu_make_view(t, "out", c->how, queries, c->batch, c->heads, c->value_dim);
@@ -351,58 +324,60 @@ static softmax_test make_softmax(usp_gpu_test *t, const softmax_case *c, int gri
 }
 
 /* The gradients of every key block, once and folded twice. */
-static void check_softmax_keys(usp_gpu_test *t, softmax_test *s) {
+static void check_softmax_keys(usp_gpu_test *t, usp_gpu_softmax *s) {
     for (int i = 0; i < s->blocks; i++) {
-        make_gradients(t, s, i);
+        usp_gpu_make_gradients(t, s, i);
         for (s->folds = 1; s->folds <= 2; s->folds++) {
             const usp_gpu_view *once[] = {&s->dk, &s->dv, NULL},
                                *twice[] = {&s->dk, &s->dv, &s->dk_sum, &s->dv_sum, NULL};
-            usp_gpu_run(t, "softmax_backward_key", softmax_backward_key, s, s->folds == 1 ? once : twice);
+            usp_gpu_run(t, "softmax_backward_key", usp_gpu_softmax_backward_key, s, s->folds == 1 ? once : twice);
         }
     }
 }
 
-static void check_softmax(usp_gpu_test *t, const softmax_case *c, int grid) {
-    snprintf(t->name, sizeof t->name, "softmax, %s, %d thread blocks a launch", c->name, grid);
+static void check_softmax(usp_gpu_test *t, const usp_gpu_softmax_case *c, int grid, int processors) {
+    snprintf(t->name, sizeof t->name, "softmax, %s, %d thread blocks a launch, as if of %d processors", c->name, grid,
+             processors);
     usp_gpu_begin_case(t, c->dtype);
-    softmax_test s = make_softmax(t, c, grid);
+    usp_gpu_softmax s = usp_gpu_make_softmax(t, c, grid);
+    s.processors = processors;
     const usp_gpu_view *one[] = {&s.out, &s.lse, NULL}, *two[] = {&s.out, &s.lse, &s.acc, NULL};
-    usp_gpu_run(t, "softmax_forward", softmax_forward, &s, s.blocks == 1 ? one : two);
+    usp_gpu_run(t, "softmax_forward", usp_gpu_softmax_forward, &s, s.blocks == 1 ? one : two);
     usp_gpu_fill(t, &s.out, 1);
-    usp_gpu_run(t, "softmax_delta", softmax_delta, &s, (const usp_gpu_view *[]){&s.delta, NULL});
+    usp_gpu_run(t, "softmax_delta", usp_gpu_softmax_delta, &s, (const usp_gpu_view *[]){&s.delta, NULL});
     const usp_gpu_view *query_one[] = {&s.dq, NULL}, *query_two[] = {&s.dq, &s.dq_sum, NULL};
-    usp_gpu_run(t, "softmax_backward_query", softmax_backward_query, &s, s.blocks == 1 ? query_one : query_two);
+    usp_gpu_run(t, "softmax_backward_query", usp_gpu_softmax_backward_query, &s, s.blocks == 1 ? query_one : query_two);
     check_softmax_keys(t, &s);
 }
 
 /* ---- speed ------------------------------------------------------------------------------------------------------- */
 
 static usp_status softmax_backward(const usp_gpu_world *w, const void *args) {
-    usp_status status = softmax_delta(w, args);
-    if (status == USP_OK) status = softmax_backward_query(w, args);
-    return status == USP_OK ? softmax_backward_key(w, args) : status;
+    usp_status status = usp_gpu_softmax_delta(w, args);
+    if (status == USP_OK) status = usp_gpu_softmax_backward_query(w, args);
+    return status == USP_OK ? usp_gpu_softmax_backward_key(w, args) : status;
 }
 
-static void move_plan(usp_gpu_test *t, plan *p, size_t end) {
+static void move_plan(usp_gpu_test *t, usp_gpu_plan *p, size_t end) {
     char *work = t->plain.base + p->work, *tile = t->plain.base + p->tile;
     p->work = usp_gpu_upload(t, work, sizeof(usp_work) * (size_t)p->works);
     p->tile = usp_gpu_upload(t, tile, end - (size_t)(tile - t->plain.base));
 }
 
 static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int tokens, int causal) {
-    softmax_case c = {.dtype = USP_BF16,
-                      .batch = 1,
-                      .heads = heads,
-                      .key_heads = key_heads,
-                      .group = heads / key_heads,
-                      .dim = dim,
-                      .value_dim = dim,
-                      .query = {{0, tokens, 1}},
-                      .key = {{{0, tokens, 1}}},
-                      .low = NO_LIMIT,
-                      .high = causal ? 0 : NO_LIMIT,
-                      .work_rows = USP_WORK_ROWS};
-    softmax_test s = {.c = &c, .blocks = 1, .folds = 1, .grid = USP_CUDA_GRID};
+    usp_gpu_softmax_case c = {.dtype = USP_BF16,
+                              .batch = 1,
+                              .heads = heads,
+                              .key_heads = key_heads,
+                              .group = heads / key_heads,
+                              .dim = dim,
+                              .value_dim = dim,
+                              .query = {{0, tokens, 1}},
+                              .key = {{{0, tokens, 1}}},
+                              .low = USP_GPU_NO_LIMIT,
+                              .high = causal ? 0 : USP_GPU_NO_LIMIT,
+                              .work_rows = USP_WORK_ROWS};
+    usp_gpu_softmax s = {.c = &c, .blocks = 1, .folds = 1, .grid = USP_CUDA_GRID};
     size_t middle, end;
     usp_gpu_begin_case(t, USP_BF16);
     s.query_plan[0] = make_plan(t, c.query, c.key[0], &c, 0);
@@ -421,8 +396,9 @@ static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int
     move_plan(t, &s.query_plan[0], middle);
     move_plan(t, &s.key_plan[0], end);
     double area = (double)tokens * tokens / (causal ? 2 : 1), flops = 4 * area * heads * dim;
-    float forward = usp_gpu_time(t, softmax_forward, &s), backward = usp_gpu_time(t, softmax_backward, &s);
-    float query = usp_gpu_time(t, softmax_backward_query, &s), key = usp_gpu_time(t, softmax_backward_key, &s);
+    float forward = usp_gpu_time(t, usp_gpu_softmax_forward, &s), backward = usp_gpu_time(t, softmax_backward, &s);
+    float query = usp_gpu_time(t, usp_gpu_softmax_backward_query, &s),
+          key = usp_gpu_time(t, usp_gpu_softmax_backward_key, &s);
     printf("%5d:%-3d %4d %7d %7s %10.3f %10.3f %8.0f %8.0f   dq %.3f, dk dv %.3f ms\n", heads, key_heads, dim, tokens,
            causal ? "causal" : "full", forward, backward, flops / forward / 1e9, 2.5 * flops / backward / 1e9, query,
            key);
@@ -431,11 +407,13 @@ static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int
 /* ---- the kind ------------------------------------------------------------------------------------------------------
  */
 
-/* Cases of two key blocks also in launches of so few thread blocks that each has one work item. */
+/* A GPU of one processor is always full, so that tensor-core kernels run with all rows of a block; else with half.
+ * Cases of two key blocks also in launches of so few thread blocks that each has one work item. */
 void usp_gpu_check_softmax(usp_gpu_test *t) {
     for (size_t i = 0; i < sizeof softmax_cases / sizeof *softmax_cases; i++) {
-        check_softmax(t, &softmax_cases[i], USP_CUDA_GRID);
-        if (total_length(softmax_cases[i].key[1]) > 0) check_softmax(t, &softmax_cases[i], 1);
+        check_softmax(t, &softmax_cases[i], USP_CUDA_GRID, 0);
+        if (softmax_cases[i].dtype != USP_F32) check_softmax(t, &softmax_cases[i], USP_CUDA_GRID, 1);
+        if (total_length(softmax_cases[i].key[1]) > 0) check_softmax(t, &softmax_cases[i], 1, 0);
     }
 }
 

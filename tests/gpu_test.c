@@ -96,6 +96,14 @@ static int64_t element_of(const usp_gpu_view *v, int64_t i) {
     return v->first + batch * v->stride_batch + token * v->stride_token + head * v->stride_head + x;
 }
 
+float usp_gpu_get(const usp_gpu_test *t, const usp_gpu_view *v, const char *slab, int64_t i) {
+    return load(dtype_of(&t->gpu, v), slab, v->at, element_of(v, i));
+}
+
+void usp_gpu_set(const usp_gpu_test *t, const usp_gpu_view *v, char *slab, int64_t i, float value) {
+    store(dtype_of(&t->gpu, v), slab, v->at, element_of(v, i), value);
+}
+
 /* ---- random numbers ---------------------------------------------------------------------------------------------- */
 
 static uint64_t next_random(uint64_t *state) {

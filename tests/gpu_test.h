@@ -65,6 +65,10 @@ int64_t usp_gpu_count(const usp_gpu_view *v);
 void *usp_gpu_at(const usp_gpu_world *w, size_t at);
 usp_tensor usp_gpu_tensor(const usp_gpu_world *w, const usp_gpu_view *v);
 
+/* Element i of a view, counted in the order of usp_gpu_make_wide, as it lies in a copy of the GPU's slab. */
+float usp_gpu_get(const usp_gpu_test *t, const usp_gpu_view *v, const char *slab, int64_t i);
+void usp_gpu_set(const usp_gpu_test *t, const usp_gpu_view *v, char *slab, int64_t i, float value);
+
 /* The same numbers, about N(0, size^2), all of which the dtype can hold, for every slab. */
 void usp_gpu_fill(usp_gpu_test *t, const usp_gpu_view *v, float size);
 float usp_gpu_normal(uint64_t *state);
@@ -99,6 +103,7 @@ void usp_gpu_fill_alone(usp_gpu_test *t, size_t bytes);
 
 void usp_gpu_check_linear(usp_gpu_test *t);
 void usp_gpu_check_softmax(usp_gpu_test *t);
+void usp_gpu_check_poison(usp_gpu_test *t);
 /* Tables on standard output; bytes_per_ms: what a copy on the device reads and writes. */
 void usp_gpu_time_linear(usp_gpu_test *t, double bytes_per_ms);
 void usp_gpu_time_softmax(usp_gpu_test *t);

@@ -1,0 +1,346 @@
+/* gpu_poison.c - a NaN or an infinity in one element of one token, on the GPU alone: results that depend on it are not
+ * finite (for a NaN), all others keep every bit. What depends on what is counted here from positions alone. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "../cuda/launch.h"
+#include "gpu_linear.h"
+#include "gpu_softmax.h"
+
+/* Where the element is, and what it became. whole: with all others of its token and head. */
+typedef struct poison {
+    const usp_gpu_view *view;
+    int token, batch, head, element;
+    float value;
+    int whole;
+} poison;
+
+static int hits(const poison *p, int element) {
+    return p->whole || element == p->element;
+}
+
+typedef int (*depends_fn)(const void *test, const poison *p, int token, int head, int element);
+
+/* t->after is the clean run, t->again the poisoned one. */
+static void compare_runs(usp_gpu_test *t, const usp_gpu_view *v, const poison *p, depends_fn depends,
+                         const void *test) {
+    int lost = 0, spread = 0;
+    for (int64_t i = 0; i < usp_gpu_count(v); i++) {
+        int element = (int)(i % v->dim), head = (int)(i / v->dim % v->heads);
+        int batch = (int)(i / v->dim / v->heads % v->batch), token = (int)(i / v->dim / v->heads / v->batch);
+        float clean = usp_gpu_get(t, v, t->after, i), now = usp_gpu_get(t, v, t->again, i);
+        if (batch == p->batch && depends(test, p, token, head, element))
+            lost += isnan(p->value) && isfinite(now);
+        else
+            spread += isnan(clean) || memcmp(&clean, &now, sizeof now) != 0;
+    }
+    char why[160];
+    snprintf(why, sizeof why, "%g in %s, token %d, head %d: lost in %d elements, changed %d that do not depend on it",
+             (double)p->value, p->view->name, p->token, p->head, lost, spread);
+    t->checks++;
+    if (lost || spread) usp_gpu_fail(t, v->name, why);
+}
+
+/* A clean run, then one with the poison in `before`, which is clean again afterwards. */
+static int run_both(usp_gpu_test *t, usp_gpu_call call, const void *args, const poison *p) {
+    const usp_gpu_view *v = p->view;
+    int64_t row = (((int64_t)p->token * v->batch + p->batch) * v->heads + p->head) * v->dim;
+    float kept[1024];
+    int fine = usp_gpu_run_alone(t, "clean", call, args, t->after);
+    for (int x = 0; x < v->dim; x++) {
+        kept[x] = usp_gpu_get(t, v, t->before, row + x);
+        if (hits(p, x)) usp_gpu_set(t, v, t->before, row + x, p->value);
+    }
+    fine = fine && usp_gpu_run_alone(t, "poisoned", call, args, t->again);
+    for (int x = 0; x < v->dim; x++) usp_gpu_set(t, v, t->before, row + x, kept[x]);
+    return fine;
+}
+
+/* ---- softmax: what depends on what ------------------------------------------------------------------------------- */
+
+/* All views of a pass: the gradients of both key blocks are there at once. */
+typedef struct softmax_pass {
+    usp_gpu_softmax s;
+    usp_gpu_view dk[USP_GPU_KEY_BLOCKS], dv[USP_GPU_KEY_BLOCKS];
+    int of; /* key block of the view that is compared */
+} softmax_pass;
+
+static int64_t position_of(const usp_gpu_segment *segments, int row) {
+    while (row >= segments->length) row -= segments++->length;
+    return segments->start + (int64_t)row * segments->stride;
+}
+
+static int sees(const softmax_pass *pass, int query, int block, int key) {
+    const usp_gpu_softmax_case *c = pass->s.c;
+    int64_t offset = position_of(c->key[block], key) - position_of(c->query, query);
+    return offset >= -(int64_t)c->low && offset <= c->high;
+}
+
+static int key_head(const softmax_pass *pass, int head) {
+    return (head + pass->s.c->offset) / pass->s.c->group;
+}
+
+static int sees_any(const softmax_pass *pass, int query) {
+    for (int block = 0; block < pass->s.blocks; block++)
+        for (int key = 0; key < pass->s.k[block].tokens; key++)
+            if (sees(pass, query, block, key)) return 1;
+    return 0;
+}
+
+/* Does a query see the poisoned key or value? */
+static int sees_it(const softmax_pass *pass, const poison *p, const usp_gpu_view *in, int query, int head) {
+    for (int block = 0; block < pass->s.blocks; block++)
+        if (p->view == &in[block]) return key_head(pass, head) == p->head && sees(pass, query, block, p->token);
+    return 0;
+}
+
+static int is_it(const poison *p, const usp_gpu_view *in, int query, int head) {
+    return p->view == in && query == p->token && head == p->head;
+}
+
+static int lse_depends(const void *test, const poison *p, int query, int head, int element) {
+    const softmax_pass *pass = test;
+    (void)element;
+    return sees_it(pass, p, pass->s.k, query, head) || (is_it(p, &pass->s.q, query, head) && sees_any(pass, query));
+}
+
+static int out_depends(const void *test, const poison *p, int query, int head, int element) {
+    const softmax_pass *pass = test;
+    return lse_depends(test, p, query, head, 0) || (hits(p, element) && sees_it(pass, p, pass->s.v, query, head));
+}
+
+static int delta_depends(const void *test, const poison *p, int query, int head, int element) {
+    const softmax_pass *pass = test;
+    (void)element;
+    return out_depends(test, p, query, head, p->element) || is_it(p, &pass->s.dout, query, head);
+}
+
+static int dq_depends(const void *test, const poison *p, int query, int head, int element) {
+    return delta_depends(test, p, query, head, element) && sees_any(test, query);
+}
+
+/* Over the queries that see the key, whether or not each depends. */
+static int any_query(const void *test, const poison *p, int key, int head, depends_fn depends, int element) {
+    const softmax_pass *pass = test;
+    for (int h = 0; h < pass->s.c->heads; h++)
+        for (int query = 0; query < pass->s.q.tokens && key_head(pass, h) == head; query++)
+            if (sees(pass, query, pass->of, key) && depends(test, p, query, h, element)) return 1;
+    return 0;
+}
+
+static int dk_depends(const void *test, const poison *p, int key, int head, int element) {
+    return any_query(test, p, key, head, delta_depends, element);
+}
+
+/* P depends on lse alone; dout counts element by element. */
+static int weighted_dout_depends(const void *test, const poison *p, int query, int head, int element) {
+    const softmax_pass *pass = test;
+    return lse_depends(test, p, query, head, 0) || (hits(p, element) && is_it(p, &pass->s.dout, query, head));
+}
+
+static int dv_depends(const void *test, const poison *p, int key, int head, int element) {
+    return any_query(test, p, key, head, weighted_dout_depends, element);
+}
+
+/* ---- softmax: runs ----------------------------------------------------------------------------------------------- */
+
+#define USP_CAUSAL USP_GPU_NO_LIMIT, 0
+static const usp_gpu_softmax_case softmax_cases[] = {
+    {"causal", USP_BF16, BSHD, 2, 2, 2, 1, 0, 128, 128, {{0, 300, 1}}, {{{0, 300, 1}}}, USP_CAUSAL, 128},
+    {"causal, f16", USP_F16, BHSD, 1, 2, 1, 2, 0, 64, 64, {{0, 257, 1}}, {{{0, 257, 1}}}, USP_CAUSAL, 128},
+    {"d 64, e 96", USP_BF16, BSHD, 1, 3, 2, 2, 1, 64, 96, {{0, 150, 1}}, {{{0, 150, 1}}}, USP_CAUSAL, 128},
+    {"f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 20, 36, {{0, 130, 1}}, {{{0, 130, 1}}}, USP_CAUSAL, 128},
+    {"odd rows", USP_BF16, ODD, 1, 2, 1, 2, 0, 128, 128, {{0, 130, 1}}, {{{0, 130, 1}}}, USP_CAUSAL, 128},
+    {"full",
+     USP_BF16,
+     BSHD,
+     1,
+     2,
+     2,
+     1,
+     0,
+     64,
+     64,
+     {{0, 70, 1}},
+     {{{0, 90, 1}}},
+     USP_GPU_NO_LIMIT,
+     USP_GPU_NO_LIMIT,
+     128},
+    {"window", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, {{0, 300, 1}}, {{{0, 300, 1}}}, 65, 3, 128},
+    {"rows without keys", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 200, 1}}, {{{150, 100, 1}}}, USP_CAUSAL, 128},
+    {"zigzag, two blocks",
+     USP_BF16,
+     BSHD,
+     1,
+     2,
+     2,
+     1,
+     0,
+     128,
+     128,
+     {{70, 70, 1}, {280, 71, 1}},
+     {{{70, 70, 1}, {280, 71, 1}}, {{0, 70, 1}, {351, 69, 1}}},
+     USP_CAUSAL,
+     128},
+};
+#undef USP_CAUSAL
+
+static usp_status run_softmax(const usp_gpu_world *w, const void *args) {
+    softmax_pass pass = *(const softmax_pass *)args;
+    usp_status status = usp_gpu_softmax_forward(w, &pass.s);
+    if (status == USP_OK) status = usp_gpu_softmax_delta(w, &pass.s);
+    if (status == USP_OK) status = usp_gpu_softmax_backward_query(w, &pass.s);
+    pass.s.folds = 1;
+    for (int i = 0; i < pass.s.blocks && status == USP_OK; i++) {
+        pass.s.block = i, pass.s.dk = pass.dk[i], pass.s.dv = pass.dv[i];
+        status = usp_gpu_softmax_backward_key(w, &pass.s);
+    }
+    return status;
+}
+
+static void poison_softmax(usp_gpu_test *t, softmax_pass *pass, const poison *p) {
+    if (!run_both(t, run_softmax, pass, p)) return;
+    compare_runs(t, &pass->s.out, p, out_depends, pass);
+    compare_runs(t, &pass->s.lse, p, lse_depends, pass);
+    compare_runs(t, &pass->s.delta, p, delta_depends, pass);
+    compare_runs(t, &pass->s.dq, p, dq_depends, pass);
+    for (pass->of = 0; pass->of < pass->s.blocks; pass->of++) {
+        compare_runs(t, &pass->dk[pass->of], p, dk_depends, pass);
+        compare_runs(t, &pass->dv[pass->of], p, dv_depends, pass);
+    }
+}
+
+/* The first token, the last, one at the begin of a tile and one inside; with a NaN and an infinity. */
+static void poison_view(usp_gpu_test *t, softmax_pass *pass, const usp_gpu_view *view) {
+    int tokens = (int)view->tokens, places[] = {0, 64 < tokens ? 64 : tokens / 2, tokens / 3, tokens - 1};
+    for (int i = 0; i < 8; i++)
+        poison_softmax(t, pass,
+                       &(poison){view, places[i / 2], view->batch - 1, i / 2 % view->heads, (5 * i + 3) % view->dim,
+                                 i % 2 ? INFINITY : NAN, 0});
+}
+
+static void check_softmax(usp_gpu_test *t, const usp_gpu_softmax_case *c, int processors) {
+    softmax_pass pass;
+    snprintf(t->name, sizeof t->name, "poison, softmax, %s, as if of %d processors", c->name, processors);
+    usp_gpu_begin_case(t, c->dtype);
+    pass.s = usp_gpu_make_softmax(t, c, USP_CUDA_GRID);
+    pass.s.processors = processors;
+    for (int i = 0; i < pass.s.blocks; i++) {
+        usp_gpu_make_gradients(t, &pass.s, i);
+        pass.dk[i] = pass.s.dk, pass.dv[i] = pass.s.dv;
+    }
+    memcpy(t->before, t->plain.base, t->used);
+    poison_view(t, &pass, &pass.s.q);
+    poison_view(t, &pass, &pass.s.dout);
+    for (int i = 0; i < pass.s.blocks; i++) {
+        poison_view(t, &pass, &pass.s.k[i]);
+        poison_view(t, &pass, &pass.s.v[i]);
+    }
+}
+
+/* ---- linear ------------------------------------------------------------------------------------------------------ */
+
+static const usp_gpu_linear_case linear_cases[] = {
+    {"slow", USP_BF16, BSHD, 2, 2, 2, 2, 2, 0, 128, 128, {300, 190}, 128, 0, 1, 0, 1, USP_GPU_SLOW, 0.088f},
+    {"reverse", USP_BF16, BSHD, 1, 2, 2, 2, 2, 0, 64, 128, {300, 77}, 128, 1, 0, 0, 1, USP_GPU_SLOW, 1},
+    {"transposed", USP_BF16, PACKED, 1, 2, 2, 2, 2, 0, 128, 64, {257}, 192, 0, 1, 1, 1, USP_GPU_FAST, 1},
+    {"shared keys", USP_BF16, BSHD, 1, 3, 6, 2, 3, 3, 64, 64, {200}, 128, 1, 1, 1, 1, USP_GPU_NO_DECAY, 1},
+    {"f16", USP_F16, BSHD, 1, 2, 2, 2, 2, 0, 128, 128, {200}, 64, 0, 1, 0, 1, USP_GPU_SLOW, 1},
+    {"odd rows", USP_BF16, ODD, 1, 2, 2, 2, 2, 0, 128, 128, {130}, 128, 0, 1, 0, 1, USP_GPU_SLOW, 1},
+    {"f32, reverse", USP_F32, BSHD, 1, 2, 2, 2, 2, 0, 20, 70, {70, 20}, 64, 1, 0, 1, 1, USP_GPU_SLOW, 1},
+};
+
+/* Totals, states before blocks and the output as sums; then, on top of them, what the states before chunks give. */
+static usp_status run_linear(const usp_gpu_world *w, const void *args) {
+    usp_gpu_linear l = *(const usp_gpu_linear *)args;
+    l.first = 1, l.last = 0;
+    usp_status status = usp_gpu_linear_totals(w, &l);
+    if (status == USP_OK) status = usp_gpu_linear_scan(w, &l);
+    if (status == USP_OK) status = usp_gpu_linear_output(w, &l);
+    l.first = 0, l.last = 1;
+    return status == USP_OK ? usp_gpu_linear_apply(w, &l) : status;
+}
+
+static int chunk_of(const usp_gpu_linear *l, int token) {
+    int chunk = 0;
+    for (; token >= l->c->chunk[chunk]; chunk++) token -= l->c->chunk[chunk];
+    return chunk;
+}
+
+static int chunk_begin(const usp_gpu_linear *l, int chunk) {
+    return chunk > 0 ? chunk_begin(l, chunk - 1) + l->c->chunk[chunk - 1] : 0;
+}
+
+/* Is the layer head one of those that read the poisoned head? */
+static int reads_it(const usp_gpu_linear *l, const poison *p, int head) {
+    const usp_gpu_linear_case *c = l->c;
+    int most = c->q_heads > c->k_heads ? c->q_heads : c->k_heads;
+    most = most > c->v_heads ? most : c->v_heads;
+    return (head + c->offset) / (most / p->view->heads) == p->head;
+}
+
+/* Whether the token is poisoned, or after the poisoned one in time and in its chunk. */
+static int is_after(const usp_gpu_linear *l, const poison *p, int token) {
+    return chunk_of(l, token) == chunk_of(l, p->token) && (l->c->reverse ? token <= p->token : token >= p->token);
+}
+
+static int row_depends(const void *test, const poison *p, int token, int head, int element) {
+    const usp_gpu_linear *l = test;
+    if (!reads_it(l, p, head)) return 0;
+    if (p->view == &l->q) return token == p->token;
+    return is_after(l, p, token) && (p->view == &l->k || hits(p, element));
+}
+
+/* Element [d][e] of the state before a block, in time. */
+static int state_depends(const void *test, const poison *p, int block, int head, int element) {
+    const usp_gpu_linear *l = test;
+    const usp_gpu_linear_case *c = l->c;
+    int d = c->transposed ? element % c->dim : element / c->value_dim;
+    int e = c->transposed ? element / c->dim : element % c->value_dim, chunk = 0, first = 0;
+    for (; block >= first + (c->chunk[chunk] + c->block - 1) / c->block; chunk++)
+        first += (c->chunk[chunk] + c->block - 1) / c->block;
+    int begin = chunk_begin(l, chunk) + (block - first) * c->block, chunk_end = chunk_begin(l, chunk + 1);
+    int end = begin + c->block < chunk_end ? begin + c->block : chunk_end;
+    if (p->view == &l->q || !reads_it(l, p, head) || chunk_of(l, p->token) != chunk) return 0;
+    if (c->reverse ? p->token < end : p->token >= begin) return 0;
+    return hits(p, p->view == &l->k ? d : e);
+}
+
+/* f16 kernels bring the state of 16 value columns to one unit, whose choice is in the last bits of them all: there all
+ * columns are poisoned. */
+static void poison_linear(usp_gpu_test *t, const usp_gpu_linear *l, const usp_gpu_view *view) {
+    int tokens = (int)view->tokens, places[] = {0, 63, 70 % tokens, tokens / 2, tokens - 1};
+    for (int i = 0; i < 10; i++) {
+        poison p = {view,
+                    places[i / 2],
+                    view->batch - 1,
+                    i / 2 % view->heads,
+                    (7 * i + 2) % view->dim,
+                    i % 2 ? INFINITY : NAN,
+                    l->c->dtype == USP_F16};
+        if (!run_both(t, run_linear, l, &p)) continue;
+        compare_runs(t, &l->acc, &p, row_depends, l);
+        compare_runs(t, &l->out, &p, row_depends, l);
+        compare_runs(t, &l->states, &p, state_depends, l);
+    }
+}
+
+static void check_linear(usp_gpu_test *t, const usp_gpu_linear_case *c) {
+    snprintf(t->name, sizeof t->name, "poison, linear, %s", c->name);
+    usp_gpu_begin_case(t, c->dtype);
+    usp_gpu_linear l = usp_gpu_make_linear(t, c, USP_CUDA_GRID);
+    memcpy(t->before, t->plain.base, t->used);
+    poison_linear(t, &l, &l.q);
+    poison_linear(t, &l, &l.k);
+    poison_linear(t, &l, &l.v);
+}
+
+/* ---- the kind ---------------------------------------------------------------------------------------------------- */
+
+/* A GPU of one processor is always full, so that softmax kernels run with all rows of a block; else with half. */
+void usp_gpu_check_poison(usp_gpu_test *t) {
+    for (size_t i = 0; i < sizeof softmax_cases / sizeof *softmax_cases; i++)
+        for (int processors = 0; processors < 2; processors++) check_softmax(t, &softmax_cases[i], processors);
+    for (size_t i = 0; i < sizeof linear_cases / sizeof *linear_cases; i++) check_linear(t, &linear_cases[i]);
+}
