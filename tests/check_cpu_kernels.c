@@ -13,6 +13,7 @@
 
 #include "../lib/cpu/half.h"
 #include "../lib/cpu/kernels.h"
+#include "planned.h"
 
 /* ---- verdicts ---------------------------------------------------------------------------------------------------- */
 
@@ -271,7 +272,7 @@ enum { GUARD = 256 };
 
 /* What the device says its kernels work in, poisoned, and a guard behind it. */
 static void *scratch_make(check *c, usp_attention attention, usp_dtype dtype, int dim, int value_dim) {
-    usp_kernel_shape shape = {attention, dtype, 1, 1, dim, value_dim};
+    usp_kernel_shape shape = {attention, dtype, 1, 1, dim, value_dim, 0};
     size_t bytes = c->device->ops->scratch(c->device, &shape);
     void *scratch = aligned_alloc(GUARD, bytes + GUARD);
     if (!scratch) exit(99);
@@ -279,7 +280,7 @@ static void *scratch_make(check *c, usp_attention attention, usp_dtype dtype, in
 }
 
 static void scratch_free(check *c, void *scratch, usp_attention attention, usp_dtype dtype, int dim, int value_dim) {
-    usp_kernel_shape shape = {attention, dtype, 1, 1, dim, value_dim};
+    usp_kernel_shape shape = {attention, dtype, 1, 1, dim, value_dim, 0};
     const unsigned char *guard = (const unsigned char *)scratch + c->device->ops->scratch(c->device, &shape);
     int whole = 1;
     for (int i = 0; i < GUARD; i++) whole &= guard[i] == 255;
@@ -948,17 +949,19 @@ static void print_speed(check *c, usp_dtype dtype, int dim, int causal) {
     const usp_device_ops *ops = c->device->ops;
     const int tokens = 1024;
     problem p = problem_make(c, dtype, dim, dim, tokens, tokens);
-    p.query = p.key = (side){.segments = 1, .tokens = tokens, .begin = {0, tokens}, .stride = {1}};
-    p.band[0][0] = causal ? (band){INT32_MIN, 0} : (band){INT32_MIN, INT32_MAX};
+    usp_planned plan;
+    usp_mask mask = causal ? USP_MASK_CAUSAL : USP_MASK_FULL;
+    if (usp_planned_open(&plan, USP_DEVICE_CPU, USP_SOFTMAX, mask, tokens, tokens)) exit(99);
     double pairs = causal ? tokens * (tokens + 1) / 2.0 : (double)tokens * tokens, rate[3];
     p.args.first = p.args.last = 1;
-    make_tiles(c, &p, 0, 0, tokens);
+    p.args.tiles = usp_schedule_query_tiles(plan.schedule, 0);
     rate[0] = speed(c, &p, ops->softmax_forward, pairs, 2);
     rate[1] = speed(c, &p, ops->softmax_backward_query, pairs, 3);
-    make_tiles(c, &p, 1, 0, tokens);
+    p.args.tiles = usp_schedule_key_tiles(plan.schedule, 0);
     rate[2] = speed(c, &p, ops->softmax_backward_key, pairs, 4);
     printf("%-9s dtype %d d %3d %-6s forward %6.1f, dq %6.1f, dk+dv %6.1f GFLOP/s\n", usp_cpu_panel(c->device)->name,
            (int)dtype, dim, causal ? "causal" : "full", rate[0], rate[1], rate[2]);
+    usp_planned_close(&plan);
     problem_free(c, &p);
 }
 

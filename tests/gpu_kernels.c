@@ -272,7 +272,10 @@ static int run_tests(usp_gpu_test *t, const chosen_tests *chosen) {
     }
     t->exact.base = host_slab(), t->plain.base = host_slab(), t->before = host_slab(), t->after = host_slab();
     t->again = host_slab(), t->free_to_write = host_slab();
+    t->exact.scratch = t->plain.scratch = aligned_alloc(64, USP_GPU_SCRATCH);
+    if (!t->exact.scratch) exit(1);
     run_chosen(t, chosen);
+    free(t->exact.scratch);
     free(t->exact.base), free(t->plain.base), free(t->before), free(t->after), free(t->again), free(t->free_to_write);
     ops->stream_destroy(t->gpu.device, t->gpu.stream);
     ops->free(t->gpu.device, t->gpu.base);

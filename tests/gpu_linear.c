@@ -1,5 +1,5 @@
-/* gpu_linear.c - linear attention on the CUDA device against the CPU's: blocks, chunks, directions, heads, dims, and
- * speed. One kernel also goes through a captured graph. */
+/* gpu_linear.c - linear attention on the CUDA device against the CPU's: blocks, chunks, directions, heads, dims. One
+ * kernel also goes through a captured graph. Blocks are of every length, which layers choose by the length of a run. */
 #include <cuda_runtime_api.h>
 #include <stdio.h>
 #include <string.h>
@@ -67,6 +67,7 @@ static usp_linear linear_args(const usp_gpu_world *w, const usp_gpu_linear *l, c
                         .q = usp_gpu_tensor(w, &l->q),
                         .k = usp_gpu_tensor(w, &l->k),
                         .v = usp_gpu_tensor(w, &l->v),
+                        .scratch = w->scratch,
                         .states = usp_gpu_at(w, states->at),
                         .first = l->first,
                         .last = l->last,
@@ -218,70 +219,6 @@ static void check_capture(usp_gpu_test *t) {
     cudaGraphDestroy(graph);
 }
 
-/* ---- speed ------------------------------------------------------------------------------------------------------- */
-
-static usp_status linear_forward(const usp_gpu_world *w, const void *args) {
-    usp_gpu_linear l = *(const usp_gpu_linear *)args;
-    usp_status status = usp_gpu_linear_totals(w, &l);
-    if (status == USP_OK) status = usp_gpu_linear_scan(w, &l);
-    return status == USP_OK ? usp_gpu_linear_output(w, &l) : status;
-}
-
-/* The forward states stand in for those of the backward pass: dq from them, dk and dv from the scan of q dout^T. All
- * heads have one size here, so k and v may stand in for dout. */
-static usp_status linear_backward(const usp_gpu_world *w, const void *args) {
-    const usp_gpu_linear *l = args;
-    usp_gpu_linear_case reversed = *l->c, turned = *l->c, both = *l->c;
-    usp_gpu_linear a = *l;
-    usp_status status;
-    reversed.reverse = both.reverse = 1, turned.transposed = both.transposed = 1;
-    a.c = &turned, status = usp_gpu_linear_output(w, &a);
-    a.c = &reversed;
-    if (status == USP_OK) status = usp_gpu_linear_totals(w, &a);
-    if (status == USP_OK) status = usp_gpu_linear_scan(w, &a);
-    if (status == USP_OK) status = usp_gpu_linear_output(w, &a);
-    a.c = &both;
-    return status == USP_OK ? usp_gpu_linear_output(w, &a) : status;
-}
-
-static void time_linear(usp_gpu_test *t, int tokens, int block, double bytes_per_ms) {
-    enum { HEADS = 16, DIM = 128 };
-    usp_gpu_linear_case c = {.dtype = USP_BF16,
-                             .batch = 1,
-                             .heads = HEADS,
-                             .q_heads = HEADS,
-                             .k_heads = HEADS,
-                             .v_heads = HEADS,
-                             .dim = DIM,
-                             .value_dim = DIM,
-                             .chunk = {tokens},
-                             .block = block,
-                             .shift = 1,
-                             .causal = 1,
-                             .decay = USP_GPU_SLOW,
-                             .scale = 1};
-    usp_gpu_linear l = {.c = &c, .first = 1, .last = 1, .grid = USP_CUDA_GRID};
-    usp_gpu_begin_case(t, USP_BF16);
-    make_blocks(t, &l);
-    make_decay(t, &l);
-    size_t tables = t->used;
-    cudaMemcpy(t->gpu.base, t->plain.base, tables, cudaMemcpyHostToDevice);
-    l.q = usp_gpu_timed_view(t, tokens, HEADS, DIM, 0), l.k = usp_gpu_timed_view(t, tokens, HEADS, DIM, 0);
-    l.v = usp_gpu_timed_view(t, tokens, HEADS, DIM, 0);
-    usp_gpu_fill_alone(t, t->used);
-    cudaMemcpy(t->gpu.base, t->plain.base, tables, cudaMemcpyHostToDevice);
-    l.out = usp_gpu_timed_view(t, tokens, HEADS, DIM, 0), l.acc = usp_gpu_timed_view(t, 0, HEADS, DIM, 1);
-    l.states = usp_gpu_timed_view(t, l.blocks, HEADS, DIM * DIM, 1),
-    l.final = usp_gpu_timed_view(t, 1, HEADS, DIM * DIM, 1);
-    l.chunk_states = usp_gpu_timed_view(t, 1, HEADS, DIM * DIM, 1);
-    double floor = 4.0 * (double)l.q.bytes / bytes_per_ms;
-    float forward = usp_gpu_time(t, linear_forward, &l), backward = usp_gpu_time(t, linear_backward, &l);
-    float totals = usp_gpu_time(t, usp_gpu_linear_totals, &l), scan = usp_gpu_time(t, usp_gpu_linear_scan, &l);
-    float output = usp_gpu_time(t, usp_gpu_linear_output, &l), apply = usp_gpu_time(t, usp_gpu_linear_apply, &l);
-    printf("%7d %6d %10.3f %6.1f %10.3f %6.1f   totals %.3f, scan %.3f, output %.3f, apply %.3f ms\n", tokens, block,
-           forward, forward / floor, backward, backward / (floor * 7 / 4), totals, scan, output, apply);
-}
-
 /* ---- the kind ------------------------------------------------------------------------------------------------------
  */
 
@@ -292,12 +229,4 @@ void usp_gpu_check_linear(usp_gpu_test *t) {
         check_linear(t, &linear_cases[i], USP_CUDA_GRID);
         if (linear_cases[i].chunk[1] > 0) check_linear(t, &linear_cases[i], 5);
     }
-}
-
-void usp_gpu_time_linear(usp_gpu_test *t, double bytes_per_ms) {
-    printf("linear, batch 1, 16 heads, d 128, bf16; x: times the time of moving 4 (forward) or 7 (backward) tensors\n");
-    printf(" tokens  block forward ms      x backward ms     x\n");
-    for (int tokens = 2048; tokens <= 65536; tokens *= tokens == 16384 ? 4 : 8)
-        for (int block = 64; block <= 512; block *= 2) time_linear(t, tokens, block, bytes_per_ms);
-    printf("\n");
 }

@@ -1,5 +1,5 @@
-/* gpu_softmax.c - softmax attention on the CUDA device against the CPU's: bands, segments, folds, heads, dims, and
- * speed. It plans its own tiles, from the contract of lib/device.h alone. */
+/* gpu_softmax.c - softmax attention on the CUDA device against the CPU's: bands, segments, folds, heads, dims. Lists of
+ * work come from lib/schedule.c where it can make them, else from the contract of lib/device.h alone. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -7,6 +7,7 @@
 #include "../cuda/launch.h"
 #include "../cuda/softmax.h"
 #include "gpu_softmax.h"
+#include "planned.h"
 
 /* ---- softmax: cases ---------------------------------------------------------------------------------------------- */
 
@@ -193,6 +194,36 @@ static usp_gpu_plan make_plan(usp_gpu_test *t, const usp_gpu_segment *rows, cons
     return p;
 }
 
+/* Can lib/schedule.c plan the case? It makes whole causal and full sequences in items of USP_WORK_ROWS rows; the other
+ * cases have what it never makes alone or not at all: gaps, windows, two blocks in one fold, shorter items. */
+static int is_planned(const usp_gpu_softmax_case *c) {
+    const usp_gpu_segment *q = &c->query[0], *k = &c->key[0][0];
+    int whole = q->start == 0 && k->start == 0 && q->stride == 1 && k->stride == 1 && k->length > 0 &&
+                total_length(c->query) == q->length && total_length(c->key[0]) == k->length &&
+                total_length(c->key[1]) == 0;
+    int causal = c->high == 0 && q->length == k->length;
+    return whole && c->low == USP_GPU_NO_LIMIT && (causal || c->high == USP_GPU_NO_LIMIT) &&
+           c->work_rows == USP_WORK_ROWS;
+}
+
+static void take_plans(usp_gpu_test *t, usp_gpu_softmax *s) {
+    usp_planned p;
+    usp_mask mask = s->c->high == 0 ? USP_MASK_CAUSAL : USP_MASK_FULL;
+    if (usp_planned_open(&p, USP_DEVICE_CPU, USP_SOFTMAX, mask, s->q.tokens, s->k[0].tokens) == USP_OK) {
+        usp_tiles query = usp_schedule_query_tiles(p.schedule, 0), key = usp_schedule_key_tiles(p.schedule, 0);
+        size_t tiles = sizeof(usp_tile) * (size_t)p.schedule->tiles;
+        size_t at = usp_gpu_put(t, p.schedule->device_tile, tiles);
+        s->query_plan[0] =
+            (usp_gpu_plan){usp_gpu_put(t, query.work, sizeof *query.work * (size_t)query.works), at, query.works};
+        s->key_plan[0] =
+            (usp_gpu_plan){usp_gpu_put(t, key.work, sizeof *key.work * (size_t)key.works),
+                           at + (size_t)((const char *)key.tile - (const char *)p.schedule->device_tile), key.works};
+    } else {
+        usp_gpu_fail(t, "lists", usp_last_error());
+    }
+    usp_planned_close(&p);
+}
+
 /* ---- softmax: calls ---------------------------------------------------------------------------------------------- */
 
 static usp_softmax softmax_args(const usp_gpu_world *w, const usp_gpu_softmax *s, int block, const usp_gpu_plan *p) {
@@ -221,7 +252,8 @@ static usp_softmax softmax_args(const usp_gpu_world *w, const usp_gpu_softmax *s
                          .dv_sum = usp_gpu_tensor(w, &s->dv_sum),
                          .dq = usp_gpu_tensor(w, &s->dq),
                          .dk = usp_gpu_tensor(w, &s->dk),
-                         .dv = usp_gpu_tensor(w, &s->dv)};
+                         .dv = usp_gpu_tensor(w, &s->dv),
+                         .scratch = w->scratch};
 }
 
 /* The device's entry; on a GPU with fewer thread blocks a launch, or as if of other processors, what it calls. */
@@ -301,6 +333,10 @@ static void make_keys(usp_gpu_test *t, usp_gpu_softmax *s, int block) {
     s->v[block] = usp_gpu_make_view(t, "v", c->how, keys, c->batch, c->key_heads, c->value_dim);
     usp_gpu_fill(t, &s->k[block], 1);
     usp_gpu_fill(t, &s->v[block], 1);
+    if (is_planned(c)) {
+        take_plans(t, s);
+        return;
+    }
     s->query_plan[block] = make_plan(t, c->query, c->key[block], c, 0);
     s->key_plan[block] = make_plan(t, c->key[block], c->query, c, 1);
 }
@@ -350,60 +386,6 @@ static void check_softmax(usp_gpu_test *t, const usp_gpu_softmax_case *c, int gr
     check_softmax_keys(t, &s);
 }
 
-/* ---- speed ------------------------------------------------------------------------------------------------------- */
-
-static usp_status softmax_backward(const usp_gpu_world *w, const void *args) {
-    usp_status status = usp_gpu_softmax_delta(w, args);
-    if (status == USP_OK) status = usp_gpu_softmax_backward_query(w, args);
-    return status == USP_OK ? usp_gpu_softmax_backward_key(w, args) : status;
-}
-
-static void move_plan(usp_gpu_test *t, usp_gpu_plan *p, size_t end) {
-    char *work = t->plain.base + p->work, *tile = t->plain.base + p->tile;
-    p->work = usp_gpu_upload(t, work, sizeof(usp_work) * (size_t)p->works);
-    p->tile = usp_gpu_upload(t, tile, end - (size_t)(tile - t->plain.base));
-}
-
-static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int tokens, int causal) {
-    usp_gpu_softmax_case c = {.dtype = USP_BF16,
-                              .batch = 1,
-                              .heads = heads,
-                              .key_heads = key_heads,
-                              .group = heads / key_heads,
-                              .dim = dim,
-                              .value_dim = dim,
-                              .query = {{0, tokens, 1}},
-                              .key = {{{0, tokens, 1}}},
-                              .low = USP_GPU_NO_LIMIT,
-                              .high = causal ? 0 : USP_GPU_NO_LIMIT,
-                              .work_rows = USP_WORK_ROWS};
-    usp_gpu_softmax s = {.c = &c, .blocks = 1, .folds = 1, .grid = USP_CUDA_GRID};
-    size_t middle, end;
-    usp_gpu_begin_case(t, USP_BF16);
-    s.query_plan[0] = make_plan(t, c.query, c.key[0], &c, 0);
-    middle = t->used;
-    s.key_plan[0] = make_plan(t, c.key[0], c.query, &c, 1);
-    end = t->used;
-    t->used = 0;
-    s.q = usp_gpu_timed_view(t, tokens, heads, dim, 0), s.dout = usp_gpu_timed_view(t, tokens, heads, dim, 0);
-    s.k[0] = usp_gpu_timed_view(t, tokens, key_heads, dim, 0),
-    s.v[0] = usp_gpu_timed_view(t, tokens, key_heads, dim, 0);
-    usp_gpu_fill_alone(t, t->used);
-    s.out = usp_gpu_timed_view(t, tokens, heads, dim, 0), s.dq = usp_gpu_timed_view(t, tokens, heads, dim, 0);
-    s.dk = usp_gpu_timed_view(t, tokens, key_heads, dim, 0), s.dv = usp_gpu_timed_view(t, tokens, key_heads, dim, 0);
-    s.lse = usp_gpu_timed_view(t, tokens, heads, 1, 1), s.delta = usp_gpu_timed_view(t, tokens, heads, 1, 1);
-    s.acc = s.dq_sum = s.dk_sum = s.dv_sum = usp_gpu_timed_view(t, 0, heads, dim, 1);
-    move_plan(t, &s.query_plan[0], middle);
-    move_plan(t, &s.key_plan[0], end);
-    double area = (double)tokens * tokens / (causal ? 2 : 1), flops = 4 * area * heads * dim;
-    float forward = usp_gpu_time(t, usp_gpu_softmax_forward, &s), backward = usp_gpu_time(t, softmax_backward, &s);
-    float query = usp_gpu_time(t, usp_gpu_softmax_backward_query, &s),
-          key = usp_gpu_time(t, usp_gpu_softmax_backward_key, &s);
-    printf("%5d:%-3d %4d %7d %7s %10.3f %10.3f %8.0f %8.0f   dq %.3f, dk dv %.3f ms\n", heads, key_heads, dim, tokens,
-           causal ? "causal" : "full", forward, backward, flops / forward / 1e9, 2.5 * flops / backward / 1e9, query,
-           key);
-}
-
 /* ---- the kind ------------------------------------------------------------------------------------------------------
  */
 
@@ -415,13 +397,4 @@ void usp_gpu_check_softmax(usp_gpu_test *t) {
         if (softmax_cases[i].dtype != USP_F32) check_softmax(t, &softmax_cases[i], USP_CUDA_GRID, 1);
         if (total_length(softmax_cases[i].key[1]) > 0) check_softmax(t, &softmax_cases[i], 1, 0);
     }
-}
-
-void usp_gpu_time_softmax(usp_gpu_test *t) {
-    static const struct { int heads, key_heads, dim; } shapes[] = {{16, 16, 128}, {32, 32, 64}, {32, 8, 128}};
-    printf("softmax, batch 1, bf16; TFLOP/s by 4 (forward) and 10 (backward) x pairs x d\n");
-    printf("    heads    d  tokens    mask forward ms backward ms fwd TF/s bwd TF/s\n");
-    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
-        for (int way = 0; way < 4; way++)
-            time_softmax(t, shapes[i].heads, shapes[i].key_heads, shapes[i].dim, way / 2 ? 16384 : 4096, way % 2 == 0);
 }

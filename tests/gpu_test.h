@@ -8,7 +8,7 @@
 #define USP_TESTS_GPU_TEST_H
 #include "device.h"
 
-enum { USP_GPU_OUTPUTS = 4, USP_GPU_ROOM = 192 << 20 };
+enum { USP_GPU_OUTPUTS = 4, USP_GPU_ROOM = 192 << 20, USP_GPU_SCRATCH = 1 << 18 };
 
 /* A device, the memory of its slab, and the dtype in which it computes. */
 typedef struct usp_gpu_world {
@@ -16,6 +16,7 @@ typedef struct usp_gpu_world {
     usp_stream stream;
     char *base;
     usp_dtype dtype;
+    void *scratch; /* USP_GPU_SCRATCH bytes that kernels of the CPU work in */
 } usp_gpu_world;
 
 /* Element [b, t, h, x] is number first + b stride_batch + t stride_token + h stride_head + x from `at`. Every element
