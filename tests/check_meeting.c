@@ -188,7 +188,11 @@ static int usp_check_twins(void) {
 
 /* One of four ranks, in turn, is wrong about their number: all are told both. */
 static int usp_check_sizes(void) {
-    int wrong = 0;
+    usp_scene alone = {.size = 4, .port = usp_free_port(), .address = "127.0.0.1", .limit_ms = USP_DELAY_MS};
+    alone.sizes[0] = 2;
+    alone.wanted = USP_MISMATCH;
+    alone.words = "says the job has 4 ranks, rank 0 says 2";
+    int wrong = usp_play(&alone, "rank 0's size");
     for (int odd = 1; odd < 4; odd++) {
         char words[64];
         usp_scene scene = {.size = 4, .port = usp_free_port(), .address = "127.0.0.1", .limit_ms = USP_DELAY_MS};
