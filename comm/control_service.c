@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "control_state.h"
 #include "error.h"
+#include "text.h"
 #include "thread.h"
 #include <errno.h>
 #include <stdio.h>
@@ -68,7 +69,10 @@ static void take_frame(usp_control *control, int peer) {
     const usp_frame *frame = &line->in;
     if (frame->kind == USP_FRAME_BEAT) take_beat(line);
     if (frame->kind == USP_FRAME_PLAN) compare_plans(control, peer);
-    if (frame->kind == USP_FRAME_FAIL) usp_control_record(control, (usp_status)frame->rank, line->in_text);
+    if (frame->kind == USP_FRAME_FAIL) {
+        usp_text_clean(line->in_text, sizeof line->in_text);
+        usp_control_record(control, (usp_status)frame->rank, line->in_text);
+    }
     if (frame->kind == USP_FRAME_ENTER) {
         line->entered = frame->number;
         line->entered_bytes = frame->bytes;

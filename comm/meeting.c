@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "meeting.h"
 #include "error.h"
+#include "text.h"
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -38,8 +39,7 @@ static usp_status compare(const usp_card *all, int rank) {
 static usp_status judge(const usp_card *all, int size) {
     for (int rank = 0; rank < size; rank++)
         if (all[rank].status != USP_OK)
-            return usp_fail(USP_PEER_FAILED, "rank %d could not join: %.*s", rank, USP_CARD_SENTENCE - 1,
-                            all[rank].sentence);
+            return usp_fail(USP_PEER_FAILED, "rank %d could not join: %s", rank, all[rank].sentence);
     for (int rank = 1; rank < size; rank++) USP_TRY(compare(all, rank));
     return USP_OK;
 }
@@ -67,6 +67,8 @@ usp_status usp_meet(usp_meeting *meeting) {
     USP_TRY(map_cards(meeting));
     usp_status status = bootstrap->gather(bootstrap->user, &meeting->mine, meeting->all, sizeof(usp_card));
     USP_TRY(usp_meeting_note(meeting, USP_OK));
+    for (int i = 0; i < bootstrap->size; i++)
+        usp_text_clean(meeting->all[i].sentence, sizeof meeting->all[i].sentence);
     return status == USP_OK ? judge(meeting->all, bootstrap->size) : status;
 }
 

@@ -373,7 +373,8 @@ typedef struct usp_sizes {
     size_t forward_saving_workspace;
 } usp_sizes;
 
-/* What this rank does in one pass. Bytes are exact: what the transport is given. */
+/* What this rank does in one pass. Bytes are exact: what the transport is given, with what nobody reads: on a
+ * contiguous causal ring the keys after the last query, and where states are gathered those of later chunks. */
 typedef struct usp_cost {
     size_t struct_size;
     double flops;      /* softmax: 4 or 10 x allowed pairs x head_dim-like terms; linear: 4 or 10 x
