@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { USP_NO_RANK = -1, USP_LEAVE_MS = 5000 /* longest wait of a rank that leaves */ };
 
@@ -45,7 +46,9 @@ typedef struct usp_seat {
 struct usp_rendezvous {
     pthread_mutex_t mutex;
     usp_host host;
+    pid_t process; /* that made it */
     int size;
+    int uses;           /* by its maker, and by comms that are alive */
     usp_status failure; /* sticky, the same for all ranks */
     char sentence[256];
     usp_seat *seats; /* [size] */
@@ -83,6 +86,8 @@ usp_status usp_rendezvous_create(int size, usp_rendezvous **rendezvous) {
     USP_TRY(usp_host_alloc(&host, head + ranks * ranks * sizeof(usp_box), "rendezvous", &memory));
     usp_rendezvous *meeting = memory;
     meeting->host = host;
+    meeting->process = getpid();
+    meeting->uses = 1;
     meeting->size = size;
     meeting->seats = (usp_seat *)(meeting + 1);
     meeting->boxes = (usp_box *)(meeting->seats + ranks);
@@ -92,12 +97,20 @@ usp_status usp_rendezvous_create(int size, usp_rendezvous **rendezvous) {
     return USP_OK;
 }
 
-void usp_rendezvous_destroy(usp_rendezvous *meeting) {
-    if (!meeting) return;
+/* The last user ends it. */
+static void release(usp_rendezvous *meeting) {
+    pthread_mutex_lock(&meeting->mutex);
+    int left = --meeting->uses;
+    pthread_mutex_unlock(&meeting->mutex);
+    if (left > 0) return;
     for (int i = 0; i < meeting->size; i++) pthread_cond_destroy(&meeting->seats[i].wake);
     pthread_mutex_destroy(&meeting->mutex);
     usp_host host = meeting->host;
     usp_host_free(&host, meeting);
+}
+
+void usp_rendezvous_destroy(usp_rendezvous *meeting) {
+    if (meeting && meeting->process == getpid()) release(meeting);
 }
 
 /* ---- failure and blame; all under the mutex ---------------------------------------------------------------------- */
@@ -502,8 +515,10 @@ static void leave(usp_thread_comm *self) {
 
 static void threads_destroy(usp_comm *comm) {
     if (!comm) return;
+    usp_rendezvous *meeting = ((usp_thread_comm *)comm)->meeting;
     leave((usp_thread_comm *)comm);
     usp_host_free(comm->host, comm);
+    release(meeting);
 }
 
 static const usp_comm_ops threads_ops = {
@@ -596,6 +611,8 @@ static usp_status gather_cards(void *user, const void *mine, void *all, size_t b
 usp_status usp_comm_create_threads(const usp_comm_config *config, usp_meeting *met, usp_rendezvous *meeting, int rank,
                                    usp_comm **comm) {
     USP_REQUIRE(rank >= 0 && rank < meeting->size, "rank is %d in a rendezvous of %d", rank, meeting->size);
+    USP_REQUIRE(meeting->process == getpid(), "the rendezvous is of process %d, and this is a child of its fork",
+                (int)meeting->process);
     USP_TRY(take_seat(meeting, rank, config->timeout_ms));
     usp_thread_comm self = {
         .base = {&threads_ops, rank, meeting->size, config->timeout_ms, config->device, config->host},
@@ -610,6 +627,9 @@ usp_status usp_comm_create_threads(const usp_comm_config *config, usp_meeting *m
         give_seat_back(&self);
         return status;
     }
+    pthread_mutex_lock(&meeting->mutex);
+    meeting->uses++;
+    pthread_mutex_unlock(&meeting->mutex);
     *(usp_thread_comm *)memory = self;
     *comm = memory;
     return USP_OK;

@@ -14,7 +14,11 @@
  * fields must be zero. No struct has padding.
  *
  * On the CPU any call runs on a stack of 64 KiB, which is less than the default of any system.
- * Objects are used by one thread at a time, and destroyed in the reverse order of creation; destroying NULL is fine.
+ * A world and its objects are used by one thread at a time: a call that finds another thread in one is INVALID and
+ * does nothing; usp_world_poll, usp_world_abort, what only reads a sequence or a layer, and memory calls may be made
+ * from any thread. Objects are destroyed in any order, each once: what others still use lives until they are gone. NULL
+ * is fine. A child of fork has copies of objects that are no use to it: each call with one is INVALID there, at once,
+ * and destroy does nothing; what it inherits (sockets) it holds until it ends or calls exec.
  * This header needs no CUDA, NCCL or MPI header and is clean in C99, C11 and C++17. */
 #ifndef USP_H
 #define USP_H
@@ -75,7 +79,7 @@ USP_API int usp_version(void);
 typedef enum usp_dtype { USP_F32 = 0, USP_F16 = 1, USP_BF16 = 2 } usp_dtype;
 typedef enum usp_device_kind { USP_DEVICE_AUTO = 0, USP_DEVICE_CPU = 1, USP_DEVICE_CUDA = 2 } usp_device_kind;
 typedef enum usp_attention { USP_SOFTMAX = 1, USP_LINEAR = 2 } usp_attention;
-typedef enum usp_mask { USP_MASK_FULL = 0, USP_MASK_CAUSAL = 1 } usp_mask;
+typedef enum usp_mask { USP_MASK_FULL = 1, USP_MASK_CAUSAL = 2 } usp_mask; /* none by default: say which */
 typedef enum usp_pass { USP_PASS_FORWARD = 0, USP_PASS_BACKWARD = 1 } usp_pass;
 
 /* The very type of cudaStream_t. NULL on the CPU, where every call returns when its work is done. */
@@ -129,8 +133,7 @@ typedef struct usp_world_info {
     int reserved;
 } usp_world_info;
 
-/* Where the thread-ranks of one process meet, at most 4096: one per world, made by any thread, destroyed after its
- * worlds. */
+/* Where the thread-ranks of one process meet, at most 4096: one per world, made by any thread. */
 typedef struct usp_rendezvous usp_rendezvous;
 USP_API usp_status usp_rendezvous_create(int size, usp_rendezvous **rendezvous);
 USP_API void usp_rendezvous_destroy(usp_rendezvous *rendezvous);
@@ -186,10 +189,11 @@ USP_API usp_status usp_world_synchronize(usp_world *world, usp_stream stream);
 /* Gives the world up: this rank and, at their next wait, all others leave with an error that names this rank.
  * From any thread, any number of times. */
 USP_API void usp_world_abort(usp_world *world);
-/* Frees everything but the memory of usp_world_alloc and usp_world_alloc_shared, which is to be freed before. Waits for
- * no call of another rank, and for what this one has begun a short time only: between threads at most 5 s for a rank
- * that still copies, on NCCL at most 5 s for transfers to end and 5 s more for them to be aborted. What is not free
- * then is left behind, with a warning. Ranks still waiting for this one get PEER_LOST. */
+/* Once no mesh, sequence or layer of the world is left, frees everything but the memory of usp_world_alloc and
+ * usp_world_alloc_shared, which is to be freed before. Waits for no call of another rank, and for what this one has
+ * begun a short time only: between threads at most 5 s for a rank that still copies, on NCCL at most 5 s for transfers
+ * to end and 5 s more for them to be aborted. What is not free then is left behind, with a warning. Ranks still waiting
+ * for this one get PEER_LOST. */
 USP_API void usp_world_destroy(usp_world *world);
 
 /* Memory of the world's device, for programs without CUDA headers; 256-byte aligned. */
@@ -215,6 +219,7 @@ typedef enum usp_axis { USP_AXIS_ULYSSES = 0, USP_AXIS_RING = 1, USP_AXIS_SEQUEN
  * ulysses + u; there are size / N data copies. Any number of meshes may be alive on one world.
  * Errors: INVALID (a degree < 1, or N does not divide the world), MISMATCH, PEER_FAILED, NO_MEMORY, and the world's. */
 USP_API usp_status usp_mesh_create(usp_world *world, int ulysses, int ring, usp_mesh **mesh);
+/* This rank's place on an axis, and the axis' length; either may be NULL. */
 USP_API usp_status usp_mesh_axis(const usp_mesh *mesh, usp_axis axis, int *rank, int *size);
 /* Collective. An ncclComm_t over this rank's row of the axis, for the caller's own collectives; made at the first call
  * for an axis, owned by the mesh. MISMATCH if ranks name different axes or meshes; UNSUPPORTED on transports other than
@@ -239,11 +244,14 @@ typedef struct usp_segment {
     int64_t start, length, stride;
 } usp_segment;
 
+#define USP_NO_TOKENS (-1) /* an empty sequence, which nobody gets by forgetting a field */
+
 typedef struct usp_sequence_config {
     size_t struct_size;
     usp_layout layout;
     int max_documents;  /* room for usp_sequence_replan; 0: as many as given now */
-    int64_t tokens;     /* S: global query length, 0 .. 2^31 - 2; the maximum where documents are re-planned */
+    int64_t tokens;     /* S: global query length, 1 .. 2^31 - 2, or USP_NO_TOKENS for none; the maximum where documents
+                           are re-planned */
     int64_t key_tokens; /* global key length where keys are another tensor (cross-attention); 0: as queries */
     int64_t documents;  /* number of documents; 0: one */
     const int64_t *document_ends; /* documents ascending ends, the last one = tokens; NULL: one document */
@@ -273,6 +281,9 @@ USP_API usp_status usp_sequence_segments(const usp_sequence *sequence, int rank,
 /* Tokens that sequence rank `rank` owns (of keys: for cross-attention); -1 if there is no such rank. */
 USP_API int64_t usp_sequence_local_tokens(const usp_sequence *sequence, int rank);
 USP_API int64_t usp_sequence_local_key_tokens(const usp_sequence *sequence, int rank);
+/* The same of this rank; -1 for NULL. */
+USP_API int64_t usp_sequence_own_tokens(const usp_sequence *sequence);
+USP_API int64_t usp_sequence_own_key_tokens(const usp_sequence *sequence);
 /* Global index of local token `local` of `rank`, or -1; owner and local index of a global token. */
 USP_API int64_t usp_sequence_to_global(const usp_sequence *sequence, int rank, int64_t local);
 USP_API usp_status usp_sequence_to_local(const usp_sequence *sequence, int64_t global, int *rank, int64_t *local);
@@ -348,9 +359,9 @@ typedef struct usp_forward {
     usp_tensor k;               /* [batch, local_key_tokens, kv_heads, head_dim] */
     usp_tensor v;               /* [batch, local_key_tokens, kv or value_heads, value_dim] */
     usp_tensor out;             /* [batch, local_tokens, H, value_dim] */
-    float *lse;                 /* [batch, heads, local_tokens] natural logarithm; if return_lse */
-    const float *initial_state; /* if config.initial_state */
-    float *final_state;         /* if config.final_state */
+    float *lse;                 /* [batch, heads, local_tokens] natural logarithm; if return_lse, else NULL */
+    const float *initial_state; /* if config.initial_state, else NULL */
+    float *final_state;         /* if config.final_state, else NULL */
     void *saved;                /* kept for backward; NULL: no backward will follow */
 } usp_forward;
 
@@ -359,10 +370,10 @@ typedef struct usp_forward {
 typedef struct usp_backward {
     size_t struct_size;
     usp_tensor q, k, v, out, dout, dq, dk, dv;
-    const float *dfinal_state;  /* if config.final_state */
-    float *dinitial_state;      /* if config.initial_state */
+    const float *dfinal_state;  /* if config.final_state, else NULL */
+    float *dinitial_state;      /* if config.initial_state, else NULL */
     const void *saved;          /* what forward wrote */
-    const float *initial_state; /* if config.initial_state: as in forward */
+    const float *initial_state; /* if config.initial_state: as in forward; else NULL */
 } usp_backward;
 
 /* Bytes. forward_workspace is enough for any forward; one that is given `saved` needs forward_saving_workspace only. */

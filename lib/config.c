@@ -8,6 +8,7 @@
 static usp_status check_enums(const usp_layer_config *c) {
     USP_REQUIRE(c->attention == USP_SOFTMAX || c->attention == USP_LINEAR,
                 "usp_layer_config.attention is %d: no such kind", (int)c->attention);
+    USP_REQUIRE(c->mask != 0, "usp_layer_config.mask is not set: USP_MASK_FULL or USP_MASK_CAUSAL");
     USP_REQUIRE(c->mask == USP_MASK_FULL || c->mask == USP_MASK_CAUSAL, "usp_layer_config.mask is %d: no such mask",
                 (int)c->mask);
     USP_REQUIRE(usp_dtype_size(c->dtype) > 0, "usp_layer_config.dtype is %d: no such dtype", (int)c->dtype);

@@ -3,7 +3,9 @@
 #include "abi.h"
 #include "error.h"
 #include "exchange.h"
+#include "guard.h"
 #include "run.h"
+#include "size.h"
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -66,12 +68,13 @@ static usp_status check_sequence(const usp_mesh *mesh, const usp_sequence *seque
 /* Buffers are counted in 64 bits: far fewer than 64 of them, each of one number for every element of a whole tensor or
  * of all states, must fit. */
 static usp_status check_size(const usp_sequence *sequence, const usp_layer_config *c) {
-    double most = (double)(c->head_dim > c->value_dim ? c->head_dim : c->value_dim), states = 0;
-    double tokens = (double)sequence->max_tokens + (double)sequence->key.tokens;
+    const int64_t one = 64 * sizeof(float), batch = c->batch, heads = usp_layer_config_heads(c);
+    int64_t tokens = sequence->max_tokens + sequence->key.tokens, chunks = tokens + sequence->query.capacity + 1;
+    int64_t dim = c->head_dim > c->value_dim ? c->head_dim : c->value_dim, states = 0;
+    int64_t tensors = usp_size(5, (int64_t[]){one, tokens, dim, batch, heads});
     if (c->attention == USP_LINEAR)
-        states = (tokens + (double)sequence->query.capacity + 1) * c->head_dim * c->value_dim;
-    double bytes = 64 * sizeof(float) * (tokens * most + states) * c->batch * usp_layer_config_heads(c);
-    if (bytes < (double)INT64_MAX) return USP_OK;
+        states = usp_size(6, (int64_t[]){one, chunks, c->head_dim, c->value_dim, batch, heads});
+    if (tensors >= 0 && states >= 0 && tensors <= INT64_MAX - states) return USP_OK;
     return usp_fail(USP_UNSUPPORTED,
                     "usp_layer_config: batch %d x heads %d x head_dim %d x value_dim %d x %lld tokens "
                     "are more than 64 bits count",
@@ -143,7 +146,7 @@ static usp_status upload_decay(usp_layer *layer, const float *decay) {
     USP_TRY(device->ops->alloc(device, bytes ? bytes : sizeof(float), &memory));
     layer->decay = memory;
     if (bytes) USP_TRY(device->ops->copy(device, layer->decay, decay + own.first, bytes, NULL));
-    return usp_world_synchronize(layer->world, NULL); /* the caller's array is free again */
+    return usp_world_wait(layer->world, NULL); /* the caller's array is free again */
 }
 
 static usp_status build(usp_layer *layer, const float *decay) {
@@ -159,11 +162,10 @@ static usp_status build(usp_layer *layer, const float *decay) {
     return upload_decay(layer, decay);
 }
 
-usp_status usp_layer_create(const usp_mesh *mesh, usp_sequence *sequence, const usp_layer_config *given,
-                            usp_layer **out) {
+static usp_status create(const usp_mesh *mesh, usp_sequence *sequence, const usp_layer_config *given,
+                         usp_layer **out) {
     usp_layer_config config = {0};
     void *memory = NULL;
-    USP_REQUIRE(mesh, "mesh is NULL");
     usp_status status = usp_layer_config_resolve(given, &config);
     if (status == USP_OK) status = check_sequence(mesh, sequence, &config);
     if (status == USP_OK) status = check_size(sequence, &config);
@@ -178,6 +180,8 @@ usp_status usp_layer_create(const usp_mesh *mesh, usp_sequence *sequence, const 
     usp_layer *layer = memory;
     *layer = (usp_layer){.world = mesh->world, .mesh = *mesh, .sequence = sequence, .config = config};
     layer->config.decay = NULL;
+    usp_world_keep(layer->world);
+    usp_sequence_keep(sequence);
     status = build(layer, config.decay);
     status = usp_world_agree(mesh->world, status, &(usp_agreement){.what = "layer"});
     if (status != USP_OK) {
@@ -188,19 +192,30 @@ usp_status usp_layer_create(const usp_mesh *mesh, usp_sequence *sequence, const 
     return USP_OK;
 }
 
+usp_status usp_layer_create(const usp_mesh *mesh, usp_sequence *sequence, const usp_layer_config *config,
+                            usp_layer **layer) {
+    USP_REQUIRE(mesh, "mesh is NULL");
+    USP_TRY(usp_guard_enter(mesh->world));
+    return usp_guard_leave(mesh->world, create(mesh, sequence, config, layer));
+}
+
 void usp_layer_destroy(usp_layer *layer) {
-    if (!layer) return;
-    usp_device *device = layer->world->device;
+    if (!layer || usp_guard_process(layer->world) != USP_OK) return;
+    usp_world *world = layer->world;
+    usp_device *device = world->device;
     usp_schedule_release(layer->sequence, layer->schedule);
     if (layer->decay) device->ops->free(device, layer->decay);
-    usp_host_free(&layer->world->host, layer->message_memory);
-    usp_host_free(&layer->world->host, layer);
+    usp_sequence_destroy(layer->sequence);
+    usp_host_free(&world->host, layer->message_memory);
+    usp_host_free(&world->host, layer);
+    usp_world_release(world);
 }
 
 /* ---- queries ----------------------------------------------------------------------------------------------------- */
 
 usp_status usp_layer_get_sizes(const usp_layer *layer, usp_sizes *sizes) {
     USP_REQUIRE(layer, "layer is NULL");
+    USP_TRY(usp_guard_process(layer->world));
     return usp_abi_write(&layer->sizes, sizeof layer->sizes, sizes, "usp_sizes");
 }
 
@@ -218,6 +233,7 @@ static void add_flops(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
 
 usp_status usp_layer_get_cost(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
     USP_REQUIRE(layer, "layer is NULL");
+    USP_TRY(usp_guard_process(layer->world));
     USP_REQUIRE(pass == USP_PASS_FORWARD || pass == USP_PASS_BACKWARD, "pass is %d: forward or backward", (int)pass);
     usp_cost known = {0};
     usp_messages ulysses = {0}, ring = {0};
@@ -233,6 +249,7 @@ usp_status usp_layer_get_cost(const usp_layer *layer, usp_pass pass, usp_cost *c
 
 usp_status usp_layer_get_shard(const usp_layer *layer, usp_shard *shard) {
     USP_REQUIRE(layer, "layer is NULL");
+    USP_TRY(usp_guard_process(layer->world));
     usp_head_range heads[USP_OPERANDS];
     for (int i = 0; i < USP_OPERANDS; i++) heads[i] = usp_layer_heads(layer, (usp_operand)i, layer->mesh.u);
     usp_shard known = {.tokens = layer->schedule->query.block[layer->mesh.r].rows,

@@ -1,6 +1,7 @@
 /* mesh.c - makes meshes and answers where a rank stands on each axis. Holds no communicator but those asked for. */
 #include "mesh.h"
 #include "error.h"
+#include "guard.h"
 
 static usp_status check_arguments(const usp_world *world, int ulysses, int ring, usp_mesh **out) {
     int size = world->comm->size;
@@ -21,9 +22,8 @@ static void set_coordinates(usp_mesh *mesh, int rank) {
     mesh->r = mesh->p / mesh->ulysses;
 }
 
-usp_status usp_mesh_create(usp_world *world, int ulysses, int ring, usp_mesh **out) {
+static usp_status create(usp_world *world, int ulysses, int ring, usp_mesh **out) {
     static const usp_field fields[] = {{"ulysses", 0, sizeof(int)}, {"ring", sizeof(int), sizeof(int)}};
-    USP_REQUIRE(world, "world is NULL");
     void *memory = NULL;
     usp_status status = check_arguments(world, ulysses, ring, out);
     if (status == USP_OK) status = usp_host_alloc(&world->host, sizeof(usp_mesh), "mesh", &memory);
@@ -36,18 +36,25 @@ usp_status usp_mesh_create(usp_world *world, int ulysses, int ring, usp_mesh **o
     usp_mesh *mesh = memory;
     *mesh = (usp_mesh){.world = world, .ulysses = ulysses, .ring = ring};
     set_coordinates(mesh, world->comm->rank);
+    usp_world_keep(world);
     *out = mesh;
     return USP_OK;
 }
 
+usp_status usp_mesh_create(usp_world *world, int ulysses, int ring, usp_mesh **out) {
+    USP_REQUIRE(world, "world is NULL");
+    USP_TRY(usp_guard_enter(world));
+    return usp_guard_leave(world, create(world, ulysses, ring, out));
+}
+
 usp_status usp_mesh_axis(const usp_mesh *mesh, usp_axis axis, int *rank, int *size) {
     USP_REQUIRE(mesh, "mesh is NULL");
-    USP_REQUIRE(rank && size, "rank or size is NULL");
+    USP_TRY(usp_guard_process(mesh->world));
     USP_REQUIRE(axis >= USP_AXIS_ULYSSES && axis <= USP_AXIS_DATA, "axis is %d: no such axis", (int)axis);
     const int ranks[] = {mesh->u, mesh->r, mesh->p, mesh->copy};
     const int sizes[] = {mesh->ulysses, mesh->ring, mesh->ranks, mesh->copies};
-    *rank = ranks[axis];
-    *size = sizes[axis];
+    if (rank) *rank = ranks[axis];
+    if (size) *size = sizes[axis];
     return USP_OK;
 }
 
@@ -69,10 +76,9 @@ static usp_status agree_on_axis(usp_mesh *mesh, usp_axis axis, usp_status mine) 
     return usp_world_agree(mesh->world, mine, &(usp_agreement){"axis", 0, record, sizeof record, fields, 4, 0});
 }
 
-usp_status usp_mesh_axis_comm(usp_mesh *mesh, usp_axis axis, struct ncclComm **comm) {
-    int rank = 0, size = 0;
-    USP_REQUIRE(mesh, "mesh is NULL");
-    usp_status mine = comm ? usp_mesh_axis(mesh, axis, &rank, &size) : usp_fail(USP_INVALID, "comm is NULL");
+static usp_status axis_comm(usp_mesh *mesh, usp_axis axis, struct ncclComm **comm) {
+    int rank = 0;
+    usp_status mine = comm ? usp_mesh_axis(mesh, axis, &rank, NULL) : usp_fail(USP_INVALID, "comm is NULL");
     USP_TRY(agree_on_axis(mesh, axis, mine));
     if (!mesh->axis_comm[axis]) {
         usp_comm *all = mesh->world->comm;
@@ -82,10 +88,18 @@ usp_status usp_mesh_axis_comm(usp_mesh *mesh, usp_axis axis, struct ncclComm **c
     return USP_OK;
 }
 
+usp_status usp_mesh_axis_comm(usp_mesh *mesh, usp_axis axis, struct ncclComm **comm) {
+    USP_REQUIRE(mesh, "mesh is NULL");
+    USP_TRY(usp_guard_enter(mesh->world));
+    return usp_guard_leave(mesh->world, axis_comm(mesh, axis, comm));
+}
+
 void usp_mesh_destroy(usp_mesh *mesh) {
-    if (!mesh) return;
-    usp_comm *comm = mesh->world->comm;
+    if (!mesh || usp_guard_process(mesh->world) != USP_OK) return;
+    usp_world *world = mesh->world;
+    usp_comm *comm = world->comm;
     for (int axis = 0; axis < 4; axis++)
         if (mesh->axis_comm[axis]) comm->ops->split_destroy(comm, mesh->axis_comm[axis]);
-    usp_host_free(&mesh->world->host, mesh);
+    usp_host_free(&world->host, mesh);
+    usp_world_release(world);
 }

@@ -4,6 +4,7 @@
 #include "abi.h"
 #include "error.h"
 #include "exchange.h"
+#include "guard.h"
 
 /* ---- buffers ----------------------------------------------------------------------------------------------------- */
 
@@ -164,10 +165,12 @@ static usp_status check_tensor(const usp_layer *layer, const usp_tensor *tensor,
     return USP_OK;
 }
 
-/* fp32 numbers; looked at only where they are wanted. */
-static usp_status check_pointer(const float *pointer, int wanted, const char *name) {
-    USP_REQUIRE(!wanted || pointer, "%s is NULL while the layer's configuration asks for it", name);
-    USP_REQUIRE(!wanted || (uintptr_t)pointer % sizeof *pointer == 0, "%s is not aligned to its elements", name);
+/* fp32 numbers, given where the configuration asks for them and nowhere else; `empty`: there are none. */
+static usp_status check_pointer(const float *pointer, int asked, int empty, const char *name) {
+    USP_REQUIRE(!asked || empty || pointer, "%s is NULL while the layer's configuration asks for it", name);
+    USP_REQUIRE(asked || !pointer, "%s is given while the layer's configuration does not ask for it", name);
+    USP_REQUIRE(!asked || empty || (uintptr_t)pointer % sizeof *pointer == 0, "%s is not aligned to its elements",
+                name);
     return USP_OK;
 }
 
@@ -254,9 +257,9 @@ static usp_status check_forward(const usp_layer *layer, const usp_forward *args,
                              {"usp_forward.out", &args->out, USP_OUT, 1}};
     extents e = extents_of(layer, inner);
     USP_TRY(check_arguments(layer, &e, list, sizeof list / sizeof *list));
-    USP_TRY(check_pointer(args->lse, layer->config.return_lse && e.queries && e.heads[USP_OUT], "usp_forward.lse"));
-    USP_TRY(check_pointer(args->initial_state, layer->config.initial_state, "usp_forward.initial_state"));
-    USP_TRY(check_pointer(args->final_state, layer->config.final_state, "usp_forward.final_state"));
+    USP_TRY(check_pointer(args->lse, layer->config.return_lse, !e.queries || !e.heads[USP_OUT], "usp_forward.lse"));
+    USP_TRY(check_pointer(args->initial_state, layer->config.initial_state, 0, "usp_forward.initial_state"));
+    USP_TRY(check_pointer(args->final_state, layer->config.final_state, 0, "usp_forward.final_state"));
     return check_saved(args->saved, "usp_forward");
 }
 
@@ -268,9 +271,9 @@ static usp_status check_backward(const usp_layer *layer, const usp_backward *arg
         {"usp_backward.dk", &args->dk, USP_KEY, 1},     {"usp_backward.dv", &args->dv, USP_VALUE, 1}};
     extents e = extents_of(layer, inner);
     USP_TRY(check_arguments(layer, &e, list, sizeof list / sizeof *list));
-    USP_TRY(check_pointer(args->dfinal_state, layer->config.final_state, "usp_backward.dfinal_state"));
-    USP_TRY(check_pointer(args->dinitial_state, layer->config.initial_state, "usp_backward.dinitial_state"));
-    USP_TRY(check_pointer(args->initial_state, layer->config.initial_state, "usp_backward.initial_state"));
+    USP_TRY(check_pointer(args->dfinal_state, layer->config.final_state, 0, "usp_backward.dfinal_state"));
+    USP_TRY(check_pointer(args->dinitial_state, layer->config.initial_state, 0, "usp_backward.dinitial_state"));
+    USP_TRY(check_pointer(args->initial_state, layer->config.initial_state, 0, "usp_backward.initial_state"));
     if (!args->saved && layer->sizes.saved)
         return usp_fail(USP_WORKSPACE, "usp_backward.saved is NULL: pass what forward wrote");
     return check_saved(args->saved, "usp_backward");
@@ -440,7 +443,6 @@ static usp_status forward_exchanged(usp_layer *layer, const usp_forward *args, c
 static usp_status run_forward(usp_layer *layer, const usp_forward *given, void *workspace, size_t bytes,
                               usp_stream stream, int inner) {
     usp_forward args;
-    USP_REQUIRE(layer, "layer is NULL");
     USP_TRY(usp_world_poll(layer->world));
     USP_TRY(usp_abi_read(&args, sizeof args, given, "usp_forward"));
     USP_TRY(check_forward(layer, &args, inner));
@@ -456,12 +458,16 @@ static usp_status run_forward(usp_layer *layer, const usp_forward *given, void *
 
 usp_status usp_layer_forward(usp_layer *layer, const usp_forward *args, void *workspace, size_t bytes,
                              usp_stream stream) {
-    return run_forward(layer, args, workspace, bytes, stream, 0);
+    USP_REQUIRE(layer, "layer is NULL");
+    USP_TRY(usp_guard_enter(layer->world));
+    return usp_guard_leave(layer->world, run_forward(layer, args, workspace, bytes, stream, 0));
 }
 
 usp_status usp_layer_inner_forward(usp_layer *layer, const usp_forward *args, void *workspace, size_t bytes,
                                    usp_stream stream) {
-    return run_forward(layer, args, workspace, bytes, stream, 1);
+    USP_REQUIRE(layer, "layer is NULL");
+    USP_TRY(usp_guard_enter(layer->world));
+    return usp_guard_leave(layer->world, run_forward(layer, args, workspace, bytes, stream, 1));
 }
 
 /* ---- backward ---------------------------------------------------------------------------------------------------- */
@@ -581,7 +587,6 @@ static usp_status backward_exchanged(usp_layer *layer, const usp_backward *args,
 static usp_status run_backward(usp_layer *layer, const usp_backward *given, void *workspace, size_t bytes,
                                usp_stream stream, int inner) {
     usp_backward args;
-    USP_REQUIRE(layer, "layer is NULL");
     USP_TRY(usp_world_poll(layer->world));
     USP_TRY(usp_abi_read(&args, sizeof args, given, "usp_backward"));
     USP_TRY(check_backward(layer, &args, inner));
@@ -595,12 +600,16 @@ static usp_status run_backward(usp_layer *layer, const usp_backward *given, void
 
 usp_status usp_layer_backward(usp_layer *layer, const usp_backward *args, void *workspace, size_t bytes,
                               usp_stream stream) {
-    return run_backward(layer, args, workspace, bytes, stream, 0);
+    USP_REQUIRE(layer, "layer is NULL");
+    USP_TRY(usp_guard_enter(layer->world));
+    return usp_guard_leave(layer->world, run_backward(layer, args, workspace, bytes, stream, 0));
 }
 
 usp_status usp_layer_inner_backward(usp_layer *layer, const usp_backward *args, void *workspace, size_t bytes,
                                     usp_stream stream) {
-    return run_backward(layer, args, workspace, bytes, stream, 1);
+    USP_REQUIRE(layer, "layer is NULL");
+    USP_TRY(usp_guard_enter(layer->world));
+    return usp_guard_leave(layer->world, run_backward(layer, args, workspace, bytes, stream, 1));
 }
 
 /* ---- the head exchange alone ------------------------------------------------------------------------------------- */
@@ -623,7 +632,6 @@ static size_t exchange_bytes(const usp_layer *layer) {
 
 static usp_status check_exchange(const usp_layer *layer, usp_operand operand, const usp_tensor *tokens,
                                  const usp_tensor *heads, int to_heads, const void *workspace, size_t bytes) {
-    USP_REQUIRE(layer, "layer is NULL");
     USP_TRY(usp_world_poll(layer->world));
     USP_REQUIRE(operand >= USP_QUERY && operand <= USP_OUT, "operand is %d: no such operand", (int)operand);
     USP_REQUIRE(tokens && heads, "tokens or heads is NULL");
@@ -661,12 +669,19 @@ static usp_status move_to_heads(usp_layer *layer, const usp_transit *transit, co
     return copy_block(layer, transit, heads, 0, stream);
 }
 
-usp_status usp_layer_tokens_to_heads(usp_layer *layer, usp_operand operand, const usp_tensor *tokens,
-                                     const usp_tensor *heads, void *workspace, size_t bytes, usp_stream stream) {
+static usp_status tokens_to_heads(usp_layer *layer, usp_operand operand, const usp_tensor *tokens,
+                                  const usp_tensor *heads, void *workspace, size_t bytes, usp_stream stream) {
     USP_TRY(check_exchange(layer, operand, tokens, heads, 1, workspace, bytes));
     usp_arena arena = {workspace, 0};
     usp_transit transit = carve_out(layer, operand_bundle(layer, operand, 0), &arena);
     return usp_world_conclude(layer->world, move_to_heads(layer, &transit, tokens, heads, stream));
+}
+
+usp_status usp_layer_tokens_to_heads(usp_layer *layer, usp_operand operand, const usp_tensor *tokens,
+                                     const usp_tensor *heads, void *workspace, size_t bytes, usp_stream stream) {
+    USP_REQUIRE(layer, "layer is NULL");
+    USP_TRY(usp_guard_enter(layer->world));
+    return usp_guard_leave(layer->world, tokens_to_heads(layer, operand, tokens, heads, workspace, bytes, stream));
 }
 
 static usp_status move_to_tokens(usp_layer *layer, const usp_transit *transit, const usp_tensor *heads,
@@ -679,12 +694,19 @@ static usp_status move_to_tokens(usp_layer *layer, const usp_transit *transit, c
     return usp_transit_unpack(layer, transit, tokens, layer->config.dtype, stream);
 }
 
-usp_status usp_layer_heads_to_tokens(usp_layer *layer, usp_operand operand, const usp_tensor *heads,
-                                     const usp_tensor *tokens, void *workspace, size_t bytes, usp_stream stream) {
+static usp_status heads_to_tokens(usp_layer *layer, usp_operand operand, const usp_tensor *heads,
+                                  const usp_tensor *tokens, void *workspace, size_t bytes, usp_stream stream) {
     USP_TRY(check_exchange(layer, operand, tokens, heads, 0, workspace, bytes));
     usp_arena arena = {workspace, 0};
     usp_transit transit = carve_out(layer, operand_bundle(layer, operand, 1), &arena);
     return usp_world_conclude(layer->world, move_to_tokens(layer, &transit, heads, tokens, stream));
+}
+
+usp_status usp_layer_heads_to_tokens(usp_layer *layer, usp_operand operand, const usp_tensor *heads,
+                                     const usp_tensor *tokens, void *workspace, size_t bytes, usp_stream stream) {
+    USP_REQUIRE(layer, "layer is NULL");
+    USP_TRY(usp_guard_enter(layer->world));
+    return usp_guard_leave(layer->world, heads_to_tokens(layer, operand, heads, tokens, workspace, bytes, stream));
 }
 
 /* ---- sizes and cost ---------------------------------------------------------------------------------------------- */

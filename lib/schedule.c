@@ -487,7 +487,7 @@ static usp_status build(usp_sequence *sequence, usp_schedule *schedule) {
     plan_work(sequence, schedule);
     USP_TRY(allocate_device(sequence, schedule));
     USP_TRY(upload(sequence, schedule, NULL));
-    return usp_world_synchronize(sequence->world, NULL); /* any stream of the caller may read it from now on */
+    return usp_world_wait(sequence->world, NULL); /* any stream of the caller may read it from now on */
 }
 
 /* ---- the sequence's schedules ------------------------------------------------------------------------------------ */

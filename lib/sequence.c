@@ -3,7 +3,9 @@
 #include "sequence.h"
 #include "abi.h"
 #include "error.h"
+#include "guard.h"
 #include "schedule.h"
+#include "size.h"
 #include <stdlib.h>
 #include <string.h>
 
@@ -330,12 +332,17 @@ static usp_status build(usp_sequence *sequence, const usp_sequence_config *confi
     return USP_OK;
 }
 
-usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *given, usp_sequence **out) {
+static usp_status read_config(const usp_sequence_config *given, usp_sequence_config *config) {
+    USP_TRY(usp_abi_read(config, sizeof *config, given, "usp_sequence_config"));
+    USP_REQUIRE(config->tokens != 0, "usp_sequence_config.tokens is not set: give their number, or USP_NO_TOKENS");
+    if (config->tokens == USP_NO_TOKENS) config->tokens = 0;
+    return check_config(config);
+}
+
+static usp_status create(const usp_mesh *mesh, const usp_sequence_config *given, usp_sequence **out) {
     usp_sequence_config config = {0};
     void *memory = NULL;
-    USP_REQUIRE(mesh, "mesh is NULL");
-    usp_status status = usp_abi_read(&config, sizeof config, given, "usp_sequence_config");
-    if (status == USP_OK) status = check_config(&config);
+    usp_status status = read_config(given, &config);
     if (status == USP_OK && !out) status = usp_fail(USP_INVALID, "sequence is NULL");
     if (status == USP_OK) status = usp_host_alloc(&mesh->world->host, sizeof(usp_sequence), "sequence", &memory);
     status = agree_on_config(mesh, status, &config);
@@ -345,6 +352,8 @@ usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *
     }
     usp_sequence *sequence = memory;
     *sequence = (usp_sequence){.world = mesh->world, .ranks = mesh->ranks, .rank = mesh->p, .copy = mesh->copy};
+    atomic_store(&sequence->uses, 1);
+    usp_world_keep(mesh->world);
     status = build(sequence, &config);
     if (status != USP_OK) {
         usp_sequence_destroy(sequence);
@@ -353,6 +362,12 @@ usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *
     sequence->number = ++mesh->world->sequence_count;
     *out = sequence;
     return USP_OK;
+}
+
+usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *config, usp_sequence **sequence) {
+    USP_REQUIRE(mesh, "mesh is NULL");
+    USP_TRY(usp_guard_enter(mesh->world));
+    return usp_guard_leave(mesh->world, create(mesh, config, sequence));
 }
 
 /* A captured upload would read the plan again whenever the graph runs. */
@@ -370,8 +385,7 @@ static void tell_plan(const usp_sequence *sequence) {
     comm->ops->note_plan(comm, sequence->ranks, hash);
 }
 
-usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const int64_t *ends, usp_stream stream) {
-    USP_REQUIRE(sequence, "sequence is NULL");
+static usp_status replan(usp_sequence *sequence, int64_t documents, const int64_t *ends, usp_stream stream) {
     USP_REQUIRE(sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
                 "only the per-document layout can be given other documents");
     USP_REQUIRE(documents >= 1 && documents <= sequence->max_documents, "documents is %lld: must be in 1 .. %lld",
@@ -379,13 +393,19 @@ usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const 
     USP_TRY(check_documents(documents, ends, sequence->max_tokens));
     usp_device *device = sequence->world->device;
     USP_TRY(check_capture(device, stream));
-    USP_TRY(usp_world_synchronize(sequence->world, sequence->uploads)); /* what is planned anew may still be read */
+    USP_TRY(usp_world_wait(sequence->world, sequence->uploads)); /* what is planned anew may still be read */
     set_documents(sequence, documents, ends);
     fill(&sequence->query, sequence);
     sequence->key = sequence->query;
     USP_TRY(usp_world_conclude(sequence->world, usp_schedule_replan(sequence, stream)));
     tell_plan(sequence);
     return USP_OK;
+}
+
+usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const int64_t *ends, usp_stream stream) {
+    USP_REQUIRE(sequence, "sequence is NULL");
+    USP_TRY(usp_guard_enter(sequence->world));
+    return usp_guard_leave(sequence->world, replan(sequence, documents, ends, stream));
 }
 
 static uint64_t hash_segments(uint64_t seed, const usp_sharding *sharding) {
@@ -400,16 +420,22 @@ uint64_t usp_sequence_identity(const usp_sequence *sequence) {
     return hash_segments(hash_segments(hash, &sequence->query), &sequence->key);
 }
 
+void usp_sequence_keep(usp_sequence *sequence) {
+    atomic_fetch_add(&sequence->uses, 1);
+}
+
 void usp_sequence_destroy(usp_sequence *sequence) {
-    if (!sequence) return;
-    const usp_host *host = &sequence->world->host;
-    usp_device *device = sequence->world->device;
+    if (!sequence || usp_guard_process(sequence->world) != USP_OK || atomic_fetch_sub(&sequence->uses, 1) > 1) return;
+    usp_world *world = sequence->world;
+    const usp_host *host = &world->host;
+    usp_device *device = world->device;
     usp_schedule_destroy_all(sequence);
     if (sequence->uploads) device->ops->stream_destroy(device, sequence->uploads);
     if (sequence->cross) free_sharding(host, &sequence->key);
     free_sharding(host, &sequence->query);
     usp_host_free(host, sequence->document_ends);
     usp_host_free(host, sequence);
+    usp_world_release(world);
 }
 
 /* ---- helpers ----------------------------------------------------------------------------------------------------- */
@@ -417,6 +443,7 @@ void usp_sequence_destroy(usp_sequence *sequence) {
 usp_status usp_sequence_segments(const usp_sequence *sequence, int rank, int64_t capacity, usp_segment *segments,
                                  int64_t *count) {
     USP_REQUIRE(sequence, "sequence is NULL");
+    USP_TRY(usp_guard_process(sequence->world));
     USP_REQUIRE(rank >= 0 && rank < sequence->ranks, "rank is %d: must be in 0 .. %d", rank, sequence->ranks - 1);
     USP_REQUIRE(count, "count is NULL");
     USP_REQUIRE(capacity >= 0 && (capacity == 0 || segments), "segments is NULL or capacity is negative");
@@ -432,6 +459,14 @@ int64_t usp_sequence_local_tokens(const usp_sequence *sequence, int rank) {
 
 int64_t usp_sequence_local_key_tokens(const usp_sequence *sequence, int rank) {
     return sequence && rank >= 0 && rank < sequence->ranks ? sequence->key.local[rank] : -1;
+}
+
+int64_t usp_sequence_own_tokens(const usp_sequence *sequence) {
+    return sequence ? sequence->query.local[sequence->rank] : -1;
+}
+
+int64_t usp_sequence_own_key_tokens(const usp_sequence *sequence) {
+    return sequence ? sequence->key.local[sequence->rank] : -1;
 }
 
 int64_t usp_sequence_to_global(const usp_sequence *sequence, int rank, int64_t local) {
@@ -460,6 +495,7 @@ static int64_t find_token(const usp_sharding *sharding, int rank, int64_t global
 
 usp_status usp_sequence_to_local(const usp_sequence *sequence, int64_t global, int *rank, int64_t *local) {
     USP_REQUIRE(sequence, "sequence is NULL");
+    USP_TRY(usp_guard_process(sequence->world));
     USP_REQUIRE(rank && local, "rank or local is NULL");
     USP_REQUIRE(global >= 0 && global < sequence->query.tokens, "global is %lld: must be in 0 .. %lld",
                 (long long)global, (long long)sequence->query.tokens - 1);
@@ -505,6 +541,7 @@ static int64_t next_token(cursor *at) {
 
 usp_status usp_sequence_positions(const usp_sequence *sequence, int32_t *positions) {
     USP_REQUIRE(sequence, "sequence is NULL");
+    USP_TRY(usp_guard_process(sequence->world));
     int64_t count = sequence->query.local[sequence->rank];
     USP_REQUIRE(positions || count == 0, "positions is NULL");
     cursor at = first_token(sequence);
@@ -517,6 +554,7 @@ usp_status usp_sequence_positions(const usp_sequence *sequence, int32_t *positio
 
 usp_status usp_sequence_labels(const usp_sequence *sequence, const int32_t *tokens, int32_t ignore, int32_t *labels) {
     USP_REQUIRE(sequence, "sequence is NULL");
+    USP_TRY(usp_guard_process(sequence->world));
     int64_t count = sequence->query.local[sequence->rank];
     USP_REQUIRE((tokens && labels) || count == 0, "tokens or labels is NULL");
     cursor at = first_token(sequence);
@@ -539,26 +577,29 @@ static void copy_tokens(const usp_sharding *sharding, int rank, int64_t batch, s
             }
 }
 
-usp_status usp_sequence_scatter(const usp_sequence *sequence, int64_t batch, size_t token_bytes, const void *whole,
-                                void *local) {
-    USP_REQUIRE(sequence, "sequence is NULL");
-    USP_REQUIRE(batch >= 0, "batch is %lld: must not be negative", (long long)batch);
-    int empty = sequence->query.local[sequence->rank] == 0 || batch == 0 || token_bytes == 0;
-    USP_REQUIRE(empty || (whole && local), "whole or local is NULL");
-    if (!empty) copy_tokens(&sequence->query, sequence->rank, batch, token_bytes, (char *)(uintptr_t)whole, local, 1);
-    return USP_OK;
-}
-
-/* Bytes of the largest local part of this data copy; every whole tensor must be countable. */
+/* Bytes of the largest local part of this data copy; as many of them as there are ranks must be countable. */
 static usp_status size_parts(const usp_sequence *sequence, int64_t batch, size_t token_bytes, int64_t *bytes) {
     int64_t most = 0;
     for (int rank = 0; rank < sequence->ranks; rank++)
         if (sequence->query.local[rank] > most) most = sequence->query.local[rank];
     USP_REQUIRE(batch >= 0, "batch is %lld: must not be negative", (long long)batch);
-    double total = (double)most * (double)batch * (double)token_bytes * sequence->world->comm->size;
-    USP_REQUIRE(total < (double)INT64_MAX / 2, "batch is %lld: no memory holds so many tokens of %zu bytes",
-                (long long)batch, token_bytes);
-    *bytes = most * batch * (int64_t)token_bytes;
+    USP_REQUIRE(token_bytes <= INT64_MAX, "token_bytes is %zu: more than can be counted", token_bytes);
+    int64_t each = (int64_t)token_bytes, size = sequence->world->comm->size;
+    USP_REQUIRE(usp_size(4, (int64_t[]){most, batch, each, size}) >= 0,
+                "batch is %lld: no memory holds so many tokens of %zu bytes", (long long)batch, token_bytes);
+    *bytes = most * batch * each;
+    return USP_OK;
+}
+
+usp_status usp_sequence_scatter(const usp_sequence *sequence, int64_t batch, size_t token_bytes, const void *whole,
+                                void *local) {
+    int64_t bytes = 0;
+    USP_REQUIRE(sequence, "sequence is NULL");
+    USP_TRY(usp_guard_process(sequence->world));
+    USP_TRY(size_parts(sequence, batch, token_bytes, &bytes));
+    int empty = sequence->query.local[sequence->rank] == 0 || bytes == 0;
+    USP_REQUIRE(empty || (whole && local), "whole or local is NULL");
+    if (!empty) copy_tokens(&sequence->query, sequence->rank, batch, token_bytes, (char *)(uintptr_t)whole, local, 1);
     return USP_OK;
 }
 
@@ -585,9 +626,8 @@ static usp_status gather_parts(const usp_sequence *sequence, size_t own, const v
     return status;
 }
 
-usp_status usp_sequence_gather(const usp_sequence *sequence, int64_t batch, size_t token_bytes, const void *local,
-                               void *whole) {
-    USP_REQUIRE(sequence, "sequence is NULL");
+static usp_status gather(const usp_sequence *sequence, int64_t batch, size_t token_bytes, const void *local,
+                         void *whole) {
     const usp_host *host = &sequence->world->host;
     int64_t bytes = 0, piece = 0;
     void *all = NULL;
@@ -603,4 +643,11 @@ usp_status usp_sequence_gather(const usp_sequence *sequence, int64_t batch, size
                     (char *)all + piece * (sequence->copy * sequence->ranks + rank), 0);
     usp_host_free(host, all);
     return status;
+}
+
+usp_status usp_sequence_gather(const usp_sequence *sequence, int64_t batch, size_t token_bytes, const void *local,
+                               void *whole) {
+    USP_REQUIRE(sequence, "sequence is NULL");
+    USP_TRY(usp_guard_enter(sequence->world));
+    return usp_guard_leave(sequence->world, gather(sequence, batch, token_bytes, local, whole));
 }

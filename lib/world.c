@@ -5,11 +5,13 @@
 #include "abi.h"
 #include "environment.h"
 #include "error.h"
+#include "guard.h"
 #include "node.h"
 #include "thread.h"
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { DEFAULT_TIMEOUT_MS = 600000, LEAST_SILENCE_MS = 2000, MOST_SILENCE_MS = 10000, WATCHDOG_PERIOD_MS = 20 };
 
@@ -143,6 +145,8 @@ static usp_status begin_world(const usp_world_config *config, usp_world **out) {
     USP_TRY(usp_host_alloc(&host, sizeof(usp_world), "world", &memory));
     usp_world *world = memory;
     world->host = host;
+    world->process = getpid();
+    atomic_store(&world->uses, 1);
     world->timeout_ms = limit_of(config);
     world->silence_ms = silence_of(config);
     usp_status status = create_device(&world->host, config->device, &world->device);
@@ -331,6 +335,7 @@ usp_status usp_world_create_env(const usp_world_config *given, usp_world **out) 
 
 usp_status usp_world_get_info(const usp_world *world, usp_world_info *info) {
     USP_REQUIRE(world, "world is NULL");
+    USP_TRY(usp_guard_process(world));
     usp_world_info known = {.rank = world->comm->rank,
                             .size = world->comm->size,
                             .device = world->device->ops->kind,
@@ -362,11 +367,11 @@ usp_status usp_world_conclude(usp_world *world, usp_status status) {
 
 usp_status usp_world_poll(usp_world *world) {
     USP_REQUIRE(world, "world is NULL");
+    USP_TRY(usp_guard_process(world));
     return world->comm->ops->poll(world->comm);
 }
 
-usp_status usp_world_synchronize(usp_world *world, usp_stream stream) {
-    USP_REQUIRE(world, "world is NULL");
+usp_status usp_world_wait(usp_world *world, usp_stream stream) {
     int64_t begin = usp_now_ms();
     struct timespec pause = {.tv_nsec = 20000};
     for (;;) {
@@ -381,12 +386,26 @@ usp_status usp_world_synchronize(usp_world *world, usp_stream stream) {
     }
 }
 
+usp_status usp_world_synchronize(usp_world *world, usp_stream stream) {
+    USP_REQUIRE(world, "world is NULL");
+    USP_TRY(usp_guard_enter(world));
+    return usp_guard_leave(world, usp_world_wait(world, stream));
+}
+
 void usp_world_abort(usp_world *world) {
-    if (world) world->comm->ops->abort(world->comm);
+    if (world && usp_guard_process(world) == USP_OK) world->comm->ops->abort(world->comm);
+}
+
+void usp_world_keep(usp_world *world) {
+    atomic_fetch_add(&world->uses, 1);
 }
 
 void usp_world_destroy(usp_world *world) {
-    if (!world) return;
+    if (world && usp_guard_process(world) == USP_OK) usp_world_release(world);
+}
+
+void usp_world_release(usp_world *world) {
+    if (atomic_fetch_sub(&world->uses, 1) > 1) return;
     if (world->watching) {
         atomic_store(&world->stop, 1);
         pthread_join(world->watchdog, NULL);
@@ -412,16 +431,18 @@ void usp_world_destroy(usp_world *world) {
 usp_status usp_world_alloc(usp_world *world, size_t bytes, void **memory) {
     USP_REQUIRE(world, "world is NULL");
     USP_REQUIRE(memory, "memory is NULL");
+    USP_TRY(usp_guard_process(world));
     return world->device->ops->alloc(world->device, bytes, memory);
 }
 
 void usp_world_free(usp_world *world, void *memory) {
-    if (world && memory) world->device->ops->free(world->device, memory);
+    if (world && memory && usp_guard_process(world) == USP_OK) world->device->ops->free(world->device, memory);
 }
 
 usp_status usp_world_copy(usp_world *world, void *to, const void *from, size_t bytes, usp_stream stream) {
     USP_REQUIRE(world, "world is NULL");
     USP_REQUIRE(bytes == 0 || (to && from), "to or from is NULL");
+    USP_TRY(usp_guard_process(world));
     return world->device->ops->copy(world->device, to, from, bytes, stream);
 }
 
@@ -433,9 +454,8 @@ static void *keep_piece(usp_world *world, usp_piece *piece, void *memory) {
     return memory;
 }
 
-usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory) {
+static usp_status alloc_shared(usp_world *world, size_t bytes, void **memory) {
     static const usp_field fields[] = {{"bytes", 0, sizeof(uint64_t)}};
-    USP_REQUIRE(world, "world is NULL");
     usp_comm *comm = world->comm;
     void *entry = NULL, *taken = NULL;
     uint64_t record = bytes;
@@ -453,6 +473,12 @@ usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory)
     return USP_OK;
 }
 
+usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory) {
+    USP_REQUIRE(world, "world is NULL");
+    USP_TRY(usp_guard_enter(world));
+    return usp_guard_leave(world, alloc_shared(world, bytes, memory));
+}
+
 /* All ranks give the same piece back, or none does. */
 static usp_status agree_to_free(usp_world *world, const usp_piece *piece) {
     static const usp_field fields[] = {{"piece", 0, sizeof(uint64_t)}};
@@ -462,8 +488,7 @@ static usp_status agree_to_free(usp_world *world, const usp_piece *piece) {
 }
 
 /* In a world that has failed each rank gives its own back. */
-usp_status usp_world_free_shared(usp_world *world, void *memory) {
-    USP_REQUIRE(world, "world is NULL");
+static usp_status free_shared(usp_world *world, void *memory) {
     usp_comm *comm = world->comm;
     usp_piece **link = &world->pieces;
     while (*link && (*link)->memory != memory) link = &(*link)->next;
@@ -474,6 +499,12 @@ usp_status usp_world_free_shared(usp_world *world, void *memory) {
     usp_host_free(&world->host, piece);
     usp_status freed = comm->ops->free_shared(comm, memory);
     return status != USP_OK ? status : freed;
+}
+
+usp_status usp_world_free_shared(usp_world *world, void *memory) {
+    USP_REQUIRE(world, "world is NULL");
+    USP_TRY(usp_guard_enter(world));
+    return usp_guard_leave(world, free_shared(world, memory));
 }
 
 /* ---- devices ----------------------------------------------------------------------------------------------------- */

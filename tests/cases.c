@@ -29,6 +29,7 @@ usp_case usp_case_complete(usp_case c) {
     set_default(&c.ring, 1);
     set_default(&c.copies, 1);
     if (c.attention == 0) c.attention = USP_SOFTMAX;
+    if (c.mask == 0) c.mask = USP_MASK_FULL;
     set_default(&c.batch, 1);
     set_default(&c.heads, 4);
     set_default(&c.kv_heads, c.heads);
@@ -111,7 +112,7 @@ static int64_t document_ends(int64_t tokens, int64_t *end) {
 
 static void configure_sequence(const usp_case *c, int p, int n, usp_case_configs *configs) {
     usp_sequence_config *s = &configs->sequence;
-    *s = (usp_sequence_config){.struct_size = sizeof *s, .layout = c->layout, .tokens = c->tokens};
+    *s = (usp_sequence_config){.struct_size = sizeof *s, .layout = c->layout, .tokens = usp_named_tokens(c->tokens)};
     s->key_tokens = c->key_tokens;
     if (c->layout == USP_LAYOUT_CUSTOM) {
         s->segments = custom_segments(c->tokens, p, n, configs->segment);
@@ -122,7 +123,7 @@ static void configure_sequence(const usp_case *c, int p, int n, usp_case_configs
         s->document_ends = configs->document_ends;
     }
     configs->keys = *s;
-    configs->keys.tokens = usp_case_keys(c);
+    configs->keys.tokens = usp_named_tokens(usp_case_keys(c));
     configs->keys.key_tokens = 0;
 }
 

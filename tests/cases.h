@@ -61,6 +61,11 @@ typedef struct usp_table {
 extern const usp_table usp_softmax_table, usp_linear_table, usp_half_table, usp_large_table;
 extern const usp_table usp_wide_table; /* heads as wide as models have them: for GPUs */
 
+/* As a configuration asks for them: none by their name. */
+static inline int64_t usp_named_tokens(int64_t tokens) {
+    return tokens ? tokens : USP_NO_TOKENS;
+}
+
 /* Every (ulysses, ring) of the sizes that are tested. */
 typedef struct usp_split {
     int ulysses, ring;

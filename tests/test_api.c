@@ -116,7 +116,8 @@ static const wrong softmax_fields[] = {
     {"attention", offsetof(usp_layer_config, attention), INT, 0, USP_INVALID, NULL},
     {"attention", offsetof(usp_layer_config, attention), INT, 3, USP_INVALID, NULL},
     {"attention", offsetof(usp_layer_config, attention), INT, -1, USP_INVALID, NULL},
-    {"mask", offsetof(usp_layer_config, mask), INT, 2, USP_INVALID, NULL},
+    {"mask", offsetof(usp_layer_config, mask), INT, 0, USP_INVALID, NULL}, /* forgotten */
+    {"mask", offsetof(usp_layer_config, mask), INT, 3, USP_INVALID, NULL},
     {"mask", offsetof(usp_layer_config, mask), INT, -1, USP_INVALID, NULL},
     {"dtype", offsetof(usp_layer_config, dtype), INT, 3, USP_INVALID, NULL},
     {"dtype", offsetof(usp_layer_config, dtype), INT, -1, USP_INVALID, NULL},
@@ -175,7 +176,8 @@ static const wrong sequence_fields[] = {
     {"layout", offsetof(usp_sequence_config, layout), INT, 5, USP_INVALID, NULL},
     {"layout", offsetof(usp_sequence_config, layout), INT, -1, USP_INVALID, NULL},
     {"max_documents", offsetof(usp_sequence_config, max_documents), INT, -1, USP_INVALID, NULL},
-    {"tokens", offsetof(usp_sequence_config, tokens), INT64, -1, USP_INVALID, NULL},
+    {"tokens", offsetof(usp_sequence_config, tokens), INT64, 0, USP_INVALID, NULL}, /* forgotten */
+    {"tokens", offsetof(usp_sequence_config, tokens), INT64, -2, USP_INVALID, NULL},
     {"tokens", offsetof(usp_sequence_config, tokens), INT64, 2147483648.0, USP_INVALID, NULL},
     {"tokens", offsetof(usp_sequence_config, tokens), INT64, 1e18, USP_INVALID, NULL},
     {"key_tokens", offsetof(usp_sequence_config, key_tokens), INT64, -7, USP_INVALID, NULL},
@@ -770,6 +772,12 @@ static void expect_refusal(usp_rank *rank, usp_status expected, const char *name
         usp_say(rank, "run with a wrong %s: %s, \"%s\"", name, usp_status_string(status), usp_last_error());
 }
 
+static void give_pointer(void *arguments, size_t offset) {
+    static float nobody_asked;
+    float *pointer = &nobody_asked;
+    memcpy((char *)arguments + offset, &pointer, sizeof pointer);
+}
+
 static void remove_pointer(void *fields, size_t offset) {
     memset((char *)fields + offset, 0, sizeof(void *));
 }
@@ -847,7 +855,7 @@ static void try_backward_pointer(usp_stage *s, const char *name, size_t offset, 
     expect_refusal(s->rank, USP_INVALID, name, backward_with(s, &b, s->workspace.device, s->sizes.backward_workspace));
 }
 
-/* lse and states that the layer was made with must be there, on the boundaries of their elements. */
+/* lse and states that the layer was made with must be there, on the boundaries of their elements; others must not. */
 static void try_options(usp_stage *s) {
     const struct {
         const char *name;
@@ -862,8 +870,9 @@ static void try_options(usp_stage *s) {
     void (*const spoils[])(void *, size_t) = {remove_pointer, make_odd};
     for (int i = 0; i < 3; i++)
         for (int how = 0; how < 2; how++) {
-            if (forward[i].wanted) try_forward_pointer(s, forward[i].name, forward[i].offset, spoils[how]);
-            if (backward[i].wanted) try_backward_pointer(s, backward[i].name, backward[i].offset, spoils[how]);
+            try_forward_pointer(s, forward[i].name, forward[i].offset, forward[i].wanted ? spoils[how] : give_pointer);
+            try_backward_pointer(s, backward[i].name, backward[i].offset,
+                                 backward[i].wanted ? spoils[how] : give_pointer);
         }
 }
 
@@ -1168,7 +1177,8 @@ static int nulls(usp_rank *rank, void *argument) {
                                   usp_world_create_env(NULL, NULL)};
     for (int i = 0; i < (int)(sizeof results / sizeof results[0]); i++)
         if (results[i] != USP_INVALID) usp_say(rank, "call %d with NULL: %s", i, usp_status_string(results[i]));
-    if (usp_sequence_local_tokens(NULL, 0) != -1 || usp_sequence_to_global(NULL, 0, 0) != -1 ||
+    if (usp_sequence_own_tokens(NULL) != -1 || usp_sequence_own_key_tokens(NULL) != -1 ||
+        usp_sequence_local_tokens(NULL, 0) != -1 || usp_sequence_to_global(NULL, 0, 0) != -1 ||
         usp_layer_describe(NULL, NULL, 0) != 0)
         usp_say(rank, "a query of NULL answers");
     usp_layer_destroy(NULL);
@@ -1199,7 +1209,6 @@ static int wrong_helpers(usp_rank *rank, void *argument) {
     if (open_bench(rank, 1, &b)) return 1;
     const usp_status results[] = {usp_mesh_axis(b.mesh, (usp_axis)4, &axis, &size),
                                   usp_mesh_axis(b.mesh, (usp_axis)-1, &axis, &size),
-                                  usp_mesh_axis(b.mesh, USP_AXIS_DATA, NULL, &size),
                                   usp_sequence_segments(b.sequence, rank->size, 1, &segment, &count),
                                   usp_sequence_segments(b.sequence, -1, 1, &segment, &count),
                                   usp_sequence_segments(b.sequence, 0, 1, NULL, &count),
@@ -1212,6 +1221,9 @@ static int wrong_helpers(usp_rank *rank, void *argument) {
                                   usp_sequence_labels(b.sequence, NULL, 0, NULL),
                                   usp_sequence_scatter(b.sequence, 1, 4, NULL, NULL),
                                   usp_sequence_scatter(b.sequence, -1, 4, &count, &count),
+                                  usp_sequence_scatter(b.sequence, INT64_MAX, 4, &count, &count),
+                                  usp_sequence_scatter(b.sequence, INT64_MAX / TOKENS, SIZE_MAX / 2, &count, &count),
+                                  usp_sequence_scatter(b.sequence, 1, SIZE_MAX, &count, &count),
                                   usp_sequence_gather(b.sequence, 1, 4, NULL, NULL),
                                   usp_sequence_gather(b.sequence, -1, 4, &count, &count),
                                   usp_sequence_gather(b.sequence, INT64_MAX, 1, &count, &count),

@@ -103,6 +103,7 @@ static void try_scales(usp_stage *s) {
         usp_layer *layer = NULL;
         usp_layer_config config = {.struct_size = sizeof config,
                                    .attention = s->c.attention,
+                                   .mask = USP_MASK_CAUSAL,
                                    .batch = 1,
                                    .heads = 2,
                                    .head_dim = 8,

@@ -401,7 +401,7 @@ static int compare_with_fresh(usp_rank *rank, usp_stage *stage, const documents 
     usp_sequence *fresh = NULL;
     usp_sequence_config config = {.struct_size = sizeof config,
                                   .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
-                                  .tokens = d->ends[d->count - 1],
+                                  .tokens = usp_named_tokens(d->ends[d->count - 1]),
                                   .documents = d->count,
                                   .document_ends = d->ends};
     if (usp_sequence_create(stage->mesh, &config, &fresh) != USP_OK) return usp_say(rank, "%s", usp_last_error());
