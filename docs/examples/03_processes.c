@@ -34,7 +34,7 @@ static void create(program *p, int ulysses) {
     must(usp_mesh_axis(p->mesh, USP_AXIS_SEQUENCE, &rank, &size));
     must(usp_sequence_create(p->mesh, &tokens, &p->sequence));
     must(usp_layer_create(p->mesh, p->sequence, &causal, &p->layer));
-    p->local = usp_sequence_local_tokens(p->sequence, rank);
+    p->local = usp_sequence_own_tokens(p->sequence);
     p->bytes = (size_t)p->local * TOKEN_BYTES;
 }
 

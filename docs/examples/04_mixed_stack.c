@@ -94,7 +94,7 @@ static void *run(void *argument) {
     rank_state *me = argument;
     create(me);
     describe(me);
-    int64_t local = usp_sequence_local_tokens(me->sequence, me->rank);
+    int64_t local = usp_sequence_own_tokens(me->sequence);
     size_t bytes = (size_t)local * HEADS * DIM * sizeof(float);
     float *x = must_allocate(bytes), *out = must_allocate(bytes), *whole = must_allocate(COUNT * sizeof(float));
     must(usp_sequence_scatter(me->sequence, 1, HEADS * DIM * sizeof(float), me->input, x));

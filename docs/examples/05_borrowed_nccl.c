@@ -63,7 +63,7 @@ static void create(rank_state *me) {
     must(usp_layer_get_sizes(me->layer, &sizes));
     me->workspace_bytes = sizes.forward_workspace;
     must_cuda(cudaMalloc(&me->workspace, me->workspace_bytes + 1));
-    me->local = usp_sequence_local_tokens(me->sequence, me->rank);
+    me->local = usp_sequence_own_tokens(me->sequence);
     me->bytes = (size_t)me->local * TOKEN_BYTES;
 }
 

@@ -257,7 +257,7 @@ static void create(rank_state *me) {
     must(usp_mesh_create(me->world, ulysses, me->ranks / ulysses, &me->mesh));
     must(usp_sequence_create(me->mesh, &tokens, &me->sequence));
     must(usp_layer_create(me->mesh, me->sequence, &causal, &me->layer));
-    me->local = (size_t)usp_sequence_local_tokens(me->sequence, me->rank);
+    me->local = (size_t)usp_sequence_own_tokens(me->sequence);
 }
 
 static void destroy(rank_state *me) {

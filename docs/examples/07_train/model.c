@@ -153,9 +153,7 @@ usp_status model_create(usp_world *world, const model_config *config, model *m) 
     *m = (model){.config = *config, .layout = model_layout_of(config)};
     usp_status status = create_objects(world, m);
     if (status != USP_OK) return status;
-    int rank, size;
-    usp_mesh_axis(m->mesh, USP_AXIS_SEQUENCE, &rank, &size);
-    m->local_tokens = (size_t)usp_sequence_local_tokens(m->sequence, rank);
+    m->local_tokens = (size_t)usp_sequence_own_tokens(m->sequence);
     m->rows = m->local_tokens * (size_t)config->batch;
     int32_t *positions = calloc(m->local_tokens + 1, sizeof *positions);
     if (!positions || !allocate_activations(m) || !allocate_saved(m))
