@@ -213,15 +213,26 @@ static void hear(usp_reception *reception, usp_caller *caller) {
         dismiss(caller);
 }
 
-/* Gives up the oldest caller; whether there was one. */
+static int count_missing(const usp_reception *reception) {
+    int missing = 0;
+    for (int i = reception->first; i < reception->door->size; i++) missing += reception->connections[i] < 0;
+    return missing;
+}
+
+/* Gives up the oldest caller, where the callers hold descriptors enough for all who are missing; whether that is so.
+ * Where they do not, ranks would take each other's place until the time is over. */
 static int make_room(usp_reception *reception) {
+    usp_caller *oldest = NULL;
+    int callers = 0;
     for (unsigned i = 0; i < USP_CALLERS; i++) {
-        usp_caller *oldest = &reception->callers[(reception->next + i) % USP_CALLERS];
-        if (oldest->descriptor < 0) continue;
-        dismiss(oldest);
-        return 1;
+        usp_caller *caller = &reception->callers[(reception->next + i) % USP_CALLERS];
+        if (caller->descriptor < 0) continue;
+        if (!oldest) oldest = caller;
+        callers++;
     }
-    return 0;
+    if (!oldest || callers < count_missing(reception)) return 0;
+    dismiss(oldest);
+    return 1;
 }
 
 /* All who have called, as many as there are places. */
@@ -253,12 +264,6 @@ static void receive_calls(usp_reception *reception) {
     for (nfds_t i = 1; i < count; i++)
         if (polls[i].revents) hear(reception, caller[i]);
     if (polls[0].revents) take_calls(reception);
-}
-
-static int count_missing(const usp_reception *reception) {
-    int missing = 0;
-    for (int i = reception->first; i < reception->door->size; i++) missing += reception->connections[i] < 0;
-    return missing;
 }
 
 static usp_status name_missing(const usp_reception *reception) {

@@ -247,9 +247,12 @@ int usp_tcp_dial(const usp_ip *ip, int port, int64_t deadline, int *connection) 
     return reason;
 }
 
+/* Without a descriptor accept4() does not look whether anybody calls. */
 int usp_tcp_take(int listener) {
-    int connection = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    int connection = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK), reason = errno;
     if (connection >= 0) send_at_once(connection);
+    if (connection < 0 && usp_tcp_exhausted(reason) && !is_ready(listener, POLLIN, 0)) reason = EAGAIN;
+    errno = reason;
     return connection;
 }
 

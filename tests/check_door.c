@@ -352,6 +352,55 @@ static int usp_check_exhausted(void) {
     return wrong + usp_check(NULL, usp_now_ms() - begin < 1000, "found out late");
 }
 
+/* Ranks 1 to 3, who have called already, say who they are. */
+typedef struct usp_three {
+    int port, connections[3];
+} usp_three;
+
+static void *usp_introduce(void *argument) {
+    const usp_three *three = argument;
+    for (int i = 0; i < 3; i++) {
+        usp_spoken spoken;
+        usp_words words = usp_words_of(i + 1, 0, 4, three->port);
+        usp_try(three->connections[i], &usp_job, &words, &spoken);
+    }
+    return NULL;
+}
+
+/* This host has room for so many ranks of the three that are missing. */
+static int usp_check_room(int room, usp_status wanted) {
+    usp_world_config defaults = {.struct_size = sizeof defaults};
+    usp_host host = usp_host_from_config(&defaults);
+    usp_door door = {usp_job, 0, 4};
+    usp_three three;
+    int listener, connections[4] = {-1, -1, -1, -1}, last = 0;
+    usp_reception *reception;
+    pthread_t thread;
+    if (usp_reception_create(&host, &reception) != USP_OK) return 1;
+    if (usp_tcp_listen(&usp_loopback, 0, &listener, &three.port) != USP_OK) return 1;
+    for (int i = 0; i < 3; i++) three.connections[i] = usp_dial(three.port);
+    setrlimit(RLIMIT_NOFILE, &(struct rlimit){100, 100});
+    for (int next = 0; next >= 0; next = dup(0)) last = next;
+    for (int i = 0; i < room; i++) close(last - i);
+    if (pthread_create(&thread, NULL, usp_introduce, &three) != 0) return 1;
+    int64_t begin = usp_now_ms();
+    usp_status status = usp_door_accept(&door, reception, listener, 1, usp_tcp_deadline(3000), connections);
+    int wrong = usp_check(NULL, status == wanted, "room for %d: %s", room, usp_last_error());
+    wrong += usp_check(NULL, usp_now_ms() - begin < 1000, "room for %d: known late", room);
+    usp_reception_destroy(reception);
+    close(listener);
+    pthread_join(thread, NULL);
+    return wrong;
+}
+
+static int usp_check_enough(void) {
+    return usp_check_room(3, USP_OK);
+}
+
+static int usp_check_scarce(void) {
+    return usp_check_room(2, USP_COMM);
+}
+
 static int usp_check_choice(const char *list, int loopback) {
     usp_ip ip = {{0}};
     int count = 0;
@@ -385,6 +434,7 @@ int main(void) {
     wrong += usp_check_displacer() + usp_check_sizes();
     wrong += usp_check_squatter(USP_INVENT) + usp_check_squatter(USP_ECHO) + usp_check_squatter(USP_RELAY);
     wrong += usp_in_child(usp_check_exhausted) + usp_in_child(usp_check_interface);
+    wrong += usp_in_child(usp_check_enough) + usp_in_child(usp_check_scarce);
     printf("%s: %d wrong\n", wrong ? "FAIL" : "ok", wrong);
     return wrong != 0;
 }
