@@ -280,6 +280,14 @@ static usp_status environment_gather(void *user, const void *mine, void *all, si
     return usp_fail(status, "%s", sentence);
 }
 
+/* This host may be called by a name that it alone takes for loopback. Then ranks of other hosts need another way. */
+static const usp_ip *known_near(const usp_environment *environment) {
+    const usp_placement *placement = &environment->placement;
+    const usp_ip *near = &environment->near;
+    int elsewhere = usp_tcp_is_loopback(near) && !usp_tcp_interface_chosen() && !may_be_loopback(placement);
+    return placement->size > 1 && !elsewhere ? near : NULL;
+}
+
 usp_bootstrap usp_environment_bootstrap(usp_environment *environment) {
     const usp_placement *placement = &environment->placement;
     return (usp_bootstrap){.gather = environment_gather,
@@ -287,5 +295,5 @@ usp_bootstrap usp_environment_bootstrap(usp_environment *environment) {
                            .rank = placement->rank,
                            .size = placement->size,
                            .secret = &environment->door.key,
-                           .near = placement->size > 1 ? &environment->near : NULL};
+                           .near = known_near(environment)};
 }
