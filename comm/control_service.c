@@ -279,8 +279,13 @@ static void poll_lines(usp_control *control) {
     if (ready <= 0) return;
     uint64_t rung;
     if (control->polls[control->size].revents && read(control->wake, &rung, sizeof rung) < 0) return;
-    for (int i = 0; i < control->size; i++)
-        if (control->polls[i].revents) read_line(control, i);
+    for (int i = 0; i < control->size; i++) {
+        short events = control->polls[i].revents;
+        if (control->lines[i].deaf && (events & (POLLERR | POLLHUP)))
+            usp_control_close_line(control, i); /* nobody reads it to its end, and poll() would not sleep */
+        else if (events)
+            read_line(control, i);
+    }
 }
 
 /* Says what is left to say where that can be said at once, then closes the lines. */
