@@ -87,6 +87,10 @@ static int64_t round_end(int64_t deadline) {
     return deadline >= 0 && deadline < soon ? deadline : soon;
 }
 
+static usp_status gave_up(int peer) {
+    return usp_fail(USP_PEER_LOST, "rank %d died or gave up while the ranks connected", peer);
+}
+
 /* An address may lead elsewhere (a bridge, a private network): each round begins with another one. */
 static usp_status call(usp_lines *lines, int peer, int line, int round, int64_t deadline) {
     usp_door door = lines->door;
@@ -101,6 +105,7 @@ static usp_status call(usp_lines *lines, int peer, int line, int round, int64_t 
                                   &lines->connections[peer * lines->lines + line]);
         if (status != USP_PEER_FAILED) return status;
     }
+    if (!usp_lines_listens(lines, peer)) return gave_up(peer);
     return usp_fail(USP_COMM, "rank %d cannot be called by rank %d", peer, lines->rank);
 }
 
@@ -135,7 +140,7 @@ usp_status usp_lines_round(usp_lines *lines, int round, int64_t deadline, int *m
     usp_status called = call_all(lines, round, deadline, sentence), heard = hear_all(lines, deadline);
     *missing = first_missing(lines);
     if (*missing >= 0 && !usp_lines_listens(lines, *missing))
-        return usp_fail(USP_PEER_LOST, "rank %d died or gave up while the ranks connected", *missing);
+        return gave_up(*missing);
     return called == USP_OK ? heard : usp_fail(called, "%s", sentence);
 }
 
@@ -143,9 +148,10 @@ int usp_lines_listens(const usp_lines *lines, int peer) {
     int count = 1, port, connection = -1;
     for (int i = 0; i < count; i++) {
         usp_ip ip = way_to(lines, peer, i, &count, &port);
+        if (count == 0) return 1; /* it cannot be asked */
         int reason = usp_tcp_dial(&ip, port, usp_tcp_deadline(USP_PROBE_MS), &connection);
         usp_tcp_close(&connection, 1);
-        if (count > 0 && reason != ECONNREFUSED) return 1;
+        if (reason != ECONNREFUSED) return 1;
     }
     return 0;
 }
