@@ -9,6 +9,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "bodies.h"
 #include "costs.h"
+#include "spread.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -248,10 +249,10 @@ static int run_tables(usp_rank *rank, usp_references *references) {
 
 /* A body that cannot go on says so; one that finds wrong results does too, and the next one runs. */
 static int run_everything(usp_rank *rank, void *argument) {
-    static const usp_body properties[] = {usp_body_arrangements,  usp_body_repeats,     usp_body_round_trip,
-                                          usp_body_parts,         usp_body_linearity,   usp_body_switch,
-                                          usp_body_states,        usp_body_continue,    usp_body_independent,
-                                          usp_body_shared_memory, usp_body_not_a_number};
+    static const usp_body properties[] = {usp_body_arrangements,  usp_body_repeats,      usp_body_round_trip,
+                                          usp_body_parts,         usp_body_linearity,    usp_body_switch,
+                                          usp_body_states,        usp_body_continue,     usp_body_independent,
+                                          usp_body_shared_memory, usp_body_not_a_number, usp_body_spread};
     static const char *const names[] = {"arrangements", "repeats",       "round trip",  "parts",
                                         "linearity",    "switch",        "states",      "continue",
                                         "independent",  "shared memory", "not a number"};
