@@ -255,11 +255,11 @@ static int run_everything(usp_rank *rank, void *argument) {
                                           usp_body_shared_memory, usp_body_not_a_number, usp_body_spread};
     static const char *const names[] = {"arrangements", "repeats",       "round trip",  "parts",
                                         "linearity",    "switch",        "states",      "continue",
-                                        "independent",  "shared memory", "not a number"};
+                                        "independent",  "shared memory", "not a number", "spread"};
     const everything *all = argument;
     if (rank->device != USP_DEVICE_CUDA) return usp_say(rank, "the world is not on a GPU");
     if (run_tables(rank, all->references)) return usp_say(rank, "... in the tables");
-    for (int i = 0; i < 11; i++)
+    for (int i = 0; i < (int)(sizeof names / sizeof *names); i++)
         if (properties[i](rank, NULL)) return usp_say(rank, "... in %s", names[i]);
     if (all->graphs && graphs(rank, NULL)) return usp_say(rank, "... in graphs");
     if (streams(rank, NULL)) return usp_say(rank, "... in streams");
