@@ -41,26 +41,50 @@ static char *next_line(char **at) {
     return NULL;
 }
 
-static int count_cells(const char *line) {
+/* Where the cell at `text` ends, its comma or the end of the line; NULL if its quote does not end there. */
+static char *cell_end(char *text) {
+    if (*text != '"') return text + strcspn(text, ",");
+    for (text++; *text && (*text != '"' || text[1] == '"'); text++) text += *text == '"';
+    return *text && (!text[1] || text[1] == ',') ? text + 1 : NULL;
+}
+
+/* 0 if a quote does not end. */
+static int count_cells(char *line) {
+    char *end = cell_end(line);
     int cells = 1;
-    for (; *line; line++) cells += *line == ',';
-    return cells;
+    for (; end && *end; cells++) end = cell_end(end + 1);
+    return end ? cells : 0;
+}
+
+/* "a ""b""" -> a "b" */
+static char *unquote(char *cell) {
+    char *to = cell;
+    if (*cell != '"') return cell;
+    for (const char *from = cell + 1; *from != '"' || from[1] == '"'; from++) {
+        from += *from == '"';
+        *to++ = *from;
+    }
+    *to = 0;
+    return cell;
 }
 
 static void cut_line(char *line, char **cell) {
-    for (;;) {
-        *cell++ = line;
-        line = strchr(line, ',');
-        if (!line) return;
-        *line++ = 0;
+    for (int more = 1; more;) {
+        char *end = cell_end(line);
+        more = *end;
+        *end = 0;
+        *cell++ = unquote(line);
+        line = end + 1;
     }
 }
 
 static usp_status add_line(usp_csv *csv, const char *path, char *line, size_t *capacity, usp_tool_error *error) {
     size_t columns = (size_t)csv->columns;
-    if (count_cells(line) != csv->columns)
-        return usp_tool_fail(error, USP_INVALID, "%s: row %zu has %d cells, the heading %d", path, csv->rows,
-                             count_cells(line), csv->columns);
+    int cells = count_cells(line);
+    if (!cells) return usp_tool_fail(error, USP_INVALID, "%s: row %zu has a quote without its end", path, csv->rows);
+    if (cells != csv->columns)
+        return usp_tool_fail(error, USP_INVALID, "%s: row %zu has %d cells, the heading %d", path, csv->rows, cells,
+                             csv->columns);
     if (csv->rows == *capacity) {
         *capacity = *capacity ? 2 * *capacity : 64;
         char **grown = realloc(csv->cell, *capacity * columns * sizeof *grown);
@@ -76,7 +100,7 @@ usp_status usp_csv_read(const char *path, usp_csv *csv, usp_tool_error *error) {
     usp_status status = USP_OK;
     *csv = (usp_csv){.text = read_text(path, error)};
     if (!csv->text) return USP_INVALID;
-    char *at = csv->text;
+    char *at = csv->text + (strncmp(csv->text, "\xef\xbb\xbf", 3) ? 0 : 3);
     for (char *line = next_line(&at); line && status == USP_OK; line = next_line(&at)) {
         if (!csv->columns) csv->columns = count_cells(line);
         status = add_line(csv, path, line, &capacity, error);

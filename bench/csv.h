@@ -1,5 +1,5 @@
 /* csv.h - reads a table of comma-separated cells with a heading line.
- * Cells hold no commas, quotes or line breaks, as in the files of this project's programs. */
+ * Cells may stand in quotes, but hold no line breaks; a byte-order mark is passed over. */
 #ifndef USP_CSV_H
 #define USP_CSV_H
 #include "tool.h"

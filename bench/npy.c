@@ -1,6 +1,7 @@
-/* npy.c - a strict parser of the .npy header and atomic writing.
+/* npy.c - a strict parser of the .npy header, and writing.
  * The parser works on a memory buffer and allocates nothing, so it can be fuzzed. */
 #include "npy.h"
+#include "output.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -16,7 +17,9 @@ typedef struct usp_npy_kind {
     size_t size;
 } usp_npy_kind;
 
-static const usp_npy_kind kinds[USP_NPY_TYPES] = {{"<f4", "float32", 4}, {"<f2", "float16", 2}, {"<u2", "uint16", 2}};
+/* By type; a code's first character is the byte order, '|' none. */
+static const usp_npy_kind kinds[USP_NPY_TYPES] = {
+    {"<f4", "float32", 4}, {"<f2", "float16", 2}, {"<u2", "uint16", 2}, {"<f8", "float64", 8}, {"|V2", "V2", 2}};
 
 size_t usp_npy_type_size(usp_npy_type type) {
     return kinds[type].size;
@@ -89,7 +92,7 @@ static int take_shape(usp_text *text, usp_npy *array) {
 /* What a header said; each key must come once. */
 typedef struct usp_npy_header {
     char descr[NAME_BYTES];
-    int seen_descr, seen_order, seen_shape, fortran;
+    int seen_descr, seen_order, seen_shape;
 } usp_npy_header;
 
 static int take_member(usp_text *text, usp_npy_header *header, usp_npy *array) {
@@ -98,8 +101,8 @@ static int take_member(usp_text *text, usp_npy_header *header, usp_npy *array) {
     if (!strcmp(key, "descr")) return !header->seen_descr++ && take_string(text, header->descr);
     if (!strcmp(key, "shape")) return !header->seen_shape++ && take_shape(text, array);
     if (strcmp(key, "fortran_order") || header->seen_order++) return 0;
-    header->fortran = take_word(text, "True");
-    return header->fortran || take_word(text, "False");
+    array->fortran = take_word(text, "True");
+    return array->fortran || take_word(text, "False");
 }
 
 static int take_header(usp_text *text, usp_npy_header *header, usp_npy *array) {
@@ -132,16 +135,17 @@ static usp_status find_header(const unsigned char *memory, size_t bytes, usp_tex
     return USP_OK;
 }
 
-static usp_status find_type(const usp_npy_header *header, usp_npy *array, usp_tool_error *error) {
+/* ml_dtypes gives V2 a byte order too. */
+static usp_status find_type(const char *descr, usp_npy *array, usp_tool_error *error) {
+    int ordered = *descr == '<' || *descr == '>';
+    array->swapped = *descr == '>';
     for (int i = 0; i < USP_NPY_TYPES; i++)
-        if (!strcmp(header->descr, kinds[i].code)) {
+        if ((ordered || *descr == *kinds[i].code) && !strcmp(descr + 1, kinds[i].code + 1)) {
             array->type = (usp_npy_type)i;
             return USP_OK;
         }
-    return usp_tool_fail(
-        error, USP_INVALID,
-        "has elements of type '%s', not <f4 (float32), <f2 (float16) or <u2 (bf16 as uint16), little-endian",
-        header->descr);
+    return usp_tool_fail(error, USP_INVALID, "has elements of type '%s', not f2, f4 or f8 (floats), u2 or V2 (bf16)",
+                         descr);
 }
 
 static int multiply(size_t *product, int64_t factor) {
@@ -164,7 +168,7 @@ static usp_status check_size(usp_npy *array, size_t available, usp_tool_error *e
 }
 
 usp_status usp_npy_parse(const void *memory, size_t bytes, usp_npy *array, usp_tool_error *error) {
-    usp_npy_header header = {.fortran = 0};
+    usp_npy_header header = {.seen_descr = 0};
     usp_text text = {NULL, NULL};
     *array = (usp_npy){.data = NULL};
     USP_TRY(find_header(memory, bytes, &text, error));
@@ -172,8 +176,7 @@ usp_status usp_npy_parse(const void *memory, size_t bytes, usp_npy *array, usp_t
     if (!take_header(&text, &header, array))
         return usp_tool_fail(error, USP_INVALID, "has a malformed .npy header, or more than %d dimensions",
                              USP_NPY_DIMS);
-    if (header.fortran) return usp_tool_fail(error, USP_INVALID, "is in Fortran order; save it in C order");
-    USP_TRY(find_type(&header, array, error));
+    USP_TRY(find_type(header.descr, array, error));
     USP_TRY(check_size(array, bytes - (size_t)(data - (const char *)memory), error));
     array->data = data;
     return USP_OK;
@@ -244,53 +247,14 @@ static size_t make_header(usp_npy_type type, int dims, const int64_t *shape, cha
     return (size_t)whole;
 }
 
-static int write_all(int file, const char *data, size_t bytes) {
-    while (bytes) {
-        ssize_t put = write(file, data, bytes);
-        if (put < 0 && errno == EINTR) continue;
-        if (put < 0) return 0;
-        data += put;
-        bytes -= (size_t)put;
-    }
-    return 1;
-}
-
-/* mkstemp makes files for the owner alone: gives them the mode that any new file would have. */
-static int make_readable(int file) {
-    mode_t mask = umask(0);
-    umask(mask);
-    return fchmod(file, 0666 & ~mask) == 0;
-}
-
-/* Renaming would put a file in the place of a device or a folder. */
-static int is_replaceable(const char *path) {
-    struct stat there;
-    return stat(path, &there) != 0 || S_ISREG(there.st_mode);
-}
-
-static usp_status write_temporary(char *temporary, const char *path, usp_npy_type type, int dims, const int64_t *shape,
-                                  const void *data, usp_tool_error *error) {
-    char header[512];
-    size_t header_bytes = make_header(type, dims, shape, header), bytes = usp_npy_type_size(type);
-    for (int i = 0; i < dims; i++) bytes *= (size_t)shape[i];
-    int file = mkstemp(temporary);
-    if (file < 0) return file_failure(error, path, "cannot write beside it");
-    int good = write_all(file, header, header_bytes) && write_all(file, data, bytes) && make_readable(file);
-    usp_status status = good ? USP_OK : file_failure(error, path, "cannot write");
-    if (close(file) && status == USP_OK) status = file_failure(error, path, "cannot write");
-    if (status == USP_OK && rename(temporary, path)) status = file_failure(error, path, "cannot rename to it");
-    if (status != USP_OK) unlink(temporary);
-    return status;
-}
-
 usp_status usp_npy_write(const char *path, usp_npy_type type, int dims, const int64_t *shape, const void *data,
                          usp_tool_error *error) {
-    size_t length = strlen(path) + 8;
-    if (!is_replaceable(path)) return usp_tool_fail(error, USP_INVALID, "%s: not a regular file", path);
-    char *temporary = usp_tool_alloc(error, length, 1);
-    if (!temporary) return USP_NO_MEMORY;
-    snprintf(temporary, length, "%s.XXXXXX", path);
-    usp_status status = write_temporary(temporary, path, type, dims, shape, data, error);
-    free(temporary);
-    return status;
+    char header[512];
+    usp_output output;
+    size_t header_bytes = make_header(type, dims, shape, header), bytes = usp_npy_type_size(type);
+    for (int i = 0; i < dims; i++) bytes *= (size_t)shape[i];
+    USP_TRY(usp_output_open(&output, path, error));
+    fwrite(header, 1, header_bytes, output.stream);
+    fwrite(data, 1, bytes, output.stream);
+    return usp_output_close(&output, USP_OK, error);
 }

@@ -1,10 +1,9 @@
-/* options.c - argp's tables for usp_bench and the nested loops of the sweep.
+/* options.c - argp's tables for usp_bench.
  * Whether a case is possible is for the library to say: refused ones become comment lines. */
 #include "options.h"
+#include "output.h"
 #include <argp.h>
 #include <stddef.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 enum {
@@ -92,7 +91,9 @@ static const char description[] =
     "per rank, by the layer's own count. bytes(ulysses) and bytes(ring) are what the busiest rank sends in one pass, "
     "mem(MiB) its workspace and saved. maxerr is the largest |x - reference| / (|reference| + natural size of the row) "
     "of the sampled elements; those above 1e-4 (f32), 4 epsilon (f16 and bf16: 3.9e-3 and 3.1e-2) or not finite count "
-    "as #wrong. Exit status: 0 all right, 1 a wrong result, 2 an error, 64 a wrong command line.";
+    "as #wrong. The files of --json and --csv appear when the run ends, also badly or by a signal if it has a row; "
+    "until then they grow beside, as FILE.PID-N. Exit status: 0 all right, 1 a wrong result, 2 an error, 64 "
+    "a wrong command line.";
 
 /* ---- parsing --------------------------------------------------------------------------------------------------- */
 
@@ -320,7 +321,7 @@ static error_t parse_output(int key, char *text, struct argp_state *state, usp_o
         if (o->ranks.threads && o->ranks.gpus) argp_error(state, "-t and -g exclude each other");
         if (o->end && o->end < o->begin) argp_error(state, "--maxlength is less than --minlength");
         if (o->ranks.gpus && o->ranks.device == USP_DEVICE_CPU) argp_error(state, "-g excludes --device cpu");
-        if (o->csv && o->json && usp_tool_same_file(o->csv, o->json))
+        if (o->csv && o->json && usp_output_same(o->csv, o->json))
             argp_error(state, "--csv and --json are the same file");
         break;
     default:
@@ -361,84 +362,4 @@ void usp_options_parse(usp_options *options, int argc, char **argv) {
     argp_program_version_hook = usp_tool_print_version;
     argp_parse(&argp, argc, argv, 0, NULL, options);
     if (!options->end) options->end = options->begin > 4096 ? options->begin : 4096;
-}
-
-/* ---- sweep ----------------------------------------------------------------------------------------------------- */
-
-typedef struct usp_case_list {
-    usp_case *items;
-    size_t count, capacity;
-    int failed;
-} usp_case_list;
-
-static void push_case(usp_case_list *list, const usp_case *item) {
-    if (list->count == list->capacity) {
-        size_t capacity = list->capacity ? 2 * list->capacity : 64;
-        usp_case *grown = realloc(list->items, capacity * sizeof *grown);
-        if (!grown) {
-            list->failed = 1;
-            return;
-        }
-        list->items = grown;
-        list->capacity = capacity;
-    }
-    list->items[list->count++] = *item;
-}
-
-static int wanted(const usp_list *list, int64_t value) {
-    for (int i = 0; i < list->count; i++)
-        if (list->item[i] == value) return 1;
-    return list->count == 0;
-}
-
-static void push_meshes(usp_case_list *list, const usp_options *o, int size, usp_case c) {
-    for (c.ulysses = size; c.ulysses > 0; c.ulysses--) {
-        c.ring = size / c.ulysses;
-        if (size % c.ulysses == 0 && wanted(&o->ulysses, c.ulysses) && wanted(&o->ring, c.ring)) push_case(list, &c);
-    }
-}
-
-static void push_lengths(usp_case_list *list, const usp_options *o, int size, usp_case c) {
-    for (c.seq = o->begin; c.seq <= o->end; c.seq = o->step ? c.seq + o->step : c.seq * o->factor)
-        push_meshes(list, o, size, c);
-}
-
-/* The number of combinations of the lists; index i names one of them, the first list turning slowest. */
-static void push_combination(usp_case_list *list, const usp_options *o, const usp_list *dtypes, int size, int64_t i) {
-    const usp_list *lists[] = {&o->batches, &o->value_dims, &o->dims, &o->kv_heads,
-                               &o->heads,   &o->layouts,    dtypes,   &o->kinds};
-    int64_t value[8];
-    for (int k = 0; k < 8; k++) {
-        value[k] = lists[k]->item[i % lists[k]->count];
-        i /= lists[k]->count;
-    }
-    usp_case c = {.batch = (int)value[0],
-                  .value_dim = (int)(value[1] ? value[1] : value[2]),
-                  .dim = (int)value[2],
-                  .kv_heads = (int)(value[3] ? value[3] : value[4]),
-                  .heads = (int)value[4],
-                  .layout = (usp_layout)value[5],
-                  .dtype = (usp_dtype)value[6],
-                  .kind = (usp_attention)value[7],
-                  .mask = o->mask};
-    push_lengths(list, o, size, c);
-}
-
-usp_case *usp_options_cases(const usp_options *o, int size, usp_device_kind device, size_t *count,
-                            usp_tool_error *error) {
-    usp_case_list list = {.items = NULL};
-    usp_list dtypes = {.count = 1, .item = {device == USP_DEVICE_CUDA ? USP_BF16 : USP_F32}};
-    if (o->dtypes.count) dtypes = o->dtypes;
-    int64_t combinations = (int64_t)o->batches.count * o->value_dims.count * o->dims.count * o->kv_heads.count *
-                           o->heads.count * o->layouts.count * dtypes.count * o->kinds.count;
-    for (int64_t i = 0; i < combinations; i++) push_combination(&list, o, &dtypes, size, i);
-    *count = list.count;
-    if (list.failed)
-        usp_tool_fail(error, USP_NO_MEMORY, "no memory for the list of cases");
-    else if (!list.count)
-        usp_tool_fail(error, USP_INVALID, "no pair of --ulysses and --ring makes %d rank%s; -t or -g sets their number",
-                      size, size > 1 ? "s" : "");
-    if (!list.failed && list.count) return list.items;
-    free(list.items);
-    return NULL;
 }

@@ -1,4 +1,4 @@
-/* options.h - the command line of usp_bench, and the cases that it asks for.
+/* options.h - the command line of usp_bench.
  * Every option is documented here once, in the text that --help prints. */
 #ifndef USP_OPTIONS_H
 #define USP_OPTIONS_H
@@ -34,8 +34,5 @@ typedef struct usp_options {
 
 /* Leaves the program with a message on a wrong command line, or after --help and --version. */
 void usp_options_parse(usp_options *options, int argc, char **argv);
-/* All cases on `size` ranks; the meshes of one shape are neighbours. NULL with a sentence if there are none. */
-usp_case *usp_options_cases(const usp_options *options, int size, usp_device_kind device, size_t *count,
-                            usp_tool_error *error);
 
 #endif

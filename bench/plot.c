@@ -139,9 +139,10 @@ static double nice_step(double range, int ticks) {
     return power * (part <= 1 ? 1 : part <= 2 ? 2 : part <= 5 ? 5 : 10);
 }
 
+/* A range too small for ticks that differ gets a margin. */
 static void widen(double *low, double *high) {
-    if (*high > *low) return;
-    double margin = *low != 0 ? fabs(*low) / 2 : 1;
+    double size = fmax(fabs(*low), fabs(*high)), margin = size > 1e-290 ? size / 2 : 1;
+    if (*high - *low > fmax(1e-13 * size, 1e-300)) return;
     *low -= margin;
     *high += margin;
 }
@@ -161,7 +162,7 @@ static void find_range(const usp_chart *chart, usp_frame *f) {
     f->y_step = nice_step(f->y_max - f->y_min, 6);
     f->y_min = floor(f->y_min / f->y_step) * f->y_step;
     f->y_max = ceil(f->y_max / f->y_step) * f->y_step;
-    f->log_x = chart->log_x && f->x_min > 0 && f->x_max > f->x_min;
+    f->log_x = chart->log_x && f->x_min > 0 && log2(f->x_max) - log2(f->x_min) > 1e-9;
     if (!f->log_x) widen(&f->x_min, &f->x_max);
 }
 
@@ -184,23 +185,38 @@ static void draw_x_tick(FILE *svg, const usp_frame *f, double value) {
     draw_text(svg, x, f->bottom + 20, "middle", "", text);
 }
 
+/* Powers of two, of four or more where they are many; else as along y. */
 static void draw_x_axis(FILE *svg, const usp_frame *f) {
     draw_line(svg, f->left, f->bottom, f->right, f->bottom, "#888");
-    if (f->log_x)
-        for (double value = exp2(ceil(log2(f->x_min))); value <= f->x_max; value *= 2) draw_x_tick(svg, f, value);
-    else {
-        double step = nice_step(f->x_max - f->x_min, 8);
-        for (double value = ceil(f->x_min / step) * step; value <= f->x_max + step / 1e6; value += step)
+    if (f->log_x) {
+        double low = ceil(log2(f->x_min)), high = log2(f->x_max), step = fmax(1, ceil((high - low) / 16));
+        for (double power = low; power <= high; power += step) draw_x_tick(svg, f, exp2(power));
+    } else {
+        double step = nice_step(f->x_max - f->x_min, 8), first = ceil(f->x_min / step) * step;
+        for (int i = 0; first + i * step <= f->x_max + step / 1e6; i++) {
+            double value = first + i * step;
             draw_x_tick(svg, f, fabs(value) < step / 1e6 ? 0 : value);
+        }
     }
 }
 
 /* ---- charts ---------------------------------------------------------------------------------------------------- */
 
+/* Pixels that the longest name takes. */
+static int name_width(const usp_chart *chart) {
+    size_t longest = 0;
+    for (int i = 0; i < chart->count; i++)
+        if (strlen(chart->series[i].name) > longest) longest = strlen(chart->series[i].name);
+    return (int)(7.2 * (double)longest);
+}
+
+static int larger(int a, int b) {
+    return a > b ? a : b;
+}
+
 /* Room below the frame for as many names as there are. */
 static int height_of(const usp_chart *chart) {
-    int needed = 80 + 20 * chart->count;
-    return needed > HEIGHT ? needed : HEIGHT;
+    return larger(HEIGHT, 80 + 20 * chart->count);
 }
 
 static void draw_legend(FILE *svg, const usp_frame *f, const usp_chart *chart) {
@@ -232,7 +248,7 @@ void usp_plot_lines(FILE *svg, const usp_chart *chart) {
     int height = height_of(chart);
     usp_frame f = {.left = 70, .right = WIDTH - LEGEND, .top = 72, .bottom = height - 60};
     find_range(chart, &f);
-    begin(svg, WIDTH, height, chart->title);
+    begin(svg, WIDTH - LEGEND + larger(LEGEND, 60 + name_width(chart)), height, chart->title);
     draw_y_axis(svg, &f);
     draw_x_axis(svg, &f);
     draw_labels(svg, &f, chart->x_label, chart->y_label);
@@ -253,10 +269,10 @@ static void draw_bar(FILE *svg, const usp_frame *f, const usp_series *s, double 
 }
 
 void usp_plot_bars(FILE *svg, const usp_chart *chart) {
-    int height = 70 + 26 * chart->count + 50;
-    usp_frame f = {.left = 260, .right = WIDTH - 90, .top = 60, .bottom = height - 50};
+    int height = 70 + 26 * chart->count + 50, left = larger(260, 20 + name_width(chart));
+    usp_frame f = {.left = left, .right = left + 550, .top = 60, .bottom = height - 50};
     for (int i = 0; i < chart->count; i++) f.x_max = fmax(f.x_max, chart->series[i].y[0]);
-    begin(svg, WIDTH, height, chart->title);
+    begin(svg, left + 640, height, chart->title);
     draw_line(svg, f.left, f.top - 4, f.left, f.bottom, "#888");
     for (int i = 0; i < chart->count; i++) draw_bar(svg, &f, &chart->series[i], f.top + 26 * i);
     draw_text(svg, f.left, f.bottom + 24, "start", "fill=\"#666\"", chart->y_label);

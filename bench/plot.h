@@ -7,6 +7,9 @@
 
 enum { USP_PLOT_SERIES = 64 };
 
+/* Numbers of either sign beyond this have no place: their range would be infinite. */
+static const double USP_PLOT_LARGEST = 1e300;
+
 typedef struct usp_series {
     char *name;
     double *x, *y; /* [count]; bars use y[0] alone */

@@ -9,6 +9,8 @@
 #include <string.h>
 #include <sys/resource.h>
 
+enum { MOST_REASONS = 3 };
+
 /* ---- columns --------------------------------------------------------------------------------------------------- */
 
 static double tflops(const usp_result *r) {
@@ -215,14 +217,6 @@ static void write_document(FILE *stream, const usp_report *report, const char *f
     usp_json_close(&json, '}');
 }
 
-/* Writes what is left of a file and closes it. */
-static usp_status close_file(FILE *file, const char *path, usp_tool_error *error) {
-    if (!file) return USP_OK;
-    int bad = fflush(file) || ferror(file), why = errno;
-    if (fclose(file) == 0 && !bad) return USP_OK;
-    return usp_tool_fail(error, USP_INVALID, "cannot write %s: %s", path, strerror(bad ? why : errno));
-}
-
 /* ---- report ---------------------------------------------------------------------------------------------------- */
 
 void usp_report_info(const usp_machine *m) {
@@ -234,12 +228,6 @@ void usp_report_info(const usp_machine *m) {
     if (m->nccl) printf("# NCCL %d.%d.%d\n", m->nccl / 10000, m->nccl / 100 % 100, m->nccl % 100);
 }
 
-static usp_status open_file(const char *path, FILE **file, usp_tool_error *error) {
-    if (!path) return USP_OK;
-    *file = fopen(path, "w");
-    return *file ? USP_OK : usp_tool_fail(error, USP_INVALID, "cannot write %s: %s", path, strerror(errno));
-}
-
 /* Nobody is there to read the rest of a table that cannot be written. */
 static usp_status flush_table(usp_tool_error *error) {
     if (fflush(stdout) == 0) return USP_OK;
@@ -249,9 +237,9 @@ static usp_status flush_table(usp_tool_error *error) {
 usp_status usp_report_open(usp_report *report, const usp_options *options, usp_rank *rank) {
     *report = (usp_report){.options = options, .rank = rank};
     usp_machine_describe(&report->machine);
-    USP_TRY(open_file(options->csv, &report->csv, &rank->error));
-    USP_TRY(open_file(options->json, &report->json, &rank->error));
-    if (report->csv) write_csv_heading(report->csv);
+    if (options->csv) USP_TRY(usp_output_open(&report->csv, options->csv, &rank->error));
+    if (options->json) USP_TRY(usp_output_open(&report->json, options->json, &rank->error));
+    if (options->csv) write_csv_heading(report->csv.stream);
     usp_report_info(&report->machine);
     printf("# %s\n# %s: %s, %d rank%s over %s, mask %s, check %s\n", report->machine.date, options->command,
            usp_name_of(usp_names_device(), (int)rank->device), rank->size, rank->size > 1 ? "s" : "", rank->transport,
@@ -274,7 +262,7 @@ static usp_status keep(usp_report *report, const usp_result *result, usp_tool_er
 
 usp_status usp_report_add(usp_report *report, const usp_result *result, usp_tool_error *error) {
     USP_TRY(keep(report, result, error));
-    if (report->csv && !result->refused[0]) write_csv_row(report->csv, result);
+    if (report->csv.stream && !result->refused[0]) write_csv_row(report->csv.stream, result);
     return USP_OK;
 }
 
@@ -296,6 +284,32 @@ size_t usp_report_rows(const usp_report *report) {
     return rows;
 }
 
+/* Rows from `first` on that were skipped for the same reason as that one; 0 if one before it was too. */
+static size_t count_alike(const usp_report *report, size_t first) {
+    const char *reason = report->results[first].refused;
+    size_t alike = 0;
+    for (size_t i = 0; i < report->count; i++) {
+        if (strcmp(report->results[i].refused, reason)) continue;
+        if (i < first) return 0;
+        alike++;
+    }
+    return alike;
+}
+
+void usp_report_reasons(const usp_report *report, char *text, size_t capacity) {
+    size_t at = 0, left = report->count - usp_report_rows(report);
+    int reasons = 0;
+    for (size_t i = 0; i < report->count && reasons < MOST_REASONS && at < capacity; i++) {
+        const char *reason = report->results[i].refused;
+        size_t rows = reason[0] ? count_alike(report, i) : 0;
+        if (!rows) continue;
+        at += (size_t)snprintf(text + at, capacity - at, "%s%zu row%s: %.250s", reasons++ ? "; " : "", rows,
+                               rows > 1 ? "s" : "", reason);
+        left -= rows;
+    }
+    if (left && at < capacity) snprintf(text + at, capacity - at, "; %zu more", left);
+}
+
 static void print_footer(const usp_report *report) {
     double sum = 0;
     size_t rows = usp_report_rows(report), checked = checked_rows(report);
@@ -308,10 +322,10 @@ static void print_footer(const usp_report *report) {
 }
 
 usp_status usp_report_save(usp_report *report, const char *failure, usp_tool_error *error) {
-    if (report->json) write_document(report->json, report, failure);
-    usp_status csv = close_file(report->csv, report->options->csv, error);
-    usp_status json = close_file(report->json, report->options->json, error);
-    report->csv = report->json = NULL;
+    usp_status worth = failure && !report->count ? USP_INVALID : USP_OK;
+    if (report->json.stream) write_document(report->json.stream, report, failure);
+    usp_status csv = usp_output_close(&report->csv, worth, error);
+    usp_status json = usp_output_close(&report->json, worth, error);
     return csv != USP_OK ? csv : json;
 }
 

@@ -1,6 +1,7 @@
 /* run_options.c - argp's table for usp_run.
  * Shapes and files are checked later, when they have been read. */
 #include "run_options.h"
+#include "output.h"
 #include <argp.h>
 #include <errno.h>
 #include <math.h>
@@ -18,6 +19,7 @@ enum {
     KEY_DECAY,
     KEY_DEVICE,
     KEY_DTYPE,
+    KEY_ORDER,
     KEY_STATE,
     KEY_RECOMPUTE,
     KEY_DETERMINISTIC,
@@ -70,6 +72,7 @@ static const struct argp_option option_table[] = {
      "ranks, an empty list for a rank without tokens; every token once; implies --layout custom",
      0},
     {"dtype", KEY_DTYPE, "f32|f16|bf16", 0, "Type of the elements (as the files; uint16 files need bf16)", 0},
+    {"order", KEY_ORDER, "bshd|bhsd|sbhd", 0, "Order of the axes of all files but states and lse (bshd)", 0},
     {"scale", KEY_SCALE, "X", 0, "Factor of q.k, > 0 (1 / sqrt(D) for softmax, 1 for linear)", 0},
     {"decay", KEY_DECAY, "LIST|alibi", 0,
      "Linear, causal: lambda in (0, 1] for all heads or one each, or by ALiBi slopes", 0},
@@ -84,10 +87,14 @@ static const struct argp_option option_table[] = {
 
 static const char description[] =
     "Runs one attention layer on tensors from .npy files, over any number of ranks."
-    "\vTensors are little-endian, in C order: float32, float16, or bf16 stored as uint16 with --dtype bf16. States and "
-    "lse are float32. Documents say where tokens live: attention is over the whole sequence, across their ends. H, the "
+    "\vTensors are float32, float16, bf16 (as JAX and ml_dtypes save it, or as uint16 with --dtype bf16) or float64, "
+    "which is computed in float32. States and lse are float32, or float64. Results have the type of the queries' file "
+    "and the axes of --order, little-endian and in C order; inputs may be big-endian or in Fortran order. What is "
+    "converted is said on standard error. There may be no tokens: the results are empty then. "
+    "Documents say where tokens live: attention is over the whole sequence, across their ends. H, the "
     "heads of the output, is the number of query heads; for linear attention the largest of "
-    "the three tensors' head counts. Results appear whole or not at all. Exit status: 0 all right, 1 an error, of "
+    "the three tensors' head counts. Results appear whole or not at all; devices and pipes are written as they are. "
+    "Exit status: 0 all right, 1 an error, of "
     "which one sentence is on standard error, 64 a wrong command line.";
 
 const char *usp_run_file_name(int file) {
@@ -217,7 +224,7 @@ static void choose_layout(struct argp_state *state, usp_run_options *o) {
 static void check_files(struct argp_state *state, const usp_run_options *o) {
     for (int file = USP_RUN_INPUTS; file < USP_RUN_FILES; file++)
         for (int other = 0; other < file; other++)
-            if (o->path[file] && o->path[other] && usp_tool_same_file(o->path[file], o->path[other]))
+            if (o->path[file] && o->path[other] && usp_output_same(o->path[file], o->path[other]))
                 argp_error(state, "--%s and --%s are the same file", usp_run_file_name(other), usp_run_file_name(file));
 }
 
@@ -301,6 +308,9 @@ static error_t parse_layer(int key, char *text, struct argp_state *state, usp_ru
         break;
     case KEY_DTYPE:
         o->dtype = parse_name(state, "dtype", text, usp_names_dtype());
+        break;
+    case KEY_ORDER:
+        o->order = (usp_order)parse_name(state, "order", text, usp_names_order());
         break;
     case KEY_STATE:
         o->state_exchange = (usp_state_exchange)parse_name(state, "state-exchange", text, exchanges);

@@ -3,6 +3,7 @@
 #ifndef USP_RUN_OPTIONS_H
 #define USP_RUN_OPTIONS_H
 #include "ranks.h"
+#include "tensor_file.h"
 
 /* All tensors and states that can be a file; the first six are read, the rest written. */
 enum {
@@ -26,6 +27,7 @@ enum {
 typedef struct usp_run_options {
     usp_ranks_config ranks;
     const char *path[USP_RUN_FILES];
+    usp_order order;                  /* of the axes of files */
     int ulysses, ring;                /* 0: what is left of the ranks; both 0: ring over all */
     int layout;                       /* usp_layout */
     int64_t documents, *document_end; /* [documents] ascending, 0 unless the layout is per document */

@@ -1,16 +1,14 @@
-/* tool.c - error sentences, names, size lists, decay slopes, and what files a tool may write.
+/* tool.c - error sentences, names, size lists, decay slopes, and a guard of standard output.
  * Parsing only: meaning is checked by the library. */
 #include "tool.h"
 #include <argp.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 usp_status usp_tool_fail(usp_tool_error *error, usp_status status, const char *format, ...) {
@@ -148,27 +146,6 @@ void usp_decay_slopes(int heads, float *log_decay) {
     while (power * 2 <= heads) power *= 2;
     for (int h = 0; h < power; h++) log_decay[h] = -(float)exp2(-8.0 * (h + 1) / power);
     for (int h = power; h < heads; h++) log_decay[h] = -(float)exp2(-4.0 * (2 * (h - power) + 1) / power);
-}
-
-/* The folder of a path and the name in it; 1 if there is such a folder. */
-static int find_folder(const char *path, struct stat *folder, char name[NAME_MAX + 1]) {
-    const char *slash = strrchr(path, '/');
-    char *where = slash ? strndup(path, (size_t)(slash - path) + 1) : NULL;
-    snprintf(name, NAME_MAX + 1, "%s", slash ? slash + 1 : path);
-    int found = stat(where ? where : ".", folder) == 0;
-    free(where);
-    return found;
-}
-
-int usp_tool_same_file(const char *a, const char *b) {
-    struct stat one, other;
-    char name[2][NAME_MAX + 1];
-    int there = stat(a, &one) == 0, too = stat(b, &other) == 0;
-    if (there && too && !S_ISREG(one.st_mode)) return 0;
-    if (!there || !too) {
-        if (!find_folder(a, &one, name[0]) || !find_folder(b, &other, name[1]) || strcmp(name[0], name[1])) return 0;
-    }
-    return one.st_dev == other.st_dev && one.st_ino == other.st_ino;
 }
 
 /* argp ends the process itself after --help and --version, so this is where every end comes by. */

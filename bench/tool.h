@@ -63,9 +63,6 @@ int usp_parse_real(const char *text, double *value);
  * power of two the slopes of the next lower one followed by every other slope of the next higher one. */
 void usp_decay_slopes(int heads, float *log_decay);
 
-/* 1 if both paths name one regular file, there or yet to be made, however they are spelled. */
-int usp_tool_same_file(const char *a, const char *b);
-
 /* To be called first of all: a program that would end well, --help and --version too, ends with `failed` and a sentence
  * if not all of its standard output could be written. */
 void usp_tool_guard_output(int failed);

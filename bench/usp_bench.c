@@ -1,7 +1,8 @@
 /* usp_bench.c - sweeps the library over meshes, kinds, layouts, lengths and types, and checks what it times.
- * Only the order of things is here; see options.c, measure.c, reference.c and report.c. */
+ * Only the order of things is here; see options.c, sweep.c, measure.c, reference.c and report.c. */
 #include "interrupt.h"
 #include "report.h"
+#include "sweep.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +16,7 @@ typedef struct usp_bench {
     usp_report *report;           /* while it is open, else NULL */
     const usp_progress *progress; /* the same */
     double wrong;
-    int idle; /* rank 0 saw every row skipped */
+    char idle[1024]; /* why rank 0 saw every row skipped; "": it did not */
 } usp_bench;
 
 /* The cases of a run, and where it stands. */
@@ -79,7 +80,7 @@ static usp_status report_sweep(usp_rank *rank, usp_bench *bench, usp_sweep *swee
     status = run_sweep(rank, bench, sweep);
     if (status != USP_OK && !rank->error.text[0]) usp_tool_fail(&rank->error, status, "%s", usp_last_error());
     bench->wrong = usp_report_wrong(&report);
-    bench->idle = usp_report_rows(&report) == 0;
+    if (!usp_report_rows(&report)) usp_report_reasons(&report, bench->idle, sizeof bench->idle);
     usp_status closed = save_report(bench, status == USP_OK ? NULL : rank->error.text, &closing);
     usp_report_close(&report);
     if (status != USP_OK || closed == USP_OK) return status;
@@ -90,7 +91,7 @@ static usp_status report_sweep(usp_rank *rank, usp_bench *bench, usp_sweep *swee
 static usp_status run_rank(usp_rank *rank, void *user) {
     usp_bench *bench = user;
     const usp_options *options = bench->options;
-    usp_sweep sweep = {.cases = usp_options_cases(options, rank->size, rank->device, &sweep.count, &rank->error)};
+    usp_sweep sweep = {.cases = usp_sweep_cases(options, rank->size, rank->device, &sweep.count, &rank->error)};
     if (!sweep.cases) return USP_INVALID;
     size_t rows = sweep.count * (size_t)(options->passes[0] + options->passes[1]);
     sweep.state.progress = usp_progress_open(rows, options->quiet || rank->rank);
@@ -124,9 +125,9 @@ static char *join_arguments(int argc, char **argv) {
 static int verdict(const usp_bench *bench, usp_status status, const usp_tool_error *error) {
     if (status != USP_OK)
         fprintf(stderr, "usp_bench: %s\n", error->text);
-    else if (bench->idle)
-        fputs("usp_bench: every row was skipped\n", stderr);
-    if (status != USP_OK || bench->idle) return 2;
+    else if (bench->idle[0])
+        fprintf(stderr, "usp_bench: every row was skipped: %s\n", bench->idle);
+    if (status != USP_OK || bench->idle[0]) return 2;
     return bench->wrong > 0 ? 1 : 0;
 }
 

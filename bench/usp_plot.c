@@ -1,108 +1,15 @@
 /* usp_plot.c - draws the CSV files of usp_bench and of the trainer as SVG.
  * It chooses columns and names series; plot.c draws. */
 #include "csv.h"
+#include "output.h"
 #include "plot.h"
-#include <argp.h>
+#include "plot_options.h"
 #include <errno.h>
-#include <libgen.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-    KEY_TYPE = 256,
-    KEY_TITLE,
-    KEY_X,
-    KEY_Y,
-    KEY_WHERE,
-    KEY_LOG_X,
-    MOST_FILES = 16,
-    MOST_WHERE = 16,
-    NAME_BYTES = 192
-};
-
-typedef enum usp_plot_type { PLOT_AUTO = 0, PLOT_LINE = 1, PLOT_BARS = 2, PLOT_HEATMAP = 3 } usp_plot_type;
-
-typedef struct usp_plot_options {
-    const char *file[MOST_FILES], *output, *title, *x, *y;
-    char *where[MOST_WHERE]; /* "column=value" */
-    int files, wheres, log_x;
-    int type; /* usp_plot_type */
-} usp_plot_options;
-
-/* ---- command line ---------------------------------------------------------------------------------------------- */
-
-static const struct argp_option option_table[] = {
-    {"output", 'o', "FILE", 0, "SVG file to write (standard output)", 0},
-    {"type", KEY_TYPE, "auto|line|bars|heatmap", 0, "Chart (auto: lines, or bars where all rows have one x)", 0},
-    {"title", KEY_TITLE, "TEXT", 0, "Title (the file's name)", 0},
-    {"x", KEY_X, "COLUMN", 0, "Column along the line (step, or seq for usp_bench's files)", 0},
-    {"y", KEY_Y, "COLUMN", 0, "Column of values (all but step, or tflops_per_rank)", 0},
-    {"where", KEY_WHERE, "COLUMN=VALUE", 0, "Only rows with this cell; may be given several times", 0},
-    {"log-x", KEY_LOG_X, NULL, 0, "Logarithmic x axis (the default where x is seq)", 0},
-    {NULL, 'h', NULL, 0, "The same as --help", -1},
-    {0}};
-
-static const char description[] =
-    "Draws CSV files as SVG: loss curves (first column: step), and the rows of usp_bench."
-    "\vFiles of loss curves have a heading `step,NAME,...` and numbers; each column becomes a line. Rows of usp_bench "
-    "become lines over seq, one for every combination of the other columns that differ; a heat map has the Ulysses "
-    "degree across and the ring degree down, with the mean of the rows that fall into one cell. "
-    "Exit status: 0 all right, 1 an error, 64 a wrong command line.";
-
-static int parse_type(struct argp_state *state, const char *text) {
-    static const usp_name types[] = {
-        {"auto", PLOT_AUTO}, {"line", PLOT_LINE}, {"bars", PLOT_BARS}, {"heatmap", PLOT_HEATMAP}, {NULL, 0}};
-    int type = PLOT_AUTO;
-    char known[USP_NAMES_BYTES];
-    if (!usp_name_find(types, text, &type))
-        argp_error(state, "--type: '%s' is none of %s", text, usp_name_join(types, known));
-    return type;
-}
-
-static error_t parse_option(int key, char *text, struct argp_state *state) {
-    usp_plot_options *o = state->input;
-    switch (key) {
-    case 'o':
-        o->output = text;
-        break;
-    case KEY_TYPE:
-        o->type = parse_type(state, text);
-        break;
-    case KEY_TITLE:
-        o->title = text;
-        break;
-    case KEY_X:
-        o->x = text;
-        break;
-    case KEY_Y:
-        o->y = text;
-        break;
-    case KEY_LOG_X:
-        o->log_x = 1;
-        break;
-    case KEY_WHERE:
-        if (o->wheres == MOST_WHERE || !strchr(text, '=')) argp_error(state, "--where: '%s' is not COLUMN=VALUE", text);
-        o->where[o->wheres++] = text;
-        break;
-    case 'h':
-        argp_state_help(state, stdout, ARGP_HELP_STD_HELP);
-        break;
-    case ARGP_KEY_ARG:
-        if (o->files == MOST_FILES) argp_error(state, "more than %d files", MOST_FILES);
-        o->file[o->files++] = text;
-        break;
-    case ARGP_KEY_END:
-        if (!o->files) argp_error(state, "no CSV file given");
-        for (int i = 0; i < o->files; i++)
-            if (o->output && usp_tool_same_file(o->output, o->file[i]))
-                argp_error(state, "--output would overwrite %s", o->file[i]);
-        break;
-    default:
-        return ARGP_ERR_UNKNOWN;
-    }
-    return 0;
-}
+enum { NAME_BYTES = 4608 }; /* a path and more: cut names could be alike */
 
 /* ---- rows to series -------------------------------------------------------------------------------------------- */
 
@@ -137,15 +44,39 @@ static int wanted(const usp_plot_options *o, const usp_csv *csv, size_t row) {
     return 1;
 }
 
-static int varies(const usp_plot_options *o, const usp_csv *csv, int column) {
+/* Whether the rows of some files differ in a column. */
+static int varies(const usp_plot_options *o, const usp_csv *csv, int files, const char *name) {
     const char *first = NULL;
-    for (size_t row = 0; row < csv->rows; row++) {
-        if (!wanted(o, csv, row)) continue;
-        const char *cell = usp_csv_cell(csv, row, column);
-        if (first && strcmp(first, cell)) return 1;
-        first = cell;
+    for (int i = 0; i < files; i++) {
+        int column = usp_csv_column(&csv[i], name);
+        for (size_t row = 0; row < csv[i].rows && column >= 0; row++) {
+            if (!wanted(o, &csv[i], row)) continue;
+            const char *cell = usp_csv_cell(&csv[i], row, column);
+            if (first && strcmp(first, cell)) return 1;
+            first = cell;
+        }
     }
     return 0;
+}
+
+/* "results/a.csv" -> "a", and its length. */
+static const char *base_of(const char *path, int *length) {
+    const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path, *dot = strrchr(base, '.');
+    *length = dot > base ? (int)(dot - base) : (int)strlen(base);
+    return base;
+}
+
+/* What tells the series of one of several files apart: the file's name, or its path where another has that name. */
+static int label_file(const usp_plot_options *o, int file, char name[NAME_BYTES]) {
+    int length, other_length;
+    const char *base = base_of(o->file[file], &length);
+    if (o->files == 1) return 0;
+    for (int i = 0; i < o->files; i++) {
+        const char *other = base_of(o->file[i], &other_length);
+        if (i != file && length == other_length && !memcmp(base, other, (size_t)length))
+            return snprintf(name, NAME_BYTES, "%.4095s", o->file[file]);
+    }
+    return snprintf(name, NAME_BYTES, "%.*s", length < 4095 ? length : 4095, base);
 }
 
 /* Columns of usp_bench that say what a row is, how they are shown, and what stands before the value. */
@@ -158,14 +89,15 @@ static const usp_key keys[] = {{"kind", ""},        {"pass", ""},     {"layout",
                                {"heads", "heads "}, {"kv", "kv "},    {"dim", "dim "}, {"value_dim", "value dim "},
                                {"seq", "seq "}};
 
-/* Of the keys that differ between rows: "softmax fwd U2 R2". */
-static void name_row(const usp_plot_options *o, const usp_csv *csv, size_t row, const char *x, char name[NAME_BYTES]) {
-    int at = 0;
+/* Of the file and the keys that differ between rows: "softmax fwd U2 R2". */
+static void name_row(const usp_plot_options *o, const usp_csv *csv, int file, size_t row, const char *x,
+                     char name[NAME_BYTES]) {
+    int at = label_file(o, file, name);
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
-        int column = usp_csv_column(csv, keys[i].column);
-        if (column < 0 || !strcmp(keys[i].column, x) || !varies(o, csv, column)) continue;
+        int column = usp_csv_column(&csv[file], keys[i].column);
+        if (column < 0 || !strcmp(keys[i].column, x) || !varies(o, csv, o->files, keys[i].column)) continue;
         at += snprintf(name + at, (size_t)(NAME_BYTES - at), "%s%s%.40s", at ? " " : "", keys[i].prefix,
-                       usp_csv_cell(csv, row, column));
+                       usp_csv_cell(&csv[file], row, column));
         if (at >= NAME_BYTES - 1) return;
     }
     if (!at) snprintf(name, NAME_BYTES, "%s", o->y);
@@ -178,54 +110,62 @@ static usp_status find_column(const usp_csv *csv, const char *path, const char *
     return usp_tool_fail(error, USP_INVALID, "%s: has no column '%s'", path, name);
 }
 
+static usp_status check_number(double value, const char *whose, usp_tool_error *error) {
+    if (fabs(value) <= USP_PLOT_LARGEST) return USP_OK;
+    return usp_tool_fail(error, USP_INVALID, "'%s': %g is too large to draw", whose, value);
+}
+
 static usp_status add_point(usp_chart *chart, const char *name, double x, double y, usp_tool_error *error) {
+    USP_TRY(check_number(x, name, error));
+    USP_TRY(check_number(y, name, error));
     if (usp_chart_add(chart, name, x, y) == 0) return USP_OK;
     return usp_tool_fail(error, USP_INVALID, "more than %d series; choose rows with --where", USP_PLOT_SERIES);
 }
 
-static usp_status add_bench_rows(const usp_plot_options *o, const usp_csv *csv, const char *path, usp_chart *chart,
+static usp_status add_bench_rows(const usp_plot_options *o, const usp_csv *csv, int file, usp_chart *chart,
                                  usp_tool_error *error) {
     int x_column, y_column;
-    USP_TRY(find_column(csv, path, o->x, &x_column, error));
-    USP_TRY(find_column(csv, path, o->y, &y_column, error));
-    const char *skip = o->type == PLOT_BARS ? "" : o->x;
-    for (size_t row = 0; row < csv->rows; row++) {
+    const usp_csv *rows = &csv[file];
+    USP_TRY(find_column(rows, o->file[file], o->x, &x_column, error));
+    USP_TRY(find_column(rows, o->file[file], o->y ? o->y : "tflops_per_rank", &y_column, error));
+    const char *skip = o->type == USP_PLOT_BARS ? "" : o->x;
+    for (size_t row = 0; row < rows->rows; row++) {
         char name[NAME_BYTES];
         double x, y;
-        if (!wanted(o, csv, row) || !usp_csv_number(csv, row, y_column, &y)) continue;
-        if (!usp_csv_number(csv, row, x_column, &x)) continue;
-        name_row(o, csv, row, skip, name);
+        if (!wanted(o, rows, row) || !usp_csv_number(rows, row, y_column, &y)) continue;
+        if (!usp_csv_number(rows, row, x_column, &x)) continue;
+        name_row(o, csv, file, row, skip, name);
         USP_TRY(add_point(chart, name, x, y, error));
     }
     return USP_OK;
 }
 
-/* The column's own name; with several files their name before it. */
-static void name_curve(const usp_plot_options *o, const char *path, const char *column, char name[NAME_BYTES]) {
-    char copy[NAME_BYTES];
-    snprintf(copy, sizeof copy, "%.*s", NAME_BYTES - 1, path);
-    char *base = basename(copy), *dot = strrchr(base, '.');
-    if (dot) *dot = 0;
-    if (o->files > 1)
-        snprintf(name, NAME_BYTES, "%.90s %.90s", base, column);
-    else
-        snprintf(name, NAME_BYTES, "%.180s", column);
-}
-
-static usp_status add_curves(const usp_plot_options *o, const usp_csv *csv, const char *path, usp_chart *chart,
+static usp_status add_curves(const usp_plot_options *o, const usp_csv *csv, int file, usp_chart *chart,
                              usp_tool_error *error) {
     int x_column;
-    USP_TRY(find_column(csv, path, o->x, &x_column, error));
-    for (int column = 0; column < csv->columns; column++) {
+    const usp_csv *rows = &csv[file];
+    USP_TRY(find_column(rows, o->file[file], o->x, &x_column, error));
+    for (int column = 0; column < rows->columns; column++) {
         char name[NAME_BYTES];
-        if (column == x_column || (o->y && strcmp(csv->cell[column], o->y))) continue;
-        name_curve(o, path, csv->cell[column], name);
-        for (size_t row = 0; row < csv->rows; row++) {
+        if (column == x_column || (o->y && strcmp(rows->cell[column], o->y))) continue;
+        int at = label_file(o, file, name);
+        snprintf(name + at, (size_t)(NAME_BYTES - at), "%s%s", at ? " " : "", rows->cell[column]);
+        for (size_t row = 0; row < rows->rows; row++) {
             double x, y;
-            if (wanted(o, csv, row) && usp_csv_number(csv, row, x_column, &x) && usp_csv_number(csv, row, column, &y))
+            if (wanted(o, rows, row) && usp_csv_number(rows, row, x_column, &x) &&
+                usp_csv_number(rows, row, column, &y))
                 USP_TRY(add_point(chart, name, x, y, error));
         }
     }
+    return USP_OK;
+}
+
+/* A bar shows one number: that no row is left out unseen. */
+static usp_status check_bars(const usp_chart *chart, usp_tool_error *error) {
+    for (int i = 0; i < chart->count; i++)
+        if (chart->series[i].count > 1)
+            return usp_tool_fail(error, USP_INVALID, "%zu rows are '%s', a bar shows one; choose rows with --where",
+                                 chart->series[i].count, chart->series[i].name);
     return USP_OK;
 }
 
@@ -261,6 +201,7 @@ static usp_status fill_grid(const usp_plot_options *o, const usp_csv *csv, const
         if (!wanted(o, csv, row) || !usp_csv_number(csv, row, u_column, &u)) continue;
         if (!usp_csv_number(csv, row, r_column, &r) || !usp_csv_number(csv, row, y_column, &y)) continue;
         int column = degree_index(grid->ulysses, &grid->columns, u), line = degree_index(grid->ring, &grid->rows, r);
+        USP_TRY(check_number(y, path, error));
         if (column < 0 || line < 0) return usp_tool_fail(error, USP_INVALID, "%s: too many degrees", path);
         if (!values) continue;
         grid->sum[line][column] += y;
@@ -292,15 +233,16 @@ static void draw_grid(FILE *svg, const usp_plot_options *o, const usp_grid *grid
 
 /* ---- files ----------------------------------------------------------------------------------------------------- */
 
-/* Defaults that depend on the first file. */
-static void choose(usp_plot_options *o, const usp_csv *csv) {
-    int curves = !strcmp(csv->cell[0], "step");
-    if (!o->title) o->title = o->file[0];
+/* Defaults that depend on the files; their kind and columns on the first. */
+static void choose(usp_plot_options *o, const usp_csv *csv, char title[NAME_BYTES]) {
+    int curves = !strcmp(csv->cell[0], "step"), lines = curves;
+    snprintf(title, NAME_BYTES, o->files > 1 ? "%.150s and %d more" : "%.150s", o->file[0], o->files - 1);
+    if (!o->title) o->title = title;
     if (!o->x) o->x = curves ? "step" : "seq";
     if (!o->y && !curves) o->y = "tflops_per_rank";
     if (!strcmp(o->x, "seq")) o->log_x = 1;
-    int x = usp_csv_column(csv, o->x);
-    if (o->type == PLOT_AUTO) o->type = curves || x < 0 || varies(o, csv, x) ? PLOT_LINE : PLOT_BARS;
+    for (int i = 0; i < o->files; i++) lines |= varies(o, &csv[i], 1, o->x);
+    if (o->type == USP_PLOT_AUTO) o->type = lines || usp_csv_column(csv, o->x) < 0 ? USP_PLOT_LINE : USP_PLOT_BARS;
 }
 
 static const char *y_label(const usp_plot_options *o) {
@@ -316,10 +258,11 @@ static usp_status draw_chart(const usp_plot_options *o, const usp_csv *csv, FILE
                        .from_zero = strcmp(csv->cell[0], "step") != 0};
     usp_status status = USP_OK;
     for (int i = 0; i < o->files && status == USP_OK; i++)
-        status = strcmp(csv[i].cell[0], "step") ? add_bench_rows(o, &csv[i], o->file[i], &chart, error)
-                                                : add_curves(o, &csv[i], o->file[i], &chart, error);
+        status = strcmp(csv[i].cell[0], "step") ? add_bench_rows(o, csv, i, &chart, error)
+                                                : add_curves(o, csv, i, &chart, error);
     if (status == USP_OK && !chart.count) status = usp_tool_fail(error, USP_INVALID, "no row to draw");
-    if (status == USP_OK && o->type == PLOT_BARS)
+    if (status == USP_OK && o->type == USP_PLOT_BARS) status = check_bars(&chart, error);
+    if (status == USP_OK && o->type == USP_PLOT_BARS)
         usp_plot_bars(svg, &chart);
     else if (status == USP_OK)
         usp_plot_lines(svg, &chart);
@@ -348,32 +291,29 @@ static usp_status draw_heatmap(const usp_plot_options *o, const usp_csv *csv, FI
 }
 
 static usp_status draw_to(const usp_plot_options *o, const usp_csv *csv, FILE *svg, usp_tool_error *error) {
-    usp_status status = o->type == PLOT_HEATMAP ? draw_heatmap(o, csv, svg, error) : draw_chart(o, csv, svg, error);
-    if (status == USP_OK && (fflush(svg) || ferror(svg)))
-        status = usp_tool_fail(error, USP_INVALID, "cannot write: %s", strerror(errno));
-    return status;
+    return o->type == USP_PLOT_HEATMAP ? draw_heatmap(o, csv, svg, error) : draw_chart(o, csv, svg, error);
 }
 
 static usp_status draw(usp_plot_options *o, const usp_csv *csv, usp_tool_error *error) {
-    choose(o, csv);
-    if (!o->output) return draw_to(o, csv, stdout, error);
-    FILE *svg = fopen(o->output, "w");
-    if (!svg) return usp_tool_fail(error, USP_INVALID, "%s: cannot write: %s", o->output, strerror(errno));
-    usp_status status = draw_to(o, csv, svg, error);
-    fclose(svg);
-    if (status != USP_OK) remove(o->output);
-    return status;
+    char title[NAME_BYTES];
+    usp_output output;
+    choose(o, csv, title);
+    if (o->output) {
+        USP_TRY(usp_output_open(&output, o->output, error));
+        return usp_output_close(&output, draw_to(o, csv, output.stream, error), error);
+    }
+    USP_TRY(draw_to(o, csv, stdout, error));
+    if (fflush(stdout) == 0 && !ferror(stdout)) return USP_OK;
+    return usp_tool_fail(error, USP_INVALID, "cannot write to standard output: %s", strerror(errno));
 }
 
 int main(int argc, char **argv) {
-    const struct argp argp = {option_table, parse_option, "FILE.csv...", description, NULL, NULL, NULL};
-    usp_plot_options options = {.files = 0};
-    usp_csv csv[MOST_FILES] = {{.columns = 0}};
+    usp_plot_options options;
+    usp_csv csv[USP_PLOT_FILES] = {{.columns = 0}};
     usp_tool_error error = {""};
     usp_status status = USP_OK;
     usp_tool_guard_output(1);
-    argp_program_version_hook = usp_tool_print_version;
-    argp_parse(&argp, argc, argv, 0, NULL, &options);
+    usp_plot_options_parse(&options, argc, argv);
     for (int i = 0; i < options.files && status == USP_OK; i++) {
         status = usp_csv_read(options.file[i], &csv[i], &error);
         if (status == USP_OK) status = check_wheres(&options, &csv[i], options.file[i], &error);

@@ -162,6 +162,62 @@ cmp -s again1k.npy again2k.npy || fail "dk differs from run to run"
 expect 0 "$run" -n 4 -u 2 --q q.npy --k k2.npy --v v2.npy --mask full --out cross.npy --device cpu
 same cross.npy ref.npy 1e-5
 
+# ---- usp_run: files of other forms, against the same numbers in the plain one ------------------------------------------------
+
+# forms DESCR FORTRAN ORDER PERMUTATION RESULT: inputs of this form; every result is one_*.npy as RESULT with that PERMUTATION.
+forms()
+{
+    for x in q k v g; do "$npy" form $x.npy form_$x.npy "$1" "$2" "$4" || fail "form $x"; done
+    expect 0 "$run" -n 4 -u 2 --device cpu --order "$3" --q form_q.npy --k form_k.npy --v form_v.npy --dout form_g.npy \
+        --out form_out.npy --lse form_lse.npy --dq form_dq.npy --dk form_dk.npy --dv form_dv.npy
+    for r in out $grads; do
+        "$npy" form one_$r.npy form_ref.npy "$5" False "$4" || fail "form $r"
+        same form_$r.npy form_ref.npy 2e-6
+    done
+}
+
+meshes 2e-6 "out lse $grads" --device cpu
+forms '<f4' False bhsd 0213 '<f4'
+same form_lse.npy one_lse.npy 2e-6
+forms '<f4' False sbhd 1023 '<f4'
+same form_lse.npy one_lse.npy 2e-6
+forms '>f4' False bshd 0123 '<f4'
+forms '<f4' True bhsd 0213 '<f4'
+forms '<f8' False bshd 0123 '<f8'
+forms '>f8' True sbhd 1023 '<f8'
+expect 0 "$run" --device cpu --order sbhd --q form_q.npy --k form_k.npy --v form_v.npy --out x.npy
+[ "$(cat log)" = "usp_run: converted: --q big-endian float64 in Fortran order, --k big-endian float64 in Fortran order, \
+--v big-endian float64 in Fortran order" ] || fail "not one line on what is converted: $(cat log)"
+expect 0 "$run" --device cpu --q q.npy --k k.npy --v v.npy --out x.npy
+[ ! -s log ] || fail "a plain file is said to be converted: $(cat log)"
+
+# bf16 as JAX and ml_dtypes save it goes out as it came in.
+make_inputs bf16
+expect 0 "$run" $inputs --out one_out.npy --dq one_dq.npy --device cpu --dtype bf16
+for x in q k v g; do "$npy" form $x.npy form_$x.npy '<V2' False 0123 || fail "form $x"; done
+expect 0 "$run" --device cpu --q form_q.npy --k form_k.npy --v form_v.npy --dout form_g.npy --out form_out.npy --dq form_dq.npy
+[ ! -s log ] || fail "V2 is said to be converted: $(cat log)"
+for r in out dq; do
+    "$npy" form one_$r.npy form_ref.npy '|V2' False 0123 || fail "form $r"
+    same form_$r.npy form_ref.npy 0
+    grep -qF "'|V2'" form_$r.npy || fail "$r is no V2"
+done
+make_inputs f32
+
+# No tokens: results without any, and a state that is the one before the first token.
+for x in q k v g; do "$npy" cut $x.npy no_$x.npy 0 0 || fail "cut $x"; done
+for ranks in 1 4; do
+    expect 0 "$run" -n $ranks --device cpu --q no_q.npy --k no_k.npy --v no_v.npy --dout no_g.npy --out no_out.npy \
+        --lse no_lse.npy --dk no_dk.npy
+    grep -qF "'shape': (2, 0, 4, 24, )" no_out.npy || fail "no tokens, -n $ranks: out has another shape"
+    grep -qF "'shape': (2, 4, 0, )" no_lse.npy || fail "no tokens, -n $ranks: lse has another shape"
+    grep -qF "'shape': (2, 0, 2, 16, )" no_dk.npy || fail "no tokens, -n $ranks: dk has another shape"
+    expect 0 "$run" -n $ranks --kind linear --q no_q.npy --k no_k.npy --v no_v.npy --out no_out.npy --device cpu \
+        --initial-state s0.npy --final-state no_state.npy
+    same no_state.npy s0.npy 0
+done
+expect 0 "$run" --device cpu --mask full --q no_q.npy --k k.npy --v v.npy --out no_out.npy
+
 # ---- usp_run: bad files -------------------------------------------------------------------------------------------------
 
 ok="--k k.npy --v v.npy --device cpu"
@@ -170,13 +226,16 @@ head -c 9 q.npy >short.npy
 head -c 60 q.npy >header.npy
 head -c 400 q.npy >data.npy
 { cat q.npy; printf x; } >long.npy
-sed 's/False/True /' q.npy >fortran.npy
-sed 's/<f4/>f4/' q.npy >big.npy
+sed 's/<f4/|f4/' q.npy >unordered.npy
 sed 's/<f4/|O /' q.npy >object.npy
+"$npy" form q.npy beyond.npy '<f8' False 0123
+printf '\0\0\0\0\0\0\340\176' | dd of=beyond.npy bs=1 seek=256 conv=notrunc 2>/dev/null # about 1e304
 sed "s/(2, 53, 4, 16, )/(2, 53, 4, 16, 1)/" q.npy >five.npy
 sed "s/(2, 53, 4, 16, )/(2, 9223372036854775807, 4, 16, )/;s/    \$//" q.npy >huge.npy
 : >empty.npy
 mkdir folder.npy
+"$npy" form q.npy bhsd_q.npy '<f4' False 0213 && "$npy" form g.npy bhsd_v.npy '<f4' False 0213 || fail "form bhsd"
+"$npy" make nobatch.npy f32 1 0 $tokens $heads $dim
 "$npy" make q16.npy bf16 1 $batch $tokens $heads $dim
 "$npy" make other.npy f32 1 $batch 7 $heads $dim
 "$npy" make heads3.npy f32 1 $batch $tokens 3 $dim
@@ -186,9 +245,13 @@ refuse 'magic' "$run" --q short.npy $ok
 refuse 'truncated' "$run" --q header.npy $ok
 refuse 'truncated' "$run" --q data.npy $ok
 refuse 'more than its shape' "$run" --q long.npy $ok
-refuse 'Fortran' "$run" --q fortran.npy $ok
-refuse 'little-endian' "$run" --q big.npy $ok
-refuse 'little-endian' "$run" --q object.npy $ok
+refuse "type '|f4', not f2, f4 or f8" "$run" --q unordered.npy $ok
+refuse "type '|O '" "$run" --q object.npy $ok
+refuse 'beyond float32' "$run" --q beyond.npy $ok
+refuse 'no tokens, but the queries have 53' "$run" --q q.npy --k no_k.npy --v no_v.npy --mask full --device cpu
+refuse 'its batch is 0, not from 1' "$run" --q nobatch.npy $ok
+refuse '4, 53, 16.*, but .*2, 4, 53, 24.* for --dout' "$run" --order bhsd --q bhsd_q.npy --k bhsd_q.npy --v bhsd_v.npy \
+    --dout bhsd_q.npy --dq x.npy --device cpu
 refuse '.' "$run" --q five.npy $ok
 refuse '.' "$run" --q huge.npy $ok
 refuse 'regular file' "$run" --q folder.npy $ok
@@ -234,14 +297,63 @@ mistake 'excludes another --layout' --documents 53 --layout zigzag
 mistake 'excludes another --layout' --segments 0:53 --layout stripe
 expect 1 "$run" --q q.npy $ok --out nowhere/out.npy
 expect 1 "$run" --q q.npy $ok --out folder.npy
-grep -q 'regular file' log || fail "a folder as output: no reason"
+grep -q 'folder.npy: cannot write: Is a directory' log || fail "a folder as output: no reason"
 expect 64 "$run" --q q.npy $ok --out q.npy
 expect 64 "$run" --q q.npy $ok --out x.npy --lse x.npy
 expect 64 "$run" --q q.npy $ok
 expect 64 "$run" --q q.npy $ok --out x.npy --dq y.npy
 expect 64 "$run" --q q.npy $ok --out x.npy --mask half
 expect 64 "$run" --q q.npy $ok --out x.npy -n 0
-[ -z "$(ls ./*.npy.?????? 2>/dev/null)" ] || fail "temporary files are left"
+
+# Outputs: through a link its target is written, with the mode that it had; a device or a pipe is written as it is; and a
+# failure leaves what was there.
+left() # what: no file beside an output
+{
+    [ -z "$(ls ./*.npy.*-* ./*.svg.*-* ./*.csv.*-* ./*.json.*-* 2>/dev/null)" ] || fail "temporary files are left: $1"
+}
+printf 'step,1 rank,2x2 <&>\n0,5.5,5.5\n1,4.5,4.6\n2,4.0,4.0\n' >loss.csv
+mkdir place
+printf old >place/old.npy
+chmod 640 place/old.npy
+ln -s place/old.npy link.npy
+ln -s link.npy chain.npy
+ln -s place/new.npy ahead.npy
+ln -s loop.npy loop.npy
+expect 0 "$run" --q q.npy $ok --out plain.npy
+for path in chain.npy ahead.npy; do
+    expect 0 "$run" --q q.npy $ok --out $path
+    [ -L $path ] || fail "$path is no link any more"
+    cmp -s $path plain.npy || fail "$path does not lead to the result"
+done
+[ -L link.npy ] && [ ! -L place/old.npy ] && [ ! -L place/new.npy ] || fail "a link was replaced"
+[ "$(stat -c %a place/old.npy)" = 640 ] || fail "mode $(stat -c %a place/old.npy), not 640"
+[ "$(stat -c %a plain.npy)" = "$(printf %o $((0666 & ~0$(umask))))" ] || fail "another mode than a new file's"
+expect 1 "$run" --q q.npy $ok --out loop.npy
+[ -L loop.npy ] || fail "a link that leads nowhere was replaced"
+expect 64 "$run" --q q.npy $ok --out ahead.npy --lse place/new.npy
+mkfifo pipe.npy
+timeout 20 cat pipe.npy >through.npy &
+expect 0 "$run" --q q.npy $ok --out pipe.npy
+wait
+cmp -s through.npy plain.npy && [ -p pipe.npy ] || fail "a pipe was not written, or replaced"
+ln -s /proc/self/fd/1 stdout # as /dev/stdout, which a tool that is wrong could replace
+{ printf before; "$run" --q q.npy $ok --out stdout; printf after; } >out.log 2>log
+{ printf before; cat plain.npy; printf after; } | cmp -s - out.log || fail "stdout was not written where it stands: $(cat log)"
+mknod full c 1 7 2>/dev/null || [ "$(id -u)" -eq 0 ] || ln -s /dev/full full # never the machine's own as root
+{ echo | cat >full; } 2>&1 | grep -q 'No space' || rm -f full
+if [ -e full ]; then
+    expect 1 "$run" --q q.npy $ok --out full
+    grep -q 'full: cannot write: No space left' log || fail "a full device: no reason: $(cat log)"
+    expect 1 "$plot" loss.csv -o full
+    expect 1 "$plot" loss.csv -o full --x none
+    expect 2 "$bench" --device cpu -b 64 -e 64 -n 1 --heads 1 --json full
+    [ -c full ] || fail "a device was replaced"
+fi
+cp plain.npy kept.npy
+expect 1 sh -c 'ulimit -f 4; trap "" XFSZ; exec "$@"' sh "$run" --q q.npy $ok --out kept.npy
+grep -q 'kept.npy: cannot write: File too large' log || fail "no room: no reason: $(cat log)"
+cmp -s kept.npy plain.npy || fail "a failure took away what was there"
+left "after usp_run"
 
 # No output over an input or another output, however it is spelled; gradients without the output.
 mkdir sub
@@ -285,8 +397,7 @@ for number in 0 -1 1e-60 1e60 nan x; do mistake "'$number' is not a float32 grea
 mistake "'' is not a number in (0, 1]" --kind linear --decay 0.9,
 mistake "'' is not a number in (0, 1]" --kind linear --decay ,0.9
 mistake "'1e-60' is not a number in (0, 1]" --kind linear --decay 1e-60
-sed 's/<f4/<f8/' q.npy >double.npy
-refuse 'not <f4 (float32), <f2 (float16) or <u2 (bf16 as uint16)' "$run" --q double.npy $ok
+mistake "'foo' is none of bshd, bhsd, sbhd" --order foo
 
 for tool in "$run" "$bench" "$plot"; do
     expect 0 "$tool" --help
@@ -320,16 +431,29 @@ expect 2 "$bench" $quick -t 4 -u 3 -b 64 -e 64
 expect 2 "$bench" $quick -t 2 -G 1 -b 64 -e 64
 grep -q "a graph needs a GPU for every rank" log || fail "a graph on the CPU was not refused"
 expect 2 "$bench" $quick -t 2 -r 2 --kind linear --layout stripe -b 64 -e 64
+grep -q 'every row was skipped: 2 rows: linear attention on the stripe layout' log || fail "no reason: $(cat log)"
+expect 2 "$bench" $quick -t 2 -r 2 -u 1 --kind linear --layout stripe,zigzag --heads 8 --kv-heads 3,5 -b 64 -e 64 --pass fwd
+grep -q 'skipped: 2 rows: .*kv_heads is 3.*; 2 rows: .*kv_heads is 5' log || fail "reasons are not grouped: $(cat log)"
 expect 2 "$bench" $quick -b 64 -e 64 --csv nowhere/b.csv
 expect 2 "$bench" $quick -b 64 -e 64 --json nowhere/b.json
 [ "$(wc -l <log)" -eq 1 ] || fail "it ran before it saw that the JSON cannot be written: $(cat log)"
-expect 2 "$bench" $quick -b 64 -e 64 --json /dev/full
+printf old >kept.csv
+expect 2 sh -c '"$@" >/dev/full' sh "$bench" $quick -b 64 -e 64 --csv kept.csv
+[ "$(cat kept.csv)" = old ] || fail "a run that failed before its first row took away a file"
+expect 2 "$bench" $quick -t 2 -u 3 -b 64 -e 64 --csv kept.csv
+[ "$(cat kept.csv)" = old ] || fail "a run that cannot be took away a file"
+expect 0 "$bench" $quick -b 64 -e 64 --pass fwd --csv stdout
+[ "$(grep -c '^64,1,4,' log)" -eq 2 ] && [ "$(grep -c '^  *64 ' log)" -eq 2 ] || fail "CSV on standard output: $(cat log)"
+ln -s to.csv link.csv
+expect 0 "$bench" $quick -b 64 -e 64 --pass fwd --csv link.csv
+[ -L link.csv ] && [ "$(wc -l <to.csv)" -eq 3 ] || fail "a link was replaced, or its target not written"
+left "after usp_bench"
 expect 64 "$bench" $quick -b 64 -e 64 --json same --csv ./same
 [ ! -e same ] || fail "a file was opened in spite of the mistake"
 for end in '>/dev/full' '>&-'; do
     expect 2 sh -c "\"\$@\" $end" sh "$bench" $quick -b 64 -e 64 --csv table.csv
     grep -q 'cannot write to standard output' log || fail "$end: no reason: $(cat log)"
-    [ "$(wc -l <table.csv)" -eq 1 ] || fail "$end: it ran without a table: $(cat table.csv)"
+    [ ! -e table.csv ] || fail "$end: it ran without a table: $(cat table.csv)"
     expect 2 sh -c "\"\$@\" $end" sh "$bench" --info
 done
 expect 64 "$bench" --kind foo
@@ -341,8 +465,8 @@ grep -q "'foo' is none of auto, cpu, cuda" log || fail "no names of devices: $(c
 # shell that runs no jobs has its children in the background ignore SIGINT.
 interrupt()
 {
-    rm -f cut.json cut.csv
-    { until [ "$(wc -l <cut.csv)" -gt 1 ]; do sleep 0.1; done; kill -s "$1" "$(cat process)"; } 2>/dev/null &
+    rm -f cut.json cut.csv log
+    { until grep -q '^ .*64' log; do sleep 0.1; done; kill -s "$1" "$(cat process)"; } 2>/dev/null &
     doing="interrupt $1"
     sh -c 'echo $$ >process; exec "$@"' sh "$bench" --device cpu -n 1 -w 0 -b 64 -e 256K -f 4096 --heads 1 --json cut.json \
         --csv cut.csv >log 2>&1
@@ -356,6 +480,7 @@ interrupt()
 }
 interrupt INT 130
 interrupt TERM 143
+left "after signals"
 expect 64 "$bench" -b 2K -e 1K
 expect 64 "$bench" -t 2 -g 2
 expect 64 "$bench" --kind quadratic
@@ -386,9 +511,37 @@ for row, line in zip(rows, table):
 PY
 fi
 
+# The bar fits a terminal that becomes narrower and wider, and takes up the lines on which its old self then stands.
+if command -v python3 >/dev/null; then
+    python3 - "$bench" <<'PY' || fail "the progress bar on a terminal that changes"
+import fcntl, os, pty, re, signal, struct, sys, termios
+signal.alarm(60)
+def resize(fd, columns):
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+command = [sys.argv[1]] + "--device cpu -b 64 -e 64 -n 1000000 -m 1 --budget 0 --heads 1 --kind softmax --pass fwd".split()
+child, terminal = pty.fork()
+if child == 0:
+    resize(2, 100)
+    os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
+    os.environ["TERM"] = "xterm"
+    os.execv(command[0], command)
+drawn, seen = [], b""
+for columns in (100, 30, 7, 120):
+    resize(terminal, columns)
+    start = len(drawn)
+    while len(drawn) < start + 4: # one may have been on its way, one is not complete
+        seen += os.read(terminal, 4096)
+        drawn = re.findall(rb"(?:\x1b\[(\d+)A)?\r\x1b\[J([^\r]*?)(?=\x1b\[\d+A|\r)", seen)
+    lines = [(int(up or 0), len(re.sub(rb"\x1b\[\d*m", b"", text))) for up, text in drawn[max(start - 1, 0):]]
+    for (_, before), (up, length) in zip(lines[1:], lines[2:]):
+        assert length < columns and up == (before - 1) // columns, (columns, lines)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+PY
+fi
+
 # ---- usp_plot -----------------------------------------------------------------------------------------------------------
 
-printf 'step,1 rank,2x2 <&>\n0,5.5,5.5\n1,4.5,4.6\n2,4.0,4.0\n' >loss.csv
 expect 0 "$plot" loss.csv -o loss.svg --title 'Loss'
 expect 0 "$plot" b.csv -o lines.svg --where pass=fwd --where layout=zigzag
 expect 0 "$plot" b.csv -o bars.svg --where seq=64 --where layout=zigzag
@@ -400,6 +553,70 @@ grep -q '2x2 &lt;&amp;&gt;' loss.svg || fail "names are not escaped"
 if command -v python3 >/dev/null; then
     python3 -c 'import sys, xml.dom.minidom as x; [x.parse(f) for f in sys.argv[1:]]' ./*.svg || fail "not XML"
 fi
+# What fails, or would, leaves what was there.
+printf old >kept.svg
+expect 1 "$plot" b.csv --where pass=none -o kept.svg
+expect 1 sh -c 'ulimit -f 1; trap "" XFSZ; exec "$@"' sh "$plot" b.csv -o kept.svg
+grep -q 'kept.svg: cannot write: File too large' log || fail "no room: no reason: $(cat log)"
+[ "$(cat kept.svg)" = old ] || fail "a failure took away what was there"
+ln -s kept.svg link.svg
+expect 0 "$plot" b.csv -o link.svg
+[ -L link.svg ] && grep -q '</svg>' kept.svg || fail "a link was replaced, or its target not written"
+expect 0 "$plot" b.csv -o stdout
+cmp -s log kept.svg || fail "stdout has another picture"
+[ "$(readlink stdout)" = /proc/self/fd/1 ] || fail "the link to standard output was replaced"
+left "after usp_plot"
+
+# Several files: every series keeps its file, or its path where names are alike.
+mkdir one two
+for n in 1 2 4; do
+    printf 'seq,kind,ulysses,ring,tflops_per_rank\n1024,softmax,1,%s,%s.5\n' $n $n >ranks$n.csv
+    printf 'seq,kind,tflops_per_rank\n1024,softmax,%s\n2048,softmax,1\n' $n >sweep$n.csv
+done
+expect 0 "$plot" ranks1.csv ranks2.csv ranks4.csv -o three.svg
+[ "$(grep -c '<rect .*rx=' three.svg)" -eq 3 ] || fail "not a bar for each of three files"
+for bar in '>ranks1 R1<' '>ranks2 R2<' '>ranks4 R4<' '>4.5<' '>ranks1.csv and 2 more<'; do
+    grep -q -- "$bar" three.svg || fail "no $bar among the bars of three files"
+done
+expect 0 "$plot" sweep1.csv sweep2.csv sweep4.csv -o three.svg
+[ "$(grep -c '<polyline' three.svg)" -eq 3 ] || fail "not a line for each of three files"
+cp loss.csv one/loss.csv
+cp loss.csv two/loss.csv
+expect 0 "$plot" one/loss.csv two/loss.csv loss.csv -o three.svg
+[ "$(grep -c '<polyline' three.svg)" -eq 6 ] || fail "not six curves of three files"
+grep -q '>two/loss.csv 1 rank<' three.svg || fail "files of one name are not told apart"
+expect 64 "$plot" loss.csv sub/../loss.csv
+grep -q 'loss.csv is given twice' log || fail "a file twice: $(cat log)"
+expect 1 "$plot" loss.csv --type bars
+grep -q "3 rows are '1 rank', a bar shows one" log || fail "rows that no bar shows: $(cat log)"
+
+# Cells in quotes, a byte-order mark, and numbers of any size.
+printf '\357\273\277"step","a, ""b""",c\r\n0,"5.5",5\r\n1,4.5,"4"\r\n' >quoted.csv
+expect 0 "$plot" quoted.csv -o quoted.svg
+grep -q '>a, "b"<' quoted.svg && [ "$(grep -c '<circle' quoted.svg)" -eq 4 ] || fail "quoted cells are not read"
+for line in '0,"1' '0,"1"2' '"0,1'; do
+    printf 'step,loss\n%s\n' "$line" >quote.csv
+    expect 1 "$plot" quote.csv
+    grep -q 'row 1 has a quote without its end' log || fail "$line: $(cat log)"
+done
+for number in 1e308 -1e308; do
+    printf 'step,loss\n0,1\n1,%s\n' $number >large.csv
+    expect 1 "$plot" large.csv -o large.svg
+    grep -q "'loss': $(printf %g $number) is too large to draw" log || fail "$number: $(cat log)"
+done
+printf 'ulysses,ring,tflops_per_rank\n1,1,1e308\n1,1,1e308\n' >large.csv
+expect 1 "$plot" --type heatmap large.csv
+for points in '0,1e300 1,-1e300' '10000000000000000,1 10000000000000002,2' '0,5e-324 5e-324,1' '-1e300,0 1e300,0' '1,1 1,1'; do
+    { echo step,loss; printf '%s\n' $points; } >range.csv
+    expect 0 "$plot" range.csv
+    [ "$(grep -c '<circle' log)" -eq 2 ] && [ "$(grep -c '<text' log)" -lt 40 ] && ! grep -Eqi '[ "](-?nan|-?inf)' log ||
+        fail "$points: $(cat log)"
+    { echo seq,tflops_per_rank; printf '%s\n' $points; } >range.csv
+    expect 0 "$plot" range.csv --type line
+    [ "$(grep -c '<circle' log)" -eq 2 ] && [ "$(grep -c '<text' log)" -lt 40 ] && ! grep -Eqi '[ "](-?nan|-?inf)' log ||
+        fail "$points, by seq: $(cat log)"
+done
+
 expect 1 "$plot" absent.csv
 expect 1 "$plot" b.csv --y nothing
 printf 'a,b\n1\n' >ragged.csv

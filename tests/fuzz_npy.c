@@ -1,6 +1,6 @@
 /* fuzz_npy.c - feeds damaged files to the .npy reader: fuzz_npy [seed [count]], or a libFuzzer target.
  * An accepted file must be consistent with its own size; a written array must come back the same. */
-#include "../bench/npy.h"
+#include "../bench/tensor_file.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +13,19 @@ static void require(int condition, const char *what) {
     abort();
 }
 
+/* Elements of any form become those of a dense tensor, of the same number, in any order of axes. */
+static void check_arranged(usp_npy *array, usp_order order) {
+    usp_tool_error error = {""};
+    size_t count = array->bytes / usp_npy_type_size(array->type);
+    if (array->dims != 4) return;
+    if (usp_tensor_arrange(array, order, &error) == USP_OK) {
+        require(!array->swapped && !array->fortran && array->type != USP_NPY_F64, "of another form once arranged");
+        require(array->bytes == count * usp_npy_type_size(array->type), "another number of elements once arranged");
+    } else
+        require(error.text[0], "refused without a sentence");
+    usp_npy_free(array);
+}
+
 /* The bytes are copied to memory of just their size, so that a sanitizer sees any access beyond. */
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     usp_npy array;
@@ -22,10 +35,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     memcpy(memory, data, size);
     if (usp_npy_parse(memory, size, &array, &error) == USP_OK) {
         size_t bytes = usp_npy_type_size(array.type);
+        usp_order order = (usp_order)(size % 3);
         for (int i = 0; i < array.dims; i++) bytes *= (size_t)array.shape[i];
         require(array.dims >= 0 && array.dims <= USP_NPY_DIMS, "too many dimensions accepted");
         require(array.bytes == bytes, "bytes and shape differ");
         require((const char *)array.data + bytes == memory + size, "data does not end with the file");
+        check_arranged(&array, order);
     } else
         require(error.text[0], "refused without a sentence");
     free(memory);
@@ -33,7 +48,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 }
 
 #ifndef USP_LIBFUZZER
-enum { FILE_BYTES = 1024 };
+enum { FILE_BYTES = 1024, SEEDS = 8 };
+
+/* What mutations begin with: an array, and the form that its header is given. */
+typedef struct usp_seed {
+    usp_npy_type type;
+    int dims;
+    int64_t shape[4];
+    char byte_order;
+    int fortran;
+    uint8_t bytes[FILE_BYTES];
+    size_t size;
+} usp_seed;
 
 static uint64_t next_random(uint64_t *state) {
     *state ^= *state << 13;
@@ -49,26 +75,37 @@ static size_t read_bytes(const char *path, uint8_t *bytes) {
     return size;
 }
 
-/* Writes an array, reads it back, and leaves its bytes as the seed of mutations. */
-static size_t round_trip(const char *path, usp_npy_type type, int dims, const int64_t *shape, uint8_t *bytes) {
+/* Writes an array and reads it back. */
+static void round_trip(const char *path, usp_seed *seed) {
     uint8_t data[512];
     usp_npy array;
     usp_tool_error error = {""};
     for (size_t i = 0; i < sizeof data; i++) data[i] = (uint8_t)(i * 37 + 11);
-    require(usp_npy_write(path, type, dims, shape, data, &error) == USP_OK, error.text);
+    require(usp_npy_write(path, seed->type, seed->dims, seed->shape, data, &error) == USP_OK, error.text);
     require(usp_npy_read(path, &array, &error) == USP_OK, error.text);
-    require(array.type == type && array.dims == dims, "type or dimensions changed");
-    require(!memcmp(array.shape, shape, (size_t)dims * sizeof *shape), "shape changed");
+    require(array.type == seed->type && array.dims == seed->dims, "type or dimensions changed");
+    require(!memcmp(array.shape, seed->shape, (size_t)array.dims * sizeof *array.shape), "shape changed");
+    require(!array.swapped && !array.fortran, "form changed");
     require(!memcmp(array.data, data, array.bytes), "data changed");
     usp_npy_free(&array);
-    size_t size = read_bytes(path, bytes);
+    seed->size = read_bytes(path, seed->bytes);
     remove(path);
-    return size;
+}
+
+/* The header is 10 bytes, then {'descr': '<f4', 'fortran_order': False, ... */
+static void reform(usp_seed *seed) {
+    usp_npy array;
+    usp_tool_error error = {""};
+    seed->bytes[10 + 11] = (uint8_t)seed->byte_order;
+    memcpy(seed->bytes + 10 + 11 + 3 + 3 + 17, seed->fortran ? "True " : "False", 5);
+    require(usp_npy_parse(seed->bytes, seed->size, &array, &error) == USP_OK, error.text);
+    require(array.type == seed->type && array.fortran == seed->fortran, "another form than the header's");
+    require(array.swapped == (seed->byte_order == '>'), "another byte order than the header's");
 }
 
 /* A bit, a byte, a likely character, a cut, a removed or a doubled stretch. */
 static size_t mutate(uint64_t *state, uint8_t *bytes, size_t size) {
-    static const char likely[] = "{}()',:0123456789 <f4uTrueFalse\\\"-L\x93";
+    static const char likely[] = "{}()',:0123456789 <>|=f4uV8TrueFalse\\\"-L\x93";
     size_t at = next_random(state) % size, length = next_random(state) % 8;
     switch (next_random(state) % 6) {
     case 0:
@@ -94,18 +131,28 @@ static size_t mutate(uint64_t *state, uint8_t *bytes, size_t size) {
 }
 
 int main(int argc, char **argv) {
-    static const int64_t shapes[4][4] = {{1, 4, 2, 8}, {3, 5, 1, 1}, {16, 1, 1, 1}, {2, 0, 3, 1}};
+    static usp_seed seeds[SEEDS] = {
+        {.type = USP_NPY_F32, .dims = 4, .shape = {1, 4, 2, 8}, .byte_order = '<'},
+        {.type = USP_NPY_F16, .dims = 3, .shape = {3, 5, 1}, .byte_order = '<'},
+        {.type = USP_NPY_U16, .dims = 2, .shape = {16, 1}, .byte_order = '<'},
+        {.type = USP_NPY_F32, .dims = 1, .shape = {2}, .byte_order = '<'},
+        {.type = USP_NPY_F64, .dims = 4, .shape = {2, 3, 2, 1}, .byte_order = '>', .fortran = 1},
+        {.type = USP_NPY_V2, .dims = 4, .shape = {1, 3, 2, 2}, .byte_order = '|'},
+        {.type = USP_NPY_F32, .dims = 4, .shape = {2, 0, 3, 1}, .byte_order = '<', .fortran = 1},
+        {.type = USP_NPY_V2, .dims = 4, .shape = {2, 2, 2, 3}, .byte_order = '>', .fortran = 1}};
     uint64_t state = argc > 1 ? strtoull(argv[1], NULL, 0) * 2 + 1 : 1;
     long count = argc > 2 ? strtol(argv[2], NULL, 0) : 200000;
     char path[64];
-    uint8_t seed[4][FILE_BYTES], bytes[FILE_BYTES];
-    size_t size[4];
+    uint8_t bytes[FILE_BYTES];
     snprintf(path, sizeof path, "fuzz_npy.%llu.npy", (unsigned long long)state);
-    for (int i = 0; i < 4; i++)
-        size[i] = round_trip(path, (usp_npy_type)(i % USP_NPY_TYPES), 4 - i, shapes[i], seed[i]);
+    for (int i = 0; i < SEEDS; i++) {
+        round_trip(path, &seeds[i]);
+        reform(&seeds[i]);
+    }
     for (long i = 0; i < count; i++) {
-        size_t which = next_random(&state) % 4, length = size[which];
-        memcpy(bytes, seed[which], length);
+        const usp_seed *seed = &seeds[next_random(&state) % SEEDS];
+        size_t length = seed->size;
+        memcpy(bytes, seed->bytes, length);
         for (uint64_t edits = 1 + next_random(&state) % 6; edits; edits--) length = mutate(&state, bytes, length);
         LLVMFuzzerTestOneInput(bytes, length);
     }

@@ -209,6 +209,7 @@ static int limits(usp_rank *rank) {
     usp_sequence_config tokens = {.struct_size = sizeof tokens, .tokens = 8 * rank->size};
     usp_layer_config config = {.struct_size = sizeof config,
                                .attention = USP_SOFTMAX,
+                               .mask = USP_MASK_FULL,
                                .dtype = USP_BF16,
                                .batch = 65536,
                                .heads = 4096,

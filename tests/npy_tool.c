@@ -1,4 +1,4 @@
-/* npy_tool.c - makes, compares, cuts and attends over .npy files, for check_tools.sh.
+/* npy_tool.c - makes, compares, cuts, rewrites and attends over .npy files, for check_tools.sh.
  * Its attention is a plain double loop over whole tensors that shares no code with the library or usp_bench. */
 #include "../bench/npy.h"
 #include "../bench/number.h"
@@ -18,15 +18,16 @@ static double *new_doubles(size_t count) {
     return memory;
 }
 
-/* uint16 stands for bf16. */
+/* uint16 and V2 stand for bf16. */
 static usp_dtype dtype_of(usp_npy_type type) {
-    return type == USP_NPY_F16 ? USP_F16 : type == USP_NPY_U16 ? USP_BF16 : USP_F32;
+    return type == USP_NPY_F16 ? USP_F16 : type == USP_NPY_U16 || type == USP_NPY_V2 ? USP_BF16 : USP_F32;
 }
 
 static usp_npy read_array(const char *path) {
     usp_npy array;
     usp_tool_error error;
     if (usp_npy_read(path, &array, &error) != USP_OK) stop(error.text);
+    if (array.swapped || array.fortran) stop("an array that is not little-endian or not in C order");
     return array;
 }
 
@@ -34,7 +35,10 @@ static double *read_doubles(const char *path, usp_npy *array) {
     *array = read_array(path);
     size_t count = array->bytes / usp_npy_type_size(array->type);
     double *values = new_doubles(count);
-    for (size_t i = 0; i < count; i++) values[i] = usp_number_load(dtype_of(array->type), array->data, i);
+    if (array->type == USP_NPY_F64)
+        memcpy(values, array->data, array->bytes);
+    else
+        for (size_t i = 0; i < count; i++) values[i] = usp_number_load(dtype_of(array->type), array->data, i);
     return values;
 }
 
@@ -102,6 +106,59 @@ static int cut(int argc, char **argv) {
     return 0;
 }
 
+/* ---- another form ---------------------------------------------------------------------------------------------- */
+
+static void write_header(FILE *file, const char *descr, const char *fortran, int dims, const int64_t *shape) {
+    char text[246]; /* 10 + 246 bytes are a multiple of 64 */
+    int at = snprintf(text, sizeof text, "{'descr': '%s', 'fortran_order': %s, 'shape': (", descr, fortran);
+    for (int i = 0; i < dims; i++) at += snprintf(text + at, sizeof text - (size_t)at, "%lld, ", (long long)shape[i]);
+    snprintf(text + at, sizeof text - (size_t)at, ")}");
+    fprintf(file, "\x93NUMPY%c%c%c%c%-245s\n", 1, 0, 246, 0, text);
+}
+
+static void write_element(FILE *file, const char *descr, double value) {
+    unsigned char bytes[8];
+    int size = descr[2] - '0';
+    if (size == 8)
+        memcpy(bytes, &value, sizeof value);
+    else
+        usp_number_store(size == 4 ? USP_F32 : descr[1] == 'f' ? USP_F16 : USP_BF16, bytes, 0, value);
+    for (int i = 0; i < size; i++) fputc(bytes[*descr == '>' ? size - 1 - i : i], file);
+}
+
+/* Index in an array of four dimensions, C order, of the element that comes i-th in an array of `shape` whose axis k is
+ * axis order[k] of the first, in Fortran order or not. */
+static int64_t source_of(const int64_t *whole, const char *order, const int64_t *shape, int fortran, int64_t i) {
+    int64_t at[4], index = 0;
+    for (int k = 0; k < 4; k++) {
+        int axis = fortran ? k : 3 - k;
+        at[order[axis] - '0'] = i % shape[axis];
+        i /= shape[axis];
+    }
+    for (int k = 0; k < 4; k++) index = index * whole[k] + at[k];
+    return index;
+}
+
+/* form IN OUT DESCR True|False ORDER : the same numbers in another form; ORDER 0213 has the third axis second. */
+static int form(int argc, char **argv) {
+    usp_npy array;
+    int64_t shape[4], count = 1;
+    if (argc != 5) stop("form IN OUT DESCR True|False ORDER");
+    double *values = read_doubles(argv[0], &array);
+    FILE *file = fopen(argv[1], "wb");
+    if (!file || array.dims != 4) stop("form: no four dimensions, or no file to write");
+    for (int i = 0; i < 4; i++) count *= shape[i] = array.shape[argv[4][i] - '0'];
+    write_header(file, argv[2], argv[3], 4, shape);
+    for (int64_t i = 0; i < count; i++)
+        write_element(file, argv[2], values[source_of(array.shape, argv[4], shape, argv[3][0] == 'T', i)]);
+    fclose(file);
+    free(values);
+    usp_npy_free(&array);
+    return 0;
+}
+
+/* ---- attention ------------------------------------------------------------------------------------------------- */
+
 typedef struct problem {
     int64_t batch, tokens, keys, heads, key_heads, dim, value_dim;
     const double *q, *k, *v;
@@ -159,5 +216,6 @@ int main(int argc, char **argv) {
     if (argc > 1 && !strcmp(argv[1], "compare")) return compare(argc - 2, argv + 2);
     if (argc > 1 && !strcmp(argv[1], "attend")) return attend(argc - 2, argv + 2);
     if (argc > 1 && !strcmp(argv[1], "cut")) return cut(argc - 2, argv + 2);
-    stop("make, compare, cut or attend");
+    if (argc > 1 && !strcmp(argv[1], "form")) return form(argc - 2, argv + 2);
+    stop("make, compare, cut, form or attend");
 }
