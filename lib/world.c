@@ -1,5 +1,5 @@
-/* world.c - making, watching and ending a world; and how its ranks agree. The only file that knows the constructors of
- * all devices and transports. */
+/* world.c - making, watching and ending a world. The only file that knows the constructors of all devices and
+ * transports. */
 #define _POSIX_C_SOURCE 200809L
 #include "world.h"
 #include "abi.h"
@@ -14,71 +14,6 @@
 #include <unistd.h>
 
 enum { DEFAULT_TIMEOUT_MS = 600000, LEAST_SILENCE_MS = 2000, MOST_SILENCE_MS = 10000, WATCHDOG_PERIOD_MS = 20 };
-
-/* ---- agreement --------------------------------------------------------------------------------------------------- */
-
-/* What one rank sends; fixed size, so that ranks in different calls still understand each other. */
-typedef struct ballot {
-    int32_t status, group;
-    uint64_t size;
-    char what[16];
-    unsigned char record[USP_AGREE_BYTES];
-} ballot;
-
-static usp_status name_difference(const usp_agreement *agreement, const ballot *mine, const ballot *other, int rank,
-                                  int other_rank) {
-    for (int i = 0; i < agreement->field_count; i++) {
-        const usp_field *field = &agreement->fields[i];
-        if (memcmp(mine->record + field->offset, other->record + field->offset, field->size) != 0)
-            return usp_fail(USP_MISMATCH, "%s.%s differs between rank %d and rank %d", agreement->what, field->name,
-                            rank, other_rank);
-    }
-    return usp_fail(USP_MISMATCH, "%s differs between rank %d and rank %d", agreement->what, rank, other_rank);
-}
-
-/* Two ballots that should be equal and are not: an error that every rank of the world can find, since all see all. */
-static usp_status compare_pair(const usp_agreement *agreement, const ballot *a, const ballot *b, int rank_a,
-                               int rank_b) {
-    if (strcmp(a->what, b->what) != 0)
-        return usp_fail(USP_MISMATCH, "ranks make different calls: rank %d is at its %s, rank %d at its %s", rank_a,
-                        a->what, rank_b, b->what);
-    size_t bytes = a->group == b->group ? sizeof a->record : agreement->common;
-    if (a->size != b->size || memcmp(a->record, b->record, bytes) != 0)
-        return name_difference(agreement, a, b, rank_a, rank_b);
-    return USP_OK;
-}
-
-static usp_status compare_ballots(const usp_agreement *agreement, const ballot *all, int size) {
-    for (int a = 0; a < size; a++) {
-        int first = a; /* the lowest rank of a's group: comparing with it is enough */
-        for (int b = 0; b < a && first == a; b++)
-            if (all[b].group == all[a].group) first = b;
-        USP_TRY(compare_pair(agreement, &all[first], &all[a], first, a));
-        USP_TRY(compare_pair(agreement, &all[0], &all[a], 0, a));
-    }
-    return USP_OK;
-}
-
-static usp_status other_failure(const ballot *all, int size) {
-    for (int rank = 0; rank < size; rank++)
-        if (all[rank].status != USP_OK)
-            return usp_fail(USP_PEER_FAILED, "rank %d failed at its %s: %s", rank, all[rank].what,
-                            usp_status_string((usp_status)all[rank].status));
-    return USP_OK;
-}
-
-usp_status usp_world_agree(usp_world *world, usp_status mine, const usp_agreement *agreement) {
-    ballot own = {.status = (int32_t)mine, .group = agreement->group, .size = agreement->size};
-    strncpy(own.what, agreement->what, sizeof own.what - 1);
-    if (agreement->record) memcpy(own.record, agreement->record, agreement->size);
-
-    int size = world->comm->size;
-    ballot *all = (ballot *)(void *)world->meeting.all;
-    USP_TRY(world->comm->ops->allgather(world->comm, &own, all, sizeof own));
-    USP_TRY(mine);
-    USP_TRY(other_failure(all, size)); /* before comparing: a rank that failed may not have read its configuration */
-    return compare_ballots(agreement, all, size);
-}
 
 /* ---- making a world ---------------------------------------------------------------------------------------------- */
 
@@ -218,7 +153,6 @@ static void begin(making *m, const usp_world_config *given, usp_world **out) {
 /* The comm stands. Whether each rank can go on they tell each other as they will from now on. */
 static usp_status start_world(making *m) {
     usp_world *world = m->world;
-    _Static_assert(sizeof(ballot) <= sizeof(usp_card), "a ballot lies where a card was");
     world->comm = m->comm;
     world->meeting = m->meeting;
     usp_node_count(world, m->meeting.all);
@@ -424,87 +358,6 @@ void usp_world_release(usp_world *world) {
     }
     usp_meeting_end(&world->meeting);
     usp_host_free(&host, world);
-}
-
-/* ---- memory ------------------------------------------------------------------------------------------------------ */
-
-usp_status usp_world_alloc(usp_world *world, size_t bytes, void **memory) {
-    USP_REQUIRE(world, "world is NULL");
-    USP_REQUIRE(memory, "memory is NULL");
-    USP_TRY(usp_guard_process(world));
-    return world->device->ops->alloc(world->device, bytes, memory);
-}
-
-void usp_world_free(usp_world *world, void *memory) {
-    if (world && memory && usp_guard_process(world) == USP_OK) world->device->ops->free(world->device, memory);
-}
-
-usp_status usp_world_copy(usp_world *world, void *to, const void *from, size_t bytes, usp_stream stream) {
-    USP_REQUIRE(world, "world is NULL");
-    USP_REQUIRE(bytes == 0 || (to && from), "to or from is NULL");
-    USP_TRY(usp_guard_process(world));
-    return world->device->ops->copy(world->device, to, from, bytes, stream);
-}
-
-/* ---- shared memory ----------------------------------------------------------------------------------------------- */
-
-static void *keep_piece(usp_world *world, usp_piece *piece, void *memory) {
-    *piece = (usp_piece){world->pieces, memory, ++world->piece_count};
-    world->pieces = piece;
-    return memory;
-}
-
-static usp_status alloc_shared(usp_world *world, size_t bytes, void **memory) {
-    static const usp_field fields[] = {{"bytes", 0, sizeof(uint64_t)}};
-    usp_comm *comm = world->comm;
-    void *entry = NULL, *taken = NULL;
-    uint64_t record = bytes;
-    usp_status status = memory ? USP_OK : usp_fail(USP_INVALID, "memory is NULL");
-    if (status == USP_OK) status = usp_host_alloc(&world->host, sizeof(usp_piece), "shared memory", &entry);
-    if (status == USP_OK) status = comm->ops->alloc_shared(comm, bytes, &taken);
-    status = usp_world_agree(world, status, &(usp_agreement){"shared memory", 0, &record, sizeof record, fields, 1, 0});
-    if (status == USP_OK) status = comm->ops->register_shared(comm, taken);
-    if (status != USP_OK) {
-        if (taken) comm->ops->free_shared(comm, taken);
-        usp_host_free(&world->host, entry);
-        return status;
-    }
-    *memory = keep_piece(world, entry, taken);
-    return USP_OK;
-}
-
-usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory) {
-    USP_REQUIRE(world, "world is NULL");
-    USP_TRY(usp_guard_enter(world));
-    return usp_guard_leave(world, alloc_shared(world, bytes, memory));
-}
-
-/* All ranks give the same piece back, or none does. */
-static usp_status agree_to_free(usp_world *world, const usp_piece *piece) {
-    static const usp_field fields[] = {{"piece", 0, sizeof(uint64_t)}};
-    uint64_t record = piece ? piece->number : 0;
-    usp_status mine = piece ? USP_OK : usp_fail(USP_INVALID, "the memory is no shared memory of this world");
-    return usp_world_agree(world, mine, &(usp_agreement){"freed memory", 0, &record, sizeof record, fields, 1, 0});
-}
-
-/* In a world that has failed each rank gives its own back. */
-static usp_status free_shared(usp_world *world, void *memory) {
-    usp_comm *comm = world->comm;
-    usp_piece **link = &world->pieces;
-    while (*link && (*link)->memory != memory) link = &(*link)->next;
-    usp_piece *piece = *link;
-    usp_status status = agree_to_free(world, piece);
-    if (!piece || (status != USP_OK && comm->ops->poll(comm) == USP_OK)) return status;
-    *link = piece->next;
-    usp_host_free(&world->host, piece);
-    usp_status freed = comm->ops->free_shared(comm, memory);
-    return status != USP_OK ? status : freed;
-}
-
-usp_status usp_world_free_shared(usp_world *world, void *memory) {
-    USP_REQUIRE(world, "world is NULL");
-    USP_TRY(usp_guard_enter(world));
-    return usp_guard_leave(world, free_shared(world, memory));
 }
 
 /* ---- devices ----------------------------------------------------------------------------------------------------- */
