@@ -200,6 +200,7 @@ static usp_status meet(usp_environment *environment) {
         USP_TRY(host_meeting(environment, ips, count));
     } else {
         USP_TRY(call_host(environment, ips, count, deadline));
+        deadline = usp_tcp_deadline(environment->timeout_ms); /* rank 0, which had begun already, knows before it */
         USP_TRY(hear_verdict(environment, deadline));
     }
     return find_near(environment);
