@@ -18,8 +18,9 @@
 #include <unistd.h>
 
 enum {
-    USP_ECHO_MS = 300,     /* for the reason of a failure to arrive by way of another rank */
-    USP_FAREWELL_MS = 1000 /* for ranks that are still to connect to hear of it */
+    USP_ECHO_MS = 300,      /* for the reason of a failure to arrive by way of another rank */
+    USP_FAREWELL_MS = 1000, /* for ranks that are still to connect to hear of it */
+    USP_NAP_MS = 10
 };
 
 /* ---- what callers do --------------------------------------------------------------------------------------------- */
@@ -213,6 +214,7 @@ static void take_lines(usp_control *control) {
         int *connection = &control->connections[i * control->ways.lines];
         if (line->heard != 0 || *connection < 0) continue;
         line->connection = *connection;
+        *connection = INT_MAX; /* not missing, and no number that may come to belong to somebody else */
         line->heard = usp_now_ms();
         line->fail_due = atomic_load(&control->failure) != USP_OK;
     }
@@ -254,6 +256,7 @@ static usp_status linger(usp_control *control, usp_status status) {
     for (int round = 0, missing = 0; missing >= 0 && usp_tcp_left(end) > 0; round++) {
         usp_lines_round(&control->ways, round, end, &missing);
         take_lines(control);
+        poll(NULL, 0, USP_NAP_MS);
     }
     return usp_fail(status, "%s", sentence);
 }

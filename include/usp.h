@@ -115,8 +115,8 @@ typedef struct usp_world_config {
     void (*host_free)(void *user, void *memory);
     void *host_user;
     int silence_ms; /* a rank of another process that gives no sign of life for so long is lost, though its connections
-                       stand (a stopped process; one that died while a child of its fork lives). 0: a quarter of
-                       timeout_ms, but 2000 to 10000; -1: no limit */
+                       stand (a stopped process; one that died while a child of its fork lives). At least 160;
+                       0: a quarter of timeout_ms, but 2000 to 10000, and no more than timeout_ms; -1: no limit */
     int reserved;   /* 0 */
 } usp_world_config;
 
