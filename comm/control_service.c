@@ -1,6 +1,6 @@
 /* control_service.c - the thread of the control channel: it alone reads and writes, under the one mutex and without
- * waiting there, but to see whether a rank whose line has ended still listens. Frames to a peer follow each other on its
- * line. */
+ * waiting there, but to see whether a rank whose line has ended still listens. Frames to a peer follow each other on
+ * its line. */
 #define _GNU_SOURCE
 #include "control_state.h"
 #include "error.h"
