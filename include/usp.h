@@ -16,9 +16,10 @@
  * On the CPU any call runs on a stack of 64 KiB, which is less than the default of any system.
  * A world and its objects are used by one thread at a time: a call that finds another thread in one is INVALID and
  * does nothing; usp_world_poll, usp_world_abort, what only reads a sequence or a layer, and memory calls may be made
- * from any thread. Objects are destroyed in any order, each once: what others still use lives until they are gone. NULL
- * is fine. A child of fork has copies of objects that are no use to it: each call with one is INVALID there, at once,
- * and destroy does nothing; what it inherits (sockets) it holds until it ends or calls exec.
+ * from any thread. Objects are destroyed in any order, each once, from any thread: what others still use lives until
+ * they are gone, and while another thread is in a call, until that ends. NULL is fine. A child of fork has copies of
+ * objects that are no use to it: each call with one is INVALID there, at once, and destroy does nothing; what it
+ * inherits (sockets) it holds until it ends or calls exec.
  * This header needs no CUDA, NCCL or MPI header and is clean in C99, C11 and C++17. */
 #ifndef USP_H
 #define USP_H

@@ -3,7 +3,6 @@
 #include "abi.h"
 #include "error.h"
 #include "exchange.h"
-#include "guard.h"
 #include "run.h"
 #include "size.h"
 #include <stdarg.h>
@@ -162,6 +161,15 @@ static usp_status build(usp_layer *layer, const float *decay) {
     return upload_decay(layer, decay);
 }
 
+static void free_layer(usp_object *object) {
+    usp_layer *layer = (usp_layer *)object;
+    usp_device *device = layer->world->device;
+    usp_schedule_release(layer->sequence, layer->schedule);
+    if (layer->decay) device->ops->free(device, layer->decay);
+    usp_host_free(&layer->world->host, layer->message_memory);
+    usp_host_free(&layer->world->host, layer);
+}
+
 static usp_status create(const usp_mesh *mesh, usp_sequence *sequence, const usp_layer_config *given,
                          usp_layer **out) {
     usp_layer_config config = {0};
@@ -180,8 +188,7 @@ static usp_status create(const usp_mesh *mesh, usp_sequence *sequence, const usp
     usp_layer *layer = memory;
     *layer = (usp_layer){.world = mesh->world, .mesh = *mesh, .sequence = sequence, .config = config};
     layer->config.decay = NULL;
-    usp_world_keep(layer->world);
-    usp_sequence_keep(sequence);
+    usp_object_begin(&layer->object, mesh->world, &sequence->object, free_layer);
     status = build(layer, config.decay);
     status = usp_world_agree(mesh->world, status, &(usp_agreement){.what = "layer"});
     if (status != USP_OK) {
@@ -200,15 +207,7 @@ usp_status usp_layer_create(const usp_mesh *mesh, usp_sequence *sequence, const 
 }
 
 void usp_layer_destroy(usp_layer *layer) {
-    if (!layer || usp_guard_process(layer->world) != USP_OK) return;
-    usp_world *world = layer->world;
-    usp_device *device = world->device;
-    usp_schedule_release(layer->sequence, layer->schedule);
-    if (layer->decay) device->ops->free(device, layer->decay);
-    usp_sequence_destroy(layer->sequence);
-    usp_host_free(&world->host, layer->message_memory);
-    usp_host_free(&world->host, layer);
-    usp_world_release(world);
+    if (layer) usp_object_drop(&layer->object);
 }
 
 /* ---- queries ----------------------------------------------------------------------------------------------------- */

@@ -21,6 +21,7 @@ typedef struct usp_head_range {
 } usp_head_range;
 
 struct usp_layer {
+    usp_object object;
     usp_world *world;
     usp_mesh mesh; /* a copy, for this rank's place; communicators in it stay the mesh's */
     usp_sequence *sequence;

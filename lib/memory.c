@@ -1,6 +1,6 @@
 /* memory.c - memory of a world's device for its caller: its own, and what the transport shares with all ranks. */
 #include "error.h"
-#include "guard.h"
+#include "world.h"
 
 /* ---- memory ------------------------------------------------------------------------------------------------------ */
 

@@ -1,7 +1,6 @@
 /* mesh.c - makes meshes and answers where a rank stands on each axis. Holds no communicator but those asked for. */
 #include "mesh.h"
 #include "error.h"
-#include "guard.h"
 
 static usp_status check_arguments(const usp_world *world, int ulysses, int ring, usp_mesh **out) {
     int size = world->comm->size;
@@ -22,6 +21,14 @@ static void set_coordinates(usp_mesh *mesh, int rank) {
     mesh->r = mesh->p / mesh->ulysses;
 }
 
+static void free_mesh(usp_object *object) {
+    usp_mesh *mesh = (usp_mesh *)object;
+    usp_comm *comm = mesh->world->comm;
+    for (int axis = 0; axis < 4; axis++)
+        if (mesh->axis_comm[axis]) comm->ops->split_destroy(comm, mesh->axis_comm[axis]);
+    usp_host_free(&mesh->world->host, mesh);
+}
+
 static usp_status create(usp_world *world, int ulysses, int ring, usp_mesh **out) {
     static const usp_field fields[] = {{"ulysses", 0, sizeof(int)}, {"ring", sizeof(int), sizeof(int)}};
     void *memory = NULL;
@@ -36,7 +43,7 @@ static usp_status create(usp_world *world, int ulysses, int ring, usp_mesh **out
     usp_mesh *mesh = memory;
     *mesh = (usp_mesh){.world = world, .ulysses = ulysses, .ring = ring};
     set_coordinates(mesh, world->comm->rank);
-    usp_world_keep(world);
+    usp_object_begin(&mesh->object, world, &world->object, free_mesh);
     *out = mesh;
     return USP_OK;
 }
@@ -95,11 +102,5 @@ usp_status usp_mesh_axis_comm(usp_mesh *mesh, usp_axis axis, struct ncclComm **c
 }
 
 void usp_mesh_destroy(usp_mesh *mesh) {
-    if (!mesh || usp_guard_process(mesh->world) != USP_OK) return;
-    usp_world *world = mesh->world;
-    usp_comm *comm = world->comm;
-    for (int axis = 0; axis < 4; axis++)
-        if (mesh->axis_comm[axis]) comm->ops->split_destroy(comm, mesh->axis_comm[axis]);
-    usp_host_free(&world->host, mesh);
-    usp_world_release(world);
+    if (mesh) usp_object_drop(&mesh->object);
 }

@@ -4,6 +4,7 @@
 #include "world.h"
 
 struct usp_mesh {
+    usp_object object;
     usp_world *world;
     int ulysses, ring, ranks, copies; /* degrees U, R; N = U * R; data copies */
     int u, r, p, copy;                /* this rank: p = r * U + u */

@@ -4,7 +4,6 @@
 #include "abi.h"
 #include "error.h"
 #include "exchange.h"
-#include "guard.h"
 
 /* ---- buffers ----------------------------------------------------------------------------------------------------- */
 

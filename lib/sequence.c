@@ -3,7 +3,6 @@
 #include "sequence.h"
 #include "abi.h"
 #include "error.h"
-#include "guard.h"
 #include "schedule.h"
 #include "size.h"
 #include <stdlib.h>
@@ -339,6 +338,18 @@ static usp_status read_config(const usp_sequence_config *given, usp_sequence_con
     return check_config(config);
 }
 
+static void free_sequence(usp_object *object) {
+    usp_sequence *sequence = (usp_sequence *)object;
+    const usp_host *host = &sequence->world->host;
+    usp_device *device = sequence->world->device;
+    usp_schedule_destroy_all(sequence);
+    if (sequence->uploads) device->ops->stream_destroy(device, sequence->uploads);
+    if (sequence->cross) free_sharding(host, &sequence->key);
+    free_sharding(host, &sequence->query);
+    usp_host_free(host, sequence->document_ends);
+    usp_host_free(host, sequence);
+}
+
 static usp_status create(const usp_mesh *mesh, const usp_sequence_config *given, usp_sequence **out) {
     usp_sequence_config config = {0};
     void *memory = NULL;
@@ -352,8 +363,7 @@ static usp_status create(const usp_mesh *mesh, const usp_sequence_config *given,
     }
     usp_sequence *sequence = memory;
     *sequence = (usp_sequence){.world = mesh->world, .ranks = mesh->ranks, .rank = mesh->p, .copy = mesh->copy};
-    atomic_store(&sequence->uses, 1);
-    usp_world_keep(mesh->world);
+    usp_object_begin(&sequence->object, mesh->world, &mesh->world->object, free_sequence);
     status = build(sequence, &config);
     if (status != USP_OK) {
         usp_sequence_destroy(sequence);
@@ -420,22 +430,8 @@ uint64_t usp_sequence_identity(const usp_sequence *sequence) {
     return hash_segments(hash_segments(hash, &sequence->query), &sequence->key);
 }
 
-void usp_sequence_keep(usp_sequence *sequence) {
-    atomic_fetch_add(&sequence->uses, 1);
-}
-
 void usp_sequence_destroy(usp_sequence *sequence) {
-    if (!sequence || usp_guard_process(sequence->world) != USP_OK || atomic_fetch_sub(&sequence->uses, 1) > 1) return;
-    usp_world *world = sequence->world;
-    const usp_host *host = &world->host;
-    usp_device *device = world->device;
-    usp_schedule_destroy_all(sequence);
-    if (sequence->uploads) device->ops->stream_destroy(device, sequence->uploads);
-    if (sequence->cross) free_sharding(host, &sequence->key);
-    free_sharding(host, &sequence->query);
-    usp_host_free(host, sequence->document_ends);
-    usp_host_free(host, sequence);
-    usp_world_release(world);
+    if (sequence) usp_object_drop(&sequence->object);
 }
 
 /* ---- helpers ----------------------------------------------------------------------------------------------------- */

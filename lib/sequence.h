@@ -17,8 +17,8 @@ typedef struct usp_sharding {
 struct usp_schedule;
 
 struct usp_sequence {
+    usp_object object;
     usp_world *world;
-    atomic_int uses; /* by the caller, and by layers that are alive */
     int ranks, rank, copy; /* N, p, data copy */
     usp_layout layout;
     int cross; /* keys are another tensor */
@@ -30,9 +30,6 @@ struct usp_sequence {
     struct usp_schedule *schedules;
     usp_stream uploads; /* with documents to come: busy until the last upload of schedules has been read */
 };
-
-/* A layer on the sequence is alive; destroy, by each user, ends it with the last one. */
-void usp_sequence_keep(usp_sequence *sequence);
 
 /* The same on all ranks of one sequence, and another for other tokens on any rank. */
 uint64_t usp_sequence_identity(const usp_sequence *sequence);

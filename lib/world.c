@@ -5,13 +5,11 @@
 #include "abi.h"
 #include "environment.h"
 #include "error.h"
-#include "guard.h"
 #include "node.h"
 #include "thread.h"
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 enum { DEFAULT_TIMEOUT_MS = 600000, LEAST_SILENCE_MS = 2000, MOST_SILENCE_MS = 10000, WATCHDOG_PERIOD_MS = 20 };
 
@@ -73,15 +71,38 @@ static int silence_of(const usp_world_config *config) {
     return part > LEAST_SILENCE_MS ? part : limit < LEAST_SILENCE_MS ? limit : LEAST_SILENCE_MS;
 }
 
+/* The end of a world, half-built ones too. */
+static void free_world(usp_object *object) {
+    usp_world *world = (usp_world *)object;
+    if (world->watching) {
+        atomic_store(&world->stop, 1);
+        pthread_join(world->watchdog, NULL);
+    }
+    if (world->comm) world->comm->ops->destroy(world->comm);
+    if (world->device) {
+        world->device->ops->event_destroy(world->device, world->event);
+        world->device->ops->stream_destroy(world->device, world->transfer);
+        world->device->ops->destroy(world->device);
+    }
+    usp_host host = world->host;
+    while (world->pieces) {
+        usp_piece *next = world->pieces->next;
+        usp_host_free(&host, world->pieces);
+        world->pieces = next;
+    }
+    usp_meeting_end(&world->meeting);
+    usp_host_free(&host, world);
+}
+
 /* The part of a world that needs no other rank. */
 static usp_status begin_world(const usp_world_config *config, usp_world **out) {
     usp_host host = usp_host_from_config(config);
     void *memory = NULL;
     USP_TRY(usp_host_alloc(&host, sizeof(usp_world), "world", &memory));
     usp_world *world = memory;
+    usp_object_begin(&world->object, world, NULL, free_world);
+    usp_turn_begin(&world->turn);
     world->host = host;
-    world->process = getpid();
-    atomic_store(&world->uses, 1);
     world->timeout_ms = limit_of(config);
     world->silence_ms = silence_of(config);
     usp_status status = create_device(&world->host, config->device, &world->device);
@@ -330,34 +351,8 @@ void usp_world_abort(usp_world *world) {
     if (world && usp_guard_process(world) == USP_OK) world->comm->ops->abort(world->comm);
 }
 
-void usp_world_keep(usp_world *world) {
-    atomic_fetch_add(&world->uses, 1);
-}
-
 void usp_world_destroy(usp_world *world) {
-    if (world && usp_guard_process(world) == USP_OK) usp_world_release(world);
-}
-
-void usp_world_release(usp_world *world) {
-    if (atomic_fetch_sub(&world->uses, 1) > 1) return;
-    if (world->watching) {
-        atomic_store(&world->stop, 1);
-        pthread_join(world->watchdog, NULL);
-    }
-    if (world->comm) world->comm->ops->destroy(world->comm);
-    if (world->device) {
-        world->device->ops->event_destroy(world->device, world->event);
-        world->device->ops->stream_destroy(world->device, world->transfer);
-        world->device->ops->destroy(world->device);
-    }
-    usp_host host = world->host;
-    while (world->pieces) {
-        usp_piece *next = world->pieces->next;
-        usp_host_free(&host, world->pieces);
-        world->pieces = next;
-    }
-    usp_meeting_end(&world->meeting);
-    usp_host_free(&host, world);
+    if (world) usp_object_drop(&world->object);
 }
 
 /* ---- devices ----------------------------------------------------------------------------------------------------- */

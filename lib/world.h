@@ -2,10 +2,9 @@
 #ifndef USP_WORLD_H
 #define USP_WORLD_H
 #include "comm.h"
+#include "guard.h"
 #include "hash.h"
 #include <pthread.h>
-#include <stdatomic.h>
-#include <sys/types.h>
 
 /* Shared memory that is not given back yet. */
 typedef struct usp_piece {
@@ -15,6 +14,8 @@ typedef struct usp_piece {
 } usp_piece;
 
 struct usp_world {
+    usp_object object;
+    usp_turn turn;
     usp_host host;
     usp_device *device;
     usp_comm *comm;
@@ -25,17 +26,10 @@ struct usp_world {
     uint64_t piece_count, sequence_count; /* made so far */
     int timeout_ms, silence_ms; /* -1: no limit */
     int nodes, local_rank, local_size;
-    pid_t process;   /* that made it */
-    atomic_int busy; /* a thread is in a call; see guard.h */
-    atomic_int uses; /* by the caller, and by meshes, sequences and layers that are alive */
     int watching;    /* the watchdog runs */
     atomic_int stop; /* asks the watchdog to end */
     pthread_t watchdog;
 };
-
-/* An object of the world is alive; the world ends with the last user. */
-void usp_world_keep(usp_world *world);
-void usp_world_release(usp_world *world);
 
 /* usp_world_synchronize, within a call. */
 usp_status usp_world_wait(usp_world *world, usp_stream stream);

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "heap.h"
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,7 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { TOKENS = 24, HEADS = 2, DIM = 8, COUNT = TOKENS * HEADS * DIM, OBJECTS = 5, CHILD_SECONDS = 20 };
+enum { TOKENS = 24, HEADS = 2, DIM = 8, COUNT = TOKENS * HEADS * DIM, OBJECTS = 5, CHILD_SECONDS = 20, LAYERS = 5000 };
 
 static int check(int good, const char *what) {
     if (!good) printf("%s: \"%s\"\n", what, usp_last_error());
@@ -241,10 +242,62 @@ static int use_from_two_threads(void) {
     return wrong;
 }
 
+/* ---- a garbage collector ----------------------------------------------------------------------------------------- */
+
+/* One thread makes layers and runs them, another destroys them, whatever the first is in. Layers of two masks have two
+ * schedules of the one sequence, which come and go. */
+typedef struct collector {
+    _Atomic(usp_layer *) garbage;
+    atomic_int done;
+} collector;
+
+static void *collect(void *argument) {
+    collector *c = argument;
+    for (;;) {
+        int done = atomic_load(&c->done);
+        usp_layer *layer = atomic_exchange(&c->garbage, NULL);
+        usp_layer_destroy(layer);
+        if (!layer && done) return NULL;
+        if (!layer) sched_yield();
+    }
+}
+
+static usp_status make_layer(rank *r, usp_mask mask) {
+    usp_layer_config config = {.struct_size = sizeof config,
+                               .attention = USP_SOFTMAX,
+                               .mask = mask,
+                               .batch = 1,
+                               .heads = HEADS,
+                               .head_dim = DIM};
+    return usp_layer_create(r->mesh, r->sequence, &config, &r->layer);
+}
+
+static int destroy_from_another_thread(void) {
+    static rank r;
+    collector c = {NULL, 0};
+    pthread_t thread;
+    int wrong = open_rank(&r, 1), live = atomic_load(&r.heap.live);
+    usp_layer *first = r.layer;
+    if (wrong || pthread_create(&thread, NULL, collect, &c) != 0) return 1;
+    for (int i = 0; i < LAYERS && !wrong; i++) {
+        wrong += check(make_layer(&r, i % 2 ? USP_MASK_FULL : USP_MASK_CAUSAL) == USP_OK, "a layer beside a collector");
+        wrong += wrong || check(forward(&r) == USP_OK, "forward beside a collector");
+        for (usp_layer *full = NULL; !wrong && !atomic_compare_exchange_weak(&c.garbage, &full, r.layer); full = NULL)
+            sched_yield();
+    }
+    atomic_store(&c.done, 1);
+    pthread_join(thread, NULL);
+    if (!wrong && atomic_load(&r.heap.live) != live) wrong = 1, printf("layers are left behind\n");
+    r.layer = first;
+    usp_world_free(r.world, r.workspace);
+    for (int i = OBJECTS - 1; i >= 0; i--) destroy_object(&r, i);
+    return wrong;
+}
+
 int main(void) {
     int order[OBJECTS] = {0, 1, 2, 3, 4};
     int wrong = destroy_in_all_orders(order, 0);
-    wrong += fork_and_use(1) + fork_and_use(0) + use_from_two_threads();
+    wrong += fork_and_use(1) + fork_and_use(0) + use_from_two_threads() + destroy_from_another_thread();
     printf("%s: %d wrong\n", wrong ? "FAIL" : "ok", wrong);
     return wrong != 0;
 }
