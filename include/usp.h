@@ -250,11 +250,11 @@ typedef struct usp_segment {
 typedef struct usp_sequence_config {
     size_t struct_size;
     usp_layout layout;
-    int max_documents;  /* room for usp_sequence_replan; 0: as many as given now */
+    int max_documents;  /* per-document layout: room for usp_sequence_replan; 0: as many as given now */
     int64_t tokens;     /* S: global query length, 1 .. 2^31 - 2, or USP_NO_TOKENS for none; the maximum where documents
                            are re-planned */
     int64_t key_tokens; /* global key length where keys are another tensor (cross-attention); 0: as queries */
-    int64_t documents;  /* number of documents; 0: one */
+    int64_t documents;  /* per-document layout: their number; 0: one, with max_documents for those to come */
     const int64_t *document_ends; /* documents ascending ends, the last one = tokens; NULL: one document */
     int64_t segments;             /* custom layout: this rank's number of segments */
     const usp_segment *segment;   /* custom layout: all ranks' segments must cover every token exactly once */

@@ -67,17 +67,24 @@ static usp_status check_sequence(const usp_mesh *mesh, const usp_sequence *seque
 /* Buffers are counted in 64 bits: far fewer than 64 of them, each of one number for every element of a whole tensor or
  * of all states, must fit. */
 static usp_status check_size(const usp_sequence *sequence, const usp_layer_config *c) {
-    const int64_t one = 64 * sizeof(float), batch = c->batch, heads = usp_layer_config_heads(c);
-    int64_t tokens = sequence->max_tokens + sequence->key.tokens, chunks = tokens + sequence->query.capacity + 1;
-    int64_t dim = c->head_dim > c->value_dim ? c->head_dim : c->value_dim, states = 0;
-    int64_t tensors = usp_size(5, (int64_t[]){one, tokens, dim, batch, heads});
-    if (c->attention == USP_LINEAR)
-        states = usp_size(6, (int64_t[]){one, chunks, c->head_dim, c->value_dim, batch, heads});
-    if (tensors >= 0 && states >= 0 && tensors <= INT64_MAX - states) return USP_OK;
-    return usp_fail(USP_UNSUPPORTED,
-                    "usp_layer_config: batch %d x heads %d x head_dim %d x value_dim %d x %lld tokens "
-                    "are more than 64 bits count",
-                    c->batch, usp_layer_config_heads(c), c->head_dim, c->value_dim, (long long)sequence->max_tokens);
+    enum { BUFFERS = 64 };
+    int linear = c->attention == USP_LINEAR, most = c->head_dim > c->value_dim ? c->head_dim : c->value_dim;
+    uint64_t tokens = (uint64_t)(sequence->max_tokens + sequence->key.tokens);
+    uint64_t states = linear ? tokens + (uint64_t)sequence->query.capacity + 1 : 0;
+    int64_t bytes = 0;
+    const usp_factor rows[] = {{"usp_layer_config.batch", (uint64_t)c->batch},
+                               {"heads", (uint64_t)usp_layer_config_heads(c)},
+                               {"head_dim or value_dim", (uint64_t)most},
+                               {"tokens", tokens},
+                               {"bytes", BUFFERS * sizeof(float)}};
+    const usp_factor matrices[] = {{"usp_layer_config.batch", (uint64_t)c->batch},
+                                   {"heads", (uint64_t)usp_layer_config_heads(c)},
+                                   {"head_dim", (uint64_t)c->head_dim},
+                                   {"value_dim", (uint64_t)c->value_dim},
+                                   {"states", states},
+                                   {"bytes", BUFFERS * sizeof(float)}};
+    USP_TRY(usp_size_add(&bytes, rows, 5));
+    return usp_size_add(&bytes, matrices, 6);
 }
 
 static usp_kernel_shape kernel_shape(const usp_layer_config *c) {
@@ -109,16 +116,24 @@ static int64_t state_capacity(const usp_layer *layer) {
     return gathered + layer->schedule->chunk_capacity + 2 * (ring + layer->mesh.ulysses);
 }
 
-/* Most messages of any one exchange, one way: two bundles' to or from all peers, and states. */
-static int64_t message_capacity(const usp_layer *layer) {
+/* Most messages of any one exchange, one way: two bundles' to or from all peers, and states. Lists of them are counted
+ * in 32 bits. */
+static usp_status count_messages(const usp_layer *layer, int64_t *capacity) {
     int64_t queries = layer->sequence->query.segment_limit, keys = layer->sequence->key.segment_limit;
-    int64_t segments = queries > keys ? queries : keys;
-    return 2 * layer->mesh.ulysses * segments + state_capacity(layer) + 8;
+    const usp_factor factors[] = {
+        {"usp_sequence_config.segments or documents, of a rank", (uint64_t)(queries > keys ? queries : keys)},
+        {"ulysses", (uint64_t)layer->mesh.ulysses},
+        {"messages", 2}};
+    *capacity = state_capacity(layer) + 8;
+    USP_TRY(usp_size_add(capacity, factors, 3));
+    USP_REQUIRE(*capacity <= INT32_MAX / 2,
+                "usp_sequence_config: %lld segments or documents of a rank take %lld messages",
+                (long long)factors[0].value, (long long)*capacity);
+    return USP_OK;
 }
 
-static usp_status allocate_messages(usp_layer *layer) {
-    size_t capacity = (size_t)message_capacity(layer);
-    USP_TRY(usp_host_alloc(&layer->world->host, capacity * (sizeof(usp_send) + sizeof(usp_recv)), "messages",
+static usp_status allocate_messages(usp_layer *layer, int64_t capacity) {
+    USP_TRY(usp_host_alloc(&layer->world->host, (size_t)capacity * (sizeof(usp_send) + sizeof(usp_recv)), "messages",
                            &layer->message_memory));
     layer->messages.send = layer->message_memory;
     layer->messages.recv = (usp_recv *)(layer->messages.send + capacity);
@@ -126,14 +141,18 @@ static usp_status allocate_messages(usp_layer *layer) {
 }
 
 /* No exchange moves more than a workspace and what is saved hold, but for states, of which one goes to many ranks. */
-static usp_status prepare_transport(usp_layer *layer) {
+static usp_status prepare_transport(usp_layer *layer, int64_t messages) {
     usp_comm *comm = layer->world->comm;
     size_t forward = layer->sizes.forward_saving_workspace, backward = layer->sizes.backward_workspace;
-    size_t most = (forward > backward ? forward : backward) + layer->sizes.saved;
-    if (layer->config.attention == USP_LINEAR)
-        most += (size_t)state_capacity(layer) * (size_t)usp_layer_state_elements(layer) * (size_t)layer->config.batch *
-                (size_t)layer->heads * sizeof(float);
-    return comm->ops->prepare(comm, 2 * message_capacity(layer), most);
+    int64_t most = (int64_t)((forward > backward ? forward : backward) + layer->sizes.saved);
+    int linear = layer->config.attention == USP_LINEAR;
+    const usp_factor states[] = {{"states of an exchange", linear ? (uint64_t)state_capacity(layer) : 0},
+                                 {"head_dim x value_dim", (uint64_t)usp_layer_state_elements(layer)},
+                                 {"usp_layer_config.batch", (uint64_t)layer->config.batch},
+                                 {"heads", (uint64_t)layer->heads},
+                                 {"bytes", sizeof(float)}};
+    USP_TRY(usp_size_add(&most, states, 5));
+    return comm->ops->prepare(comm, 2 * messages, (size_t)most);
 }
 
 static usp_status upload_decay(usp_layer *layer, const float *decay) {
@@ -150,14 +169,16 @@ static usp_status upload_decay(usp_layer *layer, const float *decay) {
 
 static usp_status build(usp_layer *layer, const float *decay) {
     const usp_mesh *mesh = &layer->mesh;
+    int64_t messages = 0;
     set_operands(layer);
     layer->attn = layer->config.attention == USP_SOFTMAX ? &usp_attn_softmax : &usp_attn_linear;
     usp_shape shape = {mesh->ulysses, mesh->ring, mesh->u, mesh->r, layer->config.attention, layer->config.mask};
     USP_TRY(usp_schedule_acquire(layer->sequence, &shape, &layer->schedule));
     layer->scratch = kernel_scratch(layer);
     layer->sizes = usp_run_sizes(layer);
-    USP_TRY(allocate_messages(layer));
-    USP_TRY(prepare_transport(layer));
+    USP_TRY(count_messages(layer, &messages));
+    USP_TRY(allocate_messages(layer, messages));
+    USP_TRY(prepare_transport(layer, messages));
     return upload_decay(layer, decay);
 }
 

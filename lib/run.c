@@ -4,6 +4,7 @@
 #include "abi.h"
 #include "error.h"
 #include "exchange.h"
+#include "size.h"
 
 /* ---- buffers ----------------------------------------------------------------------------------------------------- */
 
@@ -154,14 +155,35 @@ static usp_status check_saved(const void *saved, const char *name) {
     return USP_OK;
 }
 
+static uint64_t size_of(int64_t stride) {
+    return stride < 0 ? 0 - (uint64_t)stride : (uint64_t)stride;
+}
+
+/* From any element of a tensor to any other there is a number of bytes. */
+static usp_status check_span(const usp_tensor *tensor, const int64_t *extent, int dim, size_t element,
+                             const char *name) {
+    const usp_factor row[] = {{"dim", (uint64_t)dim}, {"bytes", element}};
+    const uint64_t stride[] = {size_of(tensor->stride_batch), size_of(tensor->stride_token),
+                               size_of(tensor->stride_head)};
+    int64_t span = 0;
+    usp_status status = usp_size_add(&span, row, 2);
+    for (int i = 0; i < 3 && status == USP_OK; i++)
+        status = usp_size_add(
+            &span, (const usp_factor[]){{"steps", (uint64_t)extent[i] - 1}, {"stride", stride[i]}, row[1]}, 3);
+    if (status == USP_OK) return USP_OK;
+    return usp_fail(status, "%s has strides %lld, %lld, %lld of batch, token and head: more bytes than 64 bits count",
+                    name, (long long)tensor->stride_batch, (long long)tensor->stride_token,
+                    (long long)tensor->stride_head);
+}
+
 /* A tensor that holds elements must have an address that fits its dtype. */
-static usp_status check_tensor(const usp_layer *layer, const usp_tensor *tensor, int64_t tokens, int heads,
+static usp_status check_tensor(const usp_layer *layer, const usp_tensor *tensor, int64_t tokens, int heads, int dim,
                                const char *name) {
+    size_t element = usp_dtype_size(layer->config.dtype);
     if (tokens == 0 || heads == 0) return USP_OK;
     USP_REQUIRE(tensor->data, "%s.data is NULL", name);
-    USP_REQUIRE((uintptr_t)tensor->data % usp_dtype_size(layer->config.dtype) == 0,
-                "%s.data is not aligned to its elements", name);
-    return USP_OK;
+    USP_REQUIRE((uintptr_t)tensor->data % element == 0, "%s.data is not aligned to its elements", name);
+    return check_span(tensor, (const int64_t[]){layer->config.batch, tokens, heads}, dim, element, name);
 }
 
 /* fp32 numbers, given where the configuration asks for them and nowhere else; `empty`: there are none. */
@@ -202,11 +224,8 @@ static int64_t tokens_of(const extents *e, usp_operand operand) {
     return operand == USP_KEY || operand == USP_VALUE ? e->keys : e->queries;
 }
 
-static uint64_t size_of(int64_t stride) {
-    return stride < 0 ? 0 - (uint64_t)stride : (uint64_t)stride;
-}
-
-/* Whether no two elements share a place: strides by size, each at least as long as all that lies within it. */
+/* Whether no two elements share a place: strides by size, each at least as long as all that lies within it. Their span
+ * has been checked. */
 static int strides_nest(const usp_tensor *tensor, int64_t batch, int64_t tokens, int64_t heads, int dim) {
     int64_t extent[] = {batch, tokens, heads};
     uint64_t stride[] = {size_of(tensor->stride_batch), size_of(tensor->stride_token), size_of(tensor->stride_head)};
@@ -216,7 +235,7 @@ static int strides_nest(const usp_tensor *tensor, int64_t batch, int64_t tokens,
         for (int i = 1; i < left; i++)
             if (extent[next] == 1 || (extent[i] > 1 && stride[i] < stride[next])) next = i;
         uint64_t steps = (uint64_t)extent[next] - 1;
-        if (steps && (stride[next] < span || (INT64_MAX - span) / stride[next] < steps)) return 0;
+        if (steps && stride[next] < span) return 0;
         span += steps * stride[next];
         extent[next] = extent[left - 1];
         stride[next] = stride[left - 1];
@@ -243,7 +262,7 @@ static usp_status check_arguments(const usp_layer *layer, const extents *e, cons
     for (int i = 0; i < count; i++) {
         int64_t tokens = tokens_of(e, list[i].operand);
         int heads = e->heads[list[i].operand];
-        USP_TRY(check_tensor(layer, list[i].tensor, tokens, heads, list[i].name));
+        USP_TRY(check_tensor(layer, list[i].tensor, tokens, heads, layer->dim[list[i].operand], list[i].name));
         if (list[i].written && tokens > 0 && heads > 0) USP_TRY(check_written(layer, e, list, i));
     }
     return USP_OK;

@@ -108,9 +108,14 @@ static usp_status largest(usp_world *world, int64_t mine, int64_t *most) {
 /* Brings all ranks' segments together: [world size][most], unused ones of length 0. */
 static usp_status gather_segments(usp_world *world, const usp_sequence_config *config, int64_t most, void **all) {
     size_t bytes = (size_t)most * sizeof(usp_segment);
+    int64_t whole = 0;
     void *mine = NULL;
-    usp_status status = usp_host_alloc(&world->host, bytes, "segments", &mine);
-    if (status == USP_OK) status = usp_host_alloc(&world->host, bytes * (size_t)world->comm->size, "segments", all);
+    const usp_factor factors[] = {{"usp_sequence_config.segments", (uint64_t)most},
+                                  {"bytes", sizeof(usp_segment)},
+                                  {"ranks", (uint64_t)world->comm->size}};
+    usp_status status = usp_size_add(&whole, factors, 3);
+    if (status == USP_OK) status = usp_host_alloc(&world->host, bytes, "segments", &mine);
+    if (status == USP_OK) status = usp_host_alloc(&world->host, (size_t)whole, "segments", all);
     status = usp_world_agree(world, status, &(usp_agreement){.what = "sequence"});
     if (status == USP_OK) {
         if (config->segments) memcpy(mine, config->segment, (size_t)config->segments * sizeof(usp_segment));
@@ -135,6 +140,7 @@ static void fill_custom(usp_sharding *sharding, const usp_segment *gathered, int
 /* ---- create ------------------------------------------------------------------------------------------------------ */
 
 static usp_status check_documents(int64_t documents, const int64_t *ends, int64_t tokens) {
+    USP_REQUIRE(documents <= INT32_MAX, "documents is %lld: must be less than 2^31", (long long)documents);
     USP_REQUIRE(documents >= 1 && ends, "document_ends is NULL while documents is %lld", (long long)documents);
     for (int64_t d = 0; d < documents; d++) {
         USP_REQUIRE(ends[d] >= (d ? ends[d - 1] : 0), "document_ends[%lld] is %lld: ends must ascend", (long long)d,
@@ -179,6 +185,8 @@ static usp_status check_config(const usp_sequence_config *config) {
                 (long long)config->documents);
     USP_REQUIRE(config->documents || !config->document_ends,
                 "usp_sequence_config.documents is 0 while document_ends is given");
+    USP_REQUIRE(!documents || config->documents || config->max_documents,
+                "usp_sequence_config.documents is not set, nor max_documents: the per-document layout takes documents");
     USP_REQUIRE(documents || (!config->documents && !config->max_documents && !config->document_ends),
                 "usp_sequence_config.documents (or document_ends, max_documents) is set: only the per-document layout "
                 "takes documents");
@@ -222,8 +230,13 @@ static void free_sharding(const usp_host *host, usp_sharding *sharding) {
 static usp_status allocate_arrays(usp_sequence *sequence, int64_t most) {
     const usp_host *host = &sequence->world->host;
     usp_device *device = sequence->world->device;
-    int64_t segments = (sequence->layout == USP_LAYOUT_CUSTOM ? most : 2 * sequence->max_documents) * sequence->ranks;
+    int custom = sequence->layout == USP_LAYOUT_CUSTOM;
+    int64_t segments = 0;
     void *ends = NULL;
+    const usp_factor factors[] = {{custom ? "usp_sequence_config.segments" : "2 x usp_sequence_config.max_documents",
+                                   (uint64_t)(custom ? most : 2 * sequence->max_documents)},
+                                  {"ranks", (uint64_t)sequence->ranks}};
+    USP_TRY(usp_size_add(&segments, factors, 2));
     USP_TRY(usp_host_alloc(host, (size_t)sequence->max_documents * sizeof(int64_t), "documents", &ends));
     sequence->document_ends = ends;
     USP_TRY(allocate_sharding(host, &sequence->query, segments));
@@ -573,17 +586,19 @@ static void copy_tokens(const usp_sharding *sharding, int rank, int64_t batch, s
             }
 }
 
-/* Bytes of the largest local part of this data copy; as many of them as there are ranks must be countable. */
+/* Bytes of the largest local part of this data copy; as many from every rank of the world must be countable, and so
+ * the whole tensor is. */
 static usp_status size_parts(const usp_sequence *sequence, int64_t batch, size_t token_bytes, int64_t *bytes) {
-    int64_t most = 0;
+    int64_t most = 0, all = 0;
     for (int rank = 0; rank < sequence->ranks; rank++)
         if (sequence->query.local[rank] > most) most = sequence->query.local[rank];
     USP_REQUIRE(batch >= 0, "batch is %lld: must not be negative", (long long)batch);
-    USP_REQUIRE(token_bytes <= INT64_MAX, "token_bytes is %zu: more than can be counted", token_bytes);
-    int64_t each = (int64_t)token_bytes, size = sequence->world->comm->size;
-    USP_REQUIRE(usp_size(4, (int64_t[]){most, batch, each, size}) >= 0,
-                "batch is %lld: no memory holds so many tokens of %zu bytes", (long long)batch, token_bytes);
-    *bytes = most * batch * each;
+    const usp_factor factors[] = {{"batch", (uint64_t)batch},
+                                  {"token_bytes", token_bytes},
+                                  {"tokens", (uint64_t)most},
+                                  {"ranks", (uint64_t)sequence->world->comm->size}};
+    USP_TRY(usp_size_add(&all, factors, 4));
+    *bytes = all / sequence->world->comm->size;
     return USP_OK;
 }
 

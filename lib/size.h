@@ -1,16 +1,15 @@
-/* size.h - products of sizes that a caller gives, which may be more than can be counted. */
+/* size.h - sizes that are products of numbers callers give, and may be more than 64 bits count. */
 #ifndef USP_SIZE_H
 #define USP_SIZE_H
-#include <stdint.h>
+#include "usp.h"
 
-/* The product of `count` factors, none of them negative; -1 if it is more than INT64_MAX. */
-static inline int64_t usp_size(int count, const int64_t *factors) {
-    int64_t product = 1, over = 0;
-    for (int i = 0; i < count; i++) {
-        if (factors[i] == 0) return 0;
-        over |= __builtin_mul_overflow(product, factors[i], &product);
-    }
-    return over ? -1 : product;
-}
+typedef struct usp_factor {
+    const char *name;
+    uint64_t value;
+} usp_factor;
+
+/* Adds the product of the factors to *size. INVALID, with every factor by its name, where the sum is more than
+ * INT64_MAX: it can be rounded up later, but never be had. */
+usp_status usp_size_add(int64_t *size, const usp_factor *factors, int count);
 
 #endif

@@ -184,12 +184,16 @@ static const wrong sequence_fields[] = {
     {"key_tokens", offsetof(usp_sequence_config, key_tokens), INT64, 2147483648.0, USP_INVALID, NULL},
     {"documents", offsetof(usp_sequence_config, documents), INT64, -1, USP_INVALID, NULL},
     {"documents", offsetof(usp_sequence_config, documents), INT64, 2, USP_INVALID, NULL},
+    {"documents is not set", offsetof(usp_sequence_config, layout), INT, USP_LAYOUT_ZIGZAG_PER_DOCUMENT, USP_INVALID,
+     NULL},
     {"segments", offsetof(usp_sequence_config, segments), INT64, 1, USP_INVALID, NULL},
     {"segments", offsetof(usp_sequence_config, segments), INT64, -1, USP_INVALID, NULL},
 };
 
 /* Of a sequence with three documents. */
 static const wrong document_fields[] = {
+    {"documents", offsetof(usp_sequence_config, documents), INT64, 2147483648.0, USP_INVALID, NULL},
+    {"documents", offsetof(usp_sequence_config, documents), INT64, 9e18, USP_INVALID, NULL},
     {"document_ends", offsetof(usp_sequence_config, document_ends), POINTER, 0, USP_INVALID, NULL},
     {"document_ends", offsetof(usp_sequence_config, document_ends), POINTER, 1, USP_INVALID, falling_ends},
     {"document_ends", offsetof(usp_sequence_config, document_ends), POINTER, 1, USP_INVALID, short_ends},
@@ -1244,34 +1248,4 @@ static int wrong_helpers(usp_rank *rank, void *argument) {
 Test(api, wrong_helpers) {
     usp_expect_ranks(1, SECONDS, wrong_helpers, NULL);
     usp_expect_ranks(4, SECONDS, wrong_helpers, NULL);
-}
-
-/* ---- sizes beyond 64 bits ---------------------------------------------------------------------------------------- */
-
-static int countless(usp_rank *rank, void *argument) {
-    static const wrong size = {"batch", 0, INT, 65536, USP_UNSUPPORTED, NULL};
-    usp_sequence_config longest = good_sequence();
-    usp_layer_config configs[] = {good_softmax(), good_linear()};
-    bench b;
-    (void)argument;
-    longest.tokens = INT32_MAX - 1;
-    longest.layout = USP_LAYOUT_CONTIGUOUS;
-    if (open_bench(rank, 1, &b)) return 1;
-    usp_sequence_destroy(b.sequence);
-    if (usp_sequence_create(b.mesh, &longest, &b.sequence) != USP_OK) return usp_say(rank, "%s", usp_last_error());
-    for (int i = 0; i < 2; i++) {
-        usp_layer *layer = NULL;
-        configs[i].batch = 65536;
-        configs[i].heads = configs[i].kv_heads = configs[i].value_heads = 65536;
-        configs[i].head_dim = configs[i].value_dim = 256;
-        judge(rank, &size, "layer", usp_layer_create(b.mesh, b.sequence, &configs[i], &layer));
-        usp_layer_destroy(layer);
-    }
-    close_bench(&b);
-    usp_count(rank);
-    return 0;
-}
-
-Test(api, sizes_beyond_64_bits) {
-    usp_expect_ranks(2, SECONDS, countless, NULL);
 }
