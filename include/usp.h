@@ -80,7 +80,7 @@ USP_API int usp_version(void);
 typedef enum usp_dtype { USP_F32 = 0, USP_F16 = 1, USP_BF16 = 2 } usp_dtype;
 typedef enum usp_device_kind { USP_DEVICE_AUTO = 0, USP_DEVICE_CPU = 1, USP_DEVICE_CUDA = 2 } usp_device_kind;
 typedef enum usp_attention { USP_SOFTMAX = 1, USP_LINEAR = 2 } usp_attention;
-typedef enum usp_mask { USP_MASK_FULL = 1, USP_MASK_CAUSAL = 2 } usp_mask; /* none by default: say which */
+typedef enum usp_mask { USP_MASK_CAUSAL = 1, USP_MASK_FULL = 2 } usp_mask; /* none by default: say which */
 typedef enum usp_pass { USP_PASS_FORWARD = 0, USP_PASS_BACKWARD = 1 } usp_pass;
 
 /* The very type of cudaStream_t. NULL on the CPU, where every call returns when its work is done. */

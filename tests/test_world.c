@@ -92,11 +92,12 @@ static usp_status try_to_join(usp_rank *rank, meeting *m, usp_world_config confi
                               : usp_world_create_callback(&config, gather, &s, m->size, rank->rank, world);
 }
 
-/* NULL after saying why. */
+/* NULL after saying why. Nobody goes on before all have come: who gives up at once could end the others' create too. */
 static usp_world *join(usp_rank *rank, meeting *m, usp_world_config config) {
     usp_world *world = NULL;
     usp_status status = try_to_join(rank, m, config, &world);
     if (status != USP_OK) usp_say(rank, "%s: %s", transport_names[m->over], usp_last_error());
+    pthread_barrier_wait(&m->barrier);
     return world;
 }
 
