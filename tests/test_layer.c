@@ -2,6 +2,7 @@
  * Properties, costs and bad input are in the other files. */
 #include "bodies.h"
 #include "expect.h"
+#include "layer.h"
 
 enum { SECONDS = 240 };
 
@@ -65,5 +66,74 @@ Test(layer, many_ranks_without_tokens) {
 Test(layer, data_copies_that_differ) {
     usp_references references = {0};
     for (int size = 2; size <= 6; size += 2) usp_expect_ranks(size, SECONDS, usp_body_unlike_copies, &references);
+    usp_references_free(&references);
+}
+
+/* ---- what kernels are told --------------------------------------------------------------------------------------- */
+
+/* A CPU whose entries note whether calls say `deterministic` as the layer does. */
+typedef struct listener {
+    usp_device_ops ops; /* first: what the device points to */
+    const usp_device_ops *real;
+    int expected, calls, wrong;
+} listener;
+
+static const usp_device_ops *listen(usp_device *device, int deterministic) {
+    listener *l = (listener *)(uintptr_t)device->ops;
+    l->calls++;
+    l->wrong += deterministic != l->expected;
+    return l->real;
+}
+
+static usp_status heard_supports(usp_device *device, const usp_kernel_shape *shape) {
+    return listen(device, shape->deterministic)->supports(device, shape);
+}
+
+static usp_status heard_forward(usp_device *device, const usp_softmax *a, usp_stream stream) {
+    return listen(device, a->deterministic)->softmax_forward(device, a, stream);
+}
+
+static usp_status heard_backward_query(usp_device *device, const usp_softmax *a, usp_stream stream) {
+    return listen(device, a->deterministic)->softmax_backward_query(device, a, stream);
+}
+
+static usp_status heard_backward_key(usp_device *device, const usp_softmax *a, usp_stream stream) {
+    return listen(device, a->deterministic)->softmax_backward_key(device, a, stream);
+}
+
+static usp_status heard_totals(usp_device *device, const usp_linear *a, usp_stream stream) {
+    return listen(device, a->deterministic)->linear_totals(device, a, stream);
+}
+
+static usp_status heard_output(usp_device *device, const usp_linear *a, usp_stream stream) {
+    return listen(device, a->deterministic)->linear_output(device, a, stream);
+}
+
+static usp_status heard_apply(usp_device *device, const usp_linear *a, usp_stream stream) {
+    return listen(device, a->deterministic)->linear_apply(device, a, stream);
+}
+
+static int told_deterministic(usp_rank *rank, void *argument) {
+    usp_device *device = rank->world->device;
+    const usp_device_ops *real = device->ops;
+    int failed = 0;
+    for (int i = 0; i < 4 && !failed; i++) {
+        usp_case c = {.tokens = 61, .mask = USP_MASK_CAUSAL, .ring = rank->size, .deterministic = i % 2};
+        listener l = {.ops = *real, .real = real, .expected = i % 2};
+        c.attention = i / 2 ? USP_LINEAR : USP_SOFTMAX;
+        l.ops.supports = heard_supports, l.ops.softmax_forward = heard_forward;
+        l.ops.softmax_backward_query = heard_backward_query, l.ops.softmax_backward_key = heard_backward_key;
+        l.ops.linear_totals = heard_totals, l.ops.linear_output = heard_output, l.ops.linear_apply = heard_apply;
+        device->ops = &l.ops;
+        failed = usp_check_case(rank, &c, argument);
+        device->ops = real;
+        if (!failed && (l.calls < 4 || l.wrong)) failed = usp_say(rank, "%d of %d calls say another", l.wrong, l.calls);
+    }
+    return failed;
+}
+
+Test(layer, kernels_are_told_deterministic) {
+    usp_references references = {0};
+    usp_expect_ranks(2, SECONDS, told_deterministic, &references);
     usp_references_free(&references);
 }
