@@ -11,7 +11,6 @@
 #include "thread.h"
 #include <errno.h>
 #include <limits.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -117,15 +116,12 @@ usp_status usp_control_gone(usp_control *control, int peer) {
 }
 
 usp_status usp_control_fail(usp_control *control, usp_status status, const char *format, ...) {
-    char sentence[USP_SENTENCE];
     va_list arguments;
     va_start(arguments, format);
-    vsnprintf(sentence, sizeof sentence, format, arguments);
-    va_end(arguments);
     pthread_mutex_lock(&control->mutex);
-    usp_control_record(control, status, sentence);
-    status = usp_control_failure(control);
+    status = usp_control_declare_list(control, status, format, arguments);
     pthread_mutex_unlock(&control->mutex);
+    va_end(arguments);
     return status;
 }
 

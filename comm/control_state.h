@@ -6,6 +6,7 @@
 #include "plans.h"
 #include <poll.h>
 #include <pthread.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 
 enum { USP_SENTENCE = 256, USP_NOBODY = -1 };
@@ -98,6 +99,8 @@ usp_status usp_control_failure(usp_control *control);
 void usp_control_record(usp_control *control, usp_status status, const char *sentence);
 usp_status usp_control_declare(usp_control *control, usp_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
+usp_status usp_control_declare_list(usp_control *control, usp_status status, const char *format, va_list arguments)
+    __attribute__((format(printf, 3, 0)));
 void usp_control_lose(usp_control *control, int peer);        /* it died, or left */
 void usp_control_declare_silent(usp_control *control);        /* a rank that has stopped, if there is one */
 usp_status usp_control_blame(usp_control *control, int peer); /* a wait on `peer` (-1: unknown) is over time */

@@ -3,7 +3,6 @@
 #include "control_state.h"
 #include "error.h"
 #include "thread.h"
-#include <stdarg.h>
 #include <stdio.h>
 #include <unistd.h>
 
@@ -30,14 +29,19 @@ void usp_control_record(usp_control *control, usp_status status, const char *sen
     usp_control_ring(control->wake);
 }
 
-usp_status usp_control_declare(usp_control *control, usp_status status, const char *format, ...) {
+usp_status usp_control_declare_list(usp_control *control, usp_status status, const char *format, va_list arguments) {
     char sentence[USP_SENTENCE];
-    va_list arguments;
-    va_start(arguments, format);
     vsnprintf(sentence, sizeof sentence, format, arguments);
-    va_end(arguments);
     usp_control_record(control, status, sentence);
     return usp_control_failure(control);
+}
+
+usp_status usp_control_declare(usp_control *control, usp_status status, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    status = usp_control_declare_list(control, status, format, arguments);
+    va_end(arguments);
+    return status;
 }
 
 void usp_control_lose(usp_control *control, int peer) {

@@ -2,6 +2,7 @@
  * in time. In the middle of layers, after which the survivors make a new world that works; and at random moments from
  * the start of create to the end of destroy. A plain program; it forks. usage: check_deaths [KILLS [SEED]] */
 #define _GNU_SOURCE
+#include "port.h"
 #include "usp.h"
 
 #include <arpa/inet.h>
@@ -28,18 +29,6 @@ static double now_ms(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec * 1e3 + (double)now.tv_nsec * 1e-6;
-}
-
-/* A port that is free now, and most likely a moment later. */
-static int free_port(void) {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
-    socklen_t length = sizeof address;
-    int listener = socket(AF_INET, SOCK_STREAM, 0);
-    if (listener < 0 || bind(listener, (struct sockaddr *)&address, length) != 0 ||
-        getsockname(listener, (struct sockaddr *)&address, &length) != 0)
-        exit(1);
-    close(listener);
-    return ntohs(address.sin_port);
 }
 
 static void set_number(const char *name, int value) {
@@ -179,7 +168,7 @@ static int play(int rank, const scene *s, int port, int second_port) {
 
 static int run(const scene *s) {
     pid_t child[RANKS];
-    int failures = 0, port = free_port(), second_port = free_port();
+    int failures = 0, port = usp_free_port(), second_port = usp_free_port();
     for (int rank = 0; rank < RANKS; rank++) {
         child[rank] = fork();
         if (child[rank] == 0) {
@@ -235,7 +224,7 @@ static int live(int rank, int victim, int port) {
 
 static int kill_once(unsigned seed) {
     pid_t child[RANKS];
-    int failures = 0, port = free_port();
+    int failures = 0, port = usp_free_port();
     srand(seed);
     int victim = rand() % RANKS, span = seed % 2 ? RANDOM_CREATE_MS : RANDOM_RUN_MS + RANDOM_CREATE_MS;
     int delay_us = (int)(rand() / (RAND_MAX + 1.0) * span * 1000);

@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include "conformance.h"
 #include "environment.h"
+#include "port.h"
 #include "thread.h"
 #include <arpa/inet.h>
 #include <errno.h>
@@ -53,17 +54,6 @@ static void usp_set(const char *name, int value) {
 static struct sockaddr_in usp_here(int port) {
     return (struct sockaddr_in){
         .sin_family = AF_INET, .sin_port = htons((uint16_t)port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-}
-
-/* The first of nine ports that were free a moment ago. */
-static int usp_free_port(void) {
-    struct sockaddr_in address = usp_here(0);
-    socklen_t length = sizeof address;
-    int one = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (one < 0 || bind(one, (struct sockaddr *)&address, sizeof address) != 0) exit(1);
-    getsockname(one, (struct sockaddr *)&address, &length);
-    close(one);
-    return ntohs(address.sin_port) < 60000 ? ntohs(address.sin_port) : 30000;
 }
 
 /* ---- ranks ------------------------------------------------------------------------------------------------------- */

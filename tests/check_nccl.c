@@ -25,6 +25,7 @@
 #include "comm.h"
 #include "conformance.h"
 #include "environment.h"
+#include "port.h"
 
 enum {
     SKIPPED = 77,
@@ -675,18 +676,6 @@ static int play_threads(int size) {
 
 /* ---- ranks as processes ------------------------------------------------------------------------------------------ */
 
-/* A port that nobody uses now. */
-static int free_port(void) {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t length = sizeof address;
-    int listener = socket(AF_INET, SOCK_STREAM, 0), port = 0;
-    if (bind(listener, (struct sockaddr *)&address, length) == 0 &&
-        getsockname(listener, (struct sockaddr *)&address, &length) == 0)
-        port = ntohs(address.sin_port);
-    close(listener);
-    return port;
-}
-
 static void set_number(const char *name, int number) {
     char text[16];
     snprintf(text, sizeof text, "%d", number);
@@ -698,7 +687,7 @@ static void start(int size, const char *fault, pid_t *ranks) {
     char *arguments[] = {self, fault != NULL ? flag : NULL, NULL};
     if (fault != NULL) snprintf(flag, sizeof flag, "%s", fault);
     setenv("MASTER_ADDR", "127.0.0.1", 1);
-    set_number("MASTER_PORT", free_port());
+    set_number("MASTER_PORT", usp_free_port());
     set_number("WORLD_SIZE", size);
     set_number("LOCAL_WORLD_SIZE", size);
     for (int i = 0; i < size; i++) {

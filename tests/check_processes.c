@@ -4,6 +4,7 @@
 #include "conformance.h"
 #include "environment.h"
 #include "error.h"
+#include "port.h"
 #include "tcp.h"
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -586,17 +587,6 @@ static int usp_play(usp_scene scene, usp_cast cast) {
     }
     usp_close_pipes(cast.size, pipes, -1);
     return usp_reap(&cast, children);
-}
-
-/* A port that was free a moment ago. */
-static int usp_free_port(void) {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t length = sizeof address;
-    int one = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (one < 0 || bind(one, (struct sockaddr *)&address, sizeof address) != 0) exit(1);
-    getsockname(one, (struct sockaddr *)&address, &length);
-    close(one);
-    return ntohs(address.sin_port) < 60000 ? ntohs(address.sin_port) : 30000;
 }
 
 static int usp_check_deaths(double *struck) {
