@@ -38,13 +38,12 @@ static const struct argp_option option_table[] = {
 
     {NULL, 0, NULL, 0, "Write (at least one):", 2},
     {"out", KEY_FILE + USP_RUN_OUT, "FILE", 0, "Output [B, S, out heads, E]", 0},
-    {"lse", KEY_FILE + USP_RUN_LSE, "FILE", 0, "Softmax: log-sum-exp [B, heads, S], float32", 0},
+    {"lse", KEY_FILE + USP_RUN_LSE, "FILE", 0, "Softmax: log-sum-exp [B, heads, S]", 0},
     {"dq", KEY_FILE + USP_RUN_DQ, "FILE", 0, "Gradient of the queries", 0},
     {"dk", KEY_FILE + USP_RUN_DK, "FILE", 0, "Gradient of the keys", 0},
     {"dv", KEY_FILE + USP_RUN_DV, "FILE", 0, "Gradient of the values", 0},
-    {"final-state", KEY_FILE + USP_RUN_FINAL_STATE, "FILE", 0, "Linear: state after the last token, float32", 0},
-    {"dinitial-state", KEY_FILE + USP_RUN_DINITIAL_STATE, "FILE", 0, "Linear: gradient of the initial state, float32",
-     0},
+    {"final-state", KEY_FILE + USP_RUN_FINAL_STATE, "FILE", 0, "Linear: state after the last token", 0},
+    {"dinitial-state", KEY_FILE + USP_RUN_DINITIAL_STATE, "FILE", 0, "Linear: gradient of the initial state", 0},
 
     {NULL, 0, NULL, 0,
      "Ranks (none of -n, -g: the job of torchrun, usp_launch, mpirun or srun; else as many thread-ranks as --ulysses "
