@@ -15,13 +15,13 @@ static void *wait_for_signal(void *argument) {
     return NULL;
 }
 
-/* How many of the two there are to wait for. */
+/* How many of the three there are to wait for. */
 static int choose_signals(sigset_t *signals) {
-    const int wanted[] = {SIGINT, SIGTERM};
+    const int wanted[] = {SIGINT, SIGTERM, SIGHUP};
     struct sigaction action;
     int chosen = 0;
     sigemptyset(signals);
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < 3; i++)
         if (sigaction(wanted[i], NULL, &action) == 0 && action.sa_handler != SIG_IGN)
             chosen += sigaddset(signals, wanted[i]) == 0;
     return chosen;
@@ -38,7 +38,9 @@ void usp_interrupt_open(usp_interrupt *interrupt, void (*end)(int signal, void *
 void usp_interrupt_close(usp_interrupt *interrupt) {
     if (!interrupt->open) return;
     atomic_store(&interrupt->closing, 1);
-    int number = sigismember(&interrupt->signals, SIGTERM) ? SIGTERM : SIGINT;
+    int number = sigismember(&interrupt->signals, SIGTERM)  ? SIGTERM
+                 : sigismember(&interrupt->signals, SIGINT) ? SIGINT
+                                                            : SIGHUP;
     pthread_sigqueue(interrupt->thread, number, (union sigval){.sival_int = 0});
     pthread_join(interrupt->thread, NULL);
     pthread_sigmask(SIG_SETMASK, &interrupt->before, NULL);

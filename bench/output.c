@@ -89,14 +89,16 @@ static int open_itself(const char *target) {
     return open(target, O_WRONLY | O_CLOEXEC | O_NOCTTY);
 }
 
-/* A new file with the mode of the one that it will replace. */
+/* A new file with the mode of the one that it will replace. The longest names leave no room for more behind them. */
 static int open_beside(usp_output *output, const struct stat *there) {
-    int file = -1;
-    if (there && access(output->target, W_OK)) return -1;
+    const char *target = output->target;
+    int file = -1, folder = folder_length(target);
+    if (there && access(target, W_OK)) return -1;
     errno = EEXIST;
     for (int i = 0; i < MOST_TRIES && file < 0 && errno == EEXIST; i++) {
         free(output->temporary);
-        if (asprintf(&output->temporary, "%s.%ld-%d", output->target, (long)getpid(), i) < 0) output->temporary = NULL;
+        if (asprintf(&output->temporary, "%.*s%.200s.%ld-%d", folder, target, target + folder, (long)getpid(), i) < 0)
+            output->temporary = NULL;
         if (!output->temporary) return -1;
         file = open(output->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     }

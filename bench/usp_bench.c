@@ -110,7 +110,11 @@ static void save_rows(int signal, void *user) {
     if (pthread_mutex_timedlock(&bench->mutex, &limit)) return;
     if (!bench->report) return;
     usp_progress_erase(bench->progress);
-    usp_report_save(bench->report, signal == SIGINT ? "ended by SIGINT" : "ended by SIGTERM", &error);
+    usp_report_save(bench->report,
+                    signal == SIGINT    ? "ended by SIGINT"
+                    : signal == SIGTERM ? "ended by SIGTERM"
+                                        : "ended by SIGHUP",
+                    &error);
 }
 
 /* All arguments with blanks between them, for the header. */

@@ -320,6 +320,7 @@ ln -s link.npy chain.npy
 ln -s place/new.npy ahead.npy
 ln -s loop.npy loop.npy
 expect 0 "$run" --q q.npy $ok --out plain.npy
+expect 0 "$run" --q q.npy $ok --out "$(printf '%0250d' 0).npy" # a name of 254 bytes, most systems take 255
 for path in chain.npy ahead.npy; do
     expect 0 "$run" --q q.npy $ok --out $path
     [ -L $path ] || fail "$path is no link any more"
@@ -480,6 +481,7 @@ interrupt()
 }
 interrupt INT 130
 interrupt TERM 143
+sh -c 'kill -s HUP $$' 2>/dev/null || interrupt HUP 129 # unless nohup has it ignored
 left "after signals"
 expect 64 "$bench" -b 2K -e 1K
 expect 64 "$bench" -t 2 -g 2
