@@ -29,6 +29,7 @@ static int choose_signals(sigset_t *signals) {
 
 void usp_interrupt_open(usp_interrupt *interrupt, void (*end)(int signal, void *user), void *user) {
     *interrupt = (usp_interrupt){.end = end, .user = user};
+    signal(SIGPIPE, SIG_IGN); /* a reader that has gone is an error of a write */
     if (!choose_signals(&interrupt->signals)) return;
     pthread_sigmask(SIG_BLOCK, &interrupt->signals, &interrupt->before);
     interrupt->open = pthread_create(&interrupt->thread, NULL, wait_for_signal, interrupt) == 0;

@@ -112,7 +112,8 @@ typedef struct usp_world_config {
     void (*log)(void *user, int level, const char *text); /* NULL: silent; also from the library's threads.
                                                                level: 1 warning, 2 info, 3 trace */
     void *log_user;
-    void *(*host_alloc)(void *user, size_t bytes); /* both or neither; NULL: malloc and free. 16-byte aligned */
+    void *(*host_alloc)(void *user, size_t bytes); /* both or neither; NULL: malloc and free. 16-byte aligned. No
+                                                      callback may call this library */
     void (*host_free)(void *user, void *memory);
     void *host_user;
     int silence_ms; /* a rank of another process that gives no sign of life for so long is lost, though its connections

@@ -9,7 +9,7 @@
 #include "world.h"
 #include <unistd.h>
 
-enum { PATIENCE = 200000 /* pauses, some ten seconds */ };
+enum { PATIENCE = 100000 /* pauses, some ten seconds */ };
 
 /* An address that no object has. */
 static usp_object *taken(usp_world *world) {
