@@ -37,3 +37,8 @@ void usp_inputs_fill(const usp_case *c, usp_input input, const usp_sequence *seq
             usp_number_random_fill(c->dtype, (uint64_t)input, first, width, at);
         }
 }
+
+void usp_inputs_sinks(const usp_case *c, float *sinks) {
+    enum { STREAM = USP_INPUT_DOUT + 1 };
+    for (int h = 0; h < c->heads; h++) sinks[h] = (float)usp_number_random(STREAM, (uint64_t)h);
+}

@@ -14,5 +14,7 @@ int usp_inputs_dim(const usp_case *c, usp_input input);
 void usp_inputs_row(const usp_case *c, usp_input input, int batch, int64_t token, int head, double *row);
 /* A rank's own part, [batch, local_tokens, heads, dim] of the case's dtype; host memory. */
 void usp_inputs_fill(const usp_case *c, usp_input input, const usp_sequence *sequence, int rank, void *local);
+/* A sink for each head, [heads]. */
+void usp_inputs_sinks(const usp_case *c, float *sinks);
 
 #endif

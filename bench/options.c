@@ -1,8 +1,8 @@
 /* options.c - argp's tables for usp_bench.
  * Whether a case is possible is for the library to say: refused ones become comment lines. */
 #include "options.h"
+#include "layer_options.h"
 #include "output.h"
-#include <argp.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -19,9 +19,11 @@ enum {
     KEY_PASS,
     KEY_DEVICE,
     KEY_DECAY,
-    KEY_STATE_EXCHANGE,
+    KEY_SLOPES,
+    KEY_SINKS,
+    KEY_DOCUMENTS,
+    KEY_MAX_DOCUMENTS,
     KEY_SHARED_MEMORY,
-    KEY_DETERMINISTIC,
     KEY_BASELINE,
     KEY_CSV,
     KEY_COMMIT,
@@ -47,9 +49,12 @@ static const struct argp_option option_table[] = {
     {"ring", 'r', "LIST", 0, "Ring degrees, or auto; pairs whose product is the number of ranks run (auto)", 0},
     {"kind", KEY_KIND, "LIST", 0, "softmax, linear or both (both)", 0},
     {"layout", KEY_LAYOUT, "LIST", 0,
-     "zigzag, contiguous, stripe, documents (zigzag inside each of four, of 1, 2, 3 and 4 tenths of the length) or all "
-     "(zigzag)",
+     "zigzag, contiguous, stripe, documents (zigzag inside each; without --documents of four, of 1, 2, 3 and 4 tenths "
+     "of the length) or all (zigzag)",
      0},
+    {"documents", KEY_DOCUMENTS, "LEAST:MOST|LIST", 0,
+     "Packed documents of random lengths, always the same, or of these lengths in turn; the last one is cut (one)", 0},
+    {"max-documents", KEY_MAX_DOCUMENTS, "N", 0, "Plan with room for other documents, N at most; 0: none (0)", 0},
     {"datatype", 'd', "LIST", 0, "f32, f16, bf16 or all (f32 on the CPU, bf16 on GPUs)", 0},
     {"heads", KEY_HEADS, "LIST", 0, "Query heads (8)", 0},
     {"kv-heads", KEY_KV_HEADS, "LIST", 0, "Key and value heads; 0: as many as query heads (0)", 0},
@@ -60,10 +65,10 @@ static const struct argp_option option_table[] = {
     {"causal", KEY_CAUSAL, NULL, 0, "Causal mask (the default)", 0},
     {"full", KEY_FULL, NULL, 0, "No mask", 0},
     {"decay", KEY_DECAY, "none|alibi", 0, "Linear, causal: no decay, or the heads' ALiBi slopes (alibi)", 0},
-    {"state-exchange", KEY_STATE_EXCHANGE, "auto|chain|gather", 0, "Linear: how states travel the ring (auto)", 0},
-    {"deterministic", KEY_DETERMINISTIC, NULL, 0, "No kernel whose results depend on timing", 0},
+    {"slopes", KEY_SLOPES, "none|alibi", 0, "Softmax: scores fall with distance by the heads' ALiBi slopes (none)", 0},
+    {"sinks", KEY_SINKS, NULL, 0, "Softmax: a random attention sink a head", 0},
 
-    {NULL, 0, NULL, 0, "Measuring:", 3},
+    {NULL, 0, NULL, 0, "Measuring:", 4},
     {"iters", 'n', "N", 0, "Timed iterations (20)", 0},
     {"warmup_iters", 'w', "N", 0, "Passes before them (3)", 0},
     {"agg_iters", 'm', "N", 0, "Passes in one iteration; 0: enough for 2 ms, at most 20 (0)", 0},
@@ -73,7 +78,7 @@ static const struct argp_option option_table[] = {
     {"check", 'c', "0|1", 0, "Check results against a double-precision reference at sampled rows (1)", 0},
     {"baseline", KEY_BASELINE, NULL, 0, "Also time one rank alone at the same length and print the speed-up", 0},
 
-    {NULL, 0, NULL, 0, "Output:", 4},
+    {NULL, 0, NULL, 0, "Output:", 5},
     {"json", 'J', "FILE", 0, "Also write everything as JSON", 0},
     {"csv", KEY_CSV, "FILE", 0, "Also write the rows as CSV", 0},
     {"memory", 'M', NULL, 0, "A comment line on memory under every row", 0},
@@ -233,21 +238,47 @@ static error_t parse_sweep(int key, char *text, struct argp_state *state, usp_op
     case KEY_PASS:
         parse_pass(state, text, o->passes);
         break;
-    case KEY_CAUSAL:
-        o->mask = USP_MASK_CAUSAL;
-        break;
-    case KEY_FULL:
-        o->mask = USP_MASK_FULL;
-        break;
     default:
         return ARGP_ERR_UNKNOWN;
     }
     return 0;
 }
 
-static int parse_decay(struct argp_state *state, const char *text) {
-    if (strcmp(text, "alibi") && strcmp(text, "none")) argp_error(state, "--decay: '%s' is none of none, alibi", text);
+static int parse_alibi(struct argp_state *state, const char *option, const char *text) {
+    if (strcmp(text, "alibi") && strcmp(text, "none"))
+        argp_error(state, "--%s: '%s' is none of none, alibi", option, text);
     return strcmp(text, "alibi") == 0;
+}
+
+static error_t parse_layer(int key, char *text, struct argp_state *state, usp_options *o) {
+    switch (key) {
+    case KEY_CAUSAL:
+        o->mask = USP_MASK_CAUSAL;
+        break;
+    case KEY_FULL:
+        o->mask = USP_MASK_FULL;
+        break;
+    case KEY_DECAY:
+        o->decay = parse_alibi(state, "decay", text);
+        break;
+    case KEY_SLOPES:
+        o->slopes = parse_alibi(state, "slopes", text);
+        break;
+    case KEY_SINKS:
+        o->layer.sinks = 1;
+        break;
+    case KEY_DOCUMENTS:
+        o->packed = text;
+        if (!usp_document_rule_parse(text, &o->documents))
+            argp_error(state, "--documents: '%s' is neither LEAST:MOST nor a list of lengths from 1", text);
+        break;
+    case KEY_MAX_DOCUMENTS:
+        o->max_documents = (int)parse_number(state, "max-documents", text, 0, INT32_MAX);
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
 }
 
 static error_t parse_measuring(int key, char *text, struct argp_state *state, usp_options *o) {
@@ -273,19 +304,17 @@ static error_t parse_measuring(int key, char *text, struct argp_state *state, us
     case KEY_BASELINE:
         o->baseline = 1;
         break;
-    case KEY_DETERMINISTIC:
-        o->deterministic = 1;
-        break;
-    case KEY_DECAY:
-        o->decay = parse_decay(state, text);
-        break;
-    case KEY_STATE_EXCHANGE:
-        o->state_exchange = (usp_state_exchange)parse_name(state, "state-exchange", text, usp_names_state_exchange());
-        break;
     default:
         return ARGP_ERR_UNKNOWN;
     }
     return 0;
+}
+
+static void check_options(struct argp_state *state, const usp_options *o) {
+    if (o->ranks.threads && o->ranks.gpus) argp_error(state, "-t and -g exclude each other");
+    if (o->end && o->end < o->begin) argp_error(state, "--maxlength is less than --minlength");
+    if (o->ranks.gpus && o->ranks.device == USP_DEVICE_CPU) argp_error(state, "-g excludes --device cpu");
+    if (o->csv && o->json && usp_output_same(o->csv, o->json)) argp_error(state, "--csv and --json are the same file");
 }
 
 static error_t parse_output(int key, char *text, struct argp_state *state, usp_options *o) {
@@ -314,15 +343,14 @@ static error_t parse_output(int key, char *text, struct argp_state *state, usp_o
     case KEY_INFO:
         o->info = 1;
         break;
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = &o->layer;
+        break;
     case ARGP_KEY_ARG:
         argp_error(state, "'%s' is not an option", text);
         break;
     case ARGP_KEY_END:
-        if (o->ranks.threads && o->ranks.gpus) argp_error(state, "-t and -g exclude each other");
-        if (o->end && o->end < o->begin) argp_error(state, "--maxlength is less than --minlength");
-        if (o->ranks.gpus && o->ranks.device == USP_DEVICE_CPU) argp_error(state, "-g excludes --device cpu");
-        if (o->csv && o->json && usp_output_same(o->csv, o->json))
-            argp_error(state, "--csv and --json are the same file");
+        check_options(state, o);
         break;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -335,13 +363,17 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
     error_t error = parse_ranks(key, text, state, o);
     if (error == ARGP_ERR_UNKNOWN) error = parse_lists(key, text, state, o);
     if (error == ARGP_ERR_UNKNOWN) error = parse_sweep(key, text, state, o);
+    if (error == ARGP_ERR_UNKNOWN) error = parse_layer(key, text, state, o);
     if (error == ARGP_ERR_UNKNOWN) error = parse_measuring(key, text, state, o);
     if (error == ARGP_ERR_UNKNOWN) error = parse_output(key, text, state, o);
     return error;
 }
 
 void usp_options_parse(usp_options *options, int argc, char **argv) {
-    const struct argp argp = {option_table, parse_option, NULL, description, NULL, NULL, NULL};
+    usp_layer_options layer;
+    const struct argp_child *children =
+        usp_layer_options_make(&layer, "Layer (of each case what its kind and mask have):", 3);
+    const struct argp argp = {option_table, parse_option, NULL, description, children, NULL, NULL};
     const usp_list one_zero = {.count = 1};
     *options = (usp_options){.begin = 1024,
                              .factor = 2,

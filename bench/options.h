@@ -2,6 +2,7 @@
  * Every option is documented here once, in the text that --help prints. */
 #ifndef USP_OPTIONS_H
 #define USP_OPTIONS_H
+#include "packing.h"
 #include "ranks.h"
 
 /* One row's configuration: everything but the pass. */
@@ -24,11 +25,15 @@ typedef struct usp_options {
     usp_list ulysses, ring;                   /* both empty: all factorisations */
     usp_list dtypes, kinds, layouts, heads, kv_heads, dims, value_dims, batches;
     usp_mask mask;
-    int passes[2]; /* by usp_pass */
-    int decay;     /* linear: 1: slopes, where causal */
-    usp_state_exchange state_exchange;
-    int shared_memory, deterministic, baseline, memory, statistics, quiet, info;
+    int passes[2];          /* by usp_pass */
+    int decay;              /* linear: 1: slopes, where causal */
+    int slopes;             /* softmax: 1: ALiBi */
+    usp_layer_config layer; /* its fields that are options: of each case those that its kind and mask have */
+    usp_document_rule documents;
+    int max_documents; /* room for so many; 0: never re-planned */
+    int shared_memory, baseline, memory, statistics, quiet, info;
     const char *json, *csv, *commit;
+    const char *packed;  /* documents, as given */
     const char *command; /* the whole command line, for the header */
 } usp_options;
 

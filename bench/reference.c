@@ -2,6 +2,7 @@
  * Both are the same sum over the other side's tokens, so forward and backward are one loop. */
 #include "reference.h"
 #include "number.h"
+#include <dropout.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -45,30 +46,59 @@ static void add_scaled(double *sum, double factor, const double *x, int count) {
     for (int i = 0; i < count; i++) sum[i] += factor * x[i];
 }
 
-static double scale_of(const usp_case *c) {
-    return c->kind == USP_SOFTMAX ? 1 / sqrt(c->dim) : 1;
+static double scale_of(const usp_reference *r) {
+    const usp_case *c = r->config;
+    return r->layer->scale > 0 ? (double)r->layer->scale : c->kind == USP_SOFTMAX ? 1 / sqrt(c->dim) : 1;
 }
 
-static int allowed(const usp_case *c, int64_t query, int64_t key) {
-    return c->mask == USP_MASK_FULL || key <= query;
+/* ---- pairs: what the layer's fields mean, by their definitions --------------------------------------------------- */
+
+/* How far a window reaches. */
+static int64_t reach(int64_t window) {
+    return window == USP_NO_KEYS ? 0 : window ? window : INT64_MAX;
 }
 
-/* P = exp(s - lse), dS = P (dP - delta); dP has variance value_dim for inputs of variance 1. */
-static usp_pair softmax_pair(const usp_case *c, double score, double dp, double lse, double delta) {
-    double p = exp(score - lse), scale = scale_of(c);
-    return (usp_pair){.weight = p,
-                      .grad = scale * p * (dp - delta),
-                      .weight_size = p * p,
-                      .grad_size = scale * scale * p * p * (dp * dp + delta * delta + c->value_dim)};
+static int allowed(const usp_reference *r, int64_t query, int64_t key) {
+    if (r->document && (r->document[query] < 0 || r->document[query] != r->document[key])) return 0;
+    if (r->config->mask == USP_MASK_CAUSAL && key > query) return 0;
+    return query - key <= reach(r->layer->window_left) && key - query <= reach(r->layer->window_right);
+}
+
+/* The score of a pair from scale q.k, and its derivative. */
+static double score_of(const usp_reference *r, int head, int64_t distance, double product, double *slope) {
+    double cap = r->layer->soft_cap, bend = cap > 0 ? tanh(product / cap) : 0;
+    *slope = cap > 0 ? 1 - bend * bend : 1;
+    return (cap > 0 ? cap * bend : product) - (r->layer->slopes ? r->layer->slopes[head] * fabs((double)distance) : 0);
+}
+
+/* By what dropout multiplies the pair's probability. */
+static double kept(const usp_reference *r, int batch, int head, int64_t query, int64_t key) {
+    float rate = r->layer->dropout;
+    if (!(rate > 0)) return 1;
+    uint32_t line = (uint32_t)(batch * r->config->heads + head);
+    uint64_t row = usp_dropout_row(r->dropout_state[0], r->dropout_state[1], line, (uint32_t)query);
+    return usp_dropout_word(row, (uint32_t)key) < usp_dropout_limit(rate) ? 0 : 1 / (1 - (double)rate);
+}
+
+/* P = exp(s - lse), dS = P (kept dP - delta); dP has variance value_dim for inputs of variance 1. Sizes are those of a
+ * pair of which one does not know whether it is kept. */
+static usp_pair softmax_pair(const usp_reference *r, double score, double slope, double keep, double dp,
+                             const double *statistics) {
+    double p = exp(score - statistics[0]), delta = statistics[1], factor = scale_of(r) * slope * p;
+    double spread = 1 / (1 - (double)r->layer->dropout);
+    return (usp_pair){.weight = keep * p,
+                      .grad = factor * (keep * dp - delta),
+                      .weight_size = spread * p * p,
+                      .grad_size = factor * factor * (spread * (dp * dp + r->config->value_dim) + delta * delta)};
 }
 
 /* out = sum lambda^distance (q.k) v; q.k has variance dim. */
-static usp_pair linear_pair(const usp_case *c, double score, double dp, double decay) {
-    double scale = scale_of(c);
+static usp_pair linear_pair(const usp_reference *r, double score, double dp, double decay) {
+    double scale = scale_of(r);
     return (usp_pair){.weight = decay * score,
                       .grad = scale * decay * dp,
-                      .weight_size = decay * decay * (score * score + scale * scale * c->dim),
-                      .grad_size = scale * scale * decay * decay * (dp * dp + c->value_dim)};
+                      .weight_size = decay * decay * (score * score + scale * scale * r->config->dim),
+                      .grad_size = scale * scale * decay * decay * (dp * dp + r->config->value_dim)};
 }
 
 /* ---- rows ------------------------------------------------------------------------------------------------------ */
@@ -157,17 +187,28 @@ static void finish_statistics(usp_rows *rows) {
     }
 }
 
-static usp_status compute_statistics(const usp_case *c, int batch, int head, usp_tool_error *error, usp_rows *rows) {
+static void fold_key(const usp_reference *r, int batch, int head, usp_rows *rows, int64_t row, int64_t key,
+                     const double *x) {
+    int d = r->config->dim, e = r->config->value_dim;
+    int64_t query = rows->token[row];
+    double slope, product = scale_of(r) * dot(rows->x + row * d, x, d);
+    if (!allowed(r, query, key)) return;
+    double score = score_of(r, head, query - key, product, &slope);
+    fold_statistics(rows, row, score, kept(r, batch, head, query, key) * dot(rows->y + row * e, x + d, e));
+}
+
+static usp_status compute_statistics(const usp_reference *r, int batch, int head, usp_tool_error *error,
+                                     usp_rows *rows) {
+    const usp_case *c = r->config;
     int d = c->dim, e = c->value_dim;
     double *key = usp_tool_alloc(error, (size_t)(d + e), sizeof *key);
     if (!key) return USP_NO_MEMORY;
     for (int64_t i = 0; i < rows->count; i++) rows->lse[i] = rows->delta[i] = 0, rows->max[i] = -INFINITY;
     for (int64_t t = 0; t < c->seq; t++) {
         load_side(c, 1, batch, t, head, key, key + d);
-        for (int64_t i = 0; i < rows->count; i++)
-            if (allowed(c, rows->token[i], t))
-                fold_statistics(rows, i, scale_of(c) * dot(rows->x + i * d, key, d), dot(rows->y + i * e, key + d, e));
+        for (int64_t i = 0; i < rows->count; i++) fold_key(r, batch, head, rows, i, t, key);
     }
+    for (int64_t i = 0; i < rows->count && r->sinks; i++) fold_statistics(rows, i, r->sinks[head], 0);
     finish_statistics(rows);
     free(key);
     return USP_OK;
@@ -179,7 +220,7 @@ static usp_status exact_table(const usp_reference *r, int batch, int head, usp_t
     USP_TRY(open_rows(r->config, 0, usp_sequence_local_tokens(r->sequence, r->rank), error, &rows));
     for (int64_t i = 0; i < rows.count; i++) place_row(r, &rows, i, i);
     load_rows(r->config, batch, head, &rows);
-    usp_status status = compute_statistics(r->config, batch, head, error, &rows);
+    usp_status status = compute_statistics(r, batch, head, error, &rows);
     for (int64_t i = 0; i < rows.count; i++) {
         table[2 * i] = rows.lse[i];
         table[2 * i + 1] = rows.delta[i];
@@ -191,13 +232,14 @@ static usp_status exact_table(const usp_reference *r, int batch, int head, usp_t
 /* The same from the layer's out and lse. */
 static usp_status layer_table(const usp_reference *r, int batch, int head, usp_tool_error *error, double *table) {
     const usp_case *c = r->config;
+    const float *lse = r->lse;
     int64_t tokens = usp_sequence_local_tokens(r->sequence, r->rank);
     double *dout = usp_tool_alloc(error, (size_t)c->value_dim, sizeof *dout);
     if (!dout) return USP_NO_MEMORY;
     for (int64_t t = 0; t < tokens; t++) {
         size_t first = (size_t)(((batch * tokens + t) * c->heads + head) * c->value_dim);
         usp_inputs_row(c, USP_INPUT_DOUT, batch, usp_sequence_to_global(r->sequence, r->rank, t), head, dout);
-        table[2 * t] = r->lse[((int64_t)batch * c->heads + head) * tokens + t];
+        table[2 * t] = lse[((int64_t)batch * c->heads + head) * tokens + t];
         table[2 * t + 1] = 0;
         for (int i = 0; i < c->value_dim; i++)
             table[2 * t + 1] += dout[i] * usp_number_load(c->dtype, r->out, first + (size_t)i);
@@ -226,17 +268,28 @@ static usp_status gather_table(const usp_reference *r, int batch, int head, usp_
 
 /* ---- results of rows ------------------------------------------------------------------------------------------- */
 
-static void accumulate_pair(const usp_reference *r, int head, usp_rows *rows, int64_t row, int64_t token,
-                            const double *other, const double *statistics) {
-    const usp_case *c = r->config;
-    int d = c->dim, e = c->value_dim;
+/* What a row and token `token` of the other side say to each other; statistics: those of all queries, for key rows. */
+static usp_pair pair_of(const usp_reference *r, int batch, int head, const usp_rows *rows, int64_t row, int64_t token,
+                        const double *other, const double *statistics) {
+    int d = r->config->dim, e = r->config->value_dim;
     int64_t query = rows->keys ? token : rows->token[row], key = rows->keys ? rows->token[row] : token;
-    if (!allowed(c, query, key)) return;
-    double score = scale_of(c) * dot(rows->x + row * d, other, d), dp = dot(rows->y + row * e, other + d, e);
-    double decay = r->log_decay ? exp(r->log_decay[head] * (double)(query - key)) : 1;
-    usp_pair pair = c->kind == USP_LINEAR ? linear_pair(c, score, dp, decay)
-                    : rows->keys          ? softmax_pair(c, score, dp, statistics[2 * token], statistics[2 * token + 1])
-                                          : softmax_pair(c, score, dp, rows->lse[row], rows->delta[row]);
+    double product = scale_of(r) * dot(rows->x + row * d, other, d), dp = dot(rows->y + row * e, other + d, e);
+    if (r->config->kind == USP_LINEAR) {
+        const float *decay = r->layer->decay;
+        return linear_pair(r, product, dp, decay ? exp(decay[head] * (double)(query - key)) : 1);
+    }
+    const double own[2] = {rows->lse[row], rows->delta[row]};
+    double slope, score = score_of(r, head, query - key, product, &slope);
+    return softmax_pair(r, score, slope, kept(r, batch, head, query, key), dp,
+                        rows->keys ? statistics + 2 * token : own);
+}
+
+static void accumulate_pair(const usp_reference *r, int batch, int head, usp_rows *rows, int64_t row, int64_t token,
+                            const double *other, const double *statistics) {
+    int d = r->config->dim, e = r->config->value_dim;
+    int64_t own = rows->token[row];
+    if (!(rows->keys ? allowed(r, token, own) : allowed(r, own, token))) return;
+    usp_pair pair = pair_of(r, batch, head, rows, row, token, other, statistics);
     add_scaled(rows->dx + row * d, pair.grad, other, d);
     add_scaled(rows->dy + row * e, pair.weight, other + d, e);
     rows->dx_size[row] += pair.grad_size;
@@ -251,11 +304,11 @@ static usp_status accumulate(const usp_reference *r, int batch, int head, usp_to
     if (rows->keys)
         USP_TRY(gather_table(r, batch, head, error, &table));
     else if (c->kind == USP_SOFTMAX)
-        USP_TRY(compute_statistics(c, batch, head, error, rows));
+        USP_TRY(compute_statistics(r, batch, head, error, rows));
     double *other = usp_tool_alloc(error, (size_t)(c->dim + c->value_dim), sizeof *other);
     for (int64_t t = 0; t < c->seq && other; t++) {
         load_side(c, !rows->keys, batch, t, head, other, other + c->dim);
-        for (int64_t i = 0; i < rows->count; i++) accumulate_pair(r, head, rows, i, t, other, table);
+        for (int64_t i = 0; i < rows->count; i++) accumulate_pair(r, batch, head, rows, i, t, other, table);
     }
     usp_status status = other ? USP_OK : USP_NO_MEMORY;
     free(other);
@@ -280,6 +333,7 @@ static void compare(const usp_case *c, double found, double expected, double siz
 static void compare_rows(const usp_reference *r, usp_result_tensor tensor, int batch, int head, const usp_rows *rows,
                          usp_verdict *verdict) {
     const void *tensors[] = {r->out, r->dq, r->dk, r->dv};
+    const float *lse = r->lse;
     const usp_case *c = r->config;
     int is_x = tensor == USP_CHECK_DQ || tensor == USP_CHECK_DK;
     int heads = usp_inputs_heads(c, shape_of(tensor)), dim = usp_inputs_dim(c, shape_of(tensor));
@@ -291,7 +345,7 @@ static void compare_rows(const usp_reference *r, usp_result_tensor tensor, int b
             compare(c, usp_number_load(c->dtype, tensors[tensor], (size_t)(first + k)), expected[i * dim + k],
                     sqrt(size[i]), verdict);
         if (tensor == USP_CHECK_OUT && c->kind == USP_SOFTMAX)
-            compare(c, r->lse[((int64_t)batch * heads + head) * tokens + rows->local[i]], rows->lse[i], 1, verdict);
+            compare(c, lse[((int64_t)batch * heads + head) * tokens + rows->local[i]], rows->lse[i], 1, verdict);
     }
 }
 
@@ -319,6 +373,27 @@ usp_status usp_reference_check(const usp_reference *r, usp_result_tensor tensor,
         int pair = count == 1 ? 0 : (int)((int64_t)i * (pairs - 1) / (count - 1));
         uint64_t seed = (uint64_t)tensor * 1000003 + (uint64_t)pair;
         USP_TRY(check_head(r, tensor, pair / heads, pair % heads, seed, error, verdict));
+    }
+    return USP_OK;
+}
+
+/* dsinks = - sum over all queries of the sink's probability times delta, which has variance value_dim. */
+usp_status usp_reference_check_sinks(const usp_reference *r, usp_tool_error *error, usp_verdict *verdict) {
+    const usp_case *c = r->config;
+    const float *found = r->dsinks;
+    for (int head = 0; head < c->heads && head < KEY_HEADS; head++) {
+        double sum = 0, squares = 0;
+        for (int batch = 0; batch < c->batch; batch++) {
+            double *table = NULL;
+            USP_TRY(gather_table(r, batch, head, error, &table));
+            for (int64_t t = 0; t < c->seq; t++) {
+                double p = exp(r->sinks[head] - table[2 * t]), delta = table[2 * t + 1];
+                sum -= p * delta;
+                squares += p * p * (delta * delta + c->value_dim);
+            }
+            free(table);
+        }
+        compare(c, found[head], sum, sqrt(squares), verdict);
     }
     return USP_OK;
 }

@@ -1,5 +1,6 @@
 /* reference.h - the checker of usp_bench: attention in double at sampled rows, from the whole tensors.
- * It shares no code with the library; what a row costs grows linearly with the sequence. */
+ * It shares no code with the library but the words of dropout, which say what is right; what a row costs grows linearly
+ * with the sequence. */
 #ifndef USP_REFERENCE_H
 #define USP_REFERENCE_H
 #include "inputs.h"
@@ -14,12 +15,14 @@ typedef enum usp_result_tensor {
 /* What one rank gives to the check: host copies of its own tensors, dense [batch, local_tokens, heads, dim]. */
 typedef struct usp_reference {
     const usp_case *config;
+    const usp_layer_config *layer; /* with its arrays */
     const usp_sequence *sequence;
-    int rank;               /* on the sequence */
-    const float *log_decay; /* [H]; linear: NULL is no decay */
-    const void *out;        /* the layer's results; gradients only where checked */
-    const float *lse;       /* softmax: [batch, heads, local_tokens] */
-    const void *dq, *dk, *dv;
+    int rank;                      /* on the sequence */
+    int32_t *document;             /* [seq] of each token; NULL: all of one */
+    const float *sinks;            /* [heads] or NULL */
+    const uint64_t *dropout_state; /* seed, offset */
+    void *out, *lse;               /* the layer's results; gradients only where checked */
+    void *dq, *dk, *dv, *dsinks;
 } usp_reference;
 
 typedef struct usp_verdict {
@@ -32,5 +35,7 @@ double usp_reference_tolerance(usp_dtype dtype);
  * computed in double up to 2048 tokens, and above come from the layer's own out and lse, which have been checked. */
 usp_status usp_reference_check(const usp_reference *reference, usp_result_tensor tensor, usp_tool_error *error,
                                usp_verdict *verdict);
+/* Collective. The same of dsinks. */
+usp_status usp_reference_check_sinks(const usp_reference *reference, usp_tool_error *error, usp_verdict *verdict);
 
 #endif

@@ -2,6 +2,7 @@
  * Lines that are not rows begin with '#', as those who read such tables by programs expect. */
 #include "report.h"
 #include "json.h"
+#include <fields.h>
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
@@ -27,6 +28,23 @@ static double speedup(const usp_result *r) {
 
 static const char *pass_name(usp_pass pass) {
     return pass == USP_PASS_FORWARD ? "fwd" : "bwd";
+}
+
+enum { MASK_BYTES = 160 };
+
+/* "causal window_left 4096 documents 256:16384" */
+static const char *mask_text(const usp_options *o, const usp_case *c, char text[MASK_BYTES]) {
+    const size_t room = MASK_BYTES;
+    size_t at = (size_t)snprintf(text, room, "%s", usp_name_of(usp_names_mask(), (int)c->mask));
+    for (const usp_layer_field *f = usp_layer_fields; f->name && c->kind == USP_SOFTMAX; f++) {
+        char value[USP_FIELD_TEXT];
+        double number = usp_layer_field_value(f, &o->layer);
+        if (f->form == USP_FIELD_INT64 && number != 0 && (!f->mask || f->mask == c->mask) && at < room)
+            at += (size_t)snprintf(text + at, room - at, " %s %s", f->name, usp_layer_field_text(f, number, value));
+    }
+    if (o->packed && at < room) snprintf(text + at, room - at, " documents %s", o->packed);
+    for (char *comma; (comma = strchr(text, ','));) *comma = '+'; /* it is one column */
+    return text;
 }
 
 static void print_heading(const usp_report *report) {
@@ -88,12 +106,13 @@ static void write_csv_heading(FILE *csv) {
 }
 
 /* What is not known stays empty. */
-static void write_csv_row(FILE *csv, const usp_result *r) {
+static void write_csv_row(FILE *csv, const usp_options *o, const usp_result *r) {
     const usp_case *c = &r->config;
+    char mask[MASK_BYTES];
     fprintf(csv, "%lld,%d,%d,%d,%d,%d,%s,%s,%s,%s,%d,%d,%d,%s,", (long long)c->seq, c->batch, c->heads, c->kv_heads,
             c->dim, c->value_dim, usp_name_of(usp_names_dtype(), (int)c->dtype),
             usp_name_of(usp_names_attention(), (int)c->kind), usp_name_of(usp_names_layout(), (int)c->layout),
-            usp_name_of(usp_names_mask(), (int)c->mask), c->ulysses * c->ring, c->ulysses, c->ring, pass_name(r->pass));
+            mask_text(o, c, mask), c->ulysses * c->ring, c->ulysses, c->ring, pass_name(r->pass));
     fprintf(csv, "%.3f,%.3f,%.6g,%.4f,%.0f,%.0f,%.4f,", r->time.median * 1e6, r->time.p99 * 1e6, tflops(r),
             r->flops > 0 ? r->flops_max / r->flops : 1, r->ulysses_bytes, r->ring_bytes, memory(r) / 0x1p20);
     if (r->checked && isfinite(r->max_error)) fprintf(csv, "%.4e", r->max_error);
@@ -136,6 +155,25 @@ static void write_config(usp_json *json, const usp_case *c) {
     usp_json_text(json, "mask", usp_name_of(usp_names_mask(), (int)c->mask));
     usp_json_integer(json, "ulysses", c->ulysses);
     usp_json_integer(json, "ring", c->ring);
+}
+
+/* What of a layer is an option, default or not. */
+static void write_options(usp_json *json, const usp_options *o) {
+    for (const usp_layer_field *field = usp_layer_fields; field->name; field++) {
+        char text[USP_FIELD_TEXT];
+        double value = usp_layer_field_value(field, &o->layer);
+        if (!field->help) continue;
+        if (field->form == USP_FIELD_FLAG)
+            usp_json_bool(json, field->name, value != 0);
+        else if (field->values)
+            usp_json_text(json, field->name, usp_layer_field_text(field, value, text));
+        else
+            usp_json_real(json, field->name, value);
+    }
+    usp_json_bool(json, "sinks", o->layer.sinks);
+    usp_json_text(json, "slopes", o->slopes ? "alibi" : "none");
+    usp_json_text(json, "documents", o->packed);
+    usp_json_integer(json, "max_documents", o->max_documents);
 }
 
 static void write_time(usp_json *json, const usp_timing *t) {
@@ -205,8 +243,7 @@ static void write_document(FILE *stream, const usp_report *report, const char *f
     usp_json_integer(&json, "ranks", report->rank->size);
     usp_json_integer(&json, "graph_launches", report->options->graphs);
     usp_json_bool(&json, "shared_memory", report->options->shared_memory);
-    usp_json_text(&json, "state_exchange",
-                  usp_name_of(usp_names_state_exchange(), (int)report->options->state_exchange));
+    write_options(&json, report->options);
     usp_json_text(&json, "error", failure);
     usp_json_integer(&json, "timed", (int64_t)usp_report_rows(report));
     usp_json_integer(&json, "checked", (int64_t)checked_rows(report));
@@ -235,6 +272,8 @@ static usp_status flush_table(usp_tool_error *error) {
 }
 
 usp_status usp_report_open(usp_report *report, const usp_options *options, usp_rank *rank) {
+    const usp_case whole = {.kind = USP_SOFTMAX, .mask = options->mask};
+    char mask[MASK_BYTES];
     *report = (usp_report){.options = options, .rank = rank};
     usp_machine_describe(&report->machine);
     if (options->csv) USP_TRY(usp_output_open(&report->csv, options->csv, &rank->error));
@@ -243,7 +282,7 @@ usp_status usp_report_open(usp_report *report, const usp_options *options, usp_r
     usp_report_info(&report->machine);
     printf("# %s\n# %s: %s, %d rank%s over %s, mask %s, check %s\n", report->machine.date, options->command,
            usp_name_of(usp_names_device(), (int)rank->device), rank->size, rank->size > 1 ? "s" : "", rank->transport,
-           usp_name_of(usp_names_mask(), (int)options->mask), options->check ? "on" : "off");
+           mask_text(options, &whole, mask), options->check ? "on" : "off");
     print_heading(report);
     return flush_table(&rank->error);
 }
@@ -262,7 +301,7 @@ static usp_status keep(usp_report *report, const usp_result *result, usp_tool_er
 
 usp_status usp_report_add(usp_report *report, const usp_result *result, usp_tool_error *error) {
     USP_TRY(keep(report, result, error));
-    if (report->csv.stream && !result->refused[0]) write_csv_row(report->csv.stream, result);
+    if (report->csv.stream && !result->refused[0]) write_csv_row(report->csv.stream, report->options, result);
     return USP_OK;
 }
 

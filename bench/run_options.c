@@ -1,10 +1,10 @@
 /* run_options.c - argp's table for usp_run.
  * Shapes and files are checked later, when they have been read. */
 #include "run_options.h"
+#include "layer_options.h"
 #include "output.h"
-#include <argp.h>
-#include <errno.h>
-#include <math.h>
+#include "run_lists.h"
+#include <float.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,17 +12,18 @@ enum {
     KEY_FILE = 256, /* + index of the file */
     KEY_LAYOUT = KEY_FILE + USP_RUN_FILES,
     KEY_DOCUMENTS,
+    KEY_KEY_DOCUMENTS,
+    KEY_PREFIXES,
+    KEY_PARENTS,
     KEY_SEGMENTS,
     KEY_KIND,
     KEY_MASK,
-    KEY_SCALE,
     KEY_DECAY,
+    KEY_SLOPES,
+    KEY_DROPOUT_STATE,
     KEY_DEVICE,
     KEY_DTYPE,
     KEY_ORDER,
-    KEY_STATE,
-    KEY_RECOMPUTE,
-    KEY_DETERMINISTIC,
     MOST_RANKS = 4096
 };
 
@@ -35,6 +36,8 @@ static const struct argp_option option_table[] = {
     {"initial-state", KEY_FILE + USP_RUN_INITIAL_STATE, "FILE", 0, "Linear: state before the first token [B, H, D, E]",
      0},
     {"dfinal-state", KEY_FILE + USP_RUN_DFINAL_STATE, "FILE", 0, "Linear: gradient of the final state [B, H, D, E]", 0},
+    {"sinks", KEY_FILE + USP_RUN_SINKS, "FILE", 0, "Softmax: attention sinks [heads]", 0},
+    {"dlse", KEY_FILE + USP_RUN_DLSE, "FILE", 0, "Softmax: gradient of lse [B, heads, S]", 0},
 
     {NULL, 0, NULL, 0, "Write (at least one):", 2},
     {"out", KEY_FILE + USP_RUN_OUT, "FILE", 0, "Output [B, S, out heads, E]", 0},
@@ -44,6 +47,8 @@ static const struct argp_option option_table[] = {
     {"dv", KEY_FILE + USP_RUN_DV, "FILE", 0, "Gradient of the values", 0},
     {"final-state", KEY_FILE + USP_RUN_FINAL_STATE, "FILE", 0, "Linear: state after the last token", 0},
     {"dinitial-state", KEY_FILE + USP_RUN_DINITIAL_STATE, "FILE", 0, "Linear: gradient of the initial state", 0},
+    {"dsinks", KEY_FILE + USP_RUN_DSINKS, "FILE", 0, "Softmax: gradient of the sinks", 0},
+    {"max-logit", KEY_FILE + USP_RUN_MAX_LOGIT, "FILE", 0, "Softmax: largest score of each head", 0},
 
     {NULL, 0, NULL, 0,
      "Ranks (none of -n, -g: the job of torchrun, usp_launch, mpirun or srun; else as many thread-ranks as --ulysses "
@@ -63,22 +68,20 @@ static const struct argp_option option_table[] = {
     {"layout", KEY_LAYOUT, "zigzag|contiguous|stripe|documents|custom", 0,
      "Which rank owns which token (zigzag); the result is the same", 0},
     {"documents", KEY_DOCUMENTS, "END,END,...", 0,
-     "Zigzag inside each document: where the documents end, ascending, the last one at the number of tokens; implies "
-     "--layout documents",
-     0},
+     "Packed documents: where each ends, ascending; nothing sees across an end (one)", 0},
+    {"key-documents", KEY_KEY_DOCUMENTS, "END,END,...", 0, "The same among keys of another length", 0},
+    {"prefixes", KEY_PREFIXES, "N,N,...", 0, "How many first tokens of each document see each other both ways", 0},
+    {"parents", KEY_PARENTS, "N,N,...", 0, "The document behind which each one continues, or -1, depth first", 0},
     {"segments", KEY_SEGMENTS, "START:LENGTH[:STRIDE],...;...", 0,
      "Each rank's own tokens START, START + STRIDE, ..., LENGTH of them, in its order: a list a rank, ';' between "
      "ranks, an empty list for a rank without tokens; every token once; implies --layout custom",
      0},
     {"dtype", KEY_DTYPE, "f32|f16|bf16", 0, "Type of the elements (as the files; uint16 files need bf16)", 0},
     {"order", KEY_ORDER, "bshd|bhsd|sbhd", 0, "Order of the axes of all files but states and lse (bshd)", 0},
-    {"scale", KEY_SCALE, "X", 0, "Factor of q.k, > 0 (1 / sqrt(D) for softmax, 1 for linear)", 0},
     {"decay", KEY_DECAY, "LIST|alibi", 0,
      "Linear, causal: lambda in (0, 1] for all heads or one each, or by ALiBi slopes", 0},
-    {"state-exchange", KEY_STATE, "auto|chain|gather", 0, "Linear: how states travel the ring (auto)", 0},
-    {"recompute-state", KEY_RECOMPUTE, NULL, 0, "Linear: backward exchanges the states again instead of keeping them",
-     0},
-    {"deterministic", KEY_DETERMINISTIC, NULL, 0, "No kernel whose results depend on timing", 0},
+    {"slopes", KEY_SLOPES, "LIST|alibi", 0, "Softmax: by how much a score falls with each token of distance", 0},
+    {"dropout-state", KEY_DROPOUT_STATE, "SEED,OFFSET", 0, "Which pairs are dropped (0,0)", 0},
 
     {"verbose", 'v', NULL, 0, "Describe the layer on standard error", 5},
     {NULL, 'h', NULL, 0, "The same as --help", -1},
@@ -90,15 +93,16 @@ static const char description[] =
     "which is computed in float32. States and lse are float32, or float64. Results have the type of the queries' file "
     "and the axes of --order, little-endian and in C order; inputs may be big-endian or in Fortran order. What is "
     "converted is said on standard error. There may be no tokens: the results are empty then. "
-    "Documents say where tokens live: attention is over the whole sequence, across their ends. H, the "
+    "H, the "
     "heads of the output, is the number of query heads; for linear attention the largest of "
     "the three tensors' head counts. Results appear whole or not at all; devices and pipes are written as they are. "
     "Exit status: 0 all right, 1 an error, of "
     "which one sentence is on standard error, 64 a wrong command line.";
 
 const char *usp_run_file_name(int file) {
-    static const char *const names[] = {"q",   "k",  "v",  "dout", "initial-state", "dfinal-state",  "out",
-                                        "lse", "dq", "dk", "dv",   "final-state",   "dinitial-state"};
+    static const char *const names[] = {
+        "q",   "k",  "v",  "dout", "initial-state", "dfinal-state",   "sinks",  "dlse",     "out",
+        "lse", "dq", "dk", "dv",   "final-state",   "dinitial-state", "dsinks", "max-logit"};
     return names[file];
 }
 
@@ -117,88 +121,6 @@ static int parse_count(struct argp_state *state, const char *option, const char 
     return (int)value;
 }
 
-static double parse_scale(struct argp_state *state, const char *text) {
-    double value = 0;
-    if (!usp_parse_real(text, &value) || !((float)value > 0) || !isfinite((float)value))
-        argp_error(state, "--scale: '%s' is not a float32 greater than 0", text);
-    return value;
-}
-
-static void *parse_alloc(struct argp_state *state, const char *option, size_t count, size_t size) {
-    void *memory = calloc(count, size);
-    if (!memory) argp_failure(state, 1, 0, "no memory for --%s", option);
-    return memory;
-}
-
-static int parse_lambda(char *text, float *lambda) {
-    double value;
-    if (!usp_parse_real(text, &value) || !((float)value > 0) || value > 1) return 0;
-    *lambda = (float)value;
-    return 1;
-}
-
-static void parse_decay(struct argp_state *state, char *text, usp_run_options *options) {
-    options->alibi = strcmp(text, "alibi") == 0;
-    if (options->alibi) return;
-    free(options->decay);
-    options->decays = 0;
-    options->decay = parse_alloc(state, "decay", strlen(text) + 1, sizeof *options->decay);
-    for (char *item; (item = strsep(&text, ","));)
-        if (!parse_lambda(item, &options->decay[options->decays++]))
-            argp_error(state, "--decay: '%s' is not a number in (0, 1]", item);
-}
-
-/* Digits, which *text then points behind; 1 on success. */
-static int read_whole(const char **text, int64_t *value) {
-    char *end;
-    if (**text < '0' || **text > '9') return 0;
-    errno = 0;
-    *value = strtoll(*text, &end, 10);
-    *text = end;
-    return errno == 0;
-}
-
-static void parse_documents(struct argp_state *state, char *text, usp_run_options *options) {
-    free(options->document_end);
-    options->document_end = parse_alloc(state, "documents", strlen(text) + 1, sizeof *options->document_end);
-    options->documents = 0;
-    for (char *item; (item = strsep(&text, ","));) {
-        int64_t *end = &options->document_end[options->documents++], last = options->documents > 1 ? end[-1] : 0;
-        const char *rest = item;
-        if (!read_whole(&rest, end) || *rest) argp_error(state, "--documents: '%s' is not a whole number", item);
-        if (*end <= last) argp_error(state, "--documents: '%s' does not come after %lld", item, (long long)last);
-    }
-}
-
-static int parse_segment(const char *text, usp_segment *segment) {
-    segment->stride = 1;
-    if (!read_whole(&text, &segment->start) || *text++ != ':' || !read_whole(&text, &segment->length)) return 0;
-    if (*text == ':') {
-        text++;
-        if (!read_whole(&text, &segment->stride)) return 0;
-    }
-    return !*text && segment->length >= 1 && segment->stride >= 1;
-}
-
-static void parse_segment_list(struct argp_state *state, char *list, usp_run_options *options) {
-    int64_t *end = &options->first[++options->lists];
-    *end = end[-1];
-    if (!*list) return;
-    for (char *item; (item = strsep(&list, ","));)
-        if (!parse_segment(item, &options->segment[(*end)++]))
-            argp_error(state, "--segments: '%s' is not START:LENGTH or START:LENGTH:STRIDE, the last two from 1", item);
-}
-
-static void parse_segments(struct argp_state *state, char *text, usp_run_options *options) {
-    size_t room = strlen(text) + 2;
-    free(options->first);
-    free(options->segment);
-    options->first = parse_alloc(state, "segments", room, sizeof *options->first);
-    options->segment = parse_alloc(state, "segments", room, sizeof *options->segment);
-    options->lists = 0;
-    for (char *list; (list = strsep(&text, ";"));) parse_segment_list(state, list, options);
-}
-
 static int parse_layout(struct argp_state *state, const char *text) {
     int value = USP_LAYOUT_CUSTOM;
     char known[USP_NAMES_BYTES];
@@ -207,16 +129,24 @@ static int parse_layout(struct argp_state *state, const char *text) {
     return value;
 }
 
-/* A list implies its layout; the layout without its list, or another beside it, is a mistake. */
+/* Segments imply their layout; a layout without its list, or segments beside another, is a mistake. */
 static void choose_layout(struct argp_state *state, usp_run_options *o) {
-    int implied = o->documents ? USP_LAYOUT_ZIGZAG_PER_DOCUMENT : o->lists ? USP_LAYOUT_CUSTOM : -1;
-    if (o->documents && o->lists) argp_error(state, "--documents and --segments exclude each other");
-    if (o->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT && !o->documents)
+    if (o->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT && !o->ends.count)
         argp_error(state, "--layout documents needs --documents");
     if (o->layout == USP_LAYOUT_CUSTOM && !o->lists) argp_error(state, "--layout custom needs --segments");
-    if (implied >= 0 && o->layout >= 0 && o->layout != implied)
-        argp_error(state, "--%s excludes another --layout", o->documents ? "documents" : "segments");
-    if (o->layout < 0) o->layout = implied < 0 ? USP_LAYOUT_ZIGZAG : implied;
+    if (o->lists && o->layout >= 0 && o->layout != USP_LAYOUT_CUSTOM)
+        argp_error(state, "--segments excludes another --layout");
+    if (o->layout < 0) o->layout = o->lists ? USP_LAYOUT_CUSTOM : USP_LAYOUT_ZIGZAG;
+}
+
+/* The other lists say something for each document. */
+static void check_documents(struct argp_state *state, const usp_run_options *o) {
+    const usp_document_numbers *lists[] = {&o->key_ends, &o->prefixes, &o->parents};
+    static const char *const names[] = {"key-documents", "prefixes", "parents"};
+    for (int i = 0; i < 3; i++)
+        if (lists[i]->count && lists[i]->count != o->ends.count)
+            argp_error(state, "--%s has %lld numbers for %lld --documents", names[i], (long long)lists[i]->count,
+                       (long long)o->ends.count);
 }
 
 /* No output may be another file of the same call. */
@@ -235,6 +165,19 @@ static void check_ranks(struct argp_state *state, usp_run_options *o) {
     o->ranks.otherwise = (int)mesh;
 }
 
+/* Files and numbers of the other kind. */
+static void check_kind(struct argp_state *state, const usp_run_options *o) {
+    const int linear[] = {USP_RUN_INITIAL_STATE, USP_RUN_DFINAL_STATE, USP_RUN_FINAL_STATE, USP_RUN_DINITIAL_STATE};
+    const int softmax[] = {USP_RUN_LSE, USP_RUN_SINKS, USP_RUN_DLSE, USP_RUN_DSINKS, USP_RUN_MAX_LOGIT};
+    for (int i = 0; i < 4 && o->kind == USP_SOFTMAX; i++)
+        if (o->path[linear[i]]) argp_error(state, "--%s needs --kind linear", usp_run_file_name(linear[i]));
+    for (int i = 0; i < 5 && o->kind == USP_LINEAR; i++)
+        if (o->path[softmax[i]]) argp_error(state, "--%s needs --kind softmax", usp_run_file_name(softmax[i]));
+    if (o->kind == USP_SOFTMAX && (o->decay.alibi || o->decay.count)) argp_error(state, "--decay needs --kind linear");
+    if (o->kind == USP_LINEAR && (o->slopes.alibi || o->slopes.count))
+        argp_error(state, "--slopes needs --kind softmax");
+}
+
 static void check_options(struct argp_state *state, usp_run_options *o) {
     check_files(state, o);
     for (int file = USP_RUN_Q; file <= USP_RUN_V; file++)
@@ -243,14 +186,13 @@ static void check_options(struct argp_state *state, usp_run_options *o) {
     for (int file = USP_RUN_INPUTS; file < USP_RUN_FILES; file++) results += o->path[file] != NULL;
     if (!results) argp_error(state, "no result is asked for: --out is missing, or another file to write");
     check_ranks(state, o);
-    const int backward[] = {USP_RUN_DQ, USP_RUN_DK, USP_RUN_DV, USP_RUN_DINITIAL_STATE, USP_RUN_DFINAL_STATE};
-    for (int i = 0; i < 5 && !o->path[USP_RUN_DOUT]; i++)
+    const int backward[] = {USP_RUN_DQ,           USP_RUN_DK,   USP_RUN_DV,    USP_RUN_DINITIAL_STATE,
+                            USP_RUN_DFINAL_STATE, USP_RUN_DLSE, USP_RUN_DSINKS};
+    for (int i = 0; i < 7 && !o->path[USP_RUN_DOUT]; i++)
         if (o->path[backward[i]]) argp_error(state, "--%s needs --dout", usp_run_file_name(backward[i]));
-    const int linear[] = {USP_RUN_INITIAL_STATE, USP_RUN_DFINAL_STATE, USP_RUN_FINAL_STATE, USP_RUN_DINITIAL_STATE};
-    for (int i = 0; i < 4 && o->kind == USP_SOFTMAX; i++)
-        if (o->path[linear[i]]) argp_error(state, "--%s needs --kind linear", usp_run_file_name(linear[i]));
-    if (o->kind == USP_LINEAR && o->path[USP_RUN_LSE]) argp_error(state, "--lse needs --kind softmax");
-    if (o->kind == USP_SOFTMAX && (o->alibi || o->decays)) argp_error(state, "--decay needs --kind linear");
+    if (o->path[USP_RUN_DSINKS] && !o->path[USP_RUN_SINKS]) argp_error(state, "--dsinks needs --sinks");
+    check_kind(state, o);
+    check_documents(state, o);
 }
 
 static error_t parse_ranks(int key, char *text, struct argp_state *state, usp_run_options *o) {
@@ -285,10 +227,19 @@ static error_t parse_owners(int key, char *text, struct argp_state *state, usp_r
         o->layout = parse_layout(state, text);
         break;
     case KEY_DOCUMENTS:
-        parse_documents(state, text, o);
+        usp_run_parse_documents(state, "documents", text, &o->ends);
+        break;
+    case KEY_KEY_DOCUMENTS:
+        usp_run_parse_documents(state, "key-documents", text, &o->key_ends);
+        break;
+    case KEY_PREFIXES:
+        usp_run_parse_documents(state, "prefixes", text, &o->prefixes);
+        break;
+    case KEY_PARENTS:
+        usp_run_parse_documents(state, "parents", text, &o->parents);
         break;
     case KEY_SEGMENTS:
-        parse_segments(state, text, o);
+        usp_run_parse_segments(state, text, o);
         break;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -297,7 +248,6 @@ static error_t parse_owners(int key, char *text, struct argp_state *state, usp_r
 }
 
 static error_t parse_layer(int key, char *text, struct argp_state *state, usp_run_options *o) {
-    const usp_name *exchanges = usp_names_state_exchange();
     switch (key) {
     case KEY_KIND:
         o->kind = (usp_attention)parse_name(state, "kind", text, usp_names_attention());
@@ -311,20 +261,14 @@ static error_t parse_layer(int key, char *text, struct argp_state *state, usp_ru
     case KEY_ORDER:
         o->order = (usp_order)parse_name(state, "order", text, usp_names_order());
         break;
-    case KEY_STATE:
-        o->state_exchange = (usp_state_exchange)parse_name(state, "state-exchange", text, exchanges);
-        break;
-    case KEY_SCALE:
-        o->scale = parse_scale(state, text);
-        break;
     case KEY_DECAY:
-        parse_decay(state, text, o);
+        usp_run_parse_heads(state, "decay", text, 0, 1, &o->decay);
         break;
-    case KEY_RECOMPUTE:
-        o->recompute_state = 1;
+    case KEY_SLOPES:
+        usp_run_parse_heads(state, "slopes", text, -FLT_MAX, FLT_MAX, &o->slopes);
         break;
-    case KEY_DETERMINISTIC:
-        o->deterministic = 1;
+    case KEY_DROPOUT_STATE:
+        usp_run_parse_dropout_state(state, text, o->dropout_state);
         break;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -349,6 +293,9 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
     case 'h':
         argp_state_help(state, stdout, ARGP_HELP_STD_HELP);
         break;
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = &o->layer;
+        break;
     case ARGP_KEY_ARG:
         argp_error(state, "'%s' is not an option", text);
         break;
@@ -363,15 +310,21 @@ static error_t parse_option(int key, char *text, struct argp_state *state) {
 }
 
 void usp_run_options_parse(usp_run_options *options, int argc, char **argv) {
-    const struct argp argp = {option_table, parse_option, NULL, description, NULL, NULL, NULL};
+    usp_layer_options layer;
+    const struct argp_child *children = usp_layer_options_make(&layer, NULL, 4);
+    const struct argp argp = {option_table, parse_option, NULL, description, children, NULL, NULL};
     *options = (usp_run_options){.kind = USP_SOFTMAX, .mask = USP_MASK_CAUSAL, .layout = -1, .dtype = -1};
     argp_program_version_hook = usp_tool_print_version;
     argp_parse(&argp, argc, argv, 0, NULL, options);
 }
 
 void usp_run_options_free(usp_run_options *options) {
-    free(options->decay);
-    free(options->document_end);
+    free(options->decay.item);
+    free(options->slopes.item);
+    free(options->ends.item);
+    free(options->key_ends.item);
+    free(options->prefixes.item);
+    free(options->parents.item);
     free(options->first);
     free(options->segment);
 }

@@ -5,7 +5,7 @@
 #include "ranks.h"
 #include "tensor_file.h"
 
-/* All tensors and states that can be a file; the first six are read, the rest written. */
+/* All tensors and states that can be a file; the first eight are read, the rest written. */
 enum {
     USP_RUN_Q,
     USP_RUN_K,
@@ -13,6 +13,8 @@ enum {
     USP_RUN_DOUT,
     USP_RUN_INITIAL_STATE,
     USP_RUN_DFINAL_STATE,
+    USP_RUN_SINKS,
+    USP_RUN_DLSE,
     USP_RUN_OUT,
     USP_RUN_LSE,
     USP_RUN_DQ,
@@ -20,28 +22,39 @@ enum {
     USP_RUN_DV,
     USP_RUN_FINAL_STATE,
     USP_RUN_DINITIAL_STATE,
+    USP_RUN_DSINKS,
+    USP_RUN_MAX_LOGIT,
     USP_RUN_FILES,
     USP_RUN_INPUTS = USP_RUN_OUT
 };
 
+/* Numbers a head: by slopes, or as given, 1 for all heads. */
+typedef struct usp_head_numbers {
+    int alibi, count;
+    float *item;
+} usp_head_numbers;
+
+/* Numbers a document; none: not given. */
+typedef struct usp_document_numbers {
+    int64_t count, *item;
+} usp_document_numbers;
+
 typedef struct usp_run_options {
     usp_ranks_config ranks;
     const char *path[USP_RUN_FILES];
-    usp_order order;                  /* of the axes of files */
-    int ulysses, ring;                /* 0: what is left of the ranks; both 0: ring over all */
-    int layout;                       /* usp_layout */
-    int64_t documents, *document_end; /* [documents] ascending, 0 unless the layout is per document */
-    int64_t lists, *first;            /* custom: rank r owns segment[first[r]] .. segment[first[r + 1] - 1] */
+    usp_order order;                                        /* of the axes of files */
+    int ulysses, ring;                                      /* 0: what is left of the ranks; both 0: ring over all */
+    int layout;                                             /* usp_layout */
+    usp_document_numbers ends, key_ends, prefixes, parents; /* as in usp_documents */
+    int64_t lists, *first; /* custom: rank r owns segment[first[r]] .. segment[first[r + 1] - 1] */
     usp_segment *segment;
     usp_attention kind;
     usp_mask mask;
-    int dtype; /* usp_dtype, or -1: as the files */
-    double scale;
-    usp_state_exchange state_exchange;
-    int deterministic, recompute_state, verbose;
-    int alibi;    /* decay by slopes */
-    float *decay; /* lambda a head, as given; `decays` of them, 1 for all heads */
-    int decays;
+    int dtype;              /* usp_dtype, or -1: as the files */
+    usp_layer_config layer; /* its fields that are options */
+    int verbose;
+    usp_head_numbers decay, slopes; /* lambda; ALiBi */
+    uint64_t dropout_state[2];      /* seed, offset */
 } usp_run_options;
 
 /* Leaves the program with a message on a wrong command line, or after --help and --version. */

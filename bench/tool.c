@@ -57,12 +57,6 @@ const usp_name *usp_names_mask(void) {
     return names;
 }
 
-const usp_name *usp_names_state_exchange(void) {
-    static const usp_name names[] = {
-        {"auto", USP_STATE_AUTO}, {"chain", USP_STATE_CHAIN}, {"gather", USP_STATE_GATHER}, {NULL, 0}};
-    return names;
-}
-
 const char *usp_name_of(const usp_name *names, int value) {
     for (; names->name; names++)
         if (names->value == value) return names->name;

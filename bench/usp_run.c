@@ -16,7 +16,7 @@ typedef struct usp_part {
     usp_sizes sizes;
     int position;                /* on the sequence axis */
     void *memory[USP_RUN_FILES]; /* on the device */
-    void *workspace, *saved;
+    void *workspace, *saved, *dropout_state;
 } usp_part;
 
 static usp_status choose_mesh(const usp_part *p, int *ulysses, int *ring) {
@@ -35,14 +35,21 @@ static usp_status choose_mesh(const usp_part *p, int *ulysses, int *ring) {
     return USP_OK;
 }
 
-static usp_status make_sequence(usp_part *p, int64_t tokens, int64_t key_tokens, usp_sequence **sequence) {
+/* The second one, of keys alone, says only who has which. */
+static usp_status make_sequence(usp_part *p, int64_t tokens, int64_t key_tokens, int documents,
+                                usp_sequence **sequence) {
     const usp_run_options *o = p->run->options;
     usp_sequence_config config = {.struct_size = sizeof config,
                                   .layout = (usp_layout)o->layout,
                                   .tokens = tokens ? tokens : USP_NO_TOKENS,
-                                  .key_tokens = key_tokens,
-                                  .documents = o->documents,
-                                  .document_ends = o->document_end};
+                                  .key_tokens = key_tokens};
+    if (documents) {
+        config.documents = o->ends.count;
+        config.document_ends = o->ends.item;
+        config.key_document_ends = o->key_ends.item;
+        config.prefixes = o->prefixes.item;
+        config.parents = o->parents.item;
+    }
     if (o->lists) {
         config.segments = o->first[p->position + 1] - o->first[p->position];
         config.segment = o->segment + o->first[p->position];
@@ -58,34 +65,64 @@ static usp_status make_sequences(usp_part *p) {
     if (lists && lists != size)
         return usp_tool_fail(&p->rank->error, USP_INVALID, "--segments has %lld lists for %d ranks", (long long)lists,
                              size);
-    USP_TRY(make_sequence(p, p->run->tokens, same ? 0 : p->run->key_tokens, &p->sequence));
-    if (!same) return make_sequence(p, p->run->key_tokens, 0, &p->keys);
+    USP_TRY(make_sequence(p, p->run->tokens, same ? 0 : p->run->key_tokens, 1, &p->sequence));
+    if (!same) return make_sequence(p, p->run->key_tokens, 0, 0, &p->keys);
     p->keys = p->sequence;
     return USP_OK;
+}
+
+/* Which files the layer's calls read or write, given or not. */
+static int is_needed(const usp_run *run, int file) {
+    switch (file) {
+    case USP_RUN_LSE:
+        return run->options->path[USP_RUN_LSE] || run->options->path[USP_RUN_DLSE];
+    case USP_RUN_SINKS:
+    case USP_RUN_DLSE:
+    case USP_RUN_MAX_LOGIT:
+        return run->options->path[file] != NULL;
+    case USP_RUN_DSINKS:
+        return run->options->path[USP_RUN_SINKS] && run->backward;
+    case USP_RUN_DOUT:
+    case USP_RUN_DQ:
+    case USP_RUN_DK:
+    case USP_RUN_DV:
+        return run->backward;
+    case USP_RUN_INITIAL_STATE:
+        return run->initial_state;
+    case USP_RUN_FINAL_STATE:
+        return run->final_state;
+    case USP_RUN_DINITIAL_STATE:
+        return run->initial_state && run->backward;
+    case USP_RUN_DFINAL_STATE:
+        return run->final_state && run->backward;
+    default:
+        return 1;
+    }
 }
 
 static usp_status make_layer(usp_part *p) {
     const usp_run *run = p->run;
     const usp_run_options *o = run->options;
     int linear = o->kind == USP_LINEAR;
-    usp_layer_config config = {.struct_size = sizeof config,
-                               .attention = o->kind,
-                               .mask = o->mask,
-                               .dtype = run->dtype,
-                               .batch = run->batch,
-                               .heads = run->heads,
-                               .kv_heads = run->key_heads,
-                               .value_heads = linear ? run->value_heads : 0,
-                               .head_dim = run->dim,
-                               .value_dim = run->value_dim,
-                               .scale = (float)o->scale,
-                               .return_lse = o->path[USP_RUN_LSE] != NULL,
-                               .deterministic = o->deterministic,
-                               .state_exchange = o->state_exchange,
-                               .recompute_state = o->recompute_state,
-                               .initial_state = run->initial_state,
-                               .final_state = run->final_state,
-                               .decay = run->log_decay};
+    usp_layer_config config = o->layer;
+    config.struct_size = sizeof config;
+    config.attention = o->kind;
+    config.mask = o->mask;
+    config.dtype = run->dtype;
+    config.batch = run->batch;
+    config.heads = run->heads;
+    config.kv_heads = run->key_heads;
+    config.value_heads = linear ? run->value_heads : 0;
+    config.head_dim = run->dim;
+    config.value_dim = run->value_dim;
+    config.return_lse = is_needed(run, USP_RUN_LSE);
+    config.initial_state = run->initial_state;
+    config.final_state = run->final_state;
+    config.decay = run->log_decay;
+    config.slopes = run->slopes;
+    config.sinks = o->path[USP_RUN_SINKS] != NULL;
+    config.dlse = o->path[USP_RUN_DLSE] != NULL;
+    config.max_logit = o->path[USP_RUN_MAX_LOGIT] != NULL;
     USP_TRY(usp_layer_create(p->mesh, p->sequence, &config, &p->layer));
     p->sizes.struct_size = sizeof p->sizes;
     return usp_layer_get_sizes(p->layer, &p->sizes);
@@ -108,17 +145,18 @@ static usp_extent extent_of(const usp_part *p, int file) {
     size_t element = usp_run_element(p->run, file);
     const usp_sequence *sequence = is_key_side(file) ? p->keys : p->sequence;
     int64_t local = usp_sequence_local_tokens(sequence, p->position);
-    if (file == USP_RUN_LSE) return (usp_extent){sequence, shape[0] * shape[1], shape[2], local, element};
+    if (usp_run_is_rows(file)) return (usp_extent){sequence, shape[0] * shape[1], shape[2], local, element};
     return (usp_extent){sequence, shape[0], shape[1], local, (size_t)(shape[2] * shape[3]) * element};
 }
 
-static size_t state_bytes(const usp_run *run) {
-    return (size_t)run->batch * (size_t)run->out_heads * (size_t)run->dim * (size_t)run->value_dim * sizeof(float);
-}
-
 static size_t local_bytes(const usp_part *p, int file) {
-    usp_extent x = extent_of(p, file);
-    return usp_run_is_state(file) ? state_bytes(p->run) : (size_t)x.rows * (size_t)x.local * x.token_bytes;
+    int64_t shape[4];
+    if (!usp_run_is_whole(file)) {
+        usp_extent x = extent_of(p, file);
+        return (size_t)x.rows * (size_t)x.local * x.token_bytes;
+    }
+    usp_run_shape(p->run, file, shape);
+    return (size_t)shape[0] * (size_t)shape[1] * (size_t)shape[2] * (size_t)shape[3] * sizeof(float);
 }
 
 static usp_status copy(usp_part *p, void *to, const void *from, size_t bytes) {
@@ -139,7 +177,7 @@ static usp_status upload(usp_part *p, int file) {
     void *host = usp_tool_alloc(&p->rank->error, bytes, 1);
     if (!host) return USP_NO_MEMORY;
     usp_status status = USP_OK;
-    if (!usp_run_is_state(file))
+    if (!usp_run_is_whole(file))
         status = usp_sequence_scatter(x.sequence, x.rows, x.token_bytes, whole, host);
     else if (whole)
         memcpy(host, whole, bytes);
@@ -148,32 +186,16 @@ static usp_status upload(usp_part *p, int file) {
     return status;
 }
 
-/* Which files the layer's calls read or write, given or not. */
-static int is_needed(const usp_run *run, int file) {
-    switch (file) {
-    case USP_RUN_LSE:
-        return run->options->path[USP_RUN_LSE] != NULL;
-    case USP_RUN_DOUT:
-    case USP_RUN_DQ:
-    case USP_RUN_DK:
-    case USP_RUN_DV:
-        return run->backward;
-    case USP_RUN_INITIAL_STATE:
-        return run->initial_state;
-    case USP_RUN_FINAL_STATE:
-        return run->final_state;
-    case USP_RUN_DINITIAL_STATE:
-        return run->initial_state && run->backward;
-    case USP_RUN_DFINAL_STATE:
-        return run->final_state && run->backward;
-    default:
-        return 1;
-    }
-}
-
 /* Forward saves if backward is run too. */
 static size_t forward_bytes(const usp_part *p) {
     return p->run->backward ? p->sizes.forward_saving_workspace : p->sizes.forward_workspace;
+}
+
+static usp_status upload_dropout_state(usp_part *p) {
+    const usp_run_options *o = p->run->options;
+    if (!(o->layer.dropout > 0)) return USP_OK;
+    USP_TRY(allocate(p, sizeof o->dropout_state, &p->dropout_state));
+    return copy(p, p->dropout_state, o->dropout_state, sizeof o->dropout_state);
 }
 
 static usp_status allocate_all(usp_part *p) {
@@ -182,6 +204,7 @@ static usp_status allocate_all(usp_part *p) {
         if (is_needed(p->run, i))
             USP_TRY(i < USP_RUN_INPUTS ? upload(p, i) : allocate(p, local_bytes(p, i), &p->memory[i]));
     USP_TRY(allocate(p, forward > backward ? forward : backward, &p->workspace));
+    USP_TRY(upload_dropout_state(p));
     return p->run->backward ? allocate(p, p->sizes.saved, &p->saved) : USP_OK;
 }
 
@@ -196,9 +219,8 @@ static usp_tensor view(const usp_part *p, int file) {
                         .stride_head = shape[3]};
 }
 
-static usp_status run_layer(usp_part *p) {
-    size_t forward = forward_bytes(p), backward = p->sizes.backward_workspace;
-    usp_forward first = {.struct_size = sizeof first,
+static usp_forward forward_arguments(const usp_part *p) {
+    return (usp_forward){.struct_size = sizeof(usp_forward),
                          .q = view(p, USP_RUN_Q),
                          .k = view(p, USP_RUN_K),
                          .v = view(p, USP_RUN_V),
@@ -206,22 +228,40 @@ static usp_status run_layer(usp_part *p) {
                          .lse = p->memory[USP_RUN_LSE],
                          .initial_state = p->memory[USP_RUN_INITIAL_STATE],
                          .final_state = p->memory[USP_RUN_FINAL_STATE],
-                         .saved = p->saved};
-    usp_backward second = {.struct_size = sizeof second,
-                           .q = first.q,
-                           .k = first.k,
-                           .v = first.v,
-                           .out = first.out,
-                           .dout = view(p, USP_RUN_DOUT),
-                           .dq = view(p, USP_RUN_DQ),
-                           .dk = view(p, USP_RUN_DK),
-                           .dv = view(p, USP_RUN_DV),
-                           .initial_state = p->memory[USP_RUN_INITIAL_STATE],
-                           .dfinal_state = p->memory[USP_RUN_DFINAL_STATE],
-                           .dinitial_state = p->memory[USP_RUN_DINITIAL_STATE],
-                           .saved = p->saved};
+                         .saved = p->saved,
+                         .sinks = p->memory[USP_RUN_SINKS],
+                         .max_logit = p->memory[USP_RUN_MAX_LOGIT],
+                         .dropout_state = p->dropout_state};
+}
+
+static usp_backward backward_arguments(const usp_part *p) {
+    return (usp_backward){.struct_size = sizeof(usp_backward),
+                          .q = view(p, USP_RUN_Q),
+                          .k = view(p, USP_RUN_K),
+                          .v = view(p, USP_RUN_V),
+                          .out = view(p, USP_RUN_OUT),
+                          .dout = view(p, USP_RUN_DOUT),
+                          .dq = view(p, USP_RUN_DQ),
+                          .dk = view(p, USP_RUN_DK),
+                          .dv = view(p, USP_RUN_DV),
+                          .initial_state = p->memory[USP_RUN_INITIAL_STATE],
+                          .dfinal_state = p->memory[USP_RUN_DFINAL_STATE],
+                          .dinitial_state = p->memory[USP_RUN_DINITIAL_STATE],
+                          .saved = p->saved,
+                          .sinks = p->memory[USP_RUN_SINKS],
+                          .dsinks = p->memory[USP_RUN_DSINKS],
+                          .dlse = p->memory[USP_RUN_DLSE],
+                          .dropout_state = p->dropout_state};
+}
+
+static usp_status run_layer(usp_part *p) {
+    size_t forward = forward_bytes(p), backward = p->sizes.backward_workspace;
+    usp_forward first = forward_arguments(p);
     USP_TRY(usp_layer_forward(p->layer, &first, p->workspace, forward, p->rank->stream));
-    if (p->run->backward) USP_TRY(usp_layer_backward(p->layer, &second, p->workspace, backward, p->rank->stream));
+    if (p->run->backward) {
+        usp_backward second = backward_arguments(p);
+        USP_TRY(usp_layer_backward(p->layer, &second, p->workspace, backward, p->rank->stream));
+    }
     return usp_world_synchronize(p->rank->world, p->rank->stream);
 }
 
@@ -241,7 +281,7 @@ static usp_status download(usp_part *p, int file) {
     void *host = usp_tool_alloc(&p->rank->error, bytes, 1);
     if (!host) return USP_NO_MEMORY;
     usp_status status = copy(p, host, p->memory[file], bytes);
-    if (status == USP_OK && !usp_run_is_state(file))
+    if (status == USP_OK && !usp_run_is_whole(file))
         status = gather(p, file, host);
     else if (status == USP_OK && p->rank->rank == 0)
         memcpy(p->run->result[file], host, bytes);
@@ -252,6 +292,7 @@ static usp_status download(usp_part *p, int file) {
 static void close_part(usp_part *p) {
     usp_world_free(p->rank->world, p->saved);
     usp_world_free(p->rank->world, p->workspace);
+    usp_world_free(p->rank->world, p->dropout_state);
     for (int i = 0; i < USP_RUN_FILES; i++) usp_world_free(p->rank->world, p->memory[i]);
     usp_layer_destroy(p->layer);
     if (p->keys != p->sequence) usp_sequence_destroy(p->keys);

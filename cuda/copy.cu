@@ -1,13 +1,23 @@
-/* copy.cu - rows of one tensor into another, with conversion between element types or addition to fp32 sums.
- * Any strides; rows that both begin on 16 bytes and keep their type move 16 bytes at a time. For sm_80 and up. */
+/* copy.cu - rows of tensors into others, with conversion between element types or addition to fp32 sums. Copies that
+ * take the same kernel share a launch. Any strides and row maps; rows that both begin on 16 bytes and keep their type
+ * move 16 bytes at a time. For sm_80 and up. */
 #include "common.cuh"
 #include "launch.h"
 
 static constexpr unsigned threads_per_block = 256, most_blocks = 132 * 16;
 
-/* Unit x of the copy is `column` of a row: columns run fastest, then heads, batches and tokens. */
+/* Copies of one launch; a row of copy i is `columns[i]` units, elements or 16-byte vectors. */
+struct copy_list {
+    usp_copy copy[16];
+    unsigned units[16], columns[16];
+    int count;
+};
+static_assert(sizeof(copy_list) <= 4096, "what a launch takes");
+
+/* Where unit x of a copy is: columns run fastest, then heads, batches and tokens. */
 struct copy_unit {
-    unsigned token, batch, head, column;
+    int64_t from_row, to_row;
+    unsigned batch, head, column;
 };
 
 static __device__ __forceinline__ copy_unit find_unit(const usp_copy &copy, unsigned x, unsigned columns) {
@@ -17,36 +27,41 @@ static __device__ __forceinline__ copy_unit find_unit(const usp_copy &copy, unsi
     unit.head = row % copy.heads;
     row /= copy.heads;
     unit.batch = row % copy.batch;
-    unit.token = row / copy.batch;
+    row /= copy.batch;
+    unit.from_row = copy.from_row ? copy.from_row[row] : row;
+    unit.to_row = copy.to_row ? copy.to_row[row] : row;
     return unit;
 }
 
-/* A row is `columns` vectors. */
-static __global__ void __launch_bounds__(threads_per_block)
-    copy_vectors(usp_copy copy, unsigned units, unsigned columns) {
-    for (unsigned x = blockIdx.x * blockDim.x + threadIdx.x; x < units; x += gridDim.x * blockDim.x) {
-        copy_unit unit = find_unit(copy, x, columns);
+/* Calls move(copy, unit) for every unit of copy blockIdx.y. */
+template <typename Move> static __device__ __forceinline__ void for_units(const copy_list &list, const Move &move) {
+    const usp_copy &copy = list.copy[blockIdx.y];
+    unsigned units = list.units[blockIdx.y], columns = list.columns[blockIdx.y];
+    for (unsigned x = blockIdx.x * blockDim.x + threadIdx.x; x < units; x += gridDim.x * blockDim.x)
+        move(copy, find_unit(copy, x, columns));
+}
+
+static __global__ void __launch_bounds__(threads_per_block) copy_vectors(const __grid_constant__ copy_list list) {
+    for_units(list, [](const usp_copy &copy, const copy_unit &unit) {
         size_t skip = unit.column * sizeof(uint4);
-        const char *from = usp_row_bytes(copy.from, copy.from_dtype, unit.token, unit.batch, unit.head) + skip;
-        char *to = usp_row_bytes(copy.to, copy.to_dtype, unit.token, unit.batch, unit.head) + skip;
+        const char *from = usp_row_bytes(copy.from, copy.from_dtype, unit.from_row, unit.batch, unit.head) + skip;
+        char *to = usp_row_bytes(copy.to, copy.to_dtype, unit.to_row, unit.batch, unit.head) + skip;
         *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
-    }
+    });
 }
 
 template <typename From, typename To>
-static __global__ void __launch_bounds__(threads_per_block)
-    copy_elements(usp_copy copy, unsigned units, unsigned columns) {
-    for (unsigned x = blockIdx.x * blockDim.x + threadIdx.x; x < units; x += gridDim.x * blockDim.x) {
-        copy_unit unit = find_unit(copy, x, columns);
-        float value = usp_to_float(usp_row<From>(copy.from, unit.token, unit.batch, unit.head)[unit.column]);
-        To *to = usp_row<To>(copy.to, unit.token, unit.batch, unit.head) + unit.column;
+static __global__ void __launch_bounds__(threads_per_block) copy_elements(const __grid_constant__ copy_list list) {
+    for_units(list, [](const usp_copy &copy, const copy_unit &unit) {
+        float value = usp_to_float(usp_row<From>(copy.from, unit.from_row, unit.batch, unit.head)[unit.column]);
+        To *to = usp_row<To>(copy.to, unit.to_row, unit.batch, unit.head) + unit.column;
         *to = usp_from_float<To>(copy.accumulate ? usp_to_float(*to) + value : value);
-    }
+    });
 }
 
-/* ---- launchers --------------------------------------------------------------------------------------------------- */
+/* ---- launches ---------------------------------------------------------------------------------------------------- */
 
-typedef void (*copy_kernel)(usp_copy, unsigned units, unsigned columns);
+typedef void (*copy_kernel)(copy_list);
 
 template <typename From> static copy_kernel element_kernel(usp_dtype to) {
     if (to == USP_F32) return copy_elements<From, float>;
@@ -71,12 +86,37 @@ static int64_t units_of_row(const usp_copy *copy, bool vectors) {
     return vectors ? copy->dim * usp_dtype_size(copy->from_dtype) / sizeof(uint4) : copy->dim;
 }
 
-static usp_status launch(const usp_copy *copy, bool vectors, usp_stream stream) {
+/* What is about to be launched: copies that take one kernel. */
+struct copy_launch {
+    copy_list list;
+    copy_kernel kernel;
+    usp_stream stream;
+};
+
+/* Every copy has as many blocks as the largest one needs; those that find nothing to do return at once. */
+static usp_status flush(copy_launch *launch) {
+    copy_list &list = launch->list;
+    unsigned most = 0, share = most_blocks / (list.count > 0 ? list.count : 1);
+    for (int i = 0; i < list.count; i++) most = list.units[i] > most ? list.units[i] : most;
+    if (most == 0) return USP_OK;
+    unsigned blocks = (most + threads_per_block - 1) / threads_per_block;
+    usp_status status = usp_cuda_launch("copy_rows", launch->kernel, dim3(blocks < share ? blocks : share, list.count),
+                                        dim3(threads_per_block), 0, launch->stream, list);
+    list.count = 0;
+    return status;
+}
+
+/* Puts a copy of less than 2^32 units into the next launch; what is there already goes first if it does not fit. */
+static usp_status push(copy_launch *launch, const usp_copy *copy, bool vectors) {
+    copy_list &list = launch->list;
+    copy_kernel kernel = choose_kernel(copy, vectors);
+    if (list.count == sizeof list.copy / sizeof *list.copy || kernel != launch->kernel) USP_TRY(flush(launch));
     int64_t columns = units_of_row(copy, vectors);
-    unsigned units = static_cast<unsigned>(columns * copy->heads * copy->batch * copy->tokens);
-    unsigned blocks = (units + threads_per_block - 1) / threads_per_block;
-    return usp_cuda_launch("copy_rows", choose_kernel(copy, vectors), dim3(blocks < most_blocks ? blocks : most_blocks),
-                           dim3(threads_per_block), 0, stream, *copy, units, static_cast<unsigned>(columns));
+    launch->kernel = kernel;
+    list.copy[list.count] = *copy;
+    list.columns[list.count] = static_cast<unsigned>(columns);
+    list.units[list.count++] = static_cast<unsigned>(columns * copy->heads * copy->batch * copy->tokens);
+    return USP_OK;
 }
 
 /* ---- parts ------------------------------------------------------------------------------------------------------- */
@@ -97,12 +137,15 @@ static usp_copy cut(const usp_copy *copy, const usp_copy *size, int64_t token, i
     part.tokens = least(size->tokens, copy->tokens - token);
     part.batch = static_cast<int>(least(size->batch, copy->batch - batch));
     part.heads = static_cast<int>(least(size->heads, copy->heads - head));
-    part.from.data = usp_row_bytes(copy->from, copy->from_dtype, token, batch, head);
-    part.to.data = usp_row_bytes(copy->to, copy->to_dtype, token, batch, head);
+    part.from.data = usp_row_bytes(copy->from, copy->from_dtype, copy->from_row ? 0 : token, batch, head);
+    part.to.data = usp_row_bytes(copy->to, copy->to_dtype, copy->to_row ? 0 : token, batch, head);
+    if (copy->from_row) part.from_row += token;
+    if (copy->to_row) part.to_row += token;
     return part;
 }
 
-usp_status usp_cuda_copy_rows(const usp_copy *copy, int64_t most, usp_stream stream) {
+/* A copy in parts of `most` units. */
+static usp_status push_parts(copy_launch *launch, const usp_copy *copy, int64_t most) {
     bool vectors = whole_vectors(copy);
     int64_t units = units_of_row(copy, vectors);
     usp_copy size = *copy;
@@ -114,9 +157,16 @@ usp_status usp_cuda_copy_rows(const usp_copy *copy, int64_t most, usp_stream str
         for (int batch = 0; batch < copy->batch; batch += size.batch) {
             for (int head = 0; head < copy->heads; head += size.heads) {
                 usp_copy part = cut(copy, &size, token, batch, head);
-                USP_TRY(launch(&part, vectors, stream));
+                USP_TRY(push(launch, &part, vectors));
             }
         }
     }
     return USP_OK;
+}
+
+usp_status usp_cuda_copy_rows(const usp_copy *copies, int count, int64_t most, usp_stream stream) {
+    copy_launch launch = {};
+    launch.stream = stream;
+    for (int i = 0; i < count; i++) USP_TRY(push_parts(&launch, &copies[i], most));
+    return flush(&launch);
 }

@@ -64,6 +64,19 @@ static usp_status cuda_zero(usp_device *device, void *memory, size_t bytes, usp_
     return check("cudaMemsetAsync", cudaMemsetAsync(memory, 0, bytes, stream));
 }
 
+static usp_status cuda_alloc_host(usp_device *device, size_t bytes, void **memory) {
+    USP_TRY(enter(device));
+    cudaError_t error = cudaMallocHost(memory, bytes > 0 ? bytes : 1);
+    if (error == cudaSuccess) return USP_OK;
+    cudaGetLastError();
+    return usp_fail(error == cudaErrorMemoryAllocation ? USP_NO_MEMORY : USP_DEVICE,
+                    "cannot allocate %zu bytes of page-locked memory: %s", bytes, cudaGetErrorString(error));
+}
+
+static void cuda_free_host(usp_device *device, void *memory) {
+    if (memory != NULL && enter(device) == USP_OK) cudaFreeHost(memory);
+}
+
 /* ---- streams and events ------------------------------------------------------------------------------------------ */
 
 /* For transfers: they should start before the kernels that fill the GPU, and never wait for the default stream. */
@@ -141,14 +154,14 @@ static usp_status cuda_supports(usp_device *device, const usp_kernel_shape *shap
                                           : usp_cuda_softmax_supports(usp_cuda_gpu(device), shape);
 }
 
-static usp_status cuda_copy_rows(usp_device *device, const usp_copy *copy, usp_stream stream) {
+static usp_status cuda_copy_rows(usp_device *device, const usp_copy *copies, int count, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_copy_rows(copy, USP_COPY_UNITS, stream);
+    return usp_cuda_copy_rows(copies, count, USP_COPY_UNITS, stream);
 }
 
 static usp_status cuda_softmax_forward(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_softmax(usp_cuda_gpu(device), softmax, USP_CALL_FORWARD, USP_CUDA_GRID, stream);
+    return usp_cuda_softmax_forward(usp_cuda_gpu(device), softmax, stream);
 }
 
 static usp_status cuda_softmax_delta(usp_device *device, const usp_softmax *softmax, float *delta, usp_stream stream) {
@@ -156,14 +169,20 @@ static usp_status cuda_softmax_delta(usp_device *device, const usp_softmax *soft
     return usp_cuda_softmax_delta(softmax, delta, stream);
 }
 
-static usp_status cuda_softmax_backward_query(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
+static usp_status cuda_softmax_backward(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_softmax(usp_cuda_gpu(device), softmax, USP_CALL_BACKWARD_QUERY, USP_CUDA_GRID, stream);
+    return usp_cuda_softmax_backward(usp_cuda_gpu(device), softmax, stream);
 }
 
-static usp_status cuda_softmax_backward_key(usp_device *device, const usp_softmax *softmax, usp_stream stream) {
+static usp_status cuda_softmax_sinks(usp_device *device, const usp_softmax *softmax, float *gradient,
+                                     usp_stream stream) {
     USP_TRY(enter(device));
-    return usp_cuda_softmax(usp_cuda_gpu(device), softmax, USP_CALL_BACKWARD_KEY, USP_CUDA_GRID, stream);
+    return usp_cuda_softmax_sinks(softmax, gradient, stream);
+}
+
+static usp_status cuda_softmax_peaks(usp_device *device, const usp_softmax *softmax, float *most, usp_stream stream) {
+    USP_TRY(enter(device));
+    return usp_cuda_softmax_peaks(softmax, most, stream);
 }
 
 /* Tiles live in shared memory and registers. */
@@ -215,6 +234,8 @@ static const usp_device_ops cuda_ops = {
     .kind = USP_DEVICE_CUDA,
     .alloc = cuda_alloc,
     .free = cuda_free,
+    .alloc_host = cuda_alloc_host,
+    .free_host = cuda_free_host,
     .copy = cuda_copy,
     .zero = cuda_zero,
     .stream_create = cuda_stream_create,
@@ -231,8 +252,9 @@ static const usp_device_ops cuda_ops = {
     .copy_rows = cuda_copy_rows,
     .softmax_forward = cuda_softmax_forward,
     .softmax_delta = cuda_softmax_delta,
-    .softmax_backward_query = cuda_softmax_backward_query,
-    .softmax_backward_key = cuda_softmax_backward_key,
+    .softmax_backward = cuda_softmax_backward,
+    .softmax_sinks = cuda_softmax_sinks,
+    .softmax_peaks = cuda_softmax_peaks,
     .linear_block = cuda_linear_block,
     .linear_totals = cuda_linear_totals,
     .linear_scan = cuda_linear_scan,

@@ -32,7 +32,7 @@ enum { USP_CUDA_GRID = INT32_MAX };
 enum { USP_COPY_UNITS = 1 << 30 };
 
 /* `most`: USP_COPY_UNITS. */
-usp_status usp_cuda_copy_rows(const usp_copy *copy, int64_t most, usp_stream stream);
+usp_status usp_cuda_copy_rows(const usp_copy *copies, int count, int64_t most, usp_stream stream);
 usp_status usp_cuda_scale(float *data, int64_t count, float factor, usp_stream stream);
 
 #ifdef __cplusplus

@@ -1,5 +1,5 @@
-/* linear.cuh - what the kernels of linear attention share: where a thread block works, rows in order of time, decay.
- * It holds no kernel. */
+/* linear.cuh - what the kernels of linear attention share: where a thread block works, rows in order of time,
+ * documents, decay. It holds no kernel. */
 #ifndef USP_CUDA_LINEAR_CUH
 #define USP_CUDA_LINEAR_CUH
 #include "common.cuh"
@@ -44,6 +44,36 @@ static __device__ __forceinline__ usp_time usp_block_time(const usp_linear &line
 static __device__ __forceinline__ int usp_chunk_rows_before(const usp_linear &linear, const usp_block &block) {
     return linear.reverse ? block.chunk_rows - block.distance - block.count : block.distance;
 }
+
+/* ---- documents, in the order of time: a block's first row is row 0 ----------------------------------------------- */
+
+/* The first row in time of row t's document; less than 0 where it began before the block. */
+static __device__ __forceinline__ int usp_document_begin(const usp_linear &linear, const usp_time &time, int t) {
+    const int32_t *begins = linear.reverse ? linear.ends : linear.begins;
+    return static_cast<int>(begins[time.first + t * time.step] - time.first) * time.step;
+}
+
+/* The last one; time.count or more where the document goes on behind the block. */
+static __device__ __forceinline__ int usp_document_end(const usp_linear &linear, const usp_time &time, int t) {
+    const int32_t *ends = linear.reverse ? linear.begins : linear.ends;
+    return static_cast<int>(ends[time.first + t * time.step] - time.first) * time.step;
+}
+
+/* The rows whose products leave the block: those of its last document in time. */
+static __device__ __forceinline__ usp_time usp_leaving_time(const usp_linear &linear, const usp_time &time) {
+    if (!linear.begins || time.count == 0) return time;
+    int skip = max(usp_document_begin(linear, time, time.count - 1), 0);
+    return {time.first + skip * time.step, time.step, time.count - skip};
+}
+
+/* How many rows, the first ones in time, go on with the state of `before` rows before the block. */
+static __device__ __forceinline__ int usp_entered_rows(const usp_linear &linear, const usp_time &time, int before) {
+    if (!linear.begins || time.count == 0) return time.count;
+    if (usp_document_begin(linear, time, 0) >= -before) return 0;
+    return min(usp_document_end(linear, time, 0) + 1, time.count);
+}
+
+/* ---- states and sums --------------------------------------------------------------------------------------------- */
 
 /* State `index` of one batch and head. */
 static __device__ __forceinline__ float *usp_state(const usp_linear &linear, int index, const usp_place &place) {

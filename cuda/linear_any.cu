@@ -36,7 +36,7 @@ static __device__ void add_products(float (&sum)[2][2], const tile<depth> &k, co
 template <typename T> static __global__ void __launch_bounds__(threads_per_block) totals(usp_linear linear) {
     __shared__ tile<depth> k, v;
     usp_place place = usp_find_place(linear);
-    usp_time time = usp_block_time(linear, linear.block[place.block]);
+    usp_time time = usp_leaving_time(linear, usp_block_time(linear, linear.block[place.block]));
     float log2_decay = usp_log2_decay(linear.log_decay, place.head), sum[2][2] = {};
     int across = (linear.value_dim + state_tile - 1) / state_tile;
     int d = blockIdx.y / across * state_tile, e = blockIdx.y % across * state_tile;
@@ -108,19 +108,25 @@ static __device__ float multiply_pair(tile<side> &q, tile<side> &k, const usp_li
     return sum;
 }
 
-/* sum += decayed (q . k) v over the rows of the block that are not after this thread's row in time; others are not even
- * multiplied, since 0 times a NaN would be a NaN. */
+/* Of row t: the first row in the block of its document. */
+static __device__ int first_partner(const usp_linear &linear, const usp_time &time, int t) {
+    return linear.begins && t < time.count ? max(usp_document_begin(linear, time, t), 0) : 0;
+}
+
+/* sum += decayed (q . k) v over the rows of the block and of the document that are not after this thread's row in time;
+ * others are not even multiplied, since 0 times a NaN would be a NaN. */
 template <typename T>
 static __device__ void add_pairs(float (&sum)[value_columns], tile<side> &q, tile<side> &k, const usp_linear &linear,
                                  const output_work &work) {
     __shared__ float pair[side][side + 1];
     int y = threadIdx.x / side, x = threadIdx.x % side;
-    for (int key = 0; key <= work.row; key += side) {
+    int begin = first_partner(linear, work.time, work.row + y);
+    for (int key = first_partner(linear, work.time, work.row) / side * side; key <= work.row; key += side) {
         int distance = work.row + y - (key + x);
         pair[y][x] = multiply_pair<T>(q, k, linear, work, key) * usp_decay(work.log2_decay, max(distance, 0));
         __syncthreads();
         int end = min(min(distance + x + 1, work.time.count - key), side);
-        for (int j = 0; j < end; j++) {
+        for (int j = max(begin - key, 0); j < end; j++) {
             int64_t token = work.time.first + (key + j) * work.time.step;
             const T *v = usp_row<T>(linear.v, token, work.place.batch, work.v_head);
             for (int c = 0; c < value_columns; c++) {
@@ -164,12 +170,14 @@ static __global__ void __launch_bounds__(threads_per_block) output(usp_linear li
     work.column = blockIdx.y * value_tile;
     work.log2_decay = linear.causal ? usp_log2_decay(linear.log_decay, work.place.head) : 0.0f;
     const float *state = usp_state(linear, PAIRS ? work.place.block : block.chunk, work.place);
-    int before = linear.shift + (PAIRS ? 0 : usp_chunk_rows_before(linear, block));
+    int before = PAIRS ? 0 : usp_chunk_rows_before(linear, block);
+    int entered = usp_entered_rows(linear, work.time, before);
     for (work.row = 0; work.row < work.time.count; work.row += side) {
         float sum[value_columns] = {};
         multiply_state<T>(sum, q, linear, work, state);
-        float decay = usp_decay(work.log2_decay, before + work.row + threadIdx.x / side);
-        for (int c = 0; c < value_columns; c++) sum[c] *= decay;
+        int t = work.row + threadIdx.x / side;
+        float decay = usp_decay(work.log2_decay, linear.shift + before + t);
+        for (int c = 0; c < value_columns; c++) sum[c] = t < entered ? sum[c] * decay : 0;
         if (PAIRS) add_pairs<T>(sum, q, k, linear, work);
         put_row<T>(sum, linear, work);
     }

@@ -20,21 +20,22 @@ static __device__ __forceinline__ int group_begin(const usp_scan &scan, int grou
     return low;
 }
 
-static __device__ __forceinline__ void step(float &x, float decay, float total) {
-    x = decay * x + total;
+/* `anew`: what came before, be it a NaN, does not count. */
+static __device__ __forceinline__ void step(float &x, float decay, bool anew, float total) {
+    x = anew ? total : decay * x + total;
 }
 
-static __device__ __forceinline__ void step(float4 &x, float decay, const float4 &total) {
-    step(x.x, decay, total.x);
-    step(x.y, decay, total.y);
-    step(x.z, decay, total.z);
-    step(x.w, decay, total.w);
+static __device__ __forceinline__ void step(float4 &x, float decay, bool anew, const float4 &total) {
+    step(x.x, decay, anew, total.x);
+    step(x.y, decay, anew, total.y);
+    step(x.z, decay, anew, total.z);
+    step(x.w, decay, anew, total.w);
 }
 
-/* The next `ahead` states of a group in the order of the scan, and the rows of each. */
+/* The next `ahead` states of a group in the order of the scan, the rows of each, and where documents begin in time. */
 template <typename V> struct batch {
     V total[ahead];
-    int length[ahead];
+    int length[ahead], anew[ahead];
 };
 
 /* States first, first + direction, ... of which `left` are left. */
@@ -45,7 +46,9 @@ static __device__ __forceinline__ void read_batch(batch<V> &to, const V *data, c
     for (int j = 0; j < ahead; j++) {
         if (j >= left) break;
         to.total[j] = data[(first + j * direction) * state];
-        to.length[j] = __ldg(&step[first + j * direction].length);
+        const usp_scan_step &from = step[first + j * direction];
+        to.length[j] = __ldg(&from.length);
+        to.anew[j] = __ldg(direction > 0 ? &from.begins : &from.ends);
     }
 }
 
@@ -71,7 +74,7 @@ static __global__ void __launch_bounds__(threads_per_block) scan_states(usp_scan
         for (int j = 0; j < ahead; j++) {
             if (j >= left) break;
             data[index * state] = x;
-            step(x, usp_decay(log2_decay, now.length[j]), now.total[j]);
+            step(x, usp_decay(log2_decay, now.length[j]), now.anew[j], now.total[j]);
             index += direction;
         }
     }

@@ -1,5 +1,5 @@
 /* softmax.c - chooses the kernels of one softmax attention call: the one place where a new family is entered.
- * It launches nothing itself, but cuts a call that is too large for one launch. */
+ * It launches nothing itself. */
 #include "softmax.h"
 
 #include "error.h"
@@ -8,18 +8,16 @@
 static const usp_softmax_family *const families[] = {&usp_softmax_mma, &usp_softmax_any};
 enum { FAMILIES = sizeof families / sizeof *families };
 
-enum { PARTS = USP_WORK_ROWS / USP_SOFTMAX_LEAST_ROWS }; /* thread blocks for a work item of one head at most */
-
-/* A launch must hold one work item of all heads: the rest is cut. */
+/* Kernels count heads of all batch entries in an int. */
 usp_status usp_cuda_softmax_supports(const usp_gpu *gpu, const usp_kernel_shape *shape) {
     int widest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
     if (widest > USP_SOFTMAX_MAX_DIM) {
         return usp_fail(USP_UNSUPPORTED, "softmax attention on a GPU takes head_dim and value_dim up to %d, not %d",
                         USP_SOFTMAX_MAX_DIM, widest);
     }
-    if ((int64_t)shape->batch * shape->heads > USP_CUDA_GRID / PARTS) {
+    if ((int64_t)shape->batch * shape->heads > INT32_MAX) {
         return usp_fail(USP_UNSUPPORTED, "softmax attention on a GPU takes batch x heads up to %d, not %d x %d",
-                        USP_CUDA_GRID / PARTS, shape->batch, shape->heads);
+                        INT32_MAX, shape->batch, shape->heads);
     }
     size_t shared = usp_softmax_any.shared(shape->dim, shape->value_dim);
     if (shared > gpu->shared) {
@@ -42,28 +40,11 @@ static const usp_softmax_family *choose(const usp_gpu *gpu, const usp_softmax *a
     return families[i];
 }
 
-/* Work items of one launch. Kernels count a whole bundle of heads in 32 bits, also where there are fewer. */
-static int64_t most_works(const usp_softmax *args, usp_softmax_call call, int grid) {
-    int64_t lines = (int64_t)args->batch * (call == USP_CALL_BACKWARD_KEY ? args->key_heads : args->heads);
-    int64_t works = grid / (PARTS * (lines > USP_SOFTMAX_BUNDLE ? lines : USP_SOFTMAX_BUNDLE));
-    return works > 0 ? works : 1;
+usp_status usp_cuda_softmax_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    return choose(gpu, args, USP_CALL_FORWARD)->call[USP_CALL_FORWARD](gpu, args, stream);
 }
 
-/* Work items first .. first + count at most. */
-static usp_softmax cut(const usp_softmax *args, int64_t first, int64_t count) {
-    usp_softmax part = *args;
-    part.tiles.work += first;
-    part.tiles.works = (int)(args->tiles.works - first < count ? args->tiles.works - first : count);
-    return part;
-}
-
-usp_status usp_cuda_softmax(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call, int grid,
-                            usp_stream stream) {
-    const usp_softmax_family *family = choose(gpu, args, call);
-    int64_t most = most_works(args, call, grid);
-    for (int64_t first = 0; first < args->tiles.works; first += most) {
-        usp_softmax part = cut(args, first, most);
-        USP_TRY(family->call[call](gpu, &part, stream));
-    }
-    return USP_OK;
+usp_status usp_cuda_softmax_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    USP_TRY(choose(gpu, args, USP_CALL_BACKWARD_QUERY)->call[USP_CALL_BACKWARD_QUERY](gpu, args, stream));
+    return choose(gpu, args, USP_CALL_BACKWARD_KEY)->call[USP_CALL_BACKWARD_KEY](gpu, args, stream);
 }

@@ -1,78 +1,109 @@
 /* softmax.cuh - what all softmax attention kernels share: which job a block has, its walk over the steps of its tiles,
- * the band that decides a pair, and the online softmax. It loads and multiplies nothing. */
+ * which pairs are allowed, how products become scores, and what is kept of a row. It loads and multiplies nothing.
+ *
+ * What is kept of a row is in base 2, in every family: the weight of a pair is 2^(x - top), where x is its score times
+ * log2(e); top is a number that was rounded before any weight was taken, so forward and backward mean the same by it.
+ * Between folds top is the largest x or a little less. After the last one it is the base-2 log-sum-exp, rounded, and
+ * sum, near 1, is what the rounding left out. acc sums kept weights times values; dropout's factor 1 / (1 - rate)
+ * comes with the last fold. */
 #ifndef USP_CUDA_SOFTMAX_CUH
 #define USP_CUDA_SOFTMAX_CUH
+#include "dropout.h"
 #include "softmax.h"
 #include "tiles.cuh"
 
-constexpr float USP_LOG2E = 1.4426950408889634f;
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 /* ---- jobs -------------------------------------------------------------------------------------------------------- */
 
 /* Rows [begin, begin + count) of one work item, for one head of one batch entry. */
-struct usp_job {
+struct softmax_job {
     const usp_work *work;
     int begin, count, head, batch;
 };
 
-/* This block's job, one of those that usp_launch_jobs starts. Inside a bundle all heads of one work item come before
- * the next one of the list, whose heaviest items are first, so that no heavy job starts late; blocks running together
- * still share columns in the cache. count is not positive if the work item has no such part. */
-static __device__ __forceinline__ usp_job usp_take_job(const usp_softmax &args, int heads, int rows) {
-    constexpr unsigned most_lines = USP_SOFTMAX_BUNDLE;
-    unsigned parts = USP_WORK_ROWS / rows, items = args.tiles.works * parts, bundle = blockIdx.x / (items * most_lines);
-    unsigned inside = blockIdx.x % (items * most_lines),
-             width = min(most_lines, args.batch * heads - bundle * most_lines);
-    unsigned item = inside / width, line = bundle * most_lines + inside % width;
-    const usp_work *work = args.tiles.work + item / parts;
-    int skipped = item % parts * rows;
-    return {work, work->begin + skipped, min(work->count - skipped, rows), (int)(line % heads), (int)(line / heads)};
+static __host__ __device__ __forceinline__ const usp_tiles &tiles_of(const usp_softmax &args, bool key_rows) {
+    return key_rows ? args.by_key : args.by_query;
+}
+
+/* Heads of all batch entries that the rows have. */
+static __host__ __device__ __forceinline__ unsigned lines_of(const usp_softmax &args, bool key_rows) {
+    return (unsigned)args.batch * (unsigned)(key_rows ? args.key_heads : args.heads);
+}
+
+/* This block's job, one of those that launch_jobs starts. Inside a bundle (blockIdx.y, z) all heads of one work item
+ * come before the next one of the list, whose heaviest items are first, so that no heavy job starts late; blocks
+ * running together still share columns in the cache. count is not positive if there is nothing to do: no such item, no
+ * such part of it, or queries that neither begin nor end here and meet no key. */
+template <bool KEY_ROWS> static __device__ __forceinline__ softmax_job take_job(const usp_softmax &args, int rows) {
+    const usp_tiles &tiles = tiles_of(args, KEY_ROWS);
+    unsigned parts = USP_WORK_ROWS / rows, lines = lines_of(args, KEY_ROWS), heads = lines / args.batch;
+    unsigned first = (blockIdx.z * gridDim.y + blockIdx.y) * USP_SOFTMAX_BUNDLE;
+    if (first >= lines) return {};
+    unsigned width = min((unsigned)USP_SOFTMAX_BUNDLE, lines - first), item = blockIdx.x / width;
+    unsigned line = first + blockIdx.x % width, index = item / parts, skipped = item % parts * rows;
+    const usp_work *work = tiles.work + min(index, (unsigned)tiles.capacity - 1);
+    bool idle = !KEY_ROWS && !args.first && !args.last && work->tiles == 0;
+    int left = (int)index < *tiles.works && !idle ? work->count - (int)skipped : 0;
+    return {work, work->begin + (int)skipped, min(left, rows), (int)(line % heads), (int)(line / heads)};
 }
 
 /* How many blocks the jobs of a call take: one for every `rows` rows of a work item at most, head and batch entry. */
-static inline int64_t usp_jobs(const usp_softmax &args, int heads, int rows) {
-    return (int64_t)args.tiles.works * (USP_WORK_ROWS / rows) * heads * args.batch;
+static inline int64_t count_jobs(const usp_softmax &args, bool key_rows, int rows) {
+    return (int64_t)tiles_of(args, key_rows).capacity * (USP_WORK_ROWS / rows) * lines_of(args, key_rows);
 }
 
-/* Starts one block per job; none if there is no job. There are no more than a grid holds (softmax.c). */
+/* Starts one block per job; none if there is no job. */
 template <typename Kernel>
-static usp_status usp_launch_jobs(const char *what, Kernel kernel, const usp_softmax &args, int heads, int rows,
-                                  int threads, size_t shared, usp_stream stream) {
-    int64_t jobs = usp_jobs(args, heads, rows);
-    if (jobs == 0) return USP_OK;
-    return usp_cuda_launch(what, kernel, dim3((unsigned)jobs), dim3(threads), shared, stream, args);
+static usp_status launch_jobs(const char *what, Kernel kernel, const usp_softmax &args, bool key_rows, int rows,
+                              int threads, size_t shared, usp_stream stream) {
+    constexpr unsigned bundle = USP_SOFTMAX_BUNDLE, most_y = 65535;
+    if (count_jobs(args, key_rows, rows) == 0) return USP_OK;
+    unsigned lines = lines_of(args, key_rows), items = (unsigned)tiles_of(args, key_rows).capacity;
+    unsigned width = lines < bundle ? lines : bundle, bundles = (lines + bundle - 1) / bundle;
+    unsigned y = bundles < most_y ? bundles : most_y;
+    dim3 grid(items * (USP_WORK_ROWS / rows) * width, y, (bundles + y - 1) / y);
+    return usp_cuda_launch(what, kernel, grid, dim3(threads), shared, stream, args);
 }
 
 /* The query heads first .. end - 1 read a key head; there may be none. */
-struct usp_readers {
+struct head_range {
     int first, end;
 };
 
-static __device__ __forceinline__ usp_readers usp_readers_of(const usp_softmax &args, int key_head) {
+static __device__ __forceinline__ head_range readers_of(const usp_softmax &args, int key_head) {
     return {max(key_head * args.kv.group - args.kv.offset, 0),
             min((key_head + 1) * args.kv.group - args.kv.offset, args.heads)};
+}
+
+/* Where a row of a head is in what is kept per row. */
+static __device__ __forceinline__ int64_t line_of(const usp_softmax &args, int batch, int head, int64_t row) {
+    return ((int64_t)batch * args.heads + head) * args.queries + row;
+}
+
+/* acc as a tensor. */
+static __device__ __forceinline__ usp_tensor acc_tensor(const usp_softmax &args) {
+    int64_t stride = (int64_t)args.heads * args.value_dim;
+    return {args.acc, stride, args.batch * stride, args.value_dim};
 }
 
 /* ---- columns ----------------------------------------------------------------------------------------------------- */
 
 /* Walks the tiles of a work item, `step` columns at a time, `rounds` times over (once for every head that shares the
- * rows). It holds only what every step needs; the rest of a tile is read again where a mask needs it. */
-struct usp_walk {
+ * rows). It holds only what every step needs. */
+struct tile_walk {
     const usp_tile *list;
     int column; /* first column of the step */
     int end, full_begin, full_end;
     int index, tiles, round, rounds;
 
-    __device__ __forceinline__ usp_walk(const usp_tiles &all, const usp_work &work, int rounds_)
+    __device__ __forceinline__ tile_walk(const usp_tiles &all, const usp_work &work, int rounds_)
         : list(all.tile + work.first_tile), index(-1), tiles(work.tiles), round(0), rounds(tiles > 0 ? rounds_ : 0) {
         if (rounds > 0) next_tile();
     }
 
     __device__ __forceinline__ bool running() const {
         return round < rounds;
-    }
-    __device__ __forceinline__ const usp_tile &tile() const {
-        return list[index];
     }
     __device__ __forceinline__ int columns() const {
         return end - column;
@@ -93,160 +124,107 @@ struct usp_walk {
                 index = 0;
                 if (++round == rounds) return;
             }
-            column = tile().begin;
-            end = tile().end;
+            column = list[index].begin;
+            end = list[index].end;
         } while (column >= end);
-        full_begin = tile().full_begin;
-        full_end = tile().full_end;
+        full_begin = list[index].full_begin;
+        full_end = list[index].full_end;
     }
 };
 
-/* A position is right modulo 2^32 at every step of this sum. */
-static __device__ __forceinline__ int usp_position(int origin, int stride, int i) {
-    return (int)((unsigned)origin + (unsigned)stride * (unsigned)i);
+/* ---- pairs ------------------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ bool pair_allowed(const usp_pairs &pairs, int query, int key) {
+    int position = pairs.key[key];
+    if (pairs.low[query] > position || position > pairs.high[query]) return false;
+    return !pairs.last || pairs.query[query] <= pairs.last[key];
 }
 
-/* Decides the pairs of a work item's rows and a tile's columns. */
-struct usp_band {
-    int row_origin, row_stride, column_origin, column_stride, end, low, high;
+/* ---- scores ------------------------------------------------------------------------------------------------------ */
 
-    __device__ __forceinline__ usp_band(const usp_work &work, const usp_tile &tile)
-        : row_origin(work.origin), row_stride(work.stride), column_origin(tile.origin), column_stride(tile.stride),
-          end(tile.end), low(tile.low), high(tile.high) {
+/* How a product q.k becomes a score in base 2, for one head. A straight score is the product itself times `unit`, which
+ * is left to the weight's multiplication; a bent one has unit 1. Every kernel of a pass computes the same bits. */
+struct scoring {
+    float scale, cap, into_cap, slope, unit;
+    bool bent;
+
+    __device__ __forceinline__ scoring(const usp_softmax &args, int head)
+        : scale(args.scale * LOG2E), cap(args.soft_cap * LOG2E), into_cap(0), slope(0), unit(scale), bent(false) {
+        if (args.soft_cap > 0) into_cap = args.scale / args.soft_cap;
+        if (args.slopes) slope = args.slopes[head] * LOG2E;
+        bent = args.soft_cap > 0 || args.slopes;
+        if (bent) unit = 1;
     }
 
-    /* KEY_ROWS: rows are keys and columns queries, else the reverse. Columns before the tile's begin are never asked
-     * for. */
-    template <bool KEY_ROWS> __device__ __forceinline__ bool allows(int row, int column) const {
-        int at_row = usp_position(row_origin, row_stride, row);
-        int at_column = usp_position(column_origin, column_stride, column);
-        int offset = KEY_ROWS ? at_row - at_column : at_column - at_row;
-        return column < end && offset >= low && offset <= high;
+    /* `bend` becomes the gradient of the score by the product, over the scale. */
+    __device__ __forceinline__ float score(float product, unsigned distance, float &bend) const {
+        bend = 1;
+        if (!bent) return product;
+        float x = product * scale;
+        if (cap > 0) {
+            float t = tanhf(product * into_cap);
+            bend = 1 - t * t;
+            x = cap * t;
+        }
+        return fmaf(-slope, (float)distance, x);
     }
 };
 
-/* Sets the elements of pairs that are not allowed; `row` and `column` are those of the accumulator's first element. */
-template <bool KEY_ROWS, int M, int N>
-static __device__ __forceinline__ void usp_mask_pairs(usp_sums<M, N> &c, const usp_band &band, int row, int column,
-                                                      float value) {
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-#pragma unroll
-        for (int m = 0; m < M; m++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (!band.allows<KEY_ROWS>(row + usp_lane_row(m, i / 2), column + usp_lane_column(n) + i % 2))
-                    c[m][n][i] = value;
-            }
-        }
-    }
-}
+/* ---- what is kept of a row --------------------------------------------------------------------------------------- */
 
-/* ---- online softmax ---------------------------------------------------------------------------------------------- */
-
-/* Over the four lanes that share a row of an accumulator. */
-static __device__ __forceinline__ float usp_row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-static __device__ __forceinline__ float usp_row_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-/* 2^-inf is 0, so a row without any allowed key so far weighs nothing as soon as it gets one. */
-static __device__ __forceinline__ float usp_exp2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-/* The softmax of M * 16 rows of a warp, fed step by step. Weights are 2^(scale2 (score - top)); `top` follows a row's
- * largest score only when that has grown by more than a factor 2^USP_SLACK of weight, so that the sums are rarely
- * rescaled; weights and sums stay far inside fp32 (and weights inside fp16) either way. `scale2` must be positive. */
-constexpr int USP_SLACK = 8;
-
-template <int M> struct usp_online {
-    float top[M * 2]; /* in scores, before any scale */
-    float sum[M * 2]; /* this lane's share of the row's weights */
-
-    /* Rows that have seen no key yet. */
-    __device__ __forceinline__ usp_online() {
-#pragma unroll
-        for (int i = 0; i < M * 2; i++) {
-            top[i] = -INFINITY;
-            sum[i] = 0;
-        }
-    }
-
-    /* Takes up row i of `sums`, normalised, with its log-sum-exp. It stands for a weight of 2^USP_SLACK at a score so
-     * much lower: next to a long past, the weights of single keys would lose bits in fp16. */
-    template <int W> __device__ __forceinline__ void resume(int i, usp_sums<M, W> &sums, float lse, float scale) {
-        constexpr float weight = 1 << USP_SLACK;
-        top[i] = (lse - USP_SLACK / USP_LOG2E) / scale;
-        sum[i] = (threadIdx.x & 3) == 0 ? weight : 0;
-        multiply(i, sums, weight);
-    }
-
-    /* Turns scores into weights, and brings `sums`, what was weighed so far, to the same base. */
-    template <int N, int W>
-    __device__ __forceinline__ void weigh(usp_sums<M, N> &scores, usp_sums<M, W> &sums, float scale2) {
-        raise(scores, sums, scale2);
-#pragma unroll
-        for (int i = 0; i < M * 2; i++) {
-            float base = top[i] == -INFINITY ? 0 : top[i] * scale2;
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-                float *pair = &scores[i / 2][n][i % 2 * 2];
-                pair[0] = usp_exp2(fmaf(pair[0], scale2, -base));
-                pair[1] = usp_exp2(fmaf(pair[1], scale2, -base));
-                sum[i] += pair[0] + pair[1];
-            }
-        }
-    }
-
-    /* Raises `top` where a score is far above it. Each row decides alone; the warp only agrees to look. */
-    template <int N, int W>
-    __device__ __forceinline__ void raise(const usp_sums<M, N> &scores, usp_sums<M, W> &sums, float scale2) {
-        float best[M * 2];
-        bool grown = false;
-#pragma unroll
-        for (int i = 0; i < M * 2; i++) {
-            best[i] = -INFINITY;
-#pragma unroll
-            for (int n = 0; n < N; n++)
-                best[i] = fmaxf(best[i], fmaxf(scores[i / 2][n][i % 2 * 2], scores[i / 2][n][i % 2 * 2 + 1]));
-            best[i] = usp_row_max(best[i]);
-            if ((best[i] - top[i]) * scale2 > USP_SLACK)
-                grown = true;
-            else
-                best[i] = top[i];
-        }
-        if (!__any_sync(~0u, grown)) return;
-#pragma unroll
-        for (int i = 0; i < M * 2; i++) {
-            float factor = best[i] == top[i] ? 1 : usp_exp2((top[i] - best[i]) * scale2);
-            top[i] = best[i];
-            sum[i] *= factor;
-            multiply(i, sums, factor);
-        }
-    }
-
-    /* Normalises row i of `sums`; returns its log-sum-exp. A NaN stays one: only a row without keys has sum 0. */
-    template <int W> __device__ __forceinline__ float finish(int i, usp_sums<M, W> &sums, float scale) {
-        float total = usp_row_sum(sum[i]);
-        multiply(i, sums, total == 0 ? 0 : 1 / total);
-        return total == 0 ? -INFINITY : top[i] * scale + logf(total);
-    }
-
-    template <int W> static __device__ __forceinline__ void multiply(int i, usp_sums<M, W> &sums, float factor) {
-#pragma unroll
-        for (int n = 0; n < W; n++) {
-            sums[i / 2][n][i % 2 * 2] *= factor;
-            sums[i / 2][n][i % 2 * 2 + 1] *= factor;
-        }
-    }
+struct row_state {
+    float top, sum;
 };
+
+/* The largest `top` that 2^(x - top) may have: 2^-inf is 0, so a row without any key so far weighs nothing as soon as
+ * it gets one. */
+static __device__ __forceinline__ float finite_base(float top) {
+    return top == -INFINITY ? 0 : top;
+}
+
+/* Lets a sink weigh in the sum; returns what brings the row's other sums to the new top. `sink` is in base 2. */
+static __device__ __forceinline__ float add_sink(row_state &row, float sink) {
+    float top = fmaxf(row.top, sink), base = finite_base(top), factor = exp2f(row.top - base);
+    row = {top, row.sum * factor + exp2f(sink - base)};
+    return factor;
+}
+
+/* The same row with its log-sum-exp for top. A NaN stays one: only a row without keys has sum 0. */
+static __device__ __forceinline__ row_state complete(row_state row) {
+    if (row.sum == 0) return {-INFINITY, 0};
+    float top = row.top + log2f(row.sum);
+    return {top, row.sum * exp2f(row.top - top)};
+}
+
+static __device__ __forceinline__ float natural_lse(row_state row) {
+    return row.sum == 0 ? -INFINITY : fmaf(row.top, LN2, logf(row.sum));
+}
+
+/* The last fold: the factor that makes acc the row of out; `row` is completed. */
+static __device__ __forceinline__ float finish_row(const usp_softmax &args, int head, row_state &row) {
+    float factor = 1 / (1 - args.dropout.rate);
+    if (args.sinks) factor *= add_sink(row, args.sinks[head] * LOG2E);
+    factor = row.sum == 0 ? 0 : factor / row.sum;
+    row = complete(row);
+    return factor;
+}
+
+/* Backward: P = 2^(x - base) * factor, which is 0 for a row without keys. */
+static __device__ __forceinline__ float base_of(row_state row) {
+    return row.sum == 0 ? INFINITY : row.top;
+}
+
+static __device__ __forceinline__ float factor_of(row_state row) {
+    return row.sum == 0 ? 0 : 1 / row.sum;
+}
+
+/* ---- dropout ----------------------------------------------------------------------------------------------------- */
+
+/* What the pairs of one query share; `row` is the query's. */
+static __device__ __forceinline__ uint64_t dropout_row(const usp_softmax &args, int batch, int head, int row) {
+    const usp_dropout &d = args.dropout;
+    return usp_dropout_row(d.state[0], d.state[1], (uint32_t)batch * d.heads + d.first_head + head,
+                           (uint32_t)args.pairs.query[row]);
+}
 
 #endif

@@ -10,19 +10,23 @@ extern "C" {
 
 /* ---- entries, as device.c calls them ----------------------------------------------------------------------------- */
 
-typedef enum usp_softmax_call { USP_CALL_FORWARD, USP_CALL_BACKWARD_QUERY, USP_CALL_BACKWARD_KEY } usp_softmax_call;
-
 /* UNSUPPORTED with the reason, or OK. */
 usp_status usp_cuda_softmax_supports(const usp_gpu *gpu, const usp_kernel_shape *shape);
-/* `grid`: USP_CUDA_GRID. */
-usp_status usp_cuda_softmax(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call, int grid,
-                            usp_stream stream);
-usp_status usp_cuda_softmax_delta(const usp_softmax *args, float *delta, usp_stream stream); /* one kernel, no family */
+usp_status usp_cuda_softmax_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
+usp_status usp_cuda_softmax_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
+/* One kernel each, no family. */
+usp_status usp_cuda_softmax_delta(const usp_softmax *args, float *delta, usp_stream stream);
+usp_status usp_cuda_softmax_sinks(const usp_softmax *args, float *gradient, usp_stream stream);
+usp_status usp_cuda_softmax_peaks(const usp_softmax *args, float *most, usp_stream stream);
 
 /* ---- families ---------------------------------------------------------------------------------------------------- */
 
+/* Backward is two kernels: dq by work items of queries, dk and dv by work items of keys. */
+typedef enum usp_softmax_call { USP_CALL_FORWARD, USP_CALL_BACKWARD_QUERY, USP_CALL_BACKWARD_KEY } usp_softmax_call;
+
 /* Kernels that serve some arguments, on GPUs that run their target. `shared`: bytes of shared memory that they need of
- * a thread block; `fits` is asked only where the GPU has these. */
+ * a thread block; `fits` is asked only where the GPU has these. One call's families may differ from the next one's:
+ * softmax.cuh says what they keep of a row. */
 typedef struct usp_softmax_family {
     usp_cuda_target target;
     size_t (*shared)(int dim, int value_dim);
@@ -36,8 +40,7 @@ extern const usp_softmax_family usp_softmax_mma;
 extern const usp_softmax_family usp_softmax_any;
 enum {
     USP_SOFTMAX_MAX_DIM = 512,
-    USP_SOFTMAX_LEAST_ROWS = 16, /* of a work item that one thread block takes at least */
-    USP_SOFTMAX_BUNDLE = 16      /* heads, of all batch entries, that are worked on side by side */
+    USP_SOFTMAX_BUNDLE = 16 /* heads, of all batch entries, that are worked on side by side */
 };
 
 #ifdef __cplusplus

@@ -12,8 +12,13 @@ static bool pairs_aligned(const usp_tensor &x) {
     return ((x.stride_token | x.stride_batch | x.stride_head) % 2 == 0) && reinterpret_cast<uintptr_t>(x.data) % 8 == 0;
 }
 
-static bool result_fits(const usp_softmax &args, const usp_tensor &sum, const usp_tensor &result) {
-    return (!args.last || usp_rows_aligned(result, 2)) && ((args.first && args.last) || pairs_aligned(sum));
+static bool result_fits(const usp_tensor &x, usp_dtype dtype) {
+    return dtype == USP_F32 ? pairs_aligned(x) : usp_rows_aligned(x, 2);
+}
+
+/* Results of the last fold are of the call's dtype; sums are read or written by every other, and read by that one. */
+static bool sums_fit(const usp_softmax &args, const usp_tensor &sum, const usp_tensor &result) {
+    return (!args.last || result_fits(result, args.dtype)) && ((args.first && args.last) || pairs_aligned(sum));
 }
 
 static int fits(const usp_gpu *, const usp_softmax *args, usp_softmax_call call) {
@@ -21,11 +26,10 @@ static int fits(const usp_gpu *, const usp_softmax *args, usp_softmax_call call)
     if (a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || a.dim > 128 || a.value_dim > 128 || !(a.scale > 0))
         return 0;
     if (!usp_rows_aligned(a.q, 2) || !usp_rows_aligned(a.k, 2) || !usp_rows_aligned(a.v, 2)) return 0;
-    if (call == USP_CALL_FORWARD)
-        return (!a.last || usp_rows_aligned(a.out, 2)) && reinterpret_cast<uintptr_t>(a.acc) % 8 == 0;
+    if (call == USP_CALL_FORWARD) return sums_fit(a, usp_tensor{a.acc, 0, 0, 0}, a.out);
     if (!usp_rows_aligned(a.dout, 2)) return 0;
-    if (call == USP_CALL_BACKWARD_QUERY) return result_fits(a, a.dq_sum, a.dq);
-    return result_fits(a, a.dk_sum, a.dk) && result_fits(a, a.dv_sum, a.dv);
+    if (call == USP_CALL_BACKWARD_QUERY) return sums_fit(a, a.dq_sum, a.dq);
+    return result_fits(a.dk, a.key_dtype) && result_fits(a.dv, a.key_dtype);
 }
 
 extern "C" const usp_softmax_family usp_softmax_mma = {

@@ -1,27 +1,229 @@
-/* softmax_mma.cuh - what the tensor-core kernels of softmax attention share on the host side and at their start and
- * end: shared memory, numbers that are not finite, the choice of a template instance. */
+/* softmax_mma.cuh - what the tensor-core kernels of softmax attention share: allowed pairs and the online softmax on
+ * accumulators, numbers that are not finite, the choice of a template instance. */
 #ifndef USP_CUDA_SOFTMAX_MMA_CUH
 #define USP_CUDA_SOFTMAX_MMA_CUH
 #include "softmax.cuh"
 
 /* The block's dynamic shared memory, which tiles need on a 256-byte boundary. */
-static __device__ __forceinline__ uint32_t usp_shared_base() {
+template <typename T> static __device__ __forceinline__ T *shared_at(int offset) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    return (uint32_t)__cvta_generic_to_shared(memory);
+    return reinterpret_cast<T *>(memory + offset);
 }
+
+static __device__ __forceinline__ uint32_t shared_base() {
+    return (uint32_t)__cvta_generic_to_shared(shared_at<char>(0));
+}
+
+/* ---- pairs ------------------------------------------------------------------------------------------------------- */
+
+/* Where an accumulator lies in the score matrix: its first row and column, and how many exist from there on. */
+struct lane_place {
+    int row, rows, column, columns;
+};
+
+/* Which pairs are allowed: of row r of a lane's 2M rows a word, in which bit 2n + j is column j of column block n. */
+template <int M, int N> struct pair_bits {
+    static_assert(N * 2 <= 32, "a word for the columns of a lane");
+    uint32_t row[M * 2];
+
+    __device__ __forceinline__ bool get(int r, int n, int j) const {
+        return row[r] >> (2 * n + j) & 1;
+    }
+};
+
+/* Column c of a lane's 2N columns. */
+static __device__ __forceinline__ int lane_column(int c) {
+    return usp_lane_column(c / 2) + c % 2;
+}
+
+/* from[first + i], or `otherwise` where row or column i does not exist. */
+static __device__ __forceinline__ int load_or(const int32_t *from, int first, int i, int count, int otherwise) {
+    return i < count ? from[first + i] : otherwise;
+}
+
+/* The pairs in the queries' intervals, rows being queries. Loops over columns stay loops: registers are dear. */
+template <int M, int N>
+static __device__ __forceinline__ void take_intervals(pair_bits<M, N> &bits, const usp_pairs &pairs,
+                                                      const lane_place &at) {
+    int2 query[M * 2];
+#pragma unroll
+    for (int r = 0; r < M * 2; r++) {
+        int i = usp_lane_row(r / 2, r % 2);
+        query[r] = {load_or(pairs.low, at.row, i, at.rows, 1), load_or(pairs.high, at.row, i, at.rows, 0)};
+        bits.row[r] = 0;
+    }
+#pragma unroll 4
+    for (int c = 0; c < N * 2 && lane_column(c) < at.columns; c++) {
+        int key = pairs.key[at.column + lane_column(c)];
+#pragma unroll
+        for (int r = 0; r < M * 2; r++) bits.row[r] |= (uint32_t)(query[r].x <= key && key <= query[r].y) << c;
+    }
+}
+
+/* The same, rows being keys; nothing is written of rows that do not exist. */
+template <int M, int N>
+static __device__ __forceinline__ void take_key_intervals(pair_bits<M, N> &bits, const usp_pairs &pairs,
+                                                          const lane_place &at) {
+    int key[M * 2];
+#pragma unroll
+    for (int r = 0; r < M * 2; r++) {
+        key[r] = load_or(pairs.key, at.row, usp_lane_row(r / 2, r % 2), at.rows, 0);
+        bits.row[r] = 0;
+    }
+#pragma unroll 4
+    for (int c = 0; c < N * 2 && lane_column(c) < at.columns; c++) {
+        int low = pairs.low[at.column + lane_column(c)], high = pairs.high[at.column + lane_column(c)];
+#pragma unroll
+        for (int r = 0; r < M * 2; r++) bits.row[r] |= (uint32_t)(low <= key[r] && key[r] <= high) << c;
+    }
+}
+
+/* Clears the bits of pairs whose query is behind the key's last one. */
+template <bool KEY_ROWS, int M, int N>
+static __device__ __forceinline__ void keep_before_last(pair_bits<M, N> &bits, const usp_pairs &pairs,
+                                                        const lane_place &at) {
+    const int32_t *of_row = KEY_ROWS ? pairs.last : pairs.query, *of_column = KEY_ROWS ? pairs.query : pairs.last;
+    int row[M * 2];
+#pragma unroll
+    for (int r = 0; r < M * 2; r++) row[r] = load_or(of_row, at.row, usp_lane_row(r / 2, r % 2), at.rows, 0);
+#pragma unroll 4
+    for (int c = 0; c < N * 2 && lane_column(c) < at.columns; c++) {
+        int column = of_column[at.column + lane_column(c)];
+#pragma unroll
+        for (int r = 0; r < M * 2; r++) {
+            bool behind = KEY_ROWS ? column > row[r] : row[r] > column;
+            bits.row[r] &= ~((uint32_t)behind << c);
+        }
+    }
+}
+
+/* The pairs of a step that are allowed; columns that do not exist have none. */
+template <bool KEY_ROWS, int M, int N>
+static __device__ __forceinline__ pair_bits<M, N> allowed_pairs(const usp_pairs &pairs, const lane_place &at) {
+    pair_bits<M, N> bits;
+    if constexpr (KEY_ROWS)
+        take_key_intervals(bits, pairs, at);
+    else
+        take_intervals(bits, pairs, at);
+    if (pairs.last) keep_before_last<KEY_ROWS>(bits, pairs, at);
+    return bits;
+}
+
+/* Sets the elements of pairs without a bit. */
+template <int M, int N>
+static __device__ __forceinline__ void mask_pairs(usp_sums<M, N> &c, const pair_bits<M, N> &bits, float value) {
+#pragma unroll
+    for (int i = 0; i < M * N * 4; i++) {
+        if (!bits.get(i / (N * 4) * 2 + i % 4 / 2, i / 4 % N, i % 2)) c[i / (N * 4)][i / 4 % N][i % 4] = value;
+    }
+}
+
+/* ---- online softmax ---------------------------------------------------------------------------------------------- */
+
+/* Over the four lanes that share a row of an accumulator. */
+static __device__ __forceinline__ float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+static __device__ __forceinline__ float row_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+static __device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* The largest score of this lane in row i; -inf if there is none. */
+template <int M, int N> static __device__ __forceinline__ float lane_best(const usp_sums<M, N> &scores, int i) {
+    float best = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < N; n++) best = fmaxf(best, fmaxf(scores[i / 2][n][i % 2 * 2], scores[i / 2][n][i % 2 * 2 + 1]));
+    return best;
+}
+
+template <int M, int W> static __device__ __forceinline__ void multiply_row(int i, usp_sums<M, W> &sums, float factor) {
+#pragma unroll
+    for (int n = 0; n < W; n++) {
+        sums[i / 2][n][i % 2 * 2] *= factor;
+        sums[i / 2][n][i % 2 * 2 + 1] *= factor;
+    }
+}
+
+/* The softmax of M * 16 rows of a warp, fed step by step. Weights are 2^(unit score - top); `top` follows a row's
+ * largest score only when that has grown by more than a factor 2^SLACK of weight, so that the sums are rarely rescaled;
+ * weights and sums stay far inside fp32 (and weights inside fp16) either way. `unit` must be positive. */
+constexpr int SLACK = 8;
+
+template <int M> struct online_softmax {
+    float top[M * 2];
+    float sum[M * 2]; /* this lane's share of the row's weights */
+
+    /* Row i with what is kept of it. */
+    __device__ __forceinline__ void begin(int i, row_state kept) {
+        top[i] = kept.top;
+        sum[i] = (threadIdx.x & 3) == 0 ? kept.sum : 0;
+    }
+
+    /* Turns scores into weights, and brings `sums`, what was weighed so far, to the same base. */
+    template <int N, int W>
+    __device__ __forceinline__ void weigh(usp_sums<M, N> &scores, usp_sums<M, W> &sums, float unit) {
+        raise(scores, sums, unit);
+#pragma unroll
+        for (int i = 0; i < M * 2; i++) {
+            float base = finite_base(top[i]);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                float *pair = &scores[i / 2][n][i % 2 * 2];
+                pair[0] = fast_exp2(fmaf(pair[0], unit, -base));
+                pair[1] = fast_exp2(fmaf(pair[1], unit, -base));
+                sum[i] += pair[0] + pair[1];
+            }
+        }
+    }
+
+    /* Raises `top` where a score is far above it. Each row decides alone; the warp only agrees to look. */
+    template <int N, int W>
+    __device__ __forceinline__ void raise(const usp_sums<M, N> &scores, usp_sums<M, W> &sums, float unit) {
+        float best[M * 2];
+        bool grown = false;
+#pragma unroll
+        for (int i = 0; i < M * 2; i++) {
+            best[i] = row_max(lane_best(scores, i)) * unit;
+            if (best[i] - top[i] > SLACK)
+                grown = true;
+            else
+                best[i] = top[i];
+        }
+        if (!__any_sync(~0u, grown)) return;
+#pragma unroll
+        for (int i = 0; i < M * 2; i++) {
+            float factor = best[i] == top[i] ? 1 : fast_exp2(top[i] - best[i]);
+            top[i] = best[i];
+            sum[i] *= factor;
+            multiply_row(i, sums, factor);
+        }
+    }
+
+    __device__ __forceinline__ row_state kept(int i) const {
+        return {top[i], row_sum(sum[i])};
+    }
+};
 
 /* ---- numbers that are not finite --------------------------------------------------------------------------------- */
 
 /* A word of this thread in shared memory, for what is hardly ever touched: registers are dear. */
-static __device__ __forceinline__ int &usp_spare_word(int offset) {
-    extern __shared__ __align__(1024) unsigned char memory[];
-    return reinterpret_cast<int *>(memory + offset)[threadIdx.x];
+static __device__ __forceinline__ int &spare_word(int offset) {
+    return shared_at<int>(offset)[threadIdx.x];
 }
 
 /* Before a product with weights of 0: makes what is not finite 0 in a tile; `spoilt` then tells to mend the results. A
  * barrier: all threads of the block take part. */
 template <typename T, int ROWS, int THREADS, int DIM>
-static __device__ __forceinline__ void usp_shield(usp_shared_rows<DIM> tile, int &spoilt) {
+static __device__ __forceinline__ void shield(usp_shared_rows<DIM> tile, int &spoilt) {
     if (!__syncthreads_or(usp_spoilt<T, ROWS, THREADS>(tile))) return;
 #pragma unroll 1
     for (int at = threadIdx.x * 4; at < ROWS * tile.bytes; at += THREADS * 4) usp_clear_pair<T>(tile.base + at);
@@ -29,26 +231,26 @@ static __device__ __forceinline__ void usp_shield(usp_shared_rows<DIM> tile, int
     __syncthreads();
 }
 
-/* Writes what is not finite in the columns of steps that need a mask to those rows of this block's job, in `result` or
- * the sums, that may pair with them. A thread has one element of all rows. */
+/* Writes what is not finite in the columns of steps that need a mask to those rows of this block's job, in `result`
+ * (fp32 if `wide`), that may pair with them. A thread has one element of all rows. */
 template <typename T, bool KEY_ROWS, typename Shape>
-static __device__ __noinline__ void usp_mend(const usp_softmax &args, usp_tensor sum, usp_tensor result,
-                                             usp_tensor columns, int dim) {
+static __device__ __noinline__ void mend(const usp_softmax &args, usp_tensor result, bool wide, usp_tensor columns,
+                                         int dim) {
     static_assert(Shape::threads >= 128, "a thread for every element");
-    usp_job job = usp_take_job(args, KEY_ROWS ? args.key_heads : args.heads, Shape::rows);
+    softmax_job job = take_job<KEY_ROWS>(args, Shape::rows);
     int key_head = usp_mapped_head(args.kv, job.head), element = threadIdx.x;
-    usp_readers heads = KEY_ROWS ? usp_readers_of(args, job.head) : usp_readers{key_head, key_head + 1};
-    usp_walk at(args.tiles, *job.work, max(heads.end - heads.first, 0));
+    head_range heads = KEY_ROWS ? readers_of(args, job.head) : head_range{key_head, key_head + 1};
+    tile_walk at(tiles_of(args, KEY_ROWS), *job.work, max(heads.end - heads.first, 0));
     __syncthreads(); /* the rows are written */
     for (; at.running() && element < dim; at.advance(Shape::step)) {
         for (int j = at.column; j < min(at.column + Shape::step, at.end) && !at.full(Shape::step); j++) {
             float x = usp_to_float(usp_row<T>(columns, j, job.batch, heads.first + at.round)[element]);
             for (int row = job.begin; row < job.begin + job.count && !isfinite(x); row++) {
-                if (!usp_band(*job.work, at.tile()).template allows<KEY_ROWS>(row, j)) continue;
-                if (args.last)
-                    usp_row<T>(result, row, job.batch, job.head)[element] = usp_from_float<T>(x);
+                if (!pair_allowed(args.pairs, KEY_ROWS ? j : row, KEY_ROWS ? row : j)) continue;
+                if (wide)
+                    usp_row<float>(result, row, job.batch, job.head)[element] = x;
                 else
-                    usp_row<float>(sum, row, job.batch, job.head)[element] = x;
+                    usp_row<T>(result, row, job.batch, job.head)[element] = usp_from_float<T>(x);
             }
         }
     }
@@ -56,38 +258,37 @@ static __device__ __noinline__ void usp_mend(const usp_softmax &args, usp_tensor
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
-/* Would blocks of the shape leave multiprocessors idle? */
-template <typename Shape> static bool usp_too_few(const usp_gpu &gpu, const usp_softmax &args, int heads) {
-    return usp_jobs(args, heads, Shape::rows) < (int64_t)gpu.processors * Shape::resident;
+template <typename Launch, typename T, int DIM, typename Shape, bool EXTRAS>
+static usp_status start_instance(const usp_softmax &args, usp_stream stream) {
+    constexpr int bytes = Launch::template memory<DIM, Shape, EXTRAS>::bytes;
+    static_assert(bytes <= USP_LEAST_SHARED, "tiles must fit every GPU");
+    return launch_jobs(Launch::what, Launch::template kernel<T, DIM, Shape, EXTRAS>(), args, Launch::key_rows,
+                       Shape::rows, Shape::threads, bytes, stream);
 }
 
-template <typename Launch, typename T, int DIM, typename Shape>
-static usp_status usp_start(const usp_gpu &gpu, const usp_softmax &args, usp_stream stream) {
-    if constexpr (Shape::blocks > 1) {
-        if (usp_too_few<Shape>(gpu, args, Launch::heads(args)))
-            return usp_start<Launch, T, DIM, usp_half_shape<Shape>>(gpu, args, stream);
-    }
-    constexpr int bytes = Launch::template memory<DIM, Shape>::bytes;
-    static_assert(bytes <= USP_LEAST_SHARED, "tiles must fit every GPU");
-    static_assert(Shape::rows >= USP_SOFTMAX_LEAST_ROWS, "a grid must hold all jobs");
-    return usp_launch_jobs(Launch::what, Launch::template kernel<T, DIM, Shape>(), args, Launch::heads(args),
-                           Shape::rows, Shape::threads, bytes, stream);
+/* Half the rows a block where full ones would leave multiprocessors idle, and for extras, which take registers. */
+template <typename Launch, typename T, int DIM>
+static usp_status start_dim(const usp_gpu &gpu, const usp_softmax &args, usp_stream stream) {
+    using shape = typename Launch::template shape<DIM>;
+    using half = std::conditional_t<(shape::blocks > 1), usp_half_shape<shape>, shape>;
+    if (Launch::extras(args)) return start_instance<Launch, T, DIM, half, true>(args, stream);
+    if (count_jobs(args, Launch::key_rows, shape::rows) < (int64_t)gpu.processors * shape::resident)
+        return start_instance<Launch, T, DIM, half, false>(args, stream);
+    return start_instance<Launch, T, DIM, shape, false>(args, stream);
 }
 
 /* DIM is 64 or 128, whichever is the first to hold both dims; what is beyond the dims is zeros. */
 template <typename Launch, typename T>
-static usp_status usp_start_type(const usp_gpu &gpu, const usp_softmax &args, usp_stream stream) {
-    if (args.dim <= 64 && args.value_dim <= 64)
-        return usp_start<Launch, T, 64, typename Launch::template shape<64>>(gpu, args, stream);
-    return usp_start<Launch, T, 128, typename Launch::template shape<128>>(gpu, args, stream);
+static usp_status start_type(const usp_gpu &gpu, const usp_softmax &args, usp_stream stream) {
+    if (args.dim <= 64 && args.value_dim <= 64) return start_dim<Launch, T, 64>(gpu, args, stream);
+    return start_dim<Launch, T, 128>(gpu, args, stream);
 }
 
-/* Launch describes a kernel template: what (for errors), shape<DIM>, memory<DIM, Shape>, heads and
- * kernel<T, DIM, Shape>. */
-template <typename Launch>
-static usp_status usp_start_any(const usp_gpu &gpu, const usp_softmax &args, usp_stream stream) {
-    if (args.dtype == USP_F16) return usp_start_type<Launch, __half>(gpu, args, stream);
-    return usp_start_type<Launch, __nv_bfloat16>(gpu, args, stream);
+/* Launch describes a kernel template: what (for errors), key_rows, shape<DIM>, memory<DIM, Shape, EXTRAS>, extras(args)
+ * and kernel<T, DIM, Shape, EXTRAS>. */
+template <typename Launch> static usp_status start_any(const usp_gpu &gpu, const usp_softmax &args, usp_stream stream) {
+    if (args.dtype == USP_F16) return start_type<Launch, __half>(gpu, args, stream);
+    return start_type<Launch, __nv_bfloat16>(gpu, args, stream);
 }
 
 /* ---- the launchers of the family --------------------------------------------------------------------------------- */

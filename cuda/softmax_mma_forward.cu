@@ -1,27 +1,52 @@
 /* softmax_mma_forward.cu - forward softmax attention on tensor cores (mma.sync, sm_80 and up), 16-bit elements, dims up
  * to 128. A block folds all keys of one work item into the running sums of its queries; it never meets another one. */
-#include "softmax_mma.cuh"
+#include "softmax_extras.cuh"
 
-template <int DIM, typename Shape> struct usp_forward_memory {
+template <int DIM, typename Shape, bool EXTRAS> struct forward_memory {
     static constexpr int q = 0, k = Shape::rows * DIM * 2, step = Shape::step * DIM * 2;
-    static constexpr int v = k + 2 * step, spoilt = v + 2 * step, bytes = spoilt + Shape::threads * 4;
+    static constexpr int v = k + 2 * step, spoilt = v + 2 * step, words = spoilt + Shape::threads * 4;
+    static constexpr int bytes = words + (EXTRAS ? Shape::rows * 8 : 0);
 };
 
-template <typename T, int DIM, typename Shape>
+/* Each lane's largest scores of its rows, before any scale. */
+template <int M> struct lane_peaks {
+    float best[M * 2];
+
+    __device__ __forceinline__ lane_peaks() {
+#pragma unroll
+        for (float &x : best) x = -INFINITY;
+    }
+    template <int N> __device__ __forceinline__ void look(const usp_sums<M, N> &scores) {
+#pragma unroll
+        for (int i = 0; i < M * 2; i++) best[i] = fmaxf(best[i], lane_best(scores, i));
+    }
+    /* All lanes take part. */
+    __device__ __forceinline__ void store(const usp_softmax &args, int64_t line, int rows, float unit) const {
+#pragma unroll
+        for (int i = 0; i < M * 2; i++) {
+            int row = usp_lane_row(i / 2, i % 2);
+            float peak = row_max(best[i]) * unit * LN2;
+            if (row >= rows || (threadIdx.x & 3) != 0) continue;
+            args.peak[line + row] = args.first ? peak : fmaxf(args.peak[line + row], peak);
+        }
+    }
+};
+
+template <typename T, int DIM, typename Shape, bool EXTRAS>
 static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
-    usp_softmax_forward_kernel(const __grid_constant__ usp_softmax args) {
+    softmax_forward_kernel(const __grid_constant__ usp_softmax args) {
     constexpr int M = Shape::blocks, N = Shape::step / 8, W = DIM / 8, threads = Shape::threads;
-    using memory = usp_forward_memory<DIM, Shape>;
-    uint32_t base = usp_shared_base();
+    using memory = forward_memory<DIM, Shape, EXTRAS>;
+    uint32_t base = shared_base();
     usp_shared_rows<DIM> q = {base + memory::q}, k = {base + memory::k}, v = {base + memory::v};
 
-    usp_job job = usp_take_job(args, args.heads, Shape::rows);
+    softmax_job job = take_job<false>(args, Shape::rows);
     if (job.count <= 0) return;
-    usp_spare_word(memory::spoilt) = 0;
+    spare_word(memory::spoilt) = 0;
     int key_head = usp_mapped_head(args.kv, job.head);
     int warp_row = threadIdx.x / 32 * M * 16, first_row = job.begin + warp_row, rows = job.count - warp_row;
     const T *keys = usp_row<T>(args.k, 0, job.batch, key_head), *values = usp_row<T>(args.v, 0, job.batch, key_head);
-    auto fetch = [&](const usp_walk &at, int buffer) {
+    auto fetch = [&](const tile_walk &at, int buffer) {
         int64_t column = at.column;
         usp_fetch<Shape::step, threads>(k.rows_from(buffer * Shape::step), keys + column * args.k.stride_token,
                                         args.k.stride_token, at.columns(), args.dim);
@@ -31,72 +56,90 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
 
     usp_fetch<Shape::rows, threads>(q, usp_row<T>(args.q, job.begin, job.batch, job.head), args.q.stride_token,
                                     job.count, args.dim);
-    usp_walk walk(args.tiles, *job.work, 1);
+    tile_walk walk(args.by_query, *job.work, 1);
     if (walk.running()) fetch(walk, 0);
 
     usp_sums<M, W> out = {};
-    usp_online<M> online;
-    int64_t acc_stride = (int64_t)args.batch * args.heads * args.value_dim;
-    float *acc = args.acc + first_row * acc_stride + ((int64_t)job.batch * args.heads + job.head) * args.value_dim;
-    float *lse = args.lse + ((int64_t)job.batch * args.heads + job.head) * args.queries + first_row;
-    if (!args.first) {
-        usp_scale_add(out, 1, acc, acc_stride, rows, args.value_dim);
+    online_softmax<M> online;
+    usp_tensor acc = acc_tensor(args);
+    int64_t line = line_of(args, job.batch, job.head, first_row);
+    if (!args.first)
+        usp_scale_add(out, 1, usp_row<float>(acc, first_row, job.batch, job.head), acc.stride_token, rows,
+                      args.value_dim);
 #pragma unroll
-        for (int i = 0; i < M * 2; i++) {
-            int row = usp_lane_row(i / 2, i % 2);
-            online.resume(i, out, row < rows ? lse[row] : -INFINITY, args.scale);
-        }
+    for (int i = 0; i < M * 2; i++) {
+        int row = usp_lane_row(i / 2, i % 2);
+        bool kept = !args.first && row < rows;
+        online.begin(i, {kept ? args.top[line + row] : -INFINITY, kept ? args.sum[line + row] : 0});
     }
 
-    float scale2 = args.scale * USP_LOG2E;
+    scoring rule(args, job.head);
+    lane_peaks<M> peaks;
+    if (EXTRAS) load_words(shared_at<uint64_t>(memory::words), args, job);
     for (int buffer = 0; walk.running(); buffer ^= 1) {
         usp_fetched();
         __syncthreads();
-        usp_walk at = walk;
+        int column = walk.column, columns = walk.columns();
+        bool full = walk.full(Shape::step);
         usp_sums<M, N> scores = {};
         usp_multiply_rows<T>(scores, q.rows_from(warp_row), k.rows_from(buffer * Shape::step));
         walk.advance(Shape::step);
         if (walk.running()) fetch(walk, buffer ^ 1); /* here its addresses are computed in the shade of the products */
-        if (!at.full(Shape::step)) {
-            usp_mask_pairs<false>(scores, usp_band(*job.work, at.tile()), first_row, at.column, -INFINITY);
-            usp_shield<T, Shape::step, threads>(v.rows_from(buffer * Shape::step), usp_spare_word(memory::spoilt));
+        lane_place at = {};
+        if (EXTRAS || !full) {
+            softmax_job again = take_job<false>(args, Shape::rows);
+            at = {again.begin + warp_row, again.count - warp_row, column, columns};
         }
-        online.weigh(scores, out, scale2);
+        if (EXTRAS) bend_scores(scores, args, rule, at);
+        if (!full) {
+            mask_pairs(scores, allowed_pairs<false, M, N>(args.pairs, at), -INFINITY);
+            shield<T, Shape::step, threads>(v.rows_from(buffer * Shape::step), spare_word(memory::spoilt));
+        }
+        if (EXTRAS) peaks.look(scores);
+        online.weigh(scores, out, rule.unit);
+        if (EXTRAS) drop_weights(scores, args, shared_at<uint64_t>(memory::words) + warp_row, at);
         usp_multiply_columns<T>(out, scores, v.rows_from(buffer * Shape::step));
     }
     usp_fetched();
 
+    job = take_job<false>(args, Shape::rows); /* once more: kept over the loop, it would cost registers */
+    first_row = job.begin + warp_row, rows = job.count - warp_row;
+    line = line_of(args, job.batch, job.head, first_row);
+    if (EXTRAS && args.peak) peaks.store(args, line, rows, rule.unit);
 #pragma unroll
     for (int i = 0; i < M * 2; i++) {
         int row = usp_lane_row(i / 2, i % 2);
-        float value = online.finish(i, out, args.scale);
-        if (row < rows && (threadIdx.x & 3) == 0) lse[row] = value;
+        row_state kept = online.kept(i);
+        if (args.last) multiply_row(i, out, finish_row(args, job.head, kept));
+        if (row >= rows || (threadIdx.x & 3) != 0) continue;
+        args.top[line + row] = kept.top;
+        args.sum[line + row] = kept.sum;
+        if (args.last && args.lse) args.lse[line + row] = natural_lse(kept);
     }
     if (args.last)
         usp_store(out, usp_row<T>(args.out, first_row, job.batch, job.head), args.out.stride_token, rows,
                   args.value_dim);
     else
-        usp_store(out, acc, acc_stride, rows, args.value_dim);
-    if (usp_spare_word(memory::spoilt)) {
-        usp_tensor sum = {args.acc, (int64_t)args.heads * args.value_dim, acc_stride, args.value_dim};
-        usp_mend<T, false, Shape>(args, sum, args.out, args.v, args.value_dim);
-    }
+        usp_store(out, usp_row<float>(acc, first_row, job.batch, job.head), acc.stride_token, rows, args.value_dim);
+    if (spare_word(memory::spoilt))
+        mend<T, false, Shape>(args, args.last ? args.out : acc, !args.last, args.v, args.value_dim);
 }
 
 /* ---- launcher ---------------------------------------------------------------------------------------------------- */
 
-struct usp_forward_launch {
+struct forward_launch {
     static constexpr const char *what = "softmax forward";
+    static constexpr bool key_rows = false;
     template <int DIM> using shape = usp_forward_shape<DIM>;
-    template <int DIM, typename Shape> using memory = usp_forward_memory<DIM, Shape>;
-    static int heads(const usp_softmax &args) {
-        return args.heads;
+    template <int DIM, typename Shape, bool EXTRAS> using memory = forward_memory<DIM, Shape, EXTRAS>;
+    static bool extras(const usp_softmax &args) {
+        return has_extras(args) || args.peak;
     }
-    template <typename T, int DIM, typename Shape> static auto kernel() {
-        return usp_softmax_forward_kernel<T, DIM, Shape>;
+    template <typename T, int DIM, typename Shape, bool EXTRAS> static auto kernel() {
+        return softmax_forward_kernel<T, DIM, Shape, EXTRAS>;
     }
 };
 
 usp_status usp_softmax_mma_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
-    return usp_start_any<usp_forward_launch>(*gpu, *args, stream);
+    return start_any<forward_launch>(*gpu, *args, stream);
 }

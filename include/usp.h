@@ -28,7 +28,7 @@
 #include <stdint.h>
 
 #define USP_VERSION_MAJOR 0
-#define USP_VERSION_MINOR 1
+#define USP_VERSION_MINOR 2
 #define USP_VERSION_PATCH 0
 
 #if defined(__GNUC__)
@@ -81,6 +81,18 @@ typedef enum usp_dtype { USP_F32 = 0, USP_F16 = 1, USP_BF16 = 2 } usp_dtype;
 typedef enum usp_device_kind { USP_DEVICE_AUTO = 0, USP_DEVICE_CPU = 1, USP_DEVICE_CUDA = 2 } usp_device_kind;
 typedef enum usp_attention { USP_SOFTMAX = 1, USP_LINEAR = 2 } usp_attention;
 typedef enum usp_mask { USP_MASK_CAUSAL = 1, USP_MASK_FULL = 2 } usp_mask; /* none by default: say which */
+/* Where the diagonal of queries and keys of different length lies: query 0 opposite key 0, or the last query opposite
+ * the last key; with documents, of each document. */
+typedef enum usp_alignment { USP_ALIGN_TOP_LEFT = 0, USP_ALIGN_BOTTOM_RIGHT = 1 } usp_alignment;
+/* What travels on the ring axis of softmax attention: all keys from neighbour to neighbour (arXiv 2310.01889); or, from
+ * their owner, what the queries of a rank see: a stage for each owner, or all at once. */
+typedef enum usp_route {
+    USP_ROUTE_AUTO = 0, /* the one that moves fewest bytes; of equal ones gathered, if it needs no more memory than the
+                           others, else relay */
+    USP_ROUTE_RELAY = 1,
+    USP_ROUTE_DIRECT = 2,
+    USP_ROUTE_GATHERED = 3
+} usp_route;
 typedef enum usp_pass { USP_PASS_FORWARD = 0, USP_PASS_BACKWARD = 1 } usp_pass;
 
 /* The very type of cudaStream_t. NULL on the CPU, where every call returns when its work is done. */
@@ -237,7 +249,7 @@ typedef enum usp_layout {
     USP_LAYOUT_ZIGZAG = 0,              /* rank p owns chunks p and 2N-1-p of 2N; chunk c is [c S / 2N, (c+1) S / 2N) */
     USP_LAYOUT_CONTIGUOUS = 1,          /* rank p owns [p S / N, (p+1) S / N) */
     USP_LAYOUT_STRIPE = 2,              /* rank p owns p, p + N, p + 2N, ... */
-    USP_LAYOUT_ZIGZAG_PER_DOCUMENT = 3, /* zigzag inside each document; attention itself still spans all of them */
+    USP_LAYOUT_ZIGZAG_PER_DOCUMENT = 3, /* zigzag inside each document: even work for few long ones */
     USP_LAYOUT_CUSTOM = 4               /* each rank brings its segments */
 } usp_layout;
 
@@ -248,35 +260,59 @@ typedef struct usp_segment {
 
 #define USP_NO_TOKENS (-1) /* an empty sequence, which nobody gets by forgetting a field */
 
+/* Sequences packed into one: token rows of `count` documents, one after the other, on every layout. No token sees one
+ * of another document, except of its ancestors in a tree; states of linear attention begin anew with each. Documents
+ * may be empty. What the pointers name is copied. */
+typedef struct usp_documents {
+    size_t struct_size;
+    int64_t count;
+    const int64_t *ends;     /* [count] ascending: where each ends among the queries */
+    const int64_t *key_ends; /* [count] cross-attention: the same among the keys; else NULL */
+    const int64_t *prefixes; /* [count] prefix-LM, under a causal mask: the first so many tokens of each document see
+                                each other both ways; NULL: none */
+    const int64_t *parents;  /* [count] shared-prefix trees, under a causal mask: the document behind which each one
+                                continues, whose tokens and whose ancestors' it sees, or -1. Depth first: a document's
+                                parent is the one before it or an ancestor of that. NULL: none */
+} usp_documents;
+
 typedef struct usp_sequence_config {
     size_t struct_size;
     usp_layout layout;
-    int max_documents;  /* per-document layout: room for usp_sequence_replan; 0: as many as given now */
+    int max_documents;  /* room for re-planning to so many documents; 0: never re-planned */
     int64_t tokens;     /* S: global query length, 1 .. 2^31 - 2, or USP_NO_TOKENS for none; the maximum where documents
                            are re-planned */
     int64_t key_tokens; /* global key length where keys are another tensor (cross-attention); 0: as queries */
-    int64_t documents;  /* per-document layout: their number; 0: one, with max_documents for those to come */
-    const int64_t *document_ends; /* documents ascending ends, the last one = tokens; NULL: one document */
-    int64_t segments;             /* custom layout: this rank's number of segments */
-    const usp_segment *segment;   /* custom layout: all ranks' segments must cover every token exactly once */
+    int64_t documents;  /* their number; 0: one, with max_documents for those to come */
+    const int64_t *document_ends;     /* as usp_documents.ends; NULL: one document. Per-document layout: the last one =
+                                         tokens; other layouts: tokens behind it belong to none and see nothing */
+    int64_t segments;                 /* custom layout: this rank's number of segments */
+    const usp_segment *segment;       /* custom layout: all ranks' segments must cover every token exactly once */
+    const int64_t *key_document_ends; /* as usp_documents.key_ends, prefixes, parents */
+    const int64_t *prefixes;
+    const int64_t *parents;
 } usp_sequence_config;
 
 /* Collective. Usable with every mesh of the same N on the same world. Copies what the config points to. The helpers
  * below speak of queries; for those of cross-attention's keys make a second sequence, of key_tokens tokens.
- * Errors: INVALID, MISMATCH, PEER_FAILED, NO_MEMORY, UNSUPPORTED (custom layout or documents with key_tokens), the
+ * Errors: INVALID, MISMATCH, PEER_FAILED, NO_MEMORY, UNSUPPORTED (custom or per-document layout with key_tokens), the
  * world's. */
 USP_API usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *config,
                                        usp_sequence **sequence);
-/* Local, the same on every rank. Gives the sequence other documents (per-document layout), at most max_documents and at
- * most `tokens` in all; the last end is the new length. Layers on the sequence follow; nothing is allocated. Device
- * work of earlier calls must be complete or on `stream`, and later calls on other streams must be made to wait for
- * `stream`. Graphs that hold calls of layers on the sequence are stale, with one rank too: counts, offsets and grids
- * are in them; capture again. Waits on the host for nothing but the uploads of the replan before, at most timeout_ms.
- * Errors: INVALID (also while `stream` is captured), the world's: a DEVICE error fails the world. Ranks of one data
- * copy that give different documents fail the world by MISMATCH: threads at their next exchange, processes within a
- * second. */
+/* Local, the same on every rank. Gives a sequence with max_documents other documents, at most that many and at most
+ * `tokens` (key_tokens) in all. Layers on the sequence follow; nothing is allocated. Device work of earlier calls must
+ * be complete or on `stream`, and later calls on other streams must be made to wait for `stream`. The host waits for
+ * nothing unless the uploads of both re-plans before are still to come; then at most timeout_ms.
+ * Per-document layout: the last end is the new length, and graphs that hold calls of layers on the sequence are stale:
+ * counts, offsets and grids are in them; capture again. On every other layout ownership does not depend on documents:
+ * messages are as large as without any, and captured graphs replay with the new ones.
+ * Errors: INVALID (also while `stream` is captured), after which the plan is what it was; the world's: a DEVICE error
+ * fails the world. Ranks of one data copy that give different documents fail the world by MISMATCH: threads at their
+ * next exchange, processes within a second. */
 USP_API usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const int64_t *document_ends,
                                        usp_stream stream);
+/* The same with everything that documents may have. */
+USP_API usp_status usp_sequence_replan_documents(usp_sequence *sequence, const usp_documents *documents,
+                                                 usp_stream stream);
 /* The segments of sequence rank `rank`: writes at most `capacity`, always the whole number to *count. */
 USP_API usp_status usp_sequence_segments(const usp_sequence *sequence, int rank, int64_t capacity,
                                          usp_segment *segments, int64_t *count);
@@ -289,7 +325,7 @@ USP_API int64_t usp_sequence_own_key_tokens(const usp_sequence *sequence);
 /* Global index of local token `local` of `rank`, or -1; owner and local index of a global token. */
 USP_API int64_t usp_sequence_to_global(const usp_sequence *sequence, int rank, int64_t local);
 USP_API usp_status usp_sequence_to_local(const usp_sequence *sequence, int64_t global, int *rank, int64_t *local);
-/* The position of each own token, for RoPE: its global index, or its index in its document (per-document layout).
+/* The position of each own token, for RoPE: its index in its document; in a tree, behind all its ancestors.
  * [local_tokens], host memory. */
 USP_API usp_status usp_sequence_positions(const usp_sequence *sequence, int32_t *positions);
 /* Next-token labels of own tokens from the whole token row [tokens] (host): label = tokens[global + 1], shifted before
@@ -340,7 +376,22 @@ typedef struct usp_layer_config {
     int final_state;     /* linear: 1: forward writes final_state, backward reads dfinal_state */
     const float
         *decay; /* linear, causal: [H] natural logarithms of lambda, <= 0, host memory, copied; NULL: lambda = 1 */
+    /* Softmax only, from here on. */
+    int64_t window_left;     /* keys before the diagonal that a query sees; 0: all, USP_NO_KEYS: none */
+    int64_t window_right;    /* keys behind the diagonal (mask full only); 0: all, USP_NO_KEYS: none */
+    usp_alignment alignment; /* of the diagonal */
+    usp_route route;
+    float soft_cap; /* score = soft_cap tanh(score / soft_cap); 0: none (Gemma 2, arXiv 2408.00118) */
+    float dropout;  /* the part of all probabilities that is dropped, in [0, 1); 0: none */
+    int sinks;      /* 1: forward and backward read sinks, backward writes dsinks (arXiv 2309.17453, learned) */
+    int dlse;       /* 1, with return_lse: backward reads dlse */
+    int max_logit;  /* 1: forward writes max_logit */
+    int reserved;   /* 0 */
+    const float *slopes; /* ALiBi (arXiv 2108.12409): [heads], host memory, copied; score minus slope times distance
+                            from the diagonal; NULL: none */
 } usp_layer_config;
+
+#define USP_NO_KEYS (-1)
 
 /* [batch, token, head, dim] by strides in elements; dim is dense. So [B,S,H,D], [B,H,S,D], [S,B,H,D] and the three
  * parts of a packed [B,S,3,H,D] all go in as they are. */
@@ -350,11 +401,11 @@ typedef struct usp_tensor {
 } usp_tensor;
 
 /* All tensors hold this rank's own tokens, in local order. States are fp32 [batch, H, head_dim, value_dim], the same on
- * every rank of the mesh, and always the state after a token. Strides of inputs may be any numbers. Those of outputs
- * must nest (INVALID else): ordered by size, each at least as long as all that lies within it, as in any view of a
- * dense tensor, so that no two elements share a place. out must not overlap q, k or v (equal
- * addresses are found and refused, other overlaps are not). A NaN or infinity in a token reaches only the results that
- * depend on it by the mask. */
+ * every rank of the mesh, and always the state after a token. sinks, dsinks and max_logit are fp32, of all heads.
+ * Strides of inputs may be any numbers. Those of outputs must nest (INVALID else): ordered by size, each at least as
+ * long as all that lies within it, as in any view of a dense tensor, so that no two elements share a place. out must
+ * not overlap q, k or v (equal addresses are found and refused, other overlaps are not). A NaN or infinity in a token
+ * reaches only the results that depend on it by the mask. */
 typedef struct usp_forward {
     size_t struct_size;
     usp_tensor q;               /* [batch, local_tokens, heads, head_dim] */
@@ -365,6 +416,12 @@ typedef struct usp_forward {
     const float *initial_state; /* if config.initial_state, else NULL */
     float *final_state;         /* if config.final_state, else NULL */
     void *saved;                /* kept for backward; NULL: no backward will follow */
+    const float *sinks;         /* [heads] if config.sinks, else NULL */
+    float *max_logit; /* [heads] if config.max_logit: the largest score of each head over all tokens and the batch, the
+                         same on every rank; -inf if there is no pair. Else NULL */
+    const uint64_t *dropout_state; /* if config.dropout: {seed, offset}, device memory, the same on every rank, read
+                                      when the call runs. A pair is kept or dropped by them and by (batch, head, query,
+                                      key), whatever the mesh, layout, route and device. Else NULL */
 } usp_forward;
 
 /* q, k, v, out are the tensors of forward, unchanged. Gradients are overwritten, not added to, and must not overlap
@@ -376,6 +433,10 @@ typedef struct usp_backward {
     float *dinitial_state;      /* if config.initial_state, else NULL */
     const void *saved;          /* what forward wrote */
     const float *initial_state; /* if config.initial_state: as in forward; else NULL */
+    const float *sinks;            /* as in forward */
+    float *dsinks;                 /* [heads] if config.sinks: the whole gradient, the same on every rank; else NULL */
+    const float *dlse;             /* [batch, heads, local_tokens] if config.dlse: the gradient of lse; else NULL */
+    const uint64_t *dropout_state; /* as in forward */
 } usp_backward;
 
 /* Bytes. forward_workspace is enough for any forward; one that is given `saved` needs forward_saving_workspace only. */

@@ -1,25 +1,24 @@
 /* attn.h - the table of attention kinds: what runs on the ring axis between the two head exchanges. Every kind's file
- * has the same parts in the same order: buffers, forward, backward, cost, table. */
+ * has the same parts in the same order: operands, buffers, forward, backward, cost, table. */
 #ifndef USP_ATTN_H
 #define USP_ATTN_H
 #include "arena.h"
 #include "device.h"
+#include "operand.h"
 
-/* The inner stage's tensors: this ring rank's rows, this ulysses rank's heads. Gradients are of the layer's dtype, or
- * fp32 where sum_queries or sum_keys says that the head exchange will still add replicas. */
+/* The inner stage's operands: this ring rank's rows, this ulysses rank's heads. */
 typedef struct usp_inner {
     usp_tensor q, k, v, out, dout, dq, dk, dv;
-    void *key_block;      /* room for k and v packed as the ring sends them, where ulysses > 1 */
-    int packed;           /* they are in it */
-    const float *delta;   /* softmax backward: [batch, heads, rows] */
-    float *lse;           /* softmax: [batch, heads, rows] */
-    float *states;        /* linear: kept states, or NULL: recompute */
-    const float *initial; /* linear, own heads: states and their gradients going in and coming out */
-    float *final;
-    const float *dfinal;
-    float *dinitial;
-    int sum_queries, sum_keys;
-    usp_arena arena; /* what is left of the workspace */
+    float *delta, *lse, *dlse; /* [batch, heads, rows] */
+    float *initial, *final, *dfinal, *dinitial;
+    float *sinks, *dsinks, *max_logit;
+    const uint64_t *dropout_state;
+    void *keys;                /* room for k and v side by side as the ring sends them; NULL without ulysses */
+    int packed;                /* they are in it */
+    int exchanged;             /* operands are blocks of the workspace, not the caller's */
+    int sum_queries, sum_keys; /* gradients are fp32: the exchange sums or converts them */
+    void *kept;                /* what the kind itself keeps for backward: `saved` bytes */
+    usp_arena arena;           /* what is left of the workspace */
     usp_stream stream;
 } usp_inner;
 
@@ -27,9 +26,16 @@ typedef struct usp_messages usp_messages;
 
 typedef struct usp_attn_ops {
     const char *name;
-    /* Bytes of workspace that forward or backward carves from inner->arena; of saved. */
-    size_t (*workspace)(const usp_layer *, usp_pass);
+    const usp_operand_row *rows[2]; /* by usp_pass */
+    int row_count[2];
+    /* Bytes of workspace that a pass carves from inner->arena, where operands are exchanged or not; of what it keeps.
+     */
+    size_t (*workspace)(const usp_layer *, usp_pass, int exchanged);
     size_t (*saved)(const usp_layer *);
+    /* Does it sum gradients over several stages? Then their blocks are fp32 where they are exchanged. */
+    int (*sums)(const usp_layer *);
+    /* Finds the derived operand from the others, `tokens` of `heads` heads, which may be those of the own tokens. */
+    usp_status (*derive)(usp_layer *, const usp_inner *, int64_t tokens, int heads);
     usp_status (*forward)(usp_layer *, usp_inner *);
     usp_status (*backward)(usp_layer *, usp_inner *);
     /* Posts what a pass sends and receives on the ring, to be counted; operations of ring rank r, a head and batch. */
@@ -38,5 +44,9 @@ typedef struct usp_attn_ops {
 } usp_attn_ops;
 
 extern const usp_attn_ops usp_attn_softmax, usp_attn_linear;
+
+/* All kinds, by usp_attention from 1 on. */
+enum { USP_ATTN_KINDS = 2 };
+extern const usp_attn_ops *const usp_attn_kinds[USP_ATTN_KINDS];
 
 #endif

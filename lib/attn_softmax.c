@@ -1,282 +1,344 @@
-/* attn_softmax.c - ring softmax attention: keys and values travel round the ring, queries stay and fold them in.
+/* attn_softmax.c - softmax attention on the ring axis: stage after stage keys and values of other ring ranks arrive, by
+ * whatever route is planned, while queries stay and fold in those that are here.
  *
- * Forward (Liu et al., arXiv 2310.01889): step t attends to the keys of ring rank r - t while the next ones arrive.
- * Backward: the same trip; a key block's gradient begins at the rank after its owner, travels one step behind the keys
- * and comes home in the last hop, where the owner adds its own step: R - 1 hops. All sums are fp32, all in ring order.
- */
+ * Forward folds into (acc, top, sum), so that nothing is rounded between stages. Backward meets the same keys again;
+ * the gradients of each stage's keys begin fresh, go straight to their owner and are added there, in the order of
+ * stages. All sums are fp32. */
 #include "attn.h"
 #include "error.h"
-#include "exchange.h"
+#include "parcels.h"
+
+/* ---- operands ---------------------------------------------------------------------------------------------------- */
+
+enum { KEYS = 1, KEY_GRADIENTS = 2 }; /* bundles */
+
+static const usp_operand_row forward_rows[] = {
+    {USP_GIVEN(usp_forward, q), USP_INNER(q), USP_FORM_TENSOR, USP_QUERY, USP_USE_KEPT, 0, 0},
+    {USP_GIVEN(usp_forward, k), USP_INNER(k), USP_FORM_TENSOR, USP_KEY, USP_USE_KEPT, KEYS, 0},
+    {USP_GIVEN(usp_forward, v), USP_INNER(v), USP_FORM_TENSOR, USP_VALUE, USP_USE_KEPT, KEYS, 0},
+    {USP_GIVEN(usp_forward, out), USP_INNER(out), USP_FORM_TENSOR, USP_OUT, USP_USE_OUT, 0, 0},
+    {USP_GIVEN(usp_forward, lse), USP_INNER(lse), USP_FORM_ROWS, USP_OUT, USP_USE_OUT, 0, USP_ASKED(return_lse)},
+    {USP_GIVEN(usp_forward, sinks), USP_INNER(sinks), USP_FORM_HEADS, USP_OUT, USP_USE_IN, 0, USP_ASKED(sinks)},
+    {USP_GIVEN(usp_forward, max_logit), USP_INNER(max_logit), USP_FORM_HEADS, USP_OUT, USP_USE_OUT, 0,
+     USP_ASKED(max_logit)},
+    {USP_GIVEN(usp_forward, dropout_state), USP_INNER(dropout_state), USP_FORM_SHARED, USP_OUT, USP_USE_IN, 0,
+     USP_ASKED(dropout)}};
+
+static const usp_operand_row backward_rows[] = {
+    {USP_GIVEN(usp_backward, q), USP_INNER(q), USP_FORM_TENSOR, USP_QUERY, USP_USE_KEPT, 0, 0},
+    {USP_GIVEN(usp_backward, k), USP_INNER(k), USP_FORM_TENSOR, USP_KEY, USP_USE_KEPT, KEYS, 0},
+    {USP_GIVEN(usp_backward, v), USP_INNER(v), USP_FORM_TENSOR, USP_VALUE, USP_USE_KEPT, KEYS, 0},
+    {USP_GIVEN(usp_backward, out), USP_INNER(out), USP_FORM_TENSOR, USP_OUT, USP_USE_LOCAL, 0, 0},
+    {USP_GIVEN(usp_backward, dout), USP_INNER(dout), USP_FORM_TENSOR, USP_OUT, USP_USE_IN, 0, 0},
+    {USP_GIVEN(usp_backward, dq), USP_INNER(dq), USP_FORM_TENSOR, USP_QUERY, USP_USE_OUT, 0, 0},
+    {USP_GIVEN(usp_backward, dk), USP_INNER(dk), USP_FORM_TENSOR, USP_KEY, USP_USE_OUT, KEY_GRADIENTS, 0},
+    {USP_GIVEN(usp_backward, dv), USP_INNER(dv), USP_FORM_TENSOR, USP_VALUE, USP_USE_OUT, KEY_GRADIENTS, 0},
+    {USP_GIVEN(usp_backward, dlse), USP_INNER(dlse), USP_FORM_ROWS, USP_OUT, USP_USE_LOCAL, 0, USP_ASKED(dlse)},
+    {"delta", 0, USP_INNER(delta), USP_FORM_ROWS, USP_OUT, USP_USE_DERIVED, 0, 0},
+    {USP_GIVEN(usp_backward, sinks), USP_INNER(sinks), USP_FORM_HEADS, USP_OUT, USP_USE_IN, 0, USP_ASKED(sinks)},
+    {USP_GIVEN(usp_backward, dsinks), USP_INNER(dsinks), USP_FORM_HEADS, USP_OUT, USP_USE_OUT, 0, USP_ASKED(sinks)},
+    {USP_GIVEN(usp_backward, dropout_state), USP_INNER(dropout_state), USP_FORM_SHARED, USP_OUT, USP_USE_IN, 0,
+     USP_ASKED(dropout)}};
 
 /* ---- buffers ----------------------------------------------------------------------------------------------------- */
 
 typedef struct buffers {
-    void *own, *ring[2];     /* key blocks: own, if there is no room for it yet; arriving and arrived */
-    float *acc;              /* forward: running output; backward: running dq */
-    float *home, *travel[2]; /* backward: fp32 key gradients of the own step; of blocks passing through */
-    void *scratch;           /* of the kernels */
+    char *own, *packed, *stage[2]; /* keys: own, if nobody has them side by side; for readers; of stages 1, 2, 1, ... */
+    float *acc;                    /* forward: running output; backward: running dq */
+    float *peak;                   /* [batch, heads, rows] */
+    float *home;                   /* backward: fp32 gradients of own keys */
+    char *leaving[2], *arriving;   /* backward: fp32 gradients of stages' keys; of own keys, from readers */
+    float *heads;                  /* [ring + 1][heads]: every ring rank's numbers of heads */
+    void *scratch;                 /* of the kernels */
 } buffers;
 
-static usp_bundle keys_bundle(const usp_layer *layer) {
-    return usp_bundle_keys(layer, layer->config.dtype);
+static float *carve_floats(int64_t count, usp_arena *arena) {
+    return usp_carve(arena, (size_t)count * sizeof(float));
 }
 
-static usp_bundle sums_bundle(const usp_layer *layer) {
-    return usp_bundle_keys(layer, USP_F32);
+static char *carve_keys(const usp_layer *layer, int64_t rows, usp_dtype dtype, usp_arena *arena) {
+    return usp_carve(arena, (size_t)usp_parcels_bytes(layer, rows, dtype));
 }
 
-static int ring_source(const usp_layer *layer, int t) {
-    return (layer->mesh.r - t + layer->mesh.ring) % layer->mesh.ring;
+/* Rows of queries times batch and own heads. */
+static int64_t query_lines(const usp_layer *layer) {
+    return layer->plan->query_limit * layer->config.batch * usp_layer_own_heads(layer);
 }
 
-static int64_t query_rows(const usp_layer *layer) {
-    return layer->schedule->query.block[layer->mesh.r].rows;
-}
-
-static int64_t key_rows(const usp_layer *layer, int r) {
-    return layer->schedule->key.block[r].rows;
-}
-
-static int64_t block_bytes(const usp_layer *layer, const usp_bundle *bundle, int64_t rows) {
-    return rows * layer->config.batch * usp_bundle_row(layer, bundle, layer->mesh.u) *
-           (int64_t)usp_dtype_size(bundle->dtype);
-}
-
-/* Room for the key block of any ring rank. */
-static void *carve_block(const usp_layer *layer, const usp_bundle *bundle, usp_arena *arena) {
-    return usp_carve(arena, (size_t)usp_bundle_block_bytes(layer, bundle));
-}
-
-static buffers carve(const usp_layer *layer, usp_pass pass, usp_arena *arena) {
-    buffers b = {0};
-    usp_bundle keys = keys_bundle(layer), sums = sums_bundle(layer);
-    int ring = layer->mesh.ring, backward = pass == USP_PASS_BACKWARD;
-    int64_t dim = backward ? layer->dim[USP_QUERY] : layer->dim[USP_OUT];
-    int64_t heads = usp_layer_own_heads(layer);
-    b.scratch = usp_carve(arena, layer->scratch);
-    if (ring == 1) return b;
-    if (layer->mesh.ulysses == 1) b.own = carve_block(layer, &keys, arena);
-    for (int i = 0; i < 2 && i < ring - 1; i++) b.ring[i] = carve_block(layer, &keys, arena);
-    b.acc =
-        usp_carve(arena, (size_t)(layer->schedule->query.limit * layer->config.batch * heads * dim) * sizeof(float));
+/* Exchanged gradients are fp32 blocks, which need no running sums beside them. */
+static buffers carve(const usp_layer *layer, usp_pass pass, int exchanged, usp_arena *arena) {
+    buffers b = {.scratch = usp_carve(arena, layer->scratch)};
+    const usp_route_plan *route = &layer->plan->route;
+    usp_dtype dtype = layer->config.dtype;
+    int backward = pass == USP_PASS_BACKWARD, numbers = layer->config.sinks || layer->config.max_logit;
+    if (layer->config.max_logit && !backward) b.peak = carve_floats(query_lines(layer), arena);
+    if (numbers) b.heads = carve_floats((int64_t)(layer->mesh.ring + 1) * usp_layer_own_heads(layer), arena);
+    if (route->stages == 1) return b;
+    if (!backward || !exchanged)
+        b.acc = carve_floats(query_lines(layer) * layer->dim[backward ? USP_QUERY : USP_OUT], arena);
+    if (layer->mesh.ulysses == 1) b.own = carve_keys(layer, layer->plan->key_limit, dtype, arena);
+    b.packed = carve_keys(layer, route->pack_limit, dtype, arena);
+    for (int i = 0; i < 2 && i < route->stages - 1; i++) b.stage[i] = carve_keys(layer, route->limit, dtype, arena);
     if (!backward) return b;
-    b.home = carve_block(layer, &sums, arena);
-    for (int i = 0; i < 2; i++) b.travel[i] = carve_block(layer, &sums, arena);
+    if (!exchanged) b.home = (float *)(void *)carve_keys(layer, layer->plan->key_limit, USP_F32, arena);
+    for (int i = 0; i < 2 && i < route->stages - 1; i++) b.leaving[i] = carve_keys(layer, route->limit, USP_F32, arena);
+    b.arriving = carve_keys(layer, route->reader_limit, USP_F32, arena);
     return b;
 }
 
-static size_t workspace(const usp_layer *layer, usp_pass pass) {
+static size_t workspace(const usp_layer *layer, usp_pass pass, int exchanged) {
     usp_arena arena = {0};
-    carve(layer, pass, &arena);
+    carve(layer, pass, exchanged, &arena);
     return arena.used;
 }
 
-static size_t saved(const usp_layer *layer) {
-    (void)layer; /* the layer itself keeps the exchanged tensors and lse */
-    return 0;
+/* What is kept of every query row: top and sum. */
+static float *kept_top(const usp_inner *inner) {
+    return inner->kept;
 }
 
-/* ---- steps ------------------------------------------------------------------------------------------------------- */
+static size_t stat_bytes(const usp_layer *layer) {
+    return usp_align((size_t)query_lines(layer) * sizeof(float));
+}
 
-static usp_softmax step_arguments(const usp_layer *layer, const usp_inner *inner, const buffers *b) {
-    return (usp_softmax){.dtype = layer->config.dtype,
-                         .batch = layer->config.batch,
-                         .heads = usp_layer_own_heads(layer),
+static float *kept_sum(const usp_layer *layer, const usp_inner *inner) {
+    return (float *)(void *)((char *)inner->kept + stat_bytes(layer));
+}
+
+static size_t saved(const usp_layer *layer) {
+    return 2 * stat_bytes(layer);
+}
+
+static int sums(const usp_layer *layer) {
+    return layer->plan->route.stages > 1;
+}
+
+/* ---- stages ------------------------------------------------------------------------------------------------------ */
+
+static usp_softmax arguments_of(const usp_layer *layer, const usp_inner *inner, const buffers *b) {
+    const usp_layer_config *c = &layer->config;
+    usp_head_range own = usp_layer_heads(layer, USP_OUT, layer->mesh.u);
+    return (usp_softmax){.dtype = c->dtype,
+                         .batch = c->batch,
+                         .heads = own.count,
                          .key_heads = usp_layer_heads(layer, USP_KEY, layer->mesh.u).count,
                          .dim = layer->dim[USP_QUERY],
                          .value_dim = layer->dim[USP_OUT],
                          .kv = usp_layer_head_map(layer, USP_KEY),
-                         .scale = layer->config.scale,
-                         .queries = query_rows(layer),
+                         .scale = c->scale,
+                         .soft_cap = c->soft_cap,
+                         .slopes = layer->slopes,
+                         .sinks = inner->sinks,
+                         .dropout = {c->dropout, own.first, layer->heads, inner->dropout_state},
+                         .queries = usp_plan_queries(layer->plan),
                          .q = inner->q,
-                         .k = inner->k,
-                         .v = inner->v,
-                         .deterministic = layer->config.deterministic,
-                         .lse = inner->lse,
+                         .deterministic = c->deterministic,
+                         .top = kept_top(inner),
+                         .sum = kept_sum(layer, inner),
+                         .acc = b->acc,
+                         .peak = b->peak,
                          .out = inner->out,
+                         .lse = inner->lse,
                          .dout = inner->dout,
                          .delta = inner->delta,
                          .dq = inner->dq,
-                         .dk = inner->dk,
-                         .dv = inner->dv,
                          .scratch = b->scratch};
 }
 
-static void set_keys(const usp_layer *layer, usp_softmax *step, int t, void *block) {
-    usp_bundle keys = keys_bundle(layer);
-    step->keys = key_rows(layer, ring_source(layer, t));
-    if (!block) return; /* step 0: the tensors themselves */
-    step->k = usp_bundle_view(layer, &keys, block, 0, layer->mesh.u);
-    step->v = usp_bundle_view(layer, &keys, block, 1, layer->mesh.u);
+/* The keys, pairs and work of stage t; its keys lie in `block`, but the own ones. */
+static void set_stage(const usp_layer *layer, const usp_inner *inner, usp_softmax *stage, int t, void *block) {
+    const usp_plan *plan = layer->plan;
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    usp_dtype dtype = layer->config.dtype;
+    stage->keys = plan->route.stage[t].rows;
+    stage->k = t ? usp_bundle_block(layer, &bundle, block, dtype, 0) : inner->k;
+    stage->v = t ? usp_bundle_block(layer, &bundle, block, dtype, 1) : inner->v;
+    stage->pairs = usp_plan_pairs(plan, &plan->device, t);
+    stage->by_query = usp_plan_tiles(plan, &plan->device, t, 0);
+    stage->by_key = usp_plan_tiles(plan, &plan->device, t, 1);
+    stage->first = t == 0;
+    stage->last = t == plan->route.last;
 }
 
-/* The own keys as the ring sends them. */
-static usp_status pack_keys(usp_layer *layer, const usp_inner *inner, const buffers *b, void **block) {
-    usp_bundle keys = keys_bundle(layer);
-    *block = inner->key_block ? inner->key_block : b->own;
-    if (inner->packed || layer->mesh.ring == 1) return USP_OK;
-    for (int part = 0; part < 2; part++) {
-        usp_copy copy = {.tokens = key_rows(layer, layer->mesh.r),
-                         .batch = layer->config.batch,
-                         .heads = usp_layer_heads(layer, keys.operand[part], layer->mesh.u).count,
-                         .dim = keys.dim[part],
-                         .from_dtype = keys.dtype,
-                         .to_dtype = keys.dtype,
-                         .from = part ? inner->v : inner->k,
-                         .to = usp_bundle_view(layer, &keys, *block, part, layer->mesh.u)};
-        USP_TRY(layer->world->device->ops->copy_rows(layer->world->device, &copy, inner->stream));
-    }
+/* The own keys side by side, as readers are sent them. */
+static usp_status pack_own(usp_layer *layer, const usp_inner *inner, buffers *b) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    if (inner->keys) b->own = inner->keys;
+    if (inner->packed || layer->plan->route.stages == 1) return USP_OK;
+    for (int part = 0; part < 2; part++)
+        usp_copies_add(layer, &(usp_copy){.tokens = usp_plan_keys(layer->plan),
+                                          .batch = layer->config.batch,
+                                          .heads = usp_layer_heads(layer, bundle.part[part].like, layer->mesh.u).count,
+                                          .dim = bundle.part[part].dim,
+                                          .from_dtype = layer->config.dtype,
+                                          .to_dtype = layer->config.dtype,
+                                          .from = part ? inner->v : inner->k,
+                                          .to = usp_bundle_block(layer, &bundle, b->own, layer->config.dtype, part)});
+    return usp_copies_run(layer, inner->stream);
+}
+
+/* Posts the keys of stage t, which arrive during the one before. */
+static usp_status send_keys(usp_layer *layer, const usp_inner *inner, const buffers *b, int t, usp_messages *messages) {
+    if (t >= layer->plan->route.stages) return USP_OK;
+    const usp_key_memory memory = {b->own, b->packed, t == 1 ? b->own : b->stage[t % 2], b->stage[(t - 1) % 2]};
+    usp_parcels_pack(layer, t, &memory);
+    USP_TRY(usp_copies_run(layer, inner->stream));
+    usp_parcels_post_keys(layer, t, &memory, messages);
     return USP_OK;
 }
 
-static int next_rank(const usp_layer *layer) {
-    return usp_mesh_rank(&layer->mesh, layer->mesh.u, (layer->mesh.r + 1) % layer->mesh.ring);
+static int is_empty(const usp_messages *messages) {
+    return !messages->sends && !messages->recvs;
 }
 
-static int previous_rank(const usp_layer *layer) {
-    return usp_mesh_rank(&layer->mesh, layer->mesh.u, (layer->mesh.r - 1 + layer->mesh.ring) % layer->mesh.ring);
+/* ---- numbers of heads -------------------------------------------------------------------------------------------- */
+
+/* Brings every ring rank's numbers together: [ring][heads], the own ones from `mine`. */
+static usp_status gather_heads(usp_layer *layer, const usp_inner *inner, const float *mine, float *all) {
+    usp_device *device = layer->world->device;
+    int64_t heads = usp_layer_own_heads(layer), bytes = heads * (int64_t)sizeof(float);
+    usp_messages *messages = usp_messages_begin(layer);
+    for (int r = 0; r < layer->mesh.ring; r++) {
+        if (r == layer->mesh.r) continue;
+        usp_messages_send(messages, usp_layer_ring_rank(layer, r), mine, bytes);
+        usp_messages_recv(messages, usp_layer_ring_rank(layer, r), all + r * heads, bytes);
+    }
+    USP_TRY(device->ops->copy(device, all + layer->mesh.r * heads, mine, (size_t)bytes, inner->stream));
+    if (is_empty(messages)) return USP_OK;
+    USP_TRY(usp_messages_run(layer, inner->stream));
+    return usp_messages_join(layer, inner->stream);
 }
 
-/* During step t the keys of step t go on and those of step t + 1 arrive. */
-static void post_keys(const usp_layer *layer, int t, const void *current, void *arriving, usp_messages *messages) {
-    usp_bundle keys = keys_bundle(layer);
-    if (t + 1 >= layer->mesh.ring) return;
-    usp_messages_send(messages, next_rank(layer), current,
-                      block_bytes(layer, &keys, key_rows(layer, ring_source(layer, t))));
-    usp_messages_recv(messages, previous_rank(layer), arriving,
-                      block_bytes(layer, &keys, key_rows(layer, ring_source(layer, t + 1))));
+/* The largest score of each own head over all rows of all ring ranks. */
+static usp_status find_peaks(usp_layer *layer, const usp_inner *inner, const usp_softmax *stage, const buffers *b) {
+    usp_device *device = layer->world->device;
+    float *mine = b->heads + (int64_t)layer->mesh.ring * stage->heads;
+    usp_softmax ranks = {.batch = layer->mesh.ring, .heads = stage->heads, .queries = 1, .peak = b->heads};
+    USP_TRY(device->ops->softmax_peaks(device, stage, mine, inner->stream));
+    USP_TRY(gather_heads(layer, inner, mine, b->heads));
+    return device->ops->softmax_peaks(device, &ranks, inner->max_logit, inner->stream);
 }
 
-/* During step t the key gradients of step t - 1 go on and those of step t arrive; after the last step, the own ones. */
-static void post_gradients(const usp_layer *layer, int t, const void *done, void *arriving, usp_messages *messages) {
-    usp_bundle sums = sums_bundle(layer);
-    if (t < 2) return;
-    usp_messages_send(messages, next_rank(layer), done,
-                      block_bytes(layer, &sums, key_rows(layer, ring_source(layer, t - 1))));
-    usp_messages_recv(messages, previous_rank(layer), arriving,
-                      block_bytes(layer, &sums, key_rows(layer, ring_source(layer, t))));
+/* The gradient of the own heads' sinks, of all ring ranks in order. */
+static usp_status sum_sinks(usp_layer *layer, const usp_inner *inner, const usp_softmax *stage, const buffers *b) {
+    usp_device *device = layer->world->device;
+    int64_t heads = stage->heads;
+    float *mine = b->heads + layer->mesh.ring * heads;
+    USP_TRY(device->ops->softmax_sinks(device, stage, mine, inner->stream));
+    USP_TRY(gather_heads(layer, inner, mine, b->heads));
+    for (int r = 0; r < layer->mesh.ring; r++) {
+        usp_copies_add(layer, &(usp_copy){.tokens = 1,
+                                          .batch = 1,
+                                          .heads = 1,
+                                          .dim = (int)heads,
+                                          .from = {b->heads + r * heads, 0, 0, 0},
+                                          .to = {inner->dsinks, 0, 0, 0},
+                                          .accumulate = r > 0});
+        USP_TRY(usp_copies_run(layer, inner->stream));
+    }
+    return USP_OK;
 }
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 static usp_status forward(usp_layer *layer, usp_inner *inner) {
     usp_device *device = layer->world->device;
-    buffers b = carve(layer, USP_PASS_FORWARD, &inner->arena);
-    usp_softmax step = step_arguments(layer, inner, &b);
-    int ring = layer->mesh.ring;
-    void *current;
-    USP_TRY(pack_keys(layer, inner, &b, &current));
-    step.acc = b.acc;
-    for (int t = 0; t < ring; t++) {
-        void *arriving = b.ring[t % 2];
-        set_keys(layer, &step, t, t ? current : NULL);
-        step.tiles = usp_schedule_query_tiles(layer->schedule, t);
-        step.first = t == 0;
-        step.last = t == ring - 1;
-        if (!step.last) {
-            post_keys(layer, t, current, arriving, usp_messages_begin(layer));
-            USP_TRY(usp_messages_run(layer, inner->stream));
-        }
-        if (step.first || step.last || layer->schedule->step[t].tiles)
-            USP_TRY(device->ops->softmax_forward(device, &step, inner->stream));
-        if (!step.last) USP_TRY(usp_messages_join(layer, inner->stream));
-        current = arriving;
+    buffers b = carve(layer, USP_PASS_FORWARD, inner->exchanged, &inner->arena);
+    usp_softmax stage = arguments_of(layer, inner, &b);
+    USP_TRY(pack_own(layer, inner, &b));
+    for (int t = 0; t < layer->plan->route.stages; t++) {
+        usp_messages *messages = usp_messages_begin(layer);
+        USP_TRY(send_keys(layer, inner, &b, t + 1, messages));
+        int moving = !is_empty(messages);
+        if (moving) USP_TRY(usp_messages_run(layer, inner->stream));
+        set_stage(layer, inner, &stage, t, b.stage[(t + 1) % 2]);
+        if (t == 0 || stage.keys) USP_TRY(device->ops->softmax_forward(device, &stage, inner->stream));
+        if (moving) USP_TRY(usp_messages_join(layer, inner->stream));
     }
-    return USP_OK;
+    return layer->config.max_logit ? find_peaks(layer, inner, &stage, &b) : USP_OK;
 }
 
 /* ---- backward ---------------------------------------------------------------------------------------------------- */
 
-static usp_tensor sum_view(const usp_layer *layer, float *block, int part) {
-    usp_bundle sums = sums_bundle(layer);
-    return usp_bundle_view(layer, &sums, block, part, layer->mesh.u);
-}
-
-static usp_tensor query_sums(const usp_layer *layer, float *acc) {
-    int64_t dim = layer->dim[USP_QUERY], row = dim * usp_layer_heads(layer, USP_QUERY, layer->mesh.u).count;
-    return (usp_tensor){acc, row, row * layer->config.batch, dim};
-}
-
-/* Step 0 begins the own block's sums; with a ring of one it ends them too. Later steps begin or go on with a passing
- * one. */
-static void set_key_sums(const usp_layer *layer, const usp_inner *inner, usp_softmax *step, int t, const buffers *b) {
-    int alone = layer->mesh.ring == 1;
-    float *block = t ? b->travel[t % 2] : b->home;
-    step->tiles = usp_schedule_key_tiles(layer->schedule, t);
-    step->first = t < 2;
-    step->last = alone && !inner->sum_keys;
-    step->dk_sum = alone ? inner->dk : sum_view(layer, block, 0);
-    step->dv_sum = alone ? inner->dv : sum_view(layer, block, 1);
-}
-
-static usp_status backward_keys(usp_layer *layer, const usp_inner *inner, usp_softmax step, int t, const buffers *b) {
+/* delta needs out and dout of one token only: it is found before the exchange, so that out need not travel again. */
+static usp_status derive(usp_layer *layer, const usp_inner *own, int64_t tokens, int heads) {
     usp_device *device = layer->world->device;
-    set_key_sums(layer, inner, &step, t, b);
-    if (!step.first && !layer->schedule->step[t].tiles) return USP_OK;
-    return device->ops->softmax_backward_key(device, &step, inner->stream);
+    usp_softmax rows = {.dtype = layer->config.dtype,
+                        .batch = layer->config.batch,
+                        .heads = heads,
+                        .value_dim = layer->dim[USP_OUT],
+                        .queries = tokens,
+                        .out = own->out,
+                        .dout = own->dout,
+                        .dlse = own->dlse};
+    return device->ops->softmax_delta(device, &rows, own->delta, own->stream);
 }
 
-static usp_status backward_queries(usp_layer *layer, const usp_inner *inner, usp_softmax step, int t) {
+/* dq is summed where it is wanted, if that is fp32, else in acc until the last stage. */
+static void set_query_sums(const usp_layer *layer, const usp_inner *inner, usp_softmax *stage, const buffers *b) {
+    int64_t dim = layer->dim[USP_QUERY], row = dim * stage->heads;
+    stage->dq_sum = inner->sum_queries ? inner->dq : (usp_tensor){b->acc, row, row * layer->config.batch, dim};
+    if (inner->sum_queries) stage->last = 0;
+}
+
+/* Where the gradients of stage t's keys are written. */
+static void set_key_gradients(const usp_layer *layer, const usp_inner *inner, usp_softmax *stage, int t,
+                              const buffers *b, const usp_tensor home[2]) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    int direct = t == 0 && !inner->sum_keys && layer->plan->route.stages == 1;
+    stage->key_dtype = direct ? layer->config.dtype : USP_F32;
+    stage->dk = t ? usp_bundle_block(layer, &bundle, b->leaving[(t - 1) % 2], USP_F32, 0) : home[0];
+    stage->dv = t ? usp_bundle_block(layer, &bundle, b->leaving[(t - 1) % 2], USP_F32, 1) : home[1];
+}
+
+/* Own keys' gradients are summed where they are wanted, if that is fp32 or there is one stage, else in `home`. */
+static int sums_at_home(const usp_layer *layer, const usp_inner *inner) {
+    return !inner->sum_keys && layer->plan->route.stages > 1;
+}
+
+static usp_status bring_home(usp_layer *layer, const usp_inner *inner, const usp_tensor home[2]) {
+    const usp_operand like[2] = {USP_KEY, USP_VALUE};
+    for (int part = 0; part < 2 && sums_at_home(layer, inner); part++)
+        usp_copies_add(layer, &(usp_copy){.tokens = usp_plan_keys(layer->plan),
+                                          .batch = layer->config.batch,
+                                          .heads = usp_layer_heads(layer, like[part], layer->mesh.u).count,
+                                          .dim = layer->dim[like[part]],
+                                          .to_dtype = layer->config.dtype,
+                                          .from = home[part],
+                                          .to = part ? inner->dv : inner->dk});
+    return usp_copies_run(layer, inner->stream);
+}
+
+/* During step t the keys of stage t + 1 arrive, and the gradients of stage t - 1 go home and are added. */
+static usp_status backward_step(usp_layer *layer, const usp_inner *inner, usp_softmax *stage, int t, const buffers *b,
+                                const usp_tensor home[2]) {
     usp_device *device = layer->world->device;
-    step.tiles = usp_schedule_query_tiles(layer->schedule, t);
-    step.first = t == 0;
-    step.last = t == layer->mesh.ring - 1;
-    if (!step.first && !step.last && !layer->schedule->step[t].tiles) return USP_OK;
-    return device->ops->softmax_backward_query(device, &step, inner->stream);
-}
-
-static usp_status add_or_convert(usp_layer *layer, const usp_inner *inner, usp_tensor from, usp_tensor to,
-                                 usp_dtype dtype, int part, int accumulate) {
-    usp_operand operand = part ? USP_VALUE : USP_KEY;
-    usp_copy copy = {.tokens = key_rows(layer, layer->mesh.r),
-                     .batch = layer->config.batch,
-                     .heads = usp_layer_heads(layer, operand, layer->mesh.u).count,
-                     .dim = layer->dim[operand],
-                     .from_dtype = USP_F32,
-                     .to_dtype = dtype,
-                     .from = from,
-                     .to = to,
-                     .accumulate = accumulate};
-    return layer->world->device->ops->copy_rows(layer->world->device, &copy, inner->stream);
-}
-
-/* The last hop brings the own block's gradient home: own step + what the others found. */
-static usp_status bring_home(usp_layer *layer, const usp_inner *inner, const buffers *b) {
-    int ring = layer->mesh.ring;
-    float *arriving = b->travel[ring % 2];
-    usp_dtype dtype = inner->sum_keys ? USP_F32 : layer->config.dtype;
-    if (ring == 1) return USP_OK;
-    post_gradients(layer, ring, b->travel[(ring - 1) % 2], arriving, usp_messages_begin(layer));
-    USP_TRY(usp_messages_run(layer, inner->stream));
-    USP_TRY(usp_messages_join(layer, inner->stream));
-    for (int part = 0; part < 2; part++) {
-        usp_tensor home = sum_view(layer, b->home, part);
-        USP_TRY(add_or_convert(layer, inner, sum_view(layer, arriving, part), home, USP_F32, part, 1));
-        USP_TRY(add_or_convert(layer, inner, home, part ? inner->dv : inner->dk, dtype, part, 0));
+    usp_messages *messages = usp_messages_begin(layer);
+    USP_TRY(send_keys(layer, inner, b, t + 1, messages));
+    if (t > 1) usp_parcels_post_gradients(layer, t - 1, b->leaving[t % 2], b->arriving, messages);
+    int moving = !is_empty(messages);
+    if (moving) USP_TRY(usp_messages_run(layer, inner->stream));
+    if (t < layer->plan->route.stages) {
+        set_stage(layer, inner, stage, t, b->stage[(t + 1) % 2]);
+        set_query_sums(layer, inner, stage, b);
+        set_key_gradients(layer, inner, stage, t, b, home);
+        if (t == 0 || stage->keys) USP_TRY(device->ops->softmax_backward(device, stage, inner->stream));
     }
-    return USP_OK;
+    if (moving) USP_TRY(usp_messages_join(layer, inner->stream));
+    return t > 1 ? usp_parcels_add(layer, t - 1, b->arriving, home, inner->stream) : USP_OK;
 }
 
 static usp_status backward(usp_layer *layer, usp_inner *inner) {
-    buffers b = carve(layer, USP_PASS_BACKWARD, &inner->arena);
-    usp_softmax step = step_arguments(layer, inner, &b);
-    void *current;
-    USP_TRY(pack_keys(layer, inner, &b, &current));
-    step.dq_sum = query_sums(layer, b.acc);
-    for (int t = 0; t < layer->mesh.ring; t++) {
-        void *arriving = b.ring[t % 2];
-        int moving = t + 1 < layer->mesh.ring || t >= 2;
-        usp_messages *messages = usp_messages_begin(layer);
-        set_keys(layer, &step, t, t ? current : NULL);
-        post_keys(layer, t, current, arriving, messages);
-        post_gradients(layer, t, b.travel[(t + 1) % 2], b.travel[t % 2], messages);
-        if (moving) USP_TRY(usp_messages_run(layer, inner->stream));
-        USP_TRY(backward_queries(layer, inner, step, t));
-        if (moving) USP_TRY(usp_messages_join(layer, inner->stream));
-        USP_TRY(backward_keys(layer, inner, step, t, &b));
-        current = arriving;
-    }
-    return bring_home(layer, inner, &b);
+    buffers b = carve(layer, USP_PASS_BACKWARD, inner->exchanged, &inner->arena);
+    usp_softmax stage = arguments_of(layer, inner, &b);
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    usp_tensor home[2] = {inner->dk, inner->dv};
+    for (int part = 0; part < 2 && sums_at_home(layer, inner); part++)
+        home[part] = usp_bundle_block(layer, &bundle, b.home, USP_F32, part);
+    USP_TRY(pack_own(layer, inner, &b));
+    for (int t = 0; t <= layer->plan->route.stages; t++) USP_TRY(backward_step(layer, inner, &stage, t, &b, home));
+    USP_TRY(bring_home(layer, inner, home));
+    return layer->config.sinks ? sum_sinks(layer, inner, &stage, &b) : USP_OK;
 }
 
 /* ---- cost -------------------------------------------------------------------------------------------------------- */
@@ -284,19 +346,36 @@ static usp_status backward(usp_layer *layer, usp_inner *inner) {
 /* 2 operations a multiply-add; forward: q.k and p.v; backward: q.k, dout.v, dv, dq, dk. */
 static double flops(const usp_layer *layer, usp_pass pass, int r) {
     double d = layer->dim[USP_QUERY], e = layer->dim[USP_OUT];
-    double pairs = usp_schedule_pairs(layer->sequence, layer->schedule, r);
+    double pairs = usp_plan_work(layer->sequence, layer->plan, r);
     return pairs * (pass == USP_PASS_FORWARD ? 2 * (d + e) : 2 * (3 * d + 2 * e));
 }
 
 static void count_messages(const usp_layer *layer, usp_pass pass, usp_messages *count) {
-    int ring = layer->mesh.ring;
-    for (int t = 0; t < ring; t++) {
-        post_keys(layer, t, NULL, NULL, count);
-        if (pass == USP_PASS_BACKWARD) post_gradients(layer, t, NULL, NULL, count);
+    const usp_key_memory nowhere = {0};
+    int numbers = pass == USP_PASS_FORWARD ? layer->config.max_logit : layer->config.sinks;
+    int64_t bytes = usp_layer_own_heads(layer) * (int64_t)sizeof(float);
+    for (int t = 1; t < layer->plan->route.stages; t++) {
+        usp_parcels_post_keys(layer, t, &nowhere, count);
+        if (pass == USP_PASS_BACKWARD) usp_parcels_post_gradients(layer, t, NULL, NULL, count);
     }
-    if (pass == USP_PASS_BACKWARD && ring > 1) post_gradients(layer, ring, NULL, NULL, count);
+    for (int r = 0; r < layer->mesh.ring && numbers; r++) {
+        if (r == layer->mesh.r) continue;
+        usp_messages_send(count, usp_layer_ring_rank(layer, r), NULL, bytes);
+        usp_messages_recv(count, usp_layer_ring_rank(layer, r), NULL, bytes);
+    }
 }
 
 /* ---- table ------------------------------------------------------------------------------------------------------- */
 
-const usp_attn_ops usp_attn_softmax = {"softmax", workspace, saved, forward, backward, count_messages, flops};
+const usp_attn_ops usp_attn_softmax = {
+    "softmax",
+    {forward_rows, backward_rows},
+    {sizeof forward_rows / sizeof *forward_rows, sizeof backward_rows / sizeof *backward_rows},
+    workspace,
+    saved,
+    sums,
+    derive,
+    forward,
+    backward,
+    count_messages,
+    flops};

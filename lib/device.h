@@ -18,70 +18,104 @@ typedef struct usp_head_map {
     int group, offset;
 } usp_head_map;
 
-/* ---- tiles: work planned with integers (lib/schedule.c), in device memory ---------------------------------------- */
+/* ---- pairs and tiles: what a mask allows, planned with integers (lib/mask.c, lib/tiles.c), in device memory ------ */
+
+/* Which pairs of a block of queries and a block of keys are allowed, by position: query q sees key k iff
+ * low[q] <= key[k] <= high[q] and, where `last` is given (prefix trees), query[q] <= last[k]. A query with low > high
+ * sees no key. Kernels know no mask by any other name. */
+typedef struct usp_pairs {
+    const int32_t *query, *low, *high; /* [queries] */
+    const int32_t *key;                /* [keys] */
+    const int32_t *last;               /* [keys] or NULL: the last position of a query that may see the key */
+    const int32_t *diagonal;           /* [queries] the key position opposite the query: biases count from there */
+} usp_pairs;
 
 enum { USP_WORK_ROWS = 128 }; /* rows of one work item at most: kernels cut it further, never join two */
 
-/* Consecutive rows of one side of the score matrix, all of one segment: row i (begin <= i < begin + count) has global
- * position origin + i * stride modulo 2^32 (origin, where row 0 would be, need not fit 32 bits itself). Its tiles are
- * tile[first_tile .. first_tile + tiles). */
+/* Consecutive rows of one side of the score matrix. Its tiles are tile[first_tile .. first_tile + tiles). */
 typedef struct usp_work {
-    int32_t begin, count, origin, stride, first_tile, tiles;
+    int32_t begin, count, first_tile, tiles;
 } usp_work;
 
-/* Columns [begin, end) of one segment of the other side: column j has position origin + j * stride modulo 2^32. A pair
- * is allowed iff low <= key position - query position <= high (whichever side the rows are). Every column with an
- * allowed pair is in [begin, end); in [full_begin, full_end) every pair with every row of the work is allowed (the
- * range may be empty). Where that is all of [begin, end), the columns may be of several segments: then origin and
- * stride say nothing, and low and high allow everything (INT32_MIN, INT32_MAX). */
+/* Columns [begin, end) of the other side. Every allowed pair of the work's rows is in one tile, no pair is in two; in
+ * columns [full_begin, full_end) every pair is allowed (the range may be empty), elsewhere usp_pairs decides. */
 typedef struct usp_tile {
-    int32_t begin, end, full_begin, full_end, origin, stride, low, high;
+    int32_t begin, end, full_begin, full_end;
 } usp_tile;
 
-/* Every row of the side is in exactly one work item, also rows that have no tile. Items with more columns come first:
- * a device that begins them in this order ends with light ones. */
+/* A list whose number of items is read on the device, so that captured launches follow new documents: a grid has room
+ * for `capacity` items, and what is behind *works returns at once. Items with more columns come first: a device that
+ * begins them in this order ends with light ones. */
 typedef struct usp_tiles {
     const usp_work *work;
     const usp_tile *tile;
-    int works;
+    const int32_t *works;
+    int capacity;
 } usp_tiles;
 
 /* ---- kernel arguments -------------------------------------------------------------------------------------------- */
 
-/* to = from, or to += from (fp32 `to` only), converting between dtypes (round to nearest even). Not overlapping. */
+/* to = from, or to += from (fp32 `to` only), converting between dtypes (round to nearest even). Token i is row
+ * from_row[i] of `from` and to_row[i] of `to`; NULL: row i. Not overlapping. */
 typedef struct usp_copy {
     int64_t tokens;
     int batch, heads, dim;
     usp_dtype from_dtype, to_dtype;
     usp_tensor from, to;
+    const int32_t *from_row, *to_row; /* [tokens], device memory */
     int accumulate;
 } usp_copy;
 
-/* Softmax attention of a block of queries and a block of keys. Head h of q, out, dout, lse, delta is local head h; k,
- * v, dk, dv go through `kv`. lse is [batch, heads, queries], natural logarithm, of scale * q.k. */
+/* Attention dropout (lib/dropout.h): a pair is kept iff its word, a function of the state and of (batch, head of the
+ * whole layer, query position, key position), is at least rate * 2^32; what is kept is divided by 1 - rate. */
+typedef struct usp_dropout {
+    float rate;            /* 0: none, and `state` is not read */
+    int first_head, heads; /* head h of the call is first_head + h of `heads` of the layer */
+    const uint64_t *state; /* device memory: seed, offset */
+} usp_dropout;
+
+/* Softmax attention of a block of queries and a block of keys. Head h of q, out, dout and of what is kept per row is
+ * local head h; k, v, dk, dv go through `kv`. The score of a pair is s = scale q.k, then soft_cap tanh(s / soft_cap)
+ * if soft_cap > 0, then minus slopes[h] |diagonal[q] - key[k]| if slopes are given.
+ *
+ * What is kept of a row, [batch, heads, queries] each, is (top, sum): the sum over its pairs of weight(score - top),
+ * where top is a number near the row's largest score, -inf while there is none, in a unit of the device's own. Nothing
+ * is rounded between folds, and weight(score - top) / sum is a pair's probability, as exact as fp32 at any size of the
+ * scores. */
 typedef struct usp_softmax {
     usp_dtype dtype;
     int batch, heads, key_heads, dim, value_dim;
     usp_head_map kv;
-    float scale;
+    float scale, soft_cap;
+    const float *slopes; /* [heads] or NULL */
+    const float *sinks;  /* [heads] or NULL: a score for every row that weighs in its sum and has no value */
+    usp_dropout dropout;
     int64_t queries, keys; /* rows of the two blocks */
     usp_tensor q, k, v;    /* dtype */
-    usp_tiles tiles;       /* rows are queries, except in softmax_backward_key, where rows are keys */
-    int deterministic;     /* 1: no kernel whose result depends on timing */
-    int first, last;       /* first: the running sums are not read but begin here; last: results are written as dtype to
-                              `out` (dq, dk, dv) instead of to the running sums */
-    /* forward: folds the keys into (acc, lse). acc is normalised, fp32 [queries, batch, heads, value_dim] dense. A row
-     * without any allowed key so far: acc 0, lse -inf. lse is always written. */
-    float *acc, *lse;
-    usp_tensor out; /* written if last */
-    /* backward: P = exp(scale q.k - lse), dS = P (dout.v - delta), dq += scale dS k, dk += scale dS^T q, dv += P^T
-     * dout. Rows with lse = -inf contribute nothing. Fixed order, no atomics. */
+    usp_pairs pairs;
+    usp_tiles by_query, by_key; /* rows are queries; rows are keys (backward) */
+    int deterministic;          /* 1: no kernel whose result depends on timing */
+    int first, last;            /* of the blocks of keys that are folded into these queries. first: what is kept begins
+                                   here; last: it is completed, by the sinks too, and results are written. by_query has
+                                   every row of the queries in one item if first or last, by_key every row always */
+    float *top, *sum;
+    /* forward: acc, fp32 [queries, batch, heads, value_dim] dense, is the sum of weights times values. If last:
+     * out = acc / sum, 0 for a row without any key; lse, natural, if it is not NULL (of such a row the sink, or -inf);
+     * acc may be NULL if first and last. */
+    float *acc;
+    float *peak; /* [batch, heads, queries] or NULL: each row's largest score, -inf if none, as (top, sum) folded */
+    usp_tensor out;
+    float *lse;
+    /* backward: P = weight(score - top) / sum; dS = P (kept dout.v - delta); dq += scale dS k, to dq_sum (fp32, any
+     * strides) or, if last, to dq. dk = scale dS^T q and dv = (kept P)^T dout of this block alone, to key_dtype, which
+     * is dtype or fp32. Rows with sum 0 contribute nothing. Fixed order, no atomics, if deterministic. */
     usp_tensor dout;    /* dtype */
-    const float *delta; /* [batch, heads, queries]: rowsum(dout * out) */
-    usp_tensor dq_sum;  /* fp32 running sums, any strides */
-    usp_tensor dk_sum, dv_sum;
-    usp_tensor dq, dk, dv; /* dtype, if last */
-    void *scratch;         /* as the device's entry `scratch` says; contents free between kernels */
+    const float *delta; /* [batch, heads, queries] */
+    usp_tensor dq_sum, dq;
+    usp_dtype key_dtype;
+    usp_tensor dk, dv;
+    const float *dlse; /* of softmax_delta: [batch, heads, queries], the gradient of lse, or NULL */
+    void *scratch;     /* as the device's entry `scratch` says; contents free between kernels */
 } usp_softmax;
 
 /* Linear attention over chunks: runs of consecutive positions, in ascending order, a block at a time. Block i covers
@@ -106,6 +140,10 @@ typedef struct usp_linear {
     int transposed; /* states are stored [value_dim, dim] instead of [dim, value_dim] */
     const usp_block *block;
     int blocks;
+    const int32_t *begins, *ends; /* [tokens] or NULL (one document), device memory: the first and last row of row i's
+                                     document in its chunk; one less than the chunk's first row where the document began
+                                     before it, one more than its last row where it goes on. States and products do not
+                                     cross from one document to another. */
     int64_t tokens;
     usp_tensor q, k, v; /* dtype */
     float *states;      /* fp32, [blocks or chunks][batch][heads][dim][value_dim] (last two swapped if transposed) */
@@ -117,11 +155,14 @@ typedef struct usp_linear {
 } usp_linear;
 
 /* Exclusive scan over n states of `elements` floats per head: x = initial or 0; for i ascending (descending if
- * reverse): t = states[i]; states[i] = x; x = exp(log_decay[head] * length[i]) * x + t; and at the end final = x. A
- * scan runs over each group of consecutive states with equal `group`, each from `initial[group]`, to `final[group]`.
- * One state is [batch][heads][elements]. initial and final may be NULL; final may not alias initial. */
+ * reverse): t = states[i]; states[i] = x; x = exp(log_decay[head] * length[i]) * x + t, or x = t where a document
+ * begins (if reverse: ends) among its rows; and at the end final = x. A scan runs over each group of consecutive states
+ * with equal `group`, each from `initial[group]`, to `final[group]`. One state is [batch][heads][elements]. initial and
+ * final may be NULL; final may not alias initial. */
 typedef struct usp_scan_step {
     int32_t length, group;
+    int32_t begins,
+        ends; /* 1: a document begins after the first token of all, or ends before the last, in these rows */
 } usp_scan_step;
 
 typedef struct usp_scan {
@@ -155,6 +196,9 @@ typedef struct usp_device_ops {
     void (*free)(usp_device *, void *);
     usp_status (*copy)(usp_device *, void *to, const void *from, size_t bytes, usp_stream);
     usp_status (*zero)(usp_device *, void *, size_t bytes, usp_stream);
+    /* Host memory from which copies run without the host (page-locked); NO_MEMORY. */
+    usp_status (*alloc_host)(usp_device *, size_t bytes, void **);
+    void (*free_host)(usp_device *, void *);
 
     /* streams and events. query: *busy = 0 once all work on the stream is done; DEVICE if it failed. */
     usp_status (*stream_create)(usp_device *, usp_stream *);
@@ -172,13 +216,18 @@ typedef struct usp_device_ops {
     usp_status (*supports)(usp_device *, const usp_kernel_shape *);
     /* Bytes of scratch that the layer's kernels take, one at a time; 0: they take none. */
     size_t (*scratch)(usp_device *, const usp_kernel_shape *);
-    usp_status (*copy_rows)(usp_device *, const usp_copy *, usp_stream);
+    /* A list of copies, in any order or side by side: none reads or writes what another one writes. */
+    usp_status (*copy_rows)(usp_device *, const usp_copy *copies, int count, usp_stream);
     usp_status (*softmax_forward)(usp_device *, const usp_softmax *, usp_stream);
-    /* delta[b, h, t] = sum over value_dim of dout * out, fp32. Of the arguments it reads dtype, batch, heads,
-     * value_dim, queries, dout and out. */
+    /* delta[b, h, t] = sum over value_dim of dout * out, minus dlse, fp32. Of the arguments it reads dtype, batch,
+     * heads, value_dim, queries, dout, out and dlse. */
     usp_status (*softmax_delta)(usp_device *, const usp_softmax *, float *delta, usp_stream);
-    usp_status (*softmax_backward_query)(usp_device *, const usp_softmax *, usp_stream); /* dq */
-    usp_status (*softmax_backward_key)(usp_device *, const usp_softmax *, usp_stream);   /* dk, dv */
+    usp_status (*softmax_backward)(usp_device *, const usp_softmax *, usp_stream); /* dq, dk, dv */
+    /* gradient[h] = - sum over batch and queries of P of the sink times delta; after the last forward. Reads heads,
+     * batch, queries, sinks, top, sum, delta. In a fixed order. */
+    usp_status (*softmax_sinks)(usp_device *, const usp_softmax *, float *gradient, usp_stream);
+    /* most[h] = the largest of `peak` over batch and queries, -inf if none. Reads heads, batch, queries, peak. */
+    usp_status (*softmax_peaks)(usp_device *, const usp_softmax *, float *most, usp_stream);
     /* The block length that suits a run of `rows` rows; a function of that alone, so that results do not depend on how
      * heads are spread. */
     int64_t (*linear_block)(usp_device *, int64_t rows);

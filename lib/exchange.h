@@ -1,54 +1,52 @@
 /* exchange.h - the head exchange (Ulysses): own tokens of all heads <-> all tokens of the ring rank for own heads.
  *
- * A bundle is one or two operands that travel as one row per (token, batch): [rows][batch][heads * dim ...]. Toward
- * heads tensors are packed per peer and land in place; toward tokens blocks leave in place and are unpacked per peer.
- */
+ * A bundle is one or two operands that travel as one message to each peer: [tokens][batch][heads * dim ...]. Copies
+ * pack and land them, by the plan's maps of rows, in one list however many peers, parts and documents there are. */
 #ifndef USP_EXCHANGE_H
 #define USP_EXCHANGE_H
 #include "layer.h"
 
+/* One operand at both ends: own tokens with all heads, the ring block's rows with own heads. */
+typedef struct usp_bundle_part {
+    usp_operand like; /* has its heads */
+    int dim;
+    usp_dtype tokens_dtype, block_dtype;
+    usp_tensor tokens, block;
+} usp_bundle_part;
+
 typedef struct usp_bundle {
     int parts;
-    usp_operand operand[2];
-    int dim[2];
-    usp_dtype dtype; /* on the wire and in the block */
-    int keys;        /* rows are keys, not queries */
+    int keys;       /* rows are keys, not queries */
+    int sums;       /* toward tokens: parts of shared heads are summed, in fp32 in rank order */
+    usp_dtype wire; /* of messages */
+    usp_bundle_part part[2];
+    char *tokens_side, *block_side; /* own tokens' rows for all other peers; other peers' rows of the block */
+    float *sum;                     /* own tokens of all heads */
 } usp_bundle;
 
-usp_bundle usp_bundle_of(const usp_layer *layer, usp_operand operand, usp_dtype dtype); /* one operand alone */
-usp_bundle usp_bundle_keys(const usp_layer *layer, usp_dtype dtype);                    /* k and v */
-usp_bundle usp_bundle_rows(usp_operand operand); /* one fp32 number per token and head: lse, delta */
-
-/* Room for the ring block for own heads, whatever the documents become. */
-int64_t usp_bundle_block_bytes(const usp_layer *layer, const usp_bundle *bundle);
-
-/* Part `part` of a packed block that holds ulysses rank u's heads, as a tensor. */
-usp_tensor usp_bundle_view(const usp_layer *layer, const usp_bundle *bundle, void *block, int part, int u);
 /* Elements of one (token, batch) row with ulysses rank u's heads. */
 int64_t usp_bundle_row(const usp_layer *layer, const usp_bundle *bundle, int u);
 
-/* The buffers of one bundle in flight: the ring block; own tokens packed for, or received from, all other peers; where
- * messages lie whose rows are scattered in the block (NULL: they land in place); the fp32 sum of replicated heads. */
-typedef struct usp_transit {
-    usp_bundle bundle;
-    void *block, *staging, *landing, *sum;
-} usp_transit;
+/* Bytes of the ring block for own heads, and its parts side by side as views of it. */
+int64_t usp_bundle_block_bytes(const usp_layer *layer, const usp_bundle *bundle, usp_dtype dtype);
+usp_tensor usp_bundle_block(const usp_layer *layer, const usp_bundle *bundle, void *block, usp_dtype dtype, int part);
 
-/* Carves staging, landing and (if `toward_tokens`) sum; block is the caller's. */
-usp_transit usp_transit_carve(const usp_layer *layer, const usp_bundle *bundle, void *block, int toward_tokens,
-                              usp_arena *arena);
+/* Carves what lies between the two ends. */
+void usp_bundle_carve(const usp_layer *layer, usp_bundle *bundle, usp_arena *arena);
 
-/* Toward heads: pack own tokens (of dtype `from`), post messages, and after the exchange land. */
-usp_status usp_transit_pack(usp_layer *layer, const usp_transit *transit, const usp_tensor *tokens, usp_dtype from,
-                            usp_stream stream);
-void usp_transit_post_to_heads(const usp_layer *layer, const usp_transit *transit, usp_messages *messages);
-usp_status usp_transit_land(usp_layer *layer, const usp_transit *transit, usp_stream stream);
+/* Toward heads: pack adds copies, post messages; when these have arrived land adds copies. */
+void usp_bundle_pack(usp_layer *layer, const usp_bundle *bundle);
+void usp_bundle_post_to_heads(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages);
+void usp_bundle_land(usp_layer *layer, const usp_bundle *bundle);
 
-/* Toward tokens: lift scattered rows, post messages, and after the exchange unpack into own tokens (of dtype `to`),
- * summing replicated heads in rank order. */
-usp_status usp_transit_lift(usp_layer *layer, const usp_transit *transit, usp_stream stream);
-void usp_transit_post_to_tokens(const usp_layer *layer, const usp_transit *transit, usp_messages *messages);
-usp_status usp_transit_unpack(usp_layer *layer, const usp_transit *transit, const usp_tensor *tokens, usp_dtype to,
-                              usp_stream stream);
+/* Toward tokens: lift adds copies, post messages; when these have arrived unpack copies, at once where it sums. */
+void usp_bundle_lift(usp_layer *layer, const usp_bundle *bundle);
+void usp_bundle_post_to_tokens(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages);
+usp_status usp_bundle_unpack(usp_layer *layer, const usp_bundle *bundle, usp_stream stream);
+
+/* Copies of any one list of `bundles` bundles at most. */
+static inline int64_t usp_bundle_copies(const usp_layer *layer, int bundles) {
+    return 2 * bundles * (layer->mesh.ulysses + 3);
+}
 
 #endif

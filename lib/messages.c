@@ -1,5 +1,5 @@
-/* messages.c - puts lists of sends and receives together and runs them as one exchange on the world's transfer stream.
- */
+/* messages.c - puts lists together: sends and receives, run as one exchange on the world's transfer stream, and copies,
+ * run as one launch. */
 #include "error.h"
 #include "layer.h"
 
@@ -33,4 +33,15 @@ usp_status usp_messages_run(usp_layer *layer, usp_stream stream) {
 
 usp_status usp_messages_join(usp_layer *layer, usp_stream stream) {
     return usp_world_fork(layer->world, layer->world->transfer, stream);
+}
+
+void usp_copies_add(usp_layer *layer, const usp_copy *copy) {
+    if (copy->tokens && copy->batch && copy->heads && copy->dim) layer->copies.copy[layer->copies.count++] = *copy;
+}
+
+usp_status usp_copies_run(usp_layer *layer, usp_stream stream) {
+    usp_device *device = layer->world->device;
+    int count = layer->copies.count;
+    layer->copies.count = 0;
+    return count ? device->ops->copy_rows(device, layer->copies.copy, count, stream) : USP_OK;
 }

@@ -24,7 +24,7 @@ struct usp_world {
     usp_meeting meeting; /* the memory of its cards serves usp_world_agree from now on */
     usp_piece *pieces;
     uint64_t piece_count, sequence_count; /* made so far */
-    int timeout_ms, silence_ms; /* -1: no limit */
+    int timeout_ms, silence_ms;           /* -1: no limit */
     int nodes, local_rank, local_size;
     int watching;    /* the watchdog runs */
     atomic_int stop; /* asks the watchdog to end */

@@ -10,7 +10,7 @@
 
 /* Where a create call refused: was it allowed to? */
 static int judge_refusal(usp_rank *rank, const usp_case *c, usp_status refusal) {
-    char name[256];
+    char name[512];
     usp_case_print(c, name, sizeof name);
     if (usp_case_expectation(c) == USP_WORKS || refusal != USP_UNSUPPORTED)
         return usp_say(rank, "%s: create: %s (%s)", name, usp_last_error(), usp_status_string(refusal));
@@ -63,22 +63,20 @@ int usp_body_table(usp_rank *rank, void *argument) {
 
 /* ---- one result for every mesh and layout ------------------------------------------------------------------------ */
 
-/* Runs a case that must work. 0, or 1 if the rank cannot go on. */
-static int run(usp_rank *rank, const usp_case *c, usp_whole *whole) {
+int usp_run_case(usp_rank *rank, const usp_case *c, usp_whole *whole) {
     usp_case complete = usp_case_complete(*c);
     int failed = usp_stage_run(rank, c, whole);
     if (failed < 0) judge_refusal(rank, &complete, whole->refusal);
     return failed != 0;
 }
 
-/* Runs the case on every mesh of the world's size and compares with `first`, which the very first run becomes. */
-static int compare_meshes(usp_rank *rank, usp_case c, usp_whole *first) {
+int usp_compare_meshes(usp_rank *rank, usp_case c, usp_whole *first) {
     for (int s = 0; s < USP_SPLITS; s++) {
         usp_whole whole;
         if (usp_splits[s].ulysses * usp_splits[s].ring != rank->size) continue;
         c.ulysses = usp_splits[s].ulysses;
         c.ring = usp_splits[s].ring;
-        if (run(rank, &c, &whole)) return 1;
+        if (usp_run_case(rank, &c, &whole)) return 1;
         if (first->out && rank->rank == 0) usp_compare_near(rank, &c, "another mesh or layout", &whole, first);
         if (first->out)
             usp_whole_free(&whole);
@@ -109,7 +107,7 @@ int usp_body_independent(usp_rank *rank, void *argument) {
         for (int l = 0; l < (cases[i].attention == USP_LINEAR ? 2 : 3) && !failed; l++) {
             usp_case c = cases[i];
             c.layout = layouts[l];
-            failed = compare_meshes(rank, c, &first);
+            failed = usp_compare_meshes(rank, c, &first);
         }
         usp_whole_free(&first);
         if (failed) return 1;
@@ -122,7 +120,7 @@ int usp_body_independent(usp_rank *rank, void *argument) {
 
 static int across_case(usp_rank *rank, usp_case c, usp_whole *first) {
     usp_whole whole;
-    if (run(rank, &c, &whole)) return 1;
+    if (usp_run_case(rank, &c, &whole)) return 1;
     if (rank->rank != 0) {
         usp_whole_free(&whole);
         return 0;
@@ -156,7 +154,27 @@ int usp_body_across_ulysses(usp_rank *rank, void *argument) {
          .decay = 1,
          .scale = 0.25f,
          .initial_state = 1,
-         .final_state = 1}};
+         .final_state = 1},
+        {.tokens = 131,
+         .mask = USP_MASK_CAUSAL,
+         .documents = 1,
+         .window_left = 30,
+         .heads = 8,
+         .kv_heads = 4,
+         .head_dim = 16,
+         .return_lse = 1,
+         .dropout = 0.3f,
+         .sinks = 1,
+         .max_logit = 1},
+        {.tokens = 131,
+         .mask = USP_MASK_CAUSAL,
+         .documents = 1,
+         .parents = 1,
+         .heads = 4,
+         .head_dim = 16,
+         .soft_cap = 2,
+         .return_lse = 1,
+         .dlse = 1}};
     usp_across *across = argument;
     for (int i = 0; i < USP_ACROSS_CASES; i++) {
         usp_case c = cases[i];
@@ -171,21 +189,20 @@ void usp_across_free(usp_across *across) {
     for (int i = 0; i < USP_ACROSS_CASES; i++) usp_whole_free(&across->first[i]);
 }
 
-/* The mesh that this property test runs on: both axes where the size allows. */
-static void choose_mesh(const usp_rank *rank, usp_case *c) {
+void usp_choose_mesh(const usp_rank *rank, usp_case *c) {
     c->ulysses = rank->size % 2 == 0 ? 2 : 1;
     c->ring = rank->size / c->ulysses;
 }
 
 static int same_for_all_arrangements(usp_rank *rank, usp_case c) {
     usp_whole first;
-    if (run(rank, &c, &first)) return 1;
+    if (usp_run_case(rank, &c, &first)) return 1;
     for (int a = USP_BHSD; a < USP_ARRANGEMENTS; a++) {
         usp_whole whole;
         /* Rows that tensor cores cannot read take another kernel, and with it other bits. */
         if (a == USP_PADDED && rank->device == USP_DEVICE_CUDA && c.dtype != USP_F32) continue;
         c.arrangement = (usp_arrangement)a;
-        if (run(rank, &c, &whole)) return 1;
+        if (usp_run_case(rank, &c, &whole)) return 1;
         if (rank->rank == 0) usp_compare_bits(rank, &c, "another arrangement", USP_SAME_ALL, &whole, &first);
         usp_whole_free(&whole);
     }
@@ -198,11 +215,12 @@ int usp_body_arrangements(usp_rank *rank, void *argument) {
     static const usp_case cases[] = {
         {.tokens = 77, .mask = USP_MASK_CAUSAL, .batch = 2, .head_dim = 16, .return_lse = 1},
         {.tokens = 77, .heads = 6, .kv_heads = 2, .batch = 2, .head_dim = 16, .dtype = USP_BF16, .return_lse = 1},
-        {.attention = USP_LINEAR, .tokens = 77, .mask = USP_MASK_CAUSAL, .batch = 2, .head_dim = 16, .decay = 1}};
+        {.attention = USP_LINEAR, .tokens = 77, .mask = USP_MASK_CAUSAL, .batch = 2, .head_dim = 16, .decay = 1},
+        {.tokens = 77, .documents = 1, .batch = 2, .head_dim = 16, .dropout = 0.3f, .sinks = 1, .window_left = 9}};
     (void)argument;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         usp_case c = cases[i];
-        choose_mesh(rank, &c);
+        usp_choose_mesh(rank, &c);
         if (same_for_all_arrangements(rank, c)) return 1;
     }
     return 0;
@@ -255,12 +273,21 @@ int usp_body_repeats(usp_rank *rank, void *argument) {
          .mask = USP_MASK_CAUSAL,
          .head_dim = 16,
          .decay = 1,
+         .deterministic = 1},
+        {.tokens = 77,
+         .documents = 1,
+         .head_dim = 16,
+         .return_lse = 1,
+         .soft_cap = 2,
+         .dropout = 0.3f,
+         .sinks = 1,
+         .max_logit = 1,
          .deterministic = 1}};
     (void)argument;
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         usp_stage stage, other;
-        usp_case c = cases[i], o = cases[1 - i];
-        choose_mesh(rank, &c);
+        usp_case c = cases[i], o = cases[(i + 1) % 3];
+        usp_choose_mesh(rank, &c);
         o.ring = rank->size;
         o.seed = 5;
         int failed = open_and_fill(rank, &c, &stage) || open_and_fill(rank, &o, &other) || repeat(&stage, &other);
@@ -319,7 +346,7 @@ int usp_body_shared_memory(usp_rank *rank, void *argument) {
         return usp_say(rank, "%s", usp_last_error());
     for (int i = 0; i < 2; i++) {
         usp_case c = cases[i];
-        choose_mesh(rank, &c);
+        usp_choose_mesh(rank, &c);
         if (shared_case(rank, &c, memory)) return 1;
     }
     if (usp_world_free_shared(rank->world, memory) != USP_OK) return usp_say(rank, "%s", usp_last_error());
@@ -429,9 +456,11 @@ int usp_body_parts(usp_rank *rank, void *argument) {
     static const usp_case cases[] = {
         {.tokens = 77, .mask = USP_MASK_CAUSAL, .heads = 8, .kv_heads = 2, .value_dim = 12},
         {.tokens = 61, .heads = 5, .layout = USP_LAYOUT_CONTIGUOUS},
-        {.attention = USP_LINEAR, .tokens = 77, .mask = USP_MASK_CAUSAL, .heads = 4, .decay = 2}};
+        {.attention = USP_LINEAR, .tokens = 77, .mask = USP_MASK_CAUSAL, .heads = 4, .decay = 2},
+        {.tokens = 77, .mask = USP_MASK_CAUSAL, .documents = 1, .window_left = 9, .dropout = 0.3f, .kv_heads = 2},
+        {.attention = USP_LINEAR, .tokens = 77, .mask = USP_MASK_CAUSAL, .documents = 1, .decay = 1}};
     (void)argument;
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 5; i++)
         for (int s = 0; s < USP_SPLITS; s++) {
             usp_stage stage;
             usp_case c = cases[i];
@@ -464,7 +493,7 @@ int usp_body_linearity(usp_rank *rank, void *argument) {
     usp_whole a, b, mix;
     usp_case c = {.attention = USP_LINEAR, .tokens = 97, .mask = USP_MASK_CAUSAL, .decay = 1, .head_dim = 16};
     (void)argument;
-    choose_mesh(rank, &c);
+    usp_choose_mesh(rank, &c);
     if (open_and_fill(rank, &c, &stage) || out_of_mix(&stage, 1, 0, &a) || out_of_mix(&stage, 0, 1, &b)) return 1;
     if (out_of_mix(&stage, 2, -3, &mix)) return 1;
     if (rank->rank == 0) check_mix(rank, &a, &b, &mix);
@@ -482,9 +511,9 @@ static int compare_states(usp_rank *rank, usp_case c, const usp_whole *first) {
         usp_whole kept, again;
         c.state_exchange = ways[i];
         c.recompute_state = 0;
-        if (run(rank, &c, &kept)) return 1;
+        if (usp_run_case(rank, &c, &kept)) return 1;
         c.recompute_state = 1;
-        if (run(rank, &c, &again)) return 1;
+        if (usp_run_case(rank, &c, &again)) return 1;
         if (rank->rank == 0) {
             usp_compare_near(rank, &c, "another exchange of states", &kept, first);
             usp_compare_near(rank, &c, "states computed again", &again, &kept);
@@ -511,7 +540,7 @@ int usp_body_states(usp_rank *rank, void *argument) {
                       .final_state = 1,
                       .layout = layouts[i % 2],
                       .ring = rank->size};
-        if (run(rank, &c, &first) || compare_states(rank, c, &first)) return 1;
+        if (usp_run_case(rank, &c, &first) || compare_states(rank, c, &first)) return 1;
         usp_whole_free(&first);
         usp_count(rank);
     }
@@ -556,8 +585,8 @@ int usp_body_continue(usp_rank *rank, void *argument) {
     usp_case c = {
         .attention = USP_LINEAR, .tokens = 97, .mask = USP_MASK_CAUSAL, .decay = 1, .head_dim = 16, .seed = 3};
     (void)argument;
-    choose_mesh(rank, &c);
-    if (run(rank, &c, &whole)) return 1;
+    usp_choose_mesh(rank, &c);
+    if (usp_run_case(rank, &c, &whole)) return 1;
     c.tokens = 41;
     c.final_state = 1;
     if (open_and_fill(rank, &c, &first)) return 1;
@@ -692,7 +721,7 @@ static int measure(usp_rank *rank, usp_case c, usp_references *references, doubl
     usp_whole whole;
     c.ring = rank->size;
     c = usp_case_complete(c);
-    if (run(rank, &c, &whole)) return 1;
+    if (usp_run_case(rank, &c, &whole)) return 1;
     if (rank->rank == 0) usp_rms_of(&whole, usp_reference_of(references, &c), rms);
     usp_whole_free(&whole);
     usp_count(rank);

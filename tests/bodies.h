@@ -7,6 +7,13 @@
 /* Runs a case and compares it with the oracle. 0, or 1 if the rank cannot go on. */
 int usp_check_case(usp_rank *rank, const usp_case *c, usp_references *references);
 
+/* Runs a case that must work. 0, or 1 if the rank cannot go on. */
+int usp_run_case(usp_rank *rank, const usp_case *c, usp_whole *whole);
+/* Runs the case on every mesh of the world's size and compares with `first`, which the very first run becomes. */
+int usp_compare_meshes(usp_rank *rank, usp_case c, usp_whole *first);
+/* The mesh that a property test runs on: both axes where the size allows. */
+void usp_choose_mesh(const usp_rank *rank, usp_case *c);
+
 /* Each case of a table on every mesh of the world's size (over `copies` data copies). argument: usp_table_run. */
 typedef struct usp_table_run {
     const usp_table *table;
@@ -19,7 +26,7 @@ int usp_body_table(usp_rank *rank, void *argument);
 int usp_body_independent(usp_rank *rank, void *argument);
 
 /* The same ring with more and more ulysses ranks: bit for bit as in the first world. argument: usp_across. */
-enum { USP_ACROSS_CASES = 4 };
+enum { USP_ACROSS_CASES = 6 };
 typedef struct usp_across {
     int ring;
     usp_whole first[USP_ACROSS_CASES];

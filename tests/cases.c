@@ -1,4 +1,5 @@
-/* cases.c - the tables of tested configurations, and how a case becomes the library's config structs. Runs nothing. */
+/* cases.c - what a case is: its defaults, expectation, name and documents, the library's config structs made from it,
+ * and random ones. Runs nothing. */
 #include "cases.h"
 
 #include <math.h>
@@ -36,19 +37,39 @@ usp_case usp_case_complete(usp_case c) {
     set_default(&c.value_heads, c.kv_heads);
     set_default(&c.head_dim, 8);
     set_default(&c.value_dim, c.head_dim);
+    if (c.layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) set_default(&c.documents, 1);
     return c;
 }
 
-/* Only equal lengths have common positions. A linear layer follows the order of the tokens from rank to rank: where no
- * rank holds runs of them it refuses. */
-usp_expectation usp_case_expectation(const usp_case *c) {
-    int linear = c->attention == USP_LINEAR;
-    int scattered = c->layout == USP_LAYOUT_STRIPE || c->layout == USP_LAYOUT_CUSTOM;
-    if (c->key_tokens && c->key_tokens != c->tokens && (linear || c->mask == USP_MASK_CAUSAL)) return USP_MUST_REFUSE;
-    if (linear && c->ring > 1 && c->layout == USP_LAYOUT_STRIPE && c->mask == USP_MASK_CAUSAL &&
+static int64_t count_documents(const usp_case *c) {
+    usp_case_document_list list;
+    usp_case_documents(c, &list);
+    return list.count;
+}
+
+/* As many keys as queries, and no ends of their own, are the queries' tokens. */
+static int crosses(const usp_case *c) {
+    return c->key_tokens && (c->key_tokens != c->tokens || c->documents);
+}
+
+/* A linear layer follows the order of the tokens from rank to rank: where no rank holds runs of them it refuses. */
+static usp_expectation linear_expectation(const usp_case *c) {
+    if (crosses(c)) return USP_MUST_REFUSE;
+    if (c->prefixes || c->parents) return USP_MUST_REFUSE;
+    if (c->mask != USP_MASK_CAUSAL && (c->max_documents > 1 || count_documents(c) > 1)) return USP_MUST_REFUSE;
+    if (c->ring > 1 && c->layout == USP_LAYOUT_STRIPE && c->mask == USP_MASK_CAUSAL &&
         c->tokens > (int64_t)c->ulysses * c->ring)
         return USP_MUST_REFUSE;
-    if (linear && scattered) return USP_MAY_REFUSE;
+    return c->layout == USP_LAYOUT_STRIPE || c->layout == USP_LAYOUT_CUSTOM ? USP_MAY_REFUSE : USP_WORKS;
+}
+
+/* Families of documents say how much more than a causal mask is seen; in trees no distance has a meaning. */
+usp_expectation usp_case_expectation(const usp_case *c) {
+    int cross = crosses(c), family = c->prefixes || c->parents;
+    if (cross && c->layout >= USP_LAYOUT_ZIGZAG_PER_DOCUMENT) return USP_MUST_REFUSE;
+    if (c->attention == USP_LINEAR) return linear_expectation(c);
+    if (family && (cross || c->mask != USP_MASK_CAUSAL || (c->prefixes && c->parents))) return USP_MUST_REFUSE;
+    if (c->parents && (c->window_left || c->slopes)) return USP_MUST_REFUSE;
     return USP_WORKS;
 }
 
@@ -66,6 +87,26 @@ void usp_case_decay(const usp_case *c, float *decay) {
     for (int h = 0; h < usp_case_out_heads(c); h++) decay[h] = c->decay == 2 ? -0.05f : rates[h % 5];
 }
 
+void usp_case_slopes(const usp_case *c, float *slopes) {
+    for (int h = 0; h < c->heads; h++) slopes[h] = 0.25f / (float)(1 + h % 4);
+}
+
+/* What few cases ask for. */
+static size_t print_mask(const usp_case *c, char *text, size_t capacity) {
+    int n = snprintf(text, capacity, "%s", "");
+    if (c->documents)
+        n = snprintf(text, capacity, " documents%d/%d prefixes%d%s", c->documents, c->max_documents, c->prefixes,
+                     c->parents ? " parents" : "");
+    if (c->window_left || c->window_right || c->alignment || c->route)
+        n += snprintf(text + n, capacity - (size_t)n, " window%lld/%lld align%d route%d", (long long)c->window_left,
+                      (long long)c->window_right, (int)c->alignment, (int)c->route);
+    if (c->soft_cap > 0 || c->dropout > 0 || c->slopes || c->sinks || c->dlse || c->max_logit)
+        n += snprintf(text + n, capacity - (size_t)n, " cap%g drop%g%s%s%s%s", (double)c->soft_cap, (double)c->dropout,
+                      c->slopes ? " slopes" : "", c->sinks ? " sinks" : "", c->dlse ? " dlse" : "",
+                      c->max_logit ? " max_logit" : "");
+    return n < 0 ? 0 : (size_t)n;
+}
+
 size_t usp_case_print(const usp_case *c, char *text, size_t capacity) {
     static const char *const layouts[] = {"zigzag", "contiguous", "stripe", "per-document", "custom"};
     static const char *const dtypes[] = {"f32", "f16", "bf16"};
@@ -79,7 +120,8 @@ size_t usp_case_print(const usp_case *c, char *text, size_t capacity) {
                      c->return_lse ? " lse" : "", c->deterministic ? " deterministic" : "",
                      c->recompute_state ? " recompute" : "", c->initial_state ? " initial" : "",
                      c->final_state ? " final" : "", c->decay, (int)c->state_exchange, c->seed);
-    return n < 0 ? 0 : (size_t)n;
+    if (n < 0 || (size_t)n >= capacity) return n < 0 ? 0 : (size_t)n;
+    return (size_t)n + print_mask(c, text + n, capacity - (size_t)n);
 }
 
 /* ---- configs ----------------------------------------------------------------------------------------------------- */
@@ -98,16 +140,45 @@ static int64_t custom_segments(int64_t tokens, int p, int n, usp_segment *segmen
     return count;
 }
 
-static int64_t document_ends(int64_t tokens, int64_t *end) {
-    static const int lengths[] = {1, 17, 40, 5, 64, 3};
-    int64_t count = 0, at = 0;
-    while (at < tokens) {
-        int64_t length = lengths[count % 6];
-        at = tokens - at > length && count < USP_CASE_SEGMENTS - 2 ? at + length : tokens;
-        end[count++] = at;
+/* Lengths by pattern; the last document takes what is left, but in the last pattern. */
+static int64_t document_length(int pattern, int64_t d, int64_t tokens) {
+    static const int many[] = {1, 17, 40, 5, 64, 3}, empty[] = {0, 9, 0, 0, 30, 1}, few[] = {5, 2, 3};
+    if (pattern == 6) return tokens;
+    if (pattern == 2) return d < 3 ? few[d] * tokens / 10 : tokens;
+    if (pattern == 3) return empty[d % 6];
+    if (pattern == 4) return 1 + d % 4;
+    return many[d % 6];
+}
+
+static void cut_documents(const usp_case *c, usp_case_document_list *list) {
+    int64_t end = c->documents == 5 ? c->tokens - c->tokens / 4 : c->tokens, at = 0;
+    while (at < end || list->count == 0) {
+        int64_t length = document_length(c->documents, list->count, end);
+        at = end - at > length && list->count < USP_CASE_DOCUMENTS - 2 ? at + length : end;
+        list->ends[list->count++] = at;
     }
-    if (count == 0) end[count++] = 0;
-    return count;
+    if (c->documents == 3) list->ends[list->count++] = at;
+}
+
+/* 0 continues nothing; 1 continues 0; 2 continues 1; 3 continues 0; and again. */
+static int64_t parent_of(int64_t d) {
+    static const int64_t back[] = {0, 1, 1, 3};
+    return d % 4 ? d - back[d % 4] : -1;
+}
+
+void usp_case_documents(const usp_case *c, usp_case_document_list *list) {
+    int64_t keys = usp_case_keys(c);
+    list->count = 0;
+    if (!c->documents) return;
+    cut_documents(c, list);
+    for (int64_t d = 0; d < list->count; d++) {
+        int64_t length = list->ends[d] - (d ? list->ends[d - 1] : 0);
+        list->key_ends[d] = c->tokens ? list->ends[d] * keys / c->tokens : keys;
+        if (d % 2 && list->key_ends[d] > list->key_ends[d - 1]) list->key_ends[d]--;
+        if (d == list->count - 1 && c->documents != 5) list->key_ends[d] = keys;
+        list->prefixes[d] = c->prefixes == 2 ? length : length * (d % 3) / 3;
+        list->parents[d] = parent_of(d);
+    }
 }
 
 static void configure_sequence(const usp_case *c, int p, int n, usp_case_configs *configs) {
@@ -118,19 +189,29 @@ static void configure_sequence(const usp_case *c, int p, int n, usp_case_configs
         s->segments = custom_segments(c->tokens, p, n, configs->segment);
         s->segment = configs->segment;
     }
-    if (c->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) {
-        s->documents = document_ends(c->tokens, configs->document_ends);
-        s->document_ends = configs->document_ends;
-    }
+    usp_case_documents(c, &configs->documents);
+    s->max_documents = c->max_documents;
+    s->documents = configs->documents.count;
+    if (s->documents) s->document_ends = configs->documents.ends;
+    if (s->documents && c->key_tokens) s->key_document_ends = configs->documents.key_ends;
+    if (c->prefixes) s->prefixes = configs->documents.prefixes;
+    if (c->parents) s->parents = configs->documents.parents;
     configs->keys = *s;
     configs->keys.tokens = usp_named_tokens(usp_case_keys(c));
     configs->keys.key_tokens = 0;
+    configs->keys.documents = configs->keys.max_documents = 0;
+    configs->keys.document_ends = configs->keys.key_document_ends = configs->keys.prefixes = configs->keys.parents =
+        NULL;
+    if (c->layout != USP_LAYOUT_ZIGZAG_PER_DOCUMENT) return;
+    configs->keys.documents = configs->documents.count;
+    configs->keys.document_ends = configs->documents.ends;
 }
 
 void usp_case_configure(const usp_case *c, int p, int n, usp_case_configs *configs) {
     int linear = c->attention == USP_LINEAR;
     configure_sequence(c, p, n, configs);
     usp_case_decay(c, configs->decay);
+    usp_case_slopes(c, configs->slopes);
     configs->layer = (usp_layer_config){.struct_size = sizeof configs->layer,
                                         .attention = c->attention,
                                         .mask = c->mask,
@@ -148,288 +229,18 @@ void usp_case_configure(const usp_case *c, int p, int n, usp_case_configs *confi
                                         .recompute_state = c->recompute_state,
                                         .initial_state = c->initial_state,
                                         .final_state = c->final_state,
-                                        .decay = c->decay ? configs->decay : NULL};
+                                        .decay = c->decay ? configs->decay : NULL,
+                                        .window_left = c->window_left,
+                                        .window_right = c->window_right,
+                                        .alignment = c->alignment,
+                                        .route = c->route,
+                                        .soft_cap = c->soft_cap,
+                                        .dropout = c->dropout,
+                                        .sinks = c->sinks,
+                                        .dlse = c->dlse,
+                                        .max_logit = c->max_logit,
+                                        .slopes = c->slopes ? configs->slopes : NULL};
 }
-
-/* ---- tables ------------------------------------------------------------------------------------------------------ */
-
-/* Lengths that nothing divides, empty ranks, and more rows than one work item holds. */
-static const usp_case softmax_cases[] = {
-    /* every layout, causal and full */
-    {.tokens = 96, .mask = USP_MASK_CAUSAL, .return_lse = 1},
-    {.tokens = 97, .mask = USP_MASK_CAUSAL, .layout = USP_LAYOUT_CONTIGUOUS, .return_lse = 1},
-    {.tokens = 97, .mask = USP_MASK_CAUSAL, .layout = USP_LAYOUT_STRIPE, .return_lse = 1},
-    {.tokens = 97, .mask = USP_MASK_CAUSAL, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT, .return_lse = 1},
-    {.tokens = 97, .mask = USP_MASK_CAUSAL, .layout = USP_LAYOUT_CUSTOM, .return_lse = 1},
-    {.tokens = 96, .return_lse = 1},
-    {.tokens = 61, .layout = USP_LAYOUT_CONTIGUOUS, .return_lse = 1},
-    {.tokens = 61, .layout = USP_LAYOUT_STRIPE, .return_lse = 1},
-    {.tokens = 61, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT, .return_lse = 1},
-    {.tokens = 61, .layout = USP_LAYOUT_CUSTOM, .return_lse = 1},
-    /* few tokens: ranks without any */
-    {.tokens = 0, .mask = USP_MASK_CAUSAL, .return_lse = 1},
-    {.tokens = 1, .mask = USP_MASK_CAUSAL, .return_lse = 1},
-    {.tokens = 7, .mask = USP_MASK_CAUSAL, .return_lse = 1},
-    {.tokens = 0, .layout = USP_LAYOUT_CONTIGUOUS},
-    {.tokens = 1, .layout = USP_LAYOUT_CONTIGUOUS},
-    {.tokens = 7, .layout = USP_LAYOUT_CONTIGUOUS, .mask = USP_MASK_CAUSAL},
-    {.tokens = 7, .layout = USP_LAYOUT_STRIPE, .mask = USP_MASK_CAUSAL},
-    {.tokens = 1, .layout = USP_LAYOUT_STRIPE, .mask = USP_MASK_CAUSAL},
-    {.tokens = 7, .layout = USP_LAYOUT_CUSTOM, .mask = USP_MASK_CAUSAL},
-    {.tokens = 7, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT, .mask = USP_MASK_CAUSAL},
-    /* keys of another length */
-    {.tokens = 61, .key_tokens = 97, .return_lse = 1},
-    {.tokens = 97, .key_tokens = 7, .layout = USP_LAYOUT_CONTIGUOUS, .return_lse = 1},
-    {.tokens = 1, .key_tokens = 61, .layout = USP_LAYOUT_STRIPE},
-    {.tokens = 61, .key_tokens = 1, .heads = 6, .kv_heads = 2, .head_dim = 8, .value_dim = 12},
-    {.tokens = 61, .key_tokens = 33, .mask = USP_MASK_CAUSAL, .return_lse = 1},
-    {.tokens = 33, .key_tokens = 61, .mask = USP_MASK_CAUSAL, .return_lse = 1},
-    {.tokens = 0, .key_tokens = 13},
-    /* heads: GQA, MQA, not divisible by ulysses, fewer than ulysses, both, more dims of one kind than of the other */
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .heads = 8, .kv_heads = 2, .return_lse = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .heads = 8, .kv_heads = 1, .return_lse = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .heads = 8, .kv_heads = 8},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .heads = 6, .kv_heads = 3},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .heads = 5, .kv_heads = 5, .return_lse = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .heads = 10, .kv_heads = 2, .head_dim = 12, .value_dim = 20},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .heads = 12, .kv_heads = 4, .head_dim = 20, .value_dim = 12},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .heads = 1, .return_lse = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .heads = 3, .kv_heads = 1},
-    {.tokens = 61, .heads = 7, .kv_heads = 1, .layout = USP_LAYOUT_STRIPE, .return_lse = 1},
-    /* shapes */
-    {.tokens = 33, .mask = USP_MASK_CAUSAL, .batch = 3, .heads = 4, .kv_heads = 2, .return_lse = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .head_dim = 1, .value_dim = 3},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .head_dim = 64, .heads = 2},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .scale = 0.5f, .deterministic = 1},
-    /* arrangements */
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .batch = 2, .arrangement = USP_BHSD, .return_lse = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .batch = 2, .arrangement = USP_SBHD, .kv_heads = 2},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .batch = 2, .arrangement = USP_PACKED, .return_lse = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .batch = 2, .arrangement = USP_PACKED, .heads = 6, .kv_heads = 2},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .batch = 2, .arrangement = USP_PADDED, .value_dim = 5, .return_lse = 1},
-};
-
-static const usp_case linear_cases[] = {
-    /* every layout, causal and full, with and without decay */
-    {.tokens = 96, .mask = USP_MASK_CAUSAL, .decay = 1},
-    {.tokens = 97, .mask = USP_MASK_CAUSAL, .decay = 1, .layout = USP_LAYOUT_CONTIGUOUS},
-    {.tokens = 97, .mask = USP_MASK_CAUSAL},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .layout = USP_LAYOUT_CONTIGUOUS},
-    {.tokens = 97, .mask = USP_MASK_CAUSAL, .decay = 1, .layout = USP_LAYOUT_STRIPE},
-    {.tokens = 97, .mask = USP_MASK_CAUSAL, .decay = 1, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT},
-    {.tokens = 97, .mask = USP_MASK_CAUSAL, .decay = 1, .layout = USP_LAYOUT_CUSTOM},
-    {.tokens = 97},
-    {.tokens = 61, .layout = USP_LAYOUT_CONTIGUOUS},
-    {.tokens = 61, .layout = USP_LAYOUT_STRIPE},
-    {.tokens = 61, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT},
-    {.tokens = 61, .layout = USP_LAYOUT_CUSTOM},
-    /* few tokens */
-    {.tokens = 0, .mask = USP_MASK_CAUSAL, .decay = 1, .initial_state = 1, .final_state = 1},
-    {.tokens = 1, .mask = USP_MASK_CAUSAL, .decay = 1, .initial_state = 1, .final_state = 1},
-    {.tokens = 7, .mask = USP_MASK_CAUSAL, .decay = 1, .initial_state = 1, .final_state = 1},
-    {.tokens = 7, .mask = USP_MASK_CAUSAL, .decay = 1, .layout = USP_LAYOUT_CONTIGUOUS},
-    {.tokens = 0, .final_state = 1},
-    {.tokens = 1, .layout = USP_LAYOUT_CONTIGUOUS},
-    {.tokens = 7},
-    /* states in and out, both ways of exchanging them, kept or computed again */
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .initial_state = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .final_state = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .initial_state = 1, .final_state = 1, .layout = USP_LAYOUT_CONTIGUOUS},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .initial_state = 1, .final_state = 1, .recompute_state = 1},
-    {.tokens = 61,
-     .mask = USP_MASK_CAUSAL,
-     .decay = 1,
-     .initial_state = 1,
-     .final_state = 1,
-     .recompute_state = 1,
-     .state_exchange = USP_STATE_CHAIN},
-    {.tokens = 61,
-     .mask = USP_MASK_CAUSAL,
-     .decay = 1,
-     .initial_state = 1,
-     .final_state = 1,
-     .recompute_state = 1,
-     .state_exchange = USP_STATE_GATHER},
-    {.tokens = 61,
-     .mask = USP_MASK_CAUSAL,
-     .decay = 1,
-     .initial_state = 1,
-     .final_state = 1,
-     .state_exchange = USP_STATE_CHAIN},
-    {.tokens = 61,
-     .mask = USP_MASK_CAUSAL,
-     .decay = 1,
-     .initial_state = 1,
-     .final_state = 1,
-     .state_exchange = USP_STATE_GATHER},
-    {.tokens = 61,
-     .mask = USP_MASK_CAUSAL,
-     .decay = 1,
-     .state_exchange = USP_STATE_CHAIN,
-     .layout = USP_LAYOUT_CONTIGUOUS},
-    {.tokens = 61, .final_state = 1, .state_exchange = USP_STATE_CHAIN},
-    {.tokens = 61, .final_state = 1, .state_exchange = USP_STATE_GATHER, .recompute_state = 1},
-    /* heads and dims */
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .heads = 8, .head_dim = 8, .value_dim = 20, .scale = 0.3f},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .initial_state = 1, .final_state = 1, .scale = 0x1p-64f},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .heads = 5, .head_dim = 12, .value_dim = 4, .final_state = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .heads = 8, .kv_heads = 2, .initial_state = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .heads = 2, .kv_heads = 2, .value_heads = 8, .final_state = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .heads = 2, .kv_heads = 4, .value_heads = 12},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .heads = 6, .kv_heads = 1, .value_heads = 3},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .heads = 1},
-    {.tokens = 61, .heads = 2, .kv_heads = 2, .value_heads = 6, .final_state = 1},
-    {.tokens = 33, .mask = USP_MASK_CAUSAL, .decay = 2, .batch = 3, .heads = 4, .initial_state = 1, .final_state = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .head_dim = 1, .value_dim = 3},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 2, .head_dim = 64, .value_dim = 32, .heads = 2},
-    /* arrangements */
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .batch = 2, .arrangement = USP_BHSD},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .batch = 2, .arrangement = USP_SBHD},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .batch = 2, .arrangement = USP_PACKED},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .decay = 1, .batch = 2, .arrangement = USP_PADDED, .value_dim = 5},
-};
-
-/* Dims that a tensor core can take, so that GPUs run these too. */
-static const usp_case half_cases[] = {
-    {.tokens = 97, .mask = USP_MASK_CAUSAL, .dtype = USP_BF16, .heads = 4, .head_dim = 64, .return_lse = 1},
-    {.tokens = 97, .mask = USP_MASK_CAUSAL, .dtype = USP_F16, .heads = 4, .head_dim = 64, .return_lse = 1},
-    {.tokens = 130, .dtype = USP_BF16, .heads = 4, .kv_heads = 2, .head_dim = 32, .return_lse = 1},
-    {.tokens = 130, .dtype = USP_F16, .heads = 6, .kv_heads = 1, .head_dim = 32, .layout = USP_LAYOUT_STRIPE},
-    {.tokens = 130,
-     .mask = USP_MASK_CAUSAL,
-     .dtype = USP_BF16,
-     .heads = 6,
-     .kv_heads = 3,
-     .head_dim = 64,
-     .value_dim = 32,
-     .layout = USP_LAYOUT_CONTIGUOUS,
-     .return_lse = 1},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .dtype = USP_BF16, .heads = 5, .head_dim = 16, .arrangement = USP_PACKED},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .dtype = USP_F16, .heads = 4, .head_dim = 16, .arrangement = USP_PADDED},
-    {.tokens = 61, .mask = USP_MASK_CAUSAL, .dtype = USP_F16, .batch = 2, .head_dim = 16, .layout = USP_LAYOUT_CUSTOM},
-    {.tokens = 61, .key_tokens = 97, .dtype = USP_BF16, .head_dim = 16, .return_lse = 1},
-    {.tokens = 7, .mask = USP_MASK_CAUSAL, .dtype = USP_BF16, .head_dim = 16, .return_lse = 1},
-    {.attention = USP_LINEAR,
-     .tokens = 97,
-     .mask = USP_MASK_CAUSAL,
-     .dtype = USP_BF16,
-     .decay = 1,
-     .head_dim = 32,
-     .scale = 0.2f,
-     .initial_state = 1,
-     .final_state = 1},
-    {.attention = USP_LINEAR,
-     .tokens = 97,
-     .mask = USP_MASK_CAUSAL,
-     .dtype = USP_F16,
-     .decay = 1,
-     .head_dim = 16,
-     .value_dim = 32,
-     .scale = 0.2f,
-     .layout = USP_LAYOUT_CONTIGUOUS},
-    {.attention = USP_LINEAR,
-     .tokens = 97,
-     .mask = USP_MASK_CAUSAL,
-     .dtype = USP_BF16,
-     .decay = 2,
-     .heads = 2,
-     .kv_heads = 2,
-     .value_heads = 6,
-     .head_dim = 32,
-     .scale = 0.2f,
-     .recompute_state = 1,
-     .final_state = 1,
-     .state_exchange = USP_STATE_CHAIN},
-    {.attention = USP_LINEAR, .tokens = 97, .dtype = USP_F16, .head_dim = 16, .scale = 0.1f},
-    {.attention = USP_LINEAR,
-     .tokens = 97,
-     .dtype = USP_BF16,
-     .head_dim = 16,
-     .scale = 0.1f,
-     .arrangement = USP_PADDED},
-};
-
-/* More than one work item and block a segment. */
-static const usp_case large_cases[] = {
-    {.tokens = 700, .mask = USP_MASK_CAUSAL, .heads = 2, .head_dim = 16, .return_lse = 1},
-    {.tokens = 701, .mask = USP_MASK_CAUSAL, .heads = 2, .kv_heads = 1, .layout = USP_LAYOUT_STRIPE, .return_lse = 1},
-    {.tokens = 523, .mask = USP_MASK_CAUSAL, .heads = 2, .layout = USP_LAYOUT_CUSTOM},
-    {.tokens = 300, .key_tokens = 701, .heads = 2, .layout = USP_LAYOUT_CONTIGUOUS, .return_lse = 1},
-    {.attention = USP_LINEAR,
-     .tokens = 1021,
-     .mask = USP_MASK_CAUSAL,
-     .decay = 1,
-     .heads = 5,
-     .head_dim = 16,
-     .initial_state = 1,
-     .final_state = 1},
-    {.attention = USP_LINEAR,
-     .tokens = 1021,
-     .mask = USP_MASK_CAUSAL,
-     .decay = 2,
-     .heads = 2,
-     .head_dim = 24,
-     .layout = USP_LAYOUT_CONTIGUOUS,
-     .state_exchange = USP_STATE_CHAIN,
-     .final_state = 1},
-    {.attention = USP_LINEAR, .tokens = 1021, .heads = 2, .head_dim = 16, .final_state = 1},
-};
-
-/* Heads as wide as models have them, more rows than one GPU tile. */
-static const usp_case wide_cases[] = {
-    {.tokens = 517,
-     .mask = USP_MASK_CAUSAL,
-     .dtype = USP_BF16,
-     .heads = 4,
-     .kv_heads = 2,
-     .head_dim = 128,
-     .return_lse = 1},
-    {.tokens = 517,
-     .mask = USP_MASK_CAUSAL,
-     .dtype = USP_F16,
-     .heads = 2,
-     .head_dim = 64,
-     .return_lse = 1,
-     .layout = USP_LAYOUT_CONTIGUOUS},
-    {.tokens = 517, .dtype = USP_BF16, .heads = 2, .head_dim = 128, .value_dim = 64, .layout = USP_LAYOUT_STRIPE},
-    {.tokens = 400, .mask = USP_MASK_CAUSAL, .heads = 2, .head_dim = 64, .return_lse = 1},
-    {.tokens = 300, .key_tokens = 517, .dtype = USP_BF16, .heads = 2, .kv_heads = 1, .head_dim = 64, .return_lse = 1},
-    {.tokens = 300, .mask = USP_MASK_CAUSAL, .dtype = USP_BF16, .heads = 2, .head_dim = 192, .value_dim = 128},
-    {.attention = USP_LINEAR,
-     .tokens = 1021,
-     .mask = USP_MASK_CAUSAL,
-     .dtype = USP_BF16,
-     .heads = 2,
-     .head_dim = 128,
-     .scale = 0.1f,
-     .decay = 1,
-     .initial_state = 1,
-     .final_state = 1},
-    {.attention = USP_LINEAR,
-     .tokens = 1021,
-     .mask = USP_MASK_CAUSAL,
-     .dtype = USP_F16,
-     .heads = 2,
-     .head_dim = 64,
-     .value_dim = 128,
-     .scale = 0.1f,
-     .decay = 2,
-     .layout = USP_LAYOUT_CONTIGUOUS},
-    {.attention = USP_LINEAR, .tokens = 1021, .dtype = USP_BF16, .heads = 2, .head_dim = 64, .scale = 0.05f},
-};
-
-enum {
-    WIDE_CASES = sizeof wide_cases / sizeof wide_cases[0],
-    SOFTMAX_CASES = sizeof softmax_cases / sizeof softmax_cases[0],
-    LINEAR_CASES = sizeof linear_cases / sizeof linear_cases[0],
-    HALF_CASES = sizeof half_cases / sizeof half_cases[0],
-    LARGE_CASES = sizeof large_cases / sizeof large_cases[0]
-};
-const usp_table usp_softmax_table = {"softmax", USP_SOFTMAX, softmax_cases, SOFTMAX_CASES};
-const usp_table usp_linear_table = {"linear", USP_LINEAR, linear_cases, LINEAR_CASES};
-const usp_table usp_half_table = {"half", USP_SOFTMAX, half_cases, HALF_CASES};
-const usp_table usp_wide_table = {"wide", USP_SOFTMAX, wide_cases, WIDE_CASES};
-const usp_table usp_large_table = {"large", USP_SOFTMAX, large_cases, LARGE_CASES};
 
 /* ---- random cases ------------------------------------------------------------------------------------------------ */
 
@@ -447,6 +258,31 @@ static void random_heads(uint64_t *state, usp_case *c) {
     if (kind == 2) c->value_heads = c->heads;
 }
 
+static int one_in(uint64_t *state, int n) {
+    return usp_random_below(state, n) == 0;
+}
+
+static void random_documents(uint64_t *state, usp_case *c) {
+    if (one_in(state, 2)) c->documents = 1 + usp_random_below(state, 4 + (c->layout != USP_LAYOUT_ZIGZAG_PER_DOCUMENT));
+    if (c->documents && one_in(state, 3)) c->max_documents = USP_CASE_DOCUMENTS;
+}
+
+static void random_mask(uint64_t *state, usp_case *c, int most) {
+    int causal = c->mask == USP_MASK_CAUSAL;
+    if (one_in(state, 3)) c->window_left = one_in(state, 4) ? USP_NO_KEYS : 1 + usp_random_below(state, most);
+    if (!causal && one_in(state, 3))
+        c->window_right = one_in(state, 4) ? USP_NO_KEYS : 1 + usp_random_below(state, most);
+    c->alignment = (usp_alignment)usp_random_below(state, 2);
+    c->route = (usp_route)usp_random_below(state, 4);
+    if (c->documents && one_in(state, 4)) *(one_in(state, 2) ? &c->prefixes : &c->parents) = 1;
+    if (one_in(state, 4)) c->soft_cap = 2;
+    if (one_in(state, 4)) c->slopes = 1;
+    if (one_in(state, 4)) c->sinks = 1;
+    if (one_in(state, 4)) c->dropout = 0.25f;
+    if (one_in(state, 4)) c->max_logit = 1;
+    c->dlse = c->return_lse && one_in(state, 2);
+}
+
 usp_case usp_case_random(uint64_t *state, usp_split split, int64_t most) {
     usp_case c = {.ulysses = split.ulysses, .ring = split.ring, .seed = usp_random_below(state, 1000)};
     c.attention = usp_random_below(state, 2) ? USP_LINEAR : USP_SOFTMAX;
@@ -461,8 +297,10 @@ usp_case usp_case_random(uint64_t *state, usp_split split, int64_t most) {
     c.tokens = usp_random_below(state, (int)most + 1);
     if (c.attention == USP_SOFTMAX) {
         c.return_lse = usp_random_below(state, 2);
-        if (c.mask == USP_MASK_FULL && c.layout < USP_LAYOUT_ZIGZAG_PER_DOCUMENT && usp_random_below(state, 3) == 0)
+        if (c.layout < USP_LAYOUT_ZIGZAG_PER_DOCUMENT && usp_random_below(state, 3) == 0)
             c.key_tokens = 1 + usp_random_below(state, (int)most);
+        random_documents(state, &c);
+        random_mask(state, &c, (int)most);
     } else {
         int causal = c.mask == USP_MASK_CAUSAL;
         c.scale = 0.25f;
@@ -470,6 +308,7 @@ usp_case usp_case_random(uint64_t *state, usp_split split, int64_t most) {
         c.initial_state = causal && usp_random_below(state, 2);
         c.final_state = usp_random_below(state, 2);
         c.recompute_state = usp_random_below(state, 2);
+        random_documents(state, &c);
         c.state_exchange = (usp_state_exchange)usp_random_below(state, 3);
     }
     return usp_case_complete(c);

@@ -21,6 +21,17 @@ typedef struct usp_case {
     int decay; /* 1: heads fade at different rates; 2: all at the same, slow one */
     usp_state_exchange state_exchange;
     int seed;
+    /* Softmax, but documents. */
+    int documents;     /* a pattern of lengths (see usp_case_documents); 0: one, of the per-document layout 1 */
+    int max_documents; /* room for re-planning */
+    int prefixes;      /* 1: documents have some, but the first of three; 2: all of each document is one */
+    int parents;       /* 1: documents have some */
+    int64_t window_left, window_right;
+    usp_alignment alignment;
+    usp_route route;
+    float soft_cap, dropout;
+    int slopes, sinks, dlse, max_logit;
+    int64_t first_key; /* as first_token, of keys that are another tensor */
 } usp_case;
 
 /* What a create call of the case may do. */
@@ -33,16 +44,27 @@ usp_expectation usp_case_expectation(const usp_case *c);
 int usp_case_out_heads(const usp_case *c); /* H */
 int64_t usp_case_keys(const usp_case *c);  /* global key tokens */
 size_t usp_case_print(const usp_case *c, char *text, size_t capacity);
-void usp_case_decay(const usp_case *c, float *decay); /* [H] */
+void usp_case_decay(const usp_case *c, float *decay);   /* [H] */
+void usp_case_slopes(const usp_case *c, float *slopes); /* [heads] */
 
 /* The config structs of a completed case; the arrays they point to are in here too. */
-enum { USP_CASE_SEGMENTS = 1024, USP_CASE_HEADS = 128 };
+enum { USP_CASE_SEGMENTS = 1024, USP_CASE_HEADS = 128, USP_CASE_DOCUMENTS = 256 };
+
+/* The documents of a case. Patterns: 1 of many lengths, 2 three long ones, 3 empty ones among others, 4 short ones, 5
+ * tokens behind the last one that belong to none, 6 one. */
+typedef struct usp_case_document_list {
+    int64_t count; /* 0: none given */
+    int64_t ends[USP_CASE_DOCUMENTS], key_ends[USP_CASE_DOCUMENTS], prefixes[USP_CASE_DOCUMENTS],
+        parents[USP_CASE_DOCUMENTS];
+} usp_case_document_list;
+void usp_case_documents(const usp_case *c, usp_case_document_list *list);
+
 typedef struct usp_case_configs {
     usp_sequence_config sequence, keys; /* keys: the keys' tokens as a sequence of their own */
     usp_layer_config layer;
     usp_segment segment[USP_CASE_SEGMENTS];
-    int64_t document_ends[USP_CASE_SEGMENTS];
-    float decay[USP_CASE_HEADS];
+    usp_case_document_list documents;
+    float decay[USP_CASE_HEADS], slopes[USP_CASE_HEADS];
 } usp_case_configs;
 
 /* For sequence rank p of n. */
@@ -58,6 +80,7 @@ typedef struct usp_table {
     int count;
 } usp_table;
 
+extern const usp_table usp_mask_table; /* every mask and feature of softmax attention, and documents */
 extern const usp_table usp_softmax_table, usp_linear_table, usp_half_table, usp_large_table;
 extern const usp_table usp_wide_table; /* heads as wide as models have them: for GPUs */
 

@@ -8,6 +8,9 @@
  *   mpirun check_layers --mpi [PART]    one process of mpirun's, over MPI (where the build has it) */
 #include "bodies.h"
 #include "costs.h"
+#include "formulas.h"
+#include "masks.h"
+#include "replans.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,10 +32,27 @@ static const struct part {
     const usp_table *table;
     usp_body body;
 } parts[] = {
-    {"half", &usp_half_table, NULL},   {"linear", &usp_linear_table, NULL}, {"softmax", &usp_softmax_table, NULL},
-    {"switch", NULL, usp_body_switch}, {"repeats", NULL, usp_body_repeats}, {"round_trip", NULL, usp_body_round_trip},
-    {"parts", NULL, usp_body_parts},   {"states", NULL, usp_body_states},   {"continue", NULL, usp_body_continue},
+    {"masks", &usp_mask_table, NULL},
+    {"half", &usp_half_table, NULL},
+    {"linear", &usp_linear_table, NULL},
+    {"softmax", &usp_softmax_table, NULL},
+    {"switch", NULL, usp_body_switch},
+    {"repeats", NULL, usp_body_repeats},
+    {"round_trip", NULL, usp_body_round_trip},
+    {"parts", NULL, usp_body_parts},
+    {"states", NULL, usp_body_states},
+    {"continue", NULL, usp_body_continue},
     {"costs", NULL, half_costs},
+    {"independent", NULL, usp_body_masks},
+    {"packed", NULL, usp_body_packed},
+    {"twins", NULL, usp_body_twins},
+    {"window", NULL, usp_body_whole_window},
+    {"chain", NULL, usp_body_chain},
+    {"sinks", NULL, usp_body_no_sinks},
+    {"little_dropout", NULL, usp_body_little_dropout},
+    {"dropped", NULL, usp_body_dropped},
+    {"replanned", NULL, usp_body_replanned},
+    {"refused_replans", NULL, usp_body_refused_replans},
 };
 enum { PARTS = sizeof parts / sizeof parts[0] };
 

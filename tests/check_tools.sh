@@ -108,18 +108,45 @@ meshes 2e-5 "out final-state $grads dinitial-state" --device cpu --kind linear -
 same four_out.npy ref.npy 1e-5
 meshes 2e-5 "out final-state $grads" --device cpu --kind linear --decay alibi --state-exchange chain --recompute-state
 
-# Layouts by lists, against one rank's zigzag: four documents, the shortest of one token; segments out of order, with strides,
-# a rank with none. Causal linear attention takes no strides.
-for spread in "--documents 1,20,21,53" "--segments 40:13,0:10:2;1:10:2;;20:20" "--layout documents --documents 53" \
-    "--layout custom --segments 10:10,45:8:1;0:10;;20:25"; do
+# Layouts by lists, against one rank's zigzag: segments out of order, with strides, a rank with none; four documents, the
+# shortest of one token. Causal linear attention takes no strides.
+for spread in "--segments 40:13,0:10:2;1:10:2;;20:20" "--layout custom --segments 10:10,45:8:1;0:10;;20:25"; do
     meshes 1e-5 "out lse $grads" --device cpu
     meshes 1e-5 "out $grads" --device cpu --mask full
 done
-for spread in "--documents 1,20,21,53" "--segments 10:10,45:8;0:10;;20:25"; do
-    meshes 1e-5 "out final-state $grads" --device cpu --kind linear --decay 0.9
+spread="--segments 10:10,45:8;0:10;;20:25"
+meshes 1e-5 "out final-state $grads" --device cpu --kind linear --decay 0.9
+packed="--documents 1,20,21,53"
+for spread in "" "--layout documents" "--layout stripe" "--segments 40:13,0:10:2;1:10:2;;20:20"; do
+    meshes 1e-5 "out lse $grads" --device cpu $packed
+    meshes 1e-5 "out $grads" --device cpu --mask full $packed
 done
-expect 0 "$run" -n 4 --verbose $inputs --out x.npy --device cpu --documents 1,20,21,53
-grep -q 'zigzag per document, 15 own tokens' log || fail "--documents is another layout: $(cat log)"
+for spread in "" "--layout documents"; do
+    meshes 1e-5 "out final-state $grads" --device cpu --kind linear --decay 0.9 $packed
+done
+spread=
+expect 0 "$run" -n 4 --verbose $inputs --out x.npy --device cpu --layout documents $packed
+grep -q 'zigzag per document, 15 own tokens' log || fail "--layout documents is another layout: $(cat log)"
+
+# The second document alone is the second one of a packed batch.
+expect 0 "$run" -n 4 $inputs --out packed.npy --device cpu $packed
+for x in q k v; do "$npy" cut $x.npy part_$x.npy 1 19 || fail "cut $x"; done
+expect 0 "$run" --q part_q.npy --k part_k.npy --v part_v.npy --out part.npy --device cpu
+"$npy" cut packed.npy part_ref.npy 1 19 || fail "cut packed"
+same part.npy part_ref.npy 1e-5
+
+# What only softmax has, together; a window of all tokens is none, and dropout hits the same pairs everywhere.
+"$npy" make sinks.npy f32 9 $heads && "$npy" make dlse.npy f32 10 $batch $heads $tokens || fail "make sinks"
+meshes 1e-5 "out lse max-logit dsinks $grads" --device cpu --window-left 9 --soft-cap 2 --slopes alibi --sinks sinks.npy \
+    --dlse dlse.npy --dropout 0.2 --dropout-state 5,7
+meshes 1e-5 "out $grads" --device cpu --mask full --window-left none --window-right 4 --route direct
+meshes 1e-5 "out $grads" --device cpu --prefixes 0,3,1,20 $packed
+meshes 1e-5 "out $grads" --device cpu --parents=-1,0,1,0 $packed
+expect 0 "$run" $inputs --out window.npy --device cpu --window-left 53
+expect 0 "$run" $inputs --out plain.npy --device cpu
+same window.npy plain.npy 1e-6
+expect 0 "$run" -n 4 --verbose $inputs --out x.npy --device cpu --window-left 9 --soft-cap 2 --slopes 0.5
+grep -q 'window_left 9, .*soft_cap 2, slopes' log || fail "what is set is not described: $(cat log)"
 spread="--segments 40:13,0:10:2;1:10:2;;20:20"
 meshes 1e-5 "out $grads" --device cpu --kind linear --mask full
 spread=
@@ -161,6 +188,11 @@ cmp -s again1k.npy again2k.npy || fail "dk differs from run to run"
 "$npy" attend q.npy k2.npy v2.npy ref.npy softmax full 1 || fail attend
 expect 0 "$run" -n 4 -u 2 --q q.npy --k k2.npy --v v2.npy --mask full --out cross.npy --device cpu
 same cross.npy ref.npy 1e-5
+for ranks in 1 4; do
+    expect 0 "$run" -n $ranks --q q.npy --k k2.npy --v v2.npy --out cross_$ranks.npy --device cpu --alignment bottom-right \
+        --documents 20,53 --key-documents 4,31
+done
+same cross_4.npy cross_1.npy 1e-5
 
 # ---- usp_run: files of other forms, against the same numbers in the plain one ------------------------------------------------
 
@@ -221,6 +253,7 @@ expect 0 "$run" --device cpu --mask full --q no_q.npy --k k.npy --v v.npy --out 
 # ---- usp_run: bad files -------------------------------------------------------------------------------------------------
 
 ok="--k k.npy --v v.npy --device cpu"
+"$npy" make three.npy f32 9 3 || fail "make three"
 printf 'no array at all' >magic.npy
 head -c 9 q.npy >short.npy
 head -c 60 q.npy >header.npy
@@ -261,14 +294,19 @@ refuse 'bf16' "$run" --q q16.npy $ok
 refuse 'uint16' "$run" --q q.npy $ok --dtype bf16
 refuse 'float16' "$run" --q q.npy $ok --dtype f16
 refuse 'shape' "$run" --q q.npy --k k.npy --v v.npy --dout q.npy --dq x.npy --device cpu
-refuse '.' "$run" --q other.npy $ok
+refuse '.' "$run" --q other.npy $ok --kind linear
 refuse '.' "$run" --q heads3.npy $ok
 refuse 'ranks' "$run" -n 4 -u 3 --q q.npy $ok
 refuse 'decay' "$run" --q q.npy $ok --kind linear --decay 0.9,0.8,0.7
 refuse 'stripe' "$run" -n 2 -r 2 --q q.npy $ok --kind linear --layout stripe
-refuse 'ends at 52, but there are 53' "$run" -n 2 --q q.npy $ok --documents 20,52
+refuse 'ends at 52, but there are 53' "$run" -n 2 --q q.npy $ok --layout documents --documents 20,52
 refuse 'ends at 54, but there are 53' "$run" --q q.npy $ok --documents 54
-refuse 'key_tokens' "$run" --q q.npy --k other.npy --v other.npy --device cpu --mask full --documents 53
+refuse 'key_tokens' "$run" --q q.npy --k other.npy --v other.npy --device cpu --mask full --layout documents --documents 53
+refuse 'dropout is set' "$run" --q q.npy $ok --kind linear --dropout 0.5
+refuse 'window_right is set' "$run" --q q.npy $ok --window-right 3
+refuse 'dimensions, not 1' "$run" --q q.npy $ok --sinks q.npy
+refuse 'shape \[3\], but \[4\] is needed' "$run" --q q.npy $ok --sinks three.npy
+refuse 'slopes has 2 numbers' "$run" --q q.npy $ok --slopes 1,2
 refuse '1 lists for 2 ranks' "$run" -n 2 --q q.npy $ok --segments 0:53
 refuse '3 lists for 2 ranks' "$run" -n 2 --q q.npy $ok --segments '0:53;;'
 refuse '3 of 53 tokens' "$run" -n 2 --q q.npy $ok --segments '0:20;20:30'
@@ -282,9 +320,13 @@ mistake "'' is not a whole number" --documents 53,
 mistake "'-5' is not" --documents=-5,53
 mistake "'5x' is not" --documents 5x,53
 mistake "'99999999999999999999' is not" --documents 99999999999999999999
-mistake "'0' does not come after 0" --documents 0,53
-mistake "'20' does not come after 20" --documents 20,20,53
-mistake "'10' does not come after 20" --documents 20,10,53
+refuse 'ascend' "$run" --q q.npy $ok --documents 20,10,53
+mistake '2 numbers for 1 --documents' --documents 53 --parents=-1,0
+mistake '1 numbers for 0 --documents' --prefixes 5
+mistake "'5,' is not SEED,OFFSET" --dropout-state 5,
+mistake 'needs --dout' --dlse dlse.npy
+mistake 'needs --sinks' --dout q.npy --dsinks x.npy
+mistake 'needs --kind softmax' --kind linear --slopes alibi
 for segment in 5 5: :5 5:0 0:53:0 0:53: 0:53:1:1 0:-53 -1:5 0x1:5 ' 0:53' 0:53x 0:99999999999999999999; do
     mistake "'$segment' is not START:LENGTH" "--segments=$segment"
 done
@@ -292,8 +334,6 @@ mistake "'' is not START:LENGTH" --segments '0:53,'
 mistake "'' is not START:LENGTH" --segments ',0:53'
 mistake 'needs --documents' --layout documents
 mistake 'needs --segments' --layout custom
-mistake 'exclude each other' --documents 53 --segments 0:53
-mistake 'excludes another --layout' --documents 53 --layout zigzag
 mistake 'excludes another --layout' --segments 0:53 --layout stripe
 expect 1 "$run" --q q.npy $ok --out nowhere/out.npy
 expect 1 "$run" --q q.npy $ok --out folder.npy
@@ -394,7 +434,10 @@ fi
 mistake "'foo' is none of softmax, linear" --kind foo
 mistake "'foo' is none of zigzag, contiguous, stripe, documents, custom" --layout foo
 mistake "'foo' is none of f32, f16, bf16" --dtype foo
-for number in 0 -1 1e-60 1e60 nan x; do mistake "'$number' is not a float32 greater than 0" "--scale=$number"; done
+for number in -1 1e-60 1e60 nan x; do mistake "'$number' is not a float32 from 0" "--scale=$number"; done
+mistake "'1' is not a float32 from 0" --dropout 1
+for number in -1 1.5 x 3G; do mistake "'$number' is not a whole number from -1" "--window-left=$number"; done
+mistake "'foo' is none of auto|relay|direct|gathered" --route foo
 mistake "'' is not a number in (0, 1]" --kind linear --decay 0.9,
 mistake "'' is not a number in (0, 1]" --kind linear --decay ,0.9
 mistake "'1e-60' is not a number in (0, 1]" --kind linear --decay 1e-60
@@ -425,6 +468,11 @@ grep -q '# .*skipped: ' log || fail "linear attention on a striped ring was not 
 grep -q 'Out of bounds values : 0 OK' log || fail "no verdict line"
 [ "$(wc -l <b.csv)" -eq 89 ] || fail "CSV has $(wc -l <b.csv) lines, not 89"
 expect 0 "$bench" $quick -b 64 -e 64 -d f16,bf16 --full --shared-memory
+expect 0 "$bench" $quick -t 4 -b 256 -e 256 --layout all --documents 8:90 --max-documents 64 --window-left 20 --soft-cap 5 \
+    --slopes alibi --sinks --dropout 0.1 --kv-heads 2 --kind softmax --csv masks.csv
+grep -q ',causal window_left 20 documents 8:90,' masks.csv || fail "the mask is not in the CSV: $(cat masks.csv)"
+expect 0 "$bench" $quick -t 2 -b 64 -e 64 --documents 20,1,7 --kind linear
+expect 0 "$bench" $quick -t 2 -b 64 -e 64 --full --window-left none --window-right 5 --route gathered --kind softmax
 expect 0 "$bench" $quick -t 2 -b 4096 -e 4096 --heads 1 --pass bwd -c 1
 grep -q 'softmax.* 0$' log || fail "backward above the double-precision length was not checked"
 expect 2 "$bench" $quick -t 4 -u 3 -b 64 -e 64
@@ -457,6 +505,8 @@ for end in '>/dev/full' '>&-'; do
     [ ! -e table.csv ] || fail "$end: it ran without a table: $(cat table.csv)"
     expect 2 sh -c "\"\$@\" $end" sh "$bench" --info
 done
+expect 64 "$bench" --documents 9:8
+expect 64 "$bench" --dropout 1
 expect 64 "$bench" --kind foo
 grep -q "'foo' is no list of softmax, linear, nor both" log || fail "no names of kinds: $(cat log)"
 expect 64 "$bench" --device foo

@@ -33,7 +33,7 @@ static by_axis sort_traffic(const usp_stage *stage, const usp_traffic *traffic) 
 }
 
 static int check_bytes(usp_stage *stage, usp_pass pass, const usp_traffic *traffic) {
-    char name[256];
+    char name[512];
     usp_cost cost = {.struct_size = sizeof cost};
     by_axis seen = sort_traffic(stage, traffic);
     if (usp_layer_get_cost(stage->layer, pass, &cost) != USP_OK) return usp_say(stage->rank, "%s", usp_last_error());
@@ -138,7 +138,7 @@ int usp_body_constant_traffic(usp_rank *rank, void *argument) {
 /* ---- formulas ---------------------------------------------------------------------------------------------------- */
 
 static int expect_cost(usp_rank *rank, const usp_case *c, int64_t ulysses, int64_t ring, double flops) {
-    char name[256];
+    char name[512];
     usp_stage stage;
     usp_cost cost = {.struct_size = sizeof cost};
     if (usp_stage_open(rank, c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
@@ -164,14 +164,20 @@ int usp_body_formulas(usp_rank *rank, void *argument) {
     for (int s = 0; s < USP_SPLITS; s++) {
         int u = usp_splits[s].ulysses, r = usp_splits[s].ring;
         if (u * r != rank->size || HEADS % u != 0 || TOKENS % (2 * u * r) != 0) continue;
-        usp_case c = {
-            .ulysses = u, .ring = r, .tokens = TOKENS, .heads = HEADS, .head_dim = DIM, .mask = USP_MASK_CAUSAL};
+        usp_case c = {.ulysses = u,
+                      .ring = r,
+                      .tokens = TOKENS,
+                      .heads = HEADS,
+                      .head_dim = DIM,
+                      .mask = USP_MASK_CAUSAL,
+                      .route = USP_ROUTE_RELAY};
         int64_t operand = TOKENS / (u * r) * (HEADS * DIM) * 4, block = TOKENS / r * (HEADS / u * DIM) * 4;
         double pairs = TOKENS * (TOKENS + 1) / 2.0;
         if (expect_cost(rank, &c, 4 * operand * (u - 1) / u, 2 * block * (r - 1), 4 * pairs * HEADS * DIM / rank->size))
             return 1;
         int64_t state = HEADS / u * DIM * DIM * 4;
         c.attention = USP_LINEAR;
+        c.route = USP_ROUTE_AUTO;
         c.layout = USP_LAYOUT_CONTIGUOUS;
         c.state_exchange = USP_STATE_GATHER;
         if (expect_cost(rank, &c, 4 * operand * (u - 1) / u, state * (r - 1), 0)) return 1;
@@ -223,7 +229,7 @@ static int64_t state_bytes(const usp_case *c) {
 }
 
 static void expect_travel(usp_stage *stage, const char *pass, const usp_traffic *traffic, travel expected) {
-    char name[256];
+    char name[512];
     by_axis seen = sort_traffic(stage, traffic);
     int64_t one = state_bytes(&stage->c);
     if (seen.ring_send == expected.send * one && seen.ring_recv == expected.recv * one) return;
@@ -307,7 +313,7 @@ static int is_near(double a, double b) {
 }
 
 static void expect_flops(usp_stage *stage, usp_pass pass) {
-    char name[256];
+    char name[512];
     double most = 0, sum = 0, own = rank_flops(&stage->c, pass, stage->p / stage->c.ulysses);
     usp_cost cost = {.struct_size = sizeof cost};
     for (int r = 0; r < stage->c.ring; r++) {
@@ -354,7 +360,7 @@ int usp_body_flops(usp_rank *rank, void *argument) {
 /* Of all that a pass did, what `letters` names must be `expected`; exchanges in a row count as one if `runs`. */
 static void expect_order(usp_stage *stage, const char *pass, const usp_traffic *traffic, const char *letters, int runs,
                          const char *expected) {
-    char name[256], seen[USP_TRACE_STEPS] = "";
+    char name[512], seen[USP_TRACE_STEPS] = "";
     int count = 0;
     for (const char *at = traffic->order; *at; at++) {
         if (!strchr(letters, *at) || (runs && count && *at == 'X' && seen[count - 1] == 'X')) continue;
@@ -409,18 +415,23 @@ int usp_body_exchanges(usp_rank *rank, void *argument) {
     return 0;
 }
 
-/* Without ulysses the ring stage works on the caller's tensors. A softmax ring packs k and v once a pass, and at the
- * end of backward adds and writes their own gradients. */
+/* Without ulysses the ring stage works on the caller's tensors. A softmax ring packs k and v in one list a pass; at the
+ * end of backward it adds what each reader of the own keys sends, and writes the gradients. By a relay all read them.
+ */
 int usp_body_copies(usp_rank *rank, void *argument) {
     const order none = {.letters = "C+", .forward = "", .backward = ""};
-    const order packed = {.letters = "C+", .forward = "CC", .backward = "CC+C+C"};
+    char backward[32] = "C";
     usp_trace *trace = usp_trace_insert(rank->world);
     usp_trace_watch(trace, rank->world);
     (void)argument;
+    for (int r = 1; r < rank->size; r++) strcat(backward, "+");
+    strcat(backward, "C");
+    const order packed = {.letters = "C+", .forward = "C", .backward = backward};
     for (int i = 0; i < ORDERED_CASES; i++) {
         usp_case c = ordered_cases[i];
         c.tokens = 96;
         c.ring = rank->size;
+        if (c.attention != USP_LINEAR) c.route = USP_ROUTE_RELAY;
         if (check_order(rank, &c, trace, c.attention == USP_LINEAR || c.ring == 1 ? &none : &packed)) return 1;
     }
     return 0;

@@ -2,9 +2,10 @@
  * must give the oracle's results; what is not must be refused alike on all ranks. A failure prints the seed that
  * repeats it. */
 #include "bodies.h"
+#include "fields.h"
+#include "replans.h"
 
 #include <limits.h>
-#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,31 +20,42 @@ typedef struct plan {
 
 /* ---- damaged configs --------------------------------------------------------------------------------------------- */
 
-static const size_t layer_fields[] = {
-    offsetof(usp_layer_config, attention),      offsetof(usp_layer_config, mask),
-    offsetof(usp_layer_config, dtype),          offsetof(usp_layer_config, batch),
-    offsetof(usp_layer_config, heads),          offsetof(usp_layer_config, kv_heads),
-    offsetof(usp_layer_config, value_heads),    offsetof(usp_layer_config, head_dim),
-    offsetof(usp_layer_config, value_dim),      offsetof(usp_layer_config, scale),
-    offsetof(usp_layer_config, return_lse),     offsetof(usp_layer_config, deterministic),
-    offsetof(usp_layer_config, state_exchange), offsetof(usp_layer_config, recompute_state),
-    offsetof(usp_layer_config, initial_state),  offsetof(usp_layer_config, final_state)};
 static const int nasty[] = {-1, 0, 1, 2, 3, 5, 7, 4096, 65535, 65536, 65537, INT_MAX, INT_MIN, 0x7fc00000};
 
+/* A number that the field may not have, of its own type; arrays may be shorter than the heads are now. */
 static void damage_layer(uint64_t *state, usp_layer_config *config) {
-    int hits = 1 + usp_random_below(state, 3);
+    int hits = 1 + usp_random_below(state, 3), count = 0;
+    while (usp_layer_fields[count].name) count++;
     for (int i = 0; i < hits; i++) {
-        size_t field = layer_fields[usp_random_below(state, (int)(sizeof layer_fields / sizeof layer_fields[0]))];
-        memcpy((char *)config + field, &nasty[usp_random_below(state, (int)(sizeof nasty / sizeof nasty[0]))],
-               sizeof(int));
+        const usp_layer_field *field = &usp_layer_fields[usp_random_below(state, count)];
+        int value = nasty[usp_random_below(state, (int)(sizeof nasty / sizeof nasty[0]))];
+        void *to = (char *)config + field->offset;
+        if (field->form == USP_FIELD_INT64)
+            memcpy(to, &(int64_t){value}, sizeof(int64_t));
+        else if (field->form != USP_FIELD_HEADS)
+            memcpy(to, &value, sizeof value);
     }
-    config->decay = NULL; /* may be shorter than the heads are now */
+    config->decay = config->slopes = NULL;
 }
 
-static void damage_sequence(uint64_t *state, usp_sequence_config *config) {
+/* One number of one list, which need not have been given. */
+static void damage_documents(uint64_t *state, usp_case_document_list *list, usp_sequence_config *config) {
+    static const int64_t numbers[] = {-2, -1, 0, 1, 60, 1000, INT64_MAX, INT64_MIN};
+    int64_t *const lists[] = {list->ends, list->key_ends, list->prefixes, list->parents};
+    const int64_t **const given[] = {&config->document_ends, &config->key_document_ends, &config->prefixes,
+                                     &config->parents};
+    int which = usp_random_below(state, 4);
+    int64_t number = numbers[usp_random_below(state, 8)];
+    if (list->count == 0) return;
+    lists[which][usp_random_below(state, (int)list->count)] = number;
+    *given[which] = lists[which];
+}
+
+static void damage_sequence(uint64_t *state, usp_case_configs *configs) {
+    usp_sequence_config *config = &configs->sequence;
     static const int64_t lengths[] = {-1, 0, 1, 17, 300, (int64_t)INT_MAX, INT64_MAX, INT64_MIN};
     int64_t length = lengths[usp_random_below(state, 8)];
-    int field = usp_random_below(state, 7);
+    int field = usp_random_below(state, 10);
     if (field == 0) config->tokens = length;
     if (field == 1) config->key_tokens = length;
     if (field == 2) config->layout = (usp_layout)usp_random_below(state, 7);
@@ -51,6 +63,7 @@ static void damage_sequence(uint64_t *state, usp_sequence_config *config) {
     if (field == 4) config->documents = length < config->documents ? length : config->documents;
     if (field == 5) config->segments = length < config->segments ? length : config->segments;
     if (field == 6) config->struct_size = (size_t)usp_random_below(state, 200);
+    if (field > 6) damage_documents(state, &configs->documents, config);
 }
 
 /* What is wrong in a rank's own part of a config is told by name there, as another rank's failure elsewhere. */
@@ -94,7 +107,7 @@ static int try_damaged(usp_rank *rank, uint64_t *state, usp_split split) {
         return usp_say(rank, "mesh: %s", usp_last_error());
     usp_case_configure(&c, rank->rank, rank->size, configs);
     if (damaged)
-        damage_sequence(state, &configs->sequence);
+        damage_sequence(state, configs);
     else
         damage_layer(state, &configs->layer);
     usp_status status = usp_sequence_create(stage.mesh, &configs->sequence, &stage.sequence);
@@ -139,6 +152,63 @@ static int try_misuse(usp_rank *rank, uint64_t *state, usp_split split) {
     return 0;
 }
 
+/* ---- re-plans ---------------------------------------------------------------------------------------------------- */
+
+/* Now and then they make sense. */
+static void random_documents(uint64_t *state, const usp_case *c, usp_case_document_list *list) {
+    int64_t end = 0, key_end = 0;
+    list->count = 1 + usp_random_below(state, 6);
+    for (int64_t d = 0; d < list->count; d++) {
+        int length = usp_random_below(state, (int)c->tokens / 3 + 2), back = usp_random_below(state, 16);
+        end += back == 0 ? -length : length;
+        key_end += back == 1 ? -length : length;
+        list->ends[d] = end;
+        list->key_ends[d] = key_end;
+        list->prefixes[d] = usp_random_below(state, length + 1) - (back == 2);
+        list->parents[d] = d - 1 - usp_random_below(state, 2);
+    }
+    if (c->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT || usp_random_below(state, 2))
+        list->ends[list->count - 1] = c->tokens;
+}
+
+/* Whatever comes of it, it is the same for all ranks and the layer runs. */
+static int replan_anyhow(usp_stage *stage, uint64_t *state, usp_case_document_list *list) {
+    usp_whole whole;
+    usp_documents given = usp_documents_of(&stage->c, list);
+    random_documents(state, &stage->c, list);
+    given.count = list->count;
+    usp_status status = usp_sequence_replan_documents(stage->sequence, &given, stage->rank->stream);
+    if (same_status(stage->rank, stage, status, 0) || usp_run_planned(stage, &whole)) return 1;
+    usp_whole_free(&whole);
+    return 0;
+}
+
+/* Documents that are anything, and at last a case's: its results are the oracle's. */
+static int try_replans(usp_rank *rank, uint64_t *state, usp_split split, usp_references *references) {
+    usp_stage stage;
+    usp_whole whole;
+    usp_case c = usp_case_random(state, split, MOST_TOKENS);
+    int pattern = 1 + usp_random_below(state, 4), failed = 0;
+    if (c.documents == 0) c.documents = 1;
+    c.max_documents = USP_CASE_DOCUMENTS;
+    if (usp_stage_open(rank, &c, &stage) != USP_OK) return 0;
+    usp_case_document_list *list = malloc(sizeof *list);
+    for (int i = 0; i < 3 && !failed; i++) failed = replan_anyhow(&stage, state, list);
+    stage.c.documents = pattern;
+    usp_documents given = usp_documents_of(&stage.c, list);
+    if (!failed && usp_sequence_replan_documents(stage.sequence, &given, rank->stream) != USP_OK)
+        failed = usp_say(rank, "re-plan: %s", usp_last_error());
+    free(list);
+    if (failed || usp_run_planned(&stage, &whole)) return 1;
+    if (rank->rank == 0) usp_compare_with_reference(rank, &stage.c, &whole, usp_reference_of(references, &stage.c));
+    usp_whole_free(&whole);
+    usp_stage_close(&stage);
+    usp_count(rank);
+    return 0;
+}
+
+/* ---- worlds ------------------------------------------------------------------------------------------------------ */
+
 static usp_split draw_split(uint64_t *state, int size) {
     usp_split split;
     do split = usp_splits[usp_random_below(state, USP_SPLITS)];
@@ -152,11 +222,12 @@ static int wander(usp_rank *rank, void *argument) {
     int failed = 0;
     for (int i = 0; i < ACTIONS && !failed; i++) {
         usp_split split = draw_split(&state, rank->size);
-        int action = usp_random_below(&state, 4);
+        int action = usp_random_below(&state, 5);
         usp_case c = usp_case_random(&state, split, MOST_TOKENS);
         if (action < 2) failed = usp_check_case(rank, &c, p->references);
         if (action == 2) failed = try_damaged(rank, &state, split);
         if (action == 3) failed = try_misuse(rank, &state, split);
+        if (action == 4) failed = try_replans(rank, &state, split, p->references);
     }
     usp_count(rank);
     return failed;

@@ -18,7 +18,9 @@ typedef struct copy_test {
     usp_gpu_view from, to;
     usp_dtype from_dtype, to_dtype;
     int accumulate;
-    int64_t units; /* of one launch on the GPU; 0: as many as it takes */
+    int64_t units;           /* of one launch on the GPU; 0: as many as it takes */
+    size_t from_row, to_row; /* maps, where `mapped` */
+    int mapped;
 } copy_test;
 
 static usp_tensor typed_tensor(const usp_gpu_world *w, const usp_gpu_view *v, usp_dtype dtype) {
@@ -27,19 +29,25 @@ static usp_tensor typed_tensor(const usp_gpu_world *w, const usp_gpu_view *v, us
     return usp_gpu_tensor(&typed, v);
 }
 
+static usp_copy copy_args(const usp_gpu_world *w, const copy_test *c) {
+    return (usp_copy){.tokens = c->from.tokens,
+                      .batch = c->from.batch,
+                      .heads = c->from.heads,
+                      .dim = c->from.dim,
+                      .from_dtype = c->from_dtype,
+                      .to_dtype = c->to_dtype,
+                      .accumulate = c->accumulate,
+                      .from_row = c->mapped & 1 ? usp_gpu_at(w, c->from_row) : NULL,
+                      .to_row = c->mapped & 2 ? usp_gpu_at(w, c->to_row) : NULL,
+                      .from = typed_tensor(w, &c->from, c->from_dtype),
+                      .to = typed_tensor(w, &c->to, c->to_dtype)};
+}
+
 static usp_status copy_rows(const usp_gpu_world *w, const void *args) {
     const copy_test *c = args;
-    usp_copy a = {.tokens = c->from.tokens,
-                  .batch = c->from.batch,
-                  .heads = c->from.heads,
-                  .dim = c->from.dim,
-                  .from_dtype = c->from_dtype,
-                  .to_dtype = c->to_dtype,
-                  .accumulate = c->accumulate,
-                  .from = typed_tensor(w, &c->from, c->from_dtype),
-                  .to = typed_tensor(w, &c->to, c->to_dtype)};
-    if (c->units > 0 && w->device->ops->kind == USP_DEVICE_CUDA) return usp_cuda_copy_rows(&a, c->units, w->stream);
-    return w->device->ops->copy_rows(w->device, &a, w->stream);
+    usp_copy a = copy_args(w, c);
+    if (c->units > 0 && w->device->ops->kind == USP_DEVICE_CUDA) return usp_cuda_copy_rows(&a, 1, c->units, w->stream);
+    return w->device->ops->copy_rows(w->device, &a, 1, w->stream);
 }
 
 /* Copies agree to the last bit; `before` of the GPU is the plain slab, which the CPU has changed meanwhile. */
@@ -80,6 +88,54 @@ static void check_parts(usp_gpu_test *t, usp_dtype to) {
         usp_gpu_fill(t, &c.from, 100);
         check_copy(t, &c);
     }
+}
+
+/* Rows by maps: from a tensor of more rows in any order, to another one's; whole and in parts. */
+static void check_maps(usp_gpu_test *t, int dim, int64_t units) {
+    enum { TOKENS = 53, ROWS = 60 };
+    int32_t map[TOKENS];
+    for (int mapped = 1; mapped <= 3; mapped++) {
+        snprintf(t->name, sizeof t->name, "copy by maps %d, dim %d, %lld units", mapped, dim, (long long)units);
+        usp_gpu_begin_case(t, USP_BF16);
+        copy_test c = {.from_dtype = USP_BF16, .to_dtype = USP_BF16, .units = units, .mapped = mapped};
+        c.from = usp_gpu_make_view(t, "from", BSHD, ROWS, 2, 3, dim);
+        c.to = usp_gpu_make_view(t, "to", BHSD, ROWS, 2, 3, dim);
+        for (int i = 0; i < TOKENS; i++) map[i] = (i * 7 + 3) % ROWS;
+        c.from_row = usp_gpu_put(t, map, sizeof map);
+        for (int i = 0; i < TOKENS; i++) map[i] = (i * 11 + 5) % ROWS;
+        c.to_row = usp_gpu_put(t, map, sizeof map);
+        usp_gpu_fill(t, &c.from, 100);
+        c.from.tokens = TOKENS;
+        check_copy(t, &c);
+    }
+}
+
+enum { LISTED = 40 };
+
+static usp_status copy_list(const usp_gpu_world *w, const void *args) {
+    const copy_test *c = args;
+    usp_copy list[LISTED];
+    for (int i = 0; i < LISTED; i++) list[i] = copy_args(w, &c[i]);
+    return w->device->ops->copy_rows(w->device, list, LISTED, w->stream);
+}
+
+/* More copies than a launch holds, of several kinds and sizes, empty ones among them. */
+static void check_list(usp_gpu_test *t) {
+    copy_test c[LISTED];
+    snprintf(t->name, sizeof t->name, "a list of %d copies", LISTED);
+    usp_gpu_begin_case(t, USP_F32);
+    for (int i = 0; i < LISTED; i++) {
+        int turned = i % 20 == 19, dim = i % 3 ? 16 : 5;
+        c[i] = (copy_test){.from_dtype = USP_F32, .to_dtype = turned ? USP_BF16 : USP_F32, .accumulate = i % 23 == 22};
+        c[i].from = usp_gpu_make_view(t, "from", BSHD, i % 7 * 30, 2, 3, dim);
+        c[i].to = usp_gpu_make_view(t, "to", BHSD, i % 7 * 30, 2, 3, dim);
+        usp_gpu_fill(t, &c[i].from, 100);
+        usp_gpu_fill(t, &c[i].to, 1);
+    }
+    memcpy(t->before, t->plain.base, t->used);
+    if (copy_list(&t->plain, c) != USP_OK) usp_gpu_fail(t, "copy_rows", usp_last_error());
+    if (!usp_gpu_run_alone(t, "copy_rows", copy_list, c, t->after)) return;
+    usp_gpu_expect(t, memcmp(t->plain.base, t->after, t->used) == 0, "the list");
 }
 
 /* One token of more elements than 32 bits count. All heads of a batch entry are the same number, so that it needs no
@@ -147,9 +203,9 @@ static void check_limits(usp_gpu_test *t) {
         usp_kernel_shape most, over;
         const char *named;
     } limits[] = {
-        {{USP_SOFTMAX, USP_BF16, 65535, 4096, 64, 64, 0},
-         {USP_SOFTMAX, USP_BF16, 65536, 4096, 64, 64, 0},
-         "65536 x 4096"},
+        {{USP_SOFTMAX, USP_BF16, 65535, 32768, 64, 64, 0},
+         {USP_SOFTMAX, USP_BF16, 65536, 32768, 64, 64, 0},
+         "65536 x 32768"},
         {{USP_LINEAR, USP_BF16, 65535, 32768, 8, 8, 0}, {USP_LINEAR, USP_BF16, 65536, 32768, 8, 8, 0}, "65536 x 32768"},
         {{USP_LINEAR, USP_BF16, 65535, 1024, 64, 64, 0}, {USP_LINEAR, USP_BF16, 65536, 1024, 64, 64, 0}, "batch 65536"},
         {{USP_SOFTMAX, USP_F32, 1, 1, 64, 64, 0}, {USP_SOFTMAX, USP_F32, 1, 1, 64, 513, 0}, "513"},
@@ -194,6 +250,12 @@ static void check_memory(usp_gpu_test *t) {
     usp_gpu_expect(t, gpu->ops->alloc(gpu, 1000, &memory) == USP_OK && (uintptr_t)memory % 256 == 0,
                    "alloc after a failure");
     gpu->ops->free(gpu, memory);
+    usp_gpu_expect(t, gpu->ops->alloc_host(gpu, 0, &memory) == USP_OK, "alloc_host of nothing");
+    gpu->ops->free_host(gpu, memory);
+    gpu->ops->free_host(gpu, NULL);
+    usp_gpu_expect(t, gpu->ops->alloc_host(gpu, 1000, &memory) == USP_OK && memset(memory, 1, 1000) == memory,
+                   "alloc_host");
+    gpu->ops->free_host(gpu, memory);
 }
 
 /* ---- program ----------------------------------------------------------------------------------------------------- */
@@ -210,6 +272,10 @@ static void check_common(usp_gpu_test *t) {
             check_copies(t, (usp_gpu_arrangement)how, (usp_dtype)(pair / 3), (usp_dtype)(pair % 3));
     check_parts(t, USP_F32);
     check_parts(t, USP_BF16);
+    check_maps(t, 64, 0);
+    check_maps(t, 64, 100);
+    check_maps(t, 5, 0);
+    check_list(t);
     check_long_token(t);
 }
 

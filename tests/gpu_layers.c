@@ -9,6 +9,9 @@
 #define _POSIX_C_SOURCE 200809L
 #include "bodies.h"
 #include "costs.h"
+#include "formulas.h"
+#include "masks.h"
+#include "replans.h"
 #include "spread.h"
 
 #include <stdio.h>
@@ -101,6 +104,53 @@ static int graphs(usp_rank *rank, void *argument) {
     return 0;
 }
 
+/* Gives the sequence documents of a pattern. */
+static int replan(usp_stage *stage, int pattern) {
+    usp_case_document_list list;
+    usp_case changed = stage->c;
+    changed.documents = pattern;
+    usp_case_documents(&changed, &list);
+    if (usp_sequence_replan(stage->sequence, list.count, list.ends, stage->rank->stream) == USP_OK) return 0;
+    return usp_say(stage->rank, "replan: %s", usp_last_error());
+}
+
+/* The graph replayed with the documents of a pattern gives what the calls themselves give. */
+static int compare_replanned(usp_stage *stage, cudaGraphExec_t instance, int pattern) {
+    usp_whole eager, replayed;
+    if (replan(stage, pattern) || usp_stage_clear(stage)) return 1;
+    if (cudaGraphLaunch(instance, stage->rank->stream) != cudaSuccess) return usp_say(stage->rank, "no launch");
+    if (usp_stage_gather(stage, 1, &replayed) || usp_stage_clear(stage)) return 1;
+    if (usp_stage_forward(stage, 1) || usp_stage_backward(stage) || usp_stage_gather(stage, 1, &eager)) return 1;
+    if (stage->rank->rank == 0)
+        usp_compare_bits(stage->rank, &stage->c, "a graph replayed with other documents", USP_SAME_ALL, &replayed,
+                         &eager);
+    usp_whole_free(&eager);
+    usp_whole_free(&replayed);
+    return 0;
+}
+
+/* Captured once, with one document; replayed with documents of all patterns. */
+static int replanned_graphs(usp_rank *rank, void *argument) {
+    (void)argument;
+    for (int i = 0; i < 2; i++) {
+        usp_stage stage;
+        usp_case c = pair[i];
+        c.ulysses = rank->size % 2 == 0 ? 2 : 1;
+        c.ring = rank->size / c.ulysses;
+        c.max_documents = USP_CASE_DOCUMENTS;
+        if (usp_stage_open(rank, &c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+        if (usp_stage_fill(&stage) || usp_stage_forward(&stage, 1) || usp_stage_backward(&stage)) return 1;
+        cudaGraphExec_t instance = capture(&stage);
+        int failed = instance == NULL;
+        for (int pattern = 1; pattern <= 5 && !failed; pattern++) failed = compare_replanned(&stage, instance, pattern);
+        if (instance) cudaGraphExecDestroy(instance);
+        if (failed) return 1;
+        usp_stage_close(&stage);
+        usp_count(rank);
+    }
+    return 0;
+}
+
 /* ---- streams ----------------------------------------------------------------------------------------------------- */
 
 /* Both layers of the pair, each on a stream of its own, with nothing between the calls that waits. */
@@ -152,6 +202,12 @@ static usp_status stream_create(usp_stream *stream) {
 
 static void stream_destroy(usp_stream stream) {
     (void)stream;
+}
+
+static int replanned_graphs(usp_rank *rank, void *argument) {
+    (void)argument;
+    usp_refuse(rank, "CUDA graphs: this program was built without CUDA");
+    return 0;
 }
 
 static int graphs(usp_rank *rank, void *argument) {
@@ -212,7 +268,7 @@ static int limits(usp_rank *rank) {
                                .mask = USP_MASK_FULL,
                                .dtype = USP_BF16,
                                .batch = 65536,
-                               .heads = 4096,
+                               .heads = 65536,
                                .head_dim = 8};
     usp_mesh *mesh = NULL;
     usp_sequence *sequence = NULL;
@@ -221,8 +277,8 @@ static int limits(usp_rank *rank) {
         usp_sequence_create(mesh, &tokens, &sequence) != USP_OK)
         return usp_say(rank, "%s", usp_last_error());
     usp_status status = usp_layer_create(mesh, sequence, &config, &layer);
-    int refused = status == USP_UNSUPPORTED && strstr(usp_last_error(), "65536 x 4096") != NULL;
-    if (!refused) usp_say(rank, "65536 x 4096 heads: %s, %s", usp_status_string(status), usp_last_error());
+    int refused = status == USP_UNSUPPORTED && strstr(usp_last_error(), "65536 x 65536") != NULL;
+    if (!refused) usp_say(rank, "65536 x 65536 heads: %s, %s", usp_status_string(status), usp_last_error());
     usp_layer_destroy(layer);
     usp_sequence_destroy(sequence);
     usp_mesh_destroy(mesh);
@@ -238,9 +294,9 @@ typedef struct everything {
 } everything;
 
 static int run_tables(usp_rank *rank, usp_references *references) {
-    const usp_table *const tables[] = {&usp_wide_table, &usp_half_table, &usp_softmax_table, &usp_linear_table,
-                                       &usp_large_table};
-    for (int i = 0; i < 5; i++) {
+    const usp_table *const tables[] = {&usp_wide_table,    &usp_half_table,   &usp_mask_table,
+                                       &usp_softmax_table, &usp_linear_table, &usp_large_table};
+    for (int i = 0; i < 6; i++) {
         usp_table_run run = {.table = tables[i], .references = references};
         if (usp_body_table(rank, &run)) return 1;
     }
@@ -250,19 +306,37 @@ static int run_tables(usp_rank *rank, usp_references *references) {
 
 /* A body that cannot go on says so; one that finds wrong results does too, and the next one runs. */
 static int run_everything(usp_rank *rank, void *argument) {
-    static const usp_body properties[] = {usp_body_arrangements,  usp_body_repeats,      usp_body_round_trip,
-                                          usp_body_parts,         usp_body_linearity,    usp_body_switch,
-                                          usp_body_states,        usp_body_continue,     usp_body_independent,
-                                          usp_body_shared_memory, usp_body_not_a_number, usp_body_spread};
-    static const char *const names[] = {"arrangements", "repeats",       "round trip",  "parts",
-                                        "linearity",    "switch",        "states",      "continue",
-                                        "independent",  "shared memory", "not a number", "spread"};
+    static const struct {
+        const char *name;
+        usp_body body;
+    } properties[] = {{"arrangements", usp_body_arrangements},
+                      {"repeats", usp_body_repeats},
+                      {"round trip", usp_body_round_trip},
+                      {"parts", usp_body_parts},
+                      {"linearity", usp_body_linearity},
+                      {"switch", usp_body_switch},
+                      {"states", usp_body_states},
+                      {"continue", usp_body_continue},
+                      {"independent", usp_body_independent},
+                      {"masks", usp_body_masks},
+                      {"packed", usp_body_packed},
+                      {"twins", usp_body_twins},
+                      {"whole window", usp_body_whole_window},
+                      {"chain", usp_body_chain},
+                      {"no sinks", usp_body_no_sinks},
+                      {"little dropout", usp_body_little_dropout},
+                      {"dropped", usp_body_dropped},
+                      {"replanned", usp_body_replanned},
+                      {"refused replans", usp_body_refused_replans},
+                      {"shared memory", usp_body_shared_memory},
+                      {"not a number", usp_body_not_a_number},
+                      {"spread", usp_body_spread}};
     const everything *all = argument;
     if (rank->device != USP_DEVICE_CUDA) return usp_say(rank, "the world is not on a GPU");
     if (run_tables(rank, all->references)) return usp_say(rank, "... in the tables");
-    for (int i = 0; i < (int)(sizeof names / sizeof *names); i++)
-        if (properties[i](rank, NULL)) return usp_say(rank, "... in %s", names[i]);
-    if (all->graphs && graphs(rank, NULL)) return usp_say(rank, "... in graphs");
+    for (size_t i = 0; i < sizeof properties / sizeof properties[0]; i++)
+        if (properties[i].body(rank, NULL)) return usp_say(rank, "... in %s", properties[i].name);
+    if (all->graphs && (graphs(rank, NULL) || replanned_graphs(rank, NULL))) return usp_say(rank, "... in graphs");
     if (streams(rank, NULL)) return usp_say(rank, "... in streams");
     if (all->axes && axes(rank)) return usp_say(rank, "... in axes");
     if (limits(rank)) return usp_say(rank, "... in limits");

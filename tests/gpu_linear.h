@@ -22,9 +22,10 @@ typedef struct usp_gpu_linear_case {
 
 typedef struct usp_gpu_linear {
     const usp_gpu_linear_case *c;
+    const int *document; /* rows of documents, ended by 0, again and again, over all chunks; NULL: one document */
     int blocks, chunks;
     int64_t tokens;
-    size_t block, step, decay;
+    size_t block, step, decay, begins, ends;
     usp_gpu_view q, k, v, out, acc, states, chunk_states, final;
     int first, last; /* of the call */
     int grid;        /* of one launch on the GPU */

@@ -59,22 +59,13 @@ static int run_both(usp_gpu_test *t, usp_gpu_call call, const void *args, const 
 
 /* ---- softmax: what depends on what ------------------------------------------------------------------------------- */
 
-/* All views of a pass: the gradients of both key blocks are there at once. */
 typedef struct softmax_pass {
     usp_gpu_softmax s;
-    usp_gpu_view dk[USP_GPU_KEY_BLOCKS], dv[USP_GPU_KEY_BLOCKS];
     int of; /* key block of the view that is compared */
 } softmax_pass;
 
-static int64_t position_of(const usp_gpu_segment *segments, int row) {
-    while (row >= segments->length) row -= segments++->length;
-    return segments->start + (int64_t)row * segments->stride;
-}
-
 static int sees(const softmax_pass *pass, int query, int block, int key) {
-    const usp_gpu_softmax_case *c = pass->s.c;
-    int64_t offset = position_of(c->key[block], key) - position_of(c->query, query);
-    return offset >= -(int64_t)c->low && offset <= c->high;
+    return usp_gpu_sees(&pass->s, query, block, key);
 }
 
 static int key_head(const softmax_pass *pass, int head) {
@@ -145,31 +136,21 @@ static int dv_depends(const void *test, const poison *p, int key, int head, int 
 
 /* ---- softmax: runs ----------------------------------------------------------------------------------------------- */
 
-#define USP_CAUSAL USP_GPU_NO_LIMIT, 0
+#define CAUSAL .left = USP_GPU_NO_LIMIT, .right = 0
+#define FULL .left = USP_GPU_NO_LIMIT, .right = USP_GPU_NO_LIMIT
 static const usp_gpu_softmax_case softmax_cases[] = {
-    {"causal", USP_BF16, BSHD, 2, 2, 2, 1, 0, 128, 128, {{0, 300, 1}}, {{{0, 300, 1}}}, USP_CAUSAL, 128},
-    {"causal, f16", USP_F16, BHSD, 1, 2, 1, 2, 0, 64, 64, {{0, 257, 1}}, {{{0, 257, 1}}}, USP_CAUSAL, 128},
-    {"d 64, e 96", USP_BF16, BSHD, 1, 3, 2, 2, 1, 64, 96, {{0, 150, 1}}, {{{0, 150, 1}}}, USP_CAUSAL, 128},
-    {"f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 20, 36, {{0, 130, 1}}, {{{0, 130, 1}}}, USP_CAUSAL, 128},
-    {"odd rows", USP_BF16, ODD, 1, 2, 1, 2, 0, 128, 128, {{0, 130, 1}}, {{{0, 130, 1}}}, USP_CAUSAL, 128},
-    {"full",
-     USP_BF16,
-     BSHD,
-     1,
-     2,
-     2,
-     1,
-     0,
-     64,
-     64,
-     {{0, 70, 1}},
-     {{{0, 90, 1}}},
-     USP_GPU_NO_LIMIT,
-     USP_GPU_NO_LIMIT,
-     128},
-    {"window", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, {{0, 300, 1}}, {{{0, 300, 1}}}, 65, 3, 128},
-    {"rows without keys", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 200, 1}}, {{{150, 100, 1}}}, USP_CAUSAL, 128},
-    {"zigzag, two blocks",
+    {"causal", USP_BF16, BSHD, 2, 2, 2, 1, 0, 128, 128, 300, {300}, CAUSAL},
+    {"causal, f16", USP_F16, BHSD, 1, 2, 1, 2, 0, 64, 64, 257, {257}, CAUSAL},
+    {"d 64, e 96", USP_BF16, BSHD, 1, 3, 2, 2, 1, 64, 96, 150, {150}, CAUSAL},
+    {"f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 20, 36, 130, {130}, CAUSAL},
+    {"odd rows", USP_BF16, ODD, 1, 2, 1, 2, 0, 128, 128, 130, {130}, CAUSAL},
+    {"full", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, 70, {90}, FULL},
+    {"window", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, 300, {300}, .left = 65, .right = 3},
+    {"documents", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, 300, {300}, CAUSAL, .documents = 40},
+    {"tree, scattered", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, 200, {200}, CAUSAL, .shift = 0, .scatter = 1, .tree = 1},
+    {"random intervals, f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 20, 20, 90, {50, 61}, FULL, .random = 1, .tree = 1},
+    {"rows without keys", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, 200, {100}, CAUSAL, .shift = -150},
+    {"scattered, two blocks",
      USP_BF16,
      BSHD,
      1,
@@ -179,35 +160,25 @@ static const usp_gpu_softmax_case softmax_cases[] = {
      0,
      128,
      128,
-     {{70, 70, 1}, {280, 71, 1}},
-     {{{70, 70, 1}, {280, 71, 1}}, {{0, 70, 1}, {351, 69, 1}}},
-     USP_CAUSAL,
-     128},
+     141,
+     {141, 140},
+     CAUSAL,
+     .shift = 70,
+     .scatter = 1},
+    {"slopes and soft cap", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, 150, {150}, CAUSAL, .soft_cap = 4, .slopes = 1},
 };
-#undef USP_CAUSAL
-
-static usp_status run_softmax(const usp_gpu_world *w, const void *args) {
-    softmax_pass pass = *(const softmax_pass *)args;
-    usp_status status = usp_gpu_softmax_forward(w, &pass.s);
-    if (status == USP_OK) status = usp_gpu_softmax_delta(w, &pass.s);
-    if (status == USP_OK) status = usp_gpu_softmax_backward_query(w, &pass.s);
-    pass.s.folds = 1;
-    for (int i = 0; i < pass.s.blocks && status == USP_OK; i++) {
-        pass.s.block = i, pass.s.dk = pass.dk[i], pass.s.dv = pass.dv[i];
-        status = usp_gpu_softmax_backward_key(w, &pass.s);
-    }
-    return status;
-}
+#undef CAUSAL
+#undef FULL
 
 static void poison_softmax(usp_gpu_test *t, softmax_pass *pass, const poison *p) {
-    if (!run_both(t, run_softmax, pass, p)) return;
+    if (!run_both(t, usp_gpu_softmax_pass, &pass->s, p)) return;
     compare_runs(t, &pass->s.out, p, out_depends, pass);
     compare_runs(t, &pass->s.lse, p, lse_depends, pass);
     compare_runs(t, &pass->s.delta, p, delta_depends, pass);
     compare_runs(t, &pass->s.dq, p, dq_depends, pass);
     for (pass->of = 0; pass->of < pass->s.blocks; pass->of++) {
-        compare_runs(t, &pass->dk[pass->of], p, dk_depends, pass);
-        compare_runs(t, &pass->dv[pass->of], p, dv_depends, pass);
+        compare_runs(t, &pass->s.dk[pass->of], p, dk_depends, pass);
+        compare_runs(t, &pass->s.dv[pass->of], p, dv_depends, pass);
     }
 }
 
@@ -224,12 +195,8 @@ static void check_softmax(usp_gpu_test *t, const usp_gpu_softmax_case *c, int pr
     softmax_pass pass;
     snprintf(t->name, sizeof t->name, "poison, softmax, %s, as if of %d processors", c->name, processors);
     usp_gpu_begin_case(t, c->dtype);
-    pass.s = usp_gpu_make_softmax(t, c, USP_CUDA_GRID);
+    pass.s = usp_gpu_make_softmax(t, c);
     pass.s.processors = processors;
-    for (int i = 0; i < pass.s.blocks; i++) {
-        usp_gpu_make_gradients(t, &pass.s, i);
-        pass.dk[i] = pass.s.dk, pass.dv[i] = pass.s.dv;
-    }
     memcpy(t->before, t->plain.base, t->used);
     poison_view(t, &pass, &pass.s.q);
     poison_view(t, &pass, &pass.s.dout);

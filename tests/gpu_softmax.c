@@ -1,36 +1,56 @@
-/* gpu_softmax.c - softmax attention on the CUDA device against the CPU's: bands, segments, folds, heads, dims. Lists of
- * work come from lib/schedule.c where it can make them, else from the contract of lib/device.h alone. */
+/* gpu_softmax.c - softmax attention on the CUDA device against the CPU's: masks, folds, heads, dims, and what softmax
+ * may have beside them. What is kept between calls is in a unit of each device: passes are run as a whole. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
-#include "../cuda/launch.h"
 #include "../cuda/softmax.h"
 #include "gpu_softmax.h"
-#include "planned.h"
 
-/* ---- softmax: cases ---------------------------------------------------------------------------------------------- */
+/* ---- cases ------------------------------------------------------------------------------------------------------- */
 
-#define USP_CAUSAL USP_GPU_NO_LIMIT, 0
-#define USP_FULL USP_GPU_NO_LIMIT, USP_GPU_NO_LIMIT
+#define CAUSAL .left = USP_GPU_NO_LIMIT, .right = 0
+#define FULL .left = USP_GPU_NO_LIMIT, .right = USP_GPU_NO_LIMIT
 static const usp_gpu_softmax_case softmax_cases[] = {
-    {"causal", USP_BF16, BSHD, 2, 2, 2, 1, 0, 128, 128, {{0, 300, 1}}, {{{0, 300, 1}}}, USP_CAUSAL, 128},
-    {"causal", USP_F16, BHSD, 1, 3, 3, 1, 0, 64, 64, {{0, 257, 1}}, {{{0, 257, 1}}}, USP_CAUSAL, 128},
-    {"causal", USP_F32, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 130, 1}}, {{{0, 130, 1}}}, USP_CAUSAL, 128},
-    {"full packed", USP_BF16, PACKED, 2, 2, 2, 1, 0, 128, 128, {{0, 192, 1}}, {{{0, 333, 1}}}, USP_FULL, 128},
-    {"full f16", USP_F16, SBHD, 2, 2, 2, 1, 0, 128, 64, {{0, 65, 1}}, {{{0, 129, 1}}}, USP_FULL, 64},
-    {"grouped heads", USP_BF16, BSHD, 1, 8, 2, 4, 0, 64, 64, {{0, 200, 1}}, {{{0, 200, 1}}}, USP_CAUSAL, 128},
-    {"grouped heads, offset", USP_BF16, BSHD, 1, 5, 3, 3, 2, 128, 128, {{0, 150, 1}}, {{{0, 150, 1}}}, USP_CAUSAL, 128},
-    {"one key head, f32", USP_F32, PACKED, 2, 4, 1, 4, 0, 17, 5, {{0, 70, 1}}, {{{0, 90, 1}}}, USP_FULL, 33},
-    {"d 5", USP_BF16, BSHD, 1, 2, 2, 1, 0, 5, 5, {{0, 100, 1}}, {{{0, 100, 1}}}, USP_CAUSAL, 128},
-    {"d 17, e 96", USP_F16, ODD, 1, 2, 2, 1, 0, 17, 96, {{0, 140, 1}}, {{{0, 140, 1}}}, USP_CAUSAL, 128},
-    {"d 96", USP_BF16, BSHD, 1, 2, 2, 1, 0, 96, 96, {{0, 200, 1}}, {{{0, 200, 1}}}, USP_CAUSAL, 128},
-    {"d 192, e 128", USP_BF16, BSHD, 1, 2, 2, 1, 0, 192, 128, {{0, 160, 1}}, {{{0, 160, 1}}}, USP_CAUSAL, 128},
-    {"d 64, e 128", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 128, {{0, 160, 1}}, {{{0, 160, 1}}}, USP_CAUSAL, 128},
-    {"d 256", USP_BF16, BSHD, 1, 1, 1, 1, 0, 256, 256, {{0, 140, 1}}, {{{0, 140, 1}}}, USP_CAUSAL, 128},
-    {"d 256, f32", USP_F32, BHSD, 1, 1, 1, 1, 0, 256, 64, {{0, 70, 1}}, {{{0, 70, 1}}}, USP_CAUSAL, 128},
-    {"odd rows, d 128", USP_BF16, ODD, 2, 2, 2, 1, 0, 128, 128, {{0, 130, 1}}, {{{0, 150, 1}}}, USP_FULL, 128},
-    {"zigzag, two blocks",
+    {"causal", USP_BF16, BSHD, 2, 2, 2, 1, 0, 128, 128, 300, {300}, CAUSAL},
+    {"causal", USP_F16, BHSD, 1, 3, 3, 1, 0, 64, 64, 257, {257}, CAUSAL},
+    {"causal", USP_F32, BSHD, 1, 2, 2, 1, 0, 64, 64, 130, {130}, CAUSAL},
+    {"full packed", USP_BF16, PACKED, 2, 2, 2, 1, 0, 128, 128, 192, {333}, FULL},
+    {"full f16", USP_F16, SBHD, 2, 2, 2, 1, 0, 128, 64, 65, {129}, FULL, .work_rows = 64},
+    {"grouped heads", USP_BF16, BSHD, 1, 8, 2, 4, 0, 64, 64, 200, {200}, CAUSAL},
+    {"grouped heads, offset", USP_BF16, BSHD, 1, 5, 3, 3, 2, 128, 128, 150, {150}, CAUSAL},
+    {"many heads", USP_BF16, BSHD, 3, 7, 7, 1, 0, 64, 64, 70, {70}, CAUSAL},
+    {"one key head, f32", USP_F32, PACKED, 2, 4, 1, 4, 0, 17, 5, 70, {90}, FULL, .work_rows = 33},
+    {"d 5", USP_BF16, BSHD, 1, 2, 2, 1, 0, 5, 5, 100, {100}, CAUSAL},
+    {"d 8", USP_BF16, BSHD, 1, 2, 2, 1, 0, 8, 8, 100, {100}, CAUSAL},
+    {"d 17, e 96", USP_F16, ODD, 1, 2, 2, 1, 0, 17, 96, 140, {140}, CAUSAL},
+    {"d 96", USP_BF16, BSHD, 1, 2, 2, 1, 0, 96, 96, 200, {200}, CAUSAL},
+    {"d 192, e 128", USP_BF16, BSHD, 1, 2, 2, 1, 0, 192, 128, 160, {160}, CAUSAL},
+    {"d 64, e 128", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 128, 160, {160}, CAUSAL},
+    {"d 256", USP_BF16, BSHD, 1, 1, 1, 1, 0, 256, 256, 140, {140}, CAUSAL},
+    {"d 256, f32", USP_F32, BHSD, 1, 1, 1, 1, 0, 256, 64, 70, {70}, CAUSAL},
+    {"d 512", USP_F16, BSHD, 1, 1, 1, 1, 0, 512, 512, 70, {70}, CAUSAL},
+    {"d 512, f32, dropout", USP_F32, BSHD, 1, 1, 1, 1, 0, 512, 512, 40, {50}, FULL, .dropout = 0.25f},
+    {"odd rows, d 128", USP_BF16, ODD, 2, 2, 2, 1, 0, 128, 128, 130, {150}, FULL},
+    {"window", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, 400, {400}, .left = 65, .right = 0},
+    {"window of both sides", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, 300, {350}, .left = 7, .right = 20},
+    {"window, scattered",
+     USP_BF16,
+     BSHD,
+     1,
+     2,
+     2,
+     1,
+     0,
+     64,
+     64,
+     120,
+     {200},
+     .left = 30,
+     .right = 5,
+     .scatter = 1,
+     .work_rows = 100},
+    {"scattered, three blocks",
      USP_BF16,
      BSHD,
      1,
@@ -40,11 +60,12 @@ static const usp_gpu_softmax_case softmax_cases[] = {
      0,
      128,
      128,
-     {{70, 70, 1}, {280, 71, 1}},
-     {{{70, 70, 1}, {280, 71, 1}}, {{0, 70, 1}, {351, 69, 1}}},
-     USP_CAUSAL,
-     128},
-    {"zigzag, two blocks, f16",
+     141,
+     {141, 70, 91},
+     CAUSAL,
+     .shift = 60,
+     .scatter = 1},
+    {"three blocks, f16",
      USP_F16,
      PACKED,
      2,
@@ -54,347 +75,308 @@ static const usp_gpu_softmax_case softmax_cases[] = {
      0,
      64,
      64,
-     {{64, 64, 1}, {256, 64, 1}},
-     {{{64, 64, 1}, {256, 64, 1}}, {{128, 64, 1}, {192, 64, 1}}},
-     USP_CAUSAL,
-     64},
-    {"stripe, two blocks",
+     128,
+     {128, 30, 128},
+     CAUSAL,
+     .shift = 100,
+     .work_rows = 64},
+    {"two blocks, f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 64, 64, 101, {50, 51}, CAUSAL, .scatter = 1, .work_rows = 47},
+    {"two blocks, odd rows", USP_BF16, ODD, 1, 2, 2, 1, 0, 64, 64, 101, {50, 51}, CAUSAL},
+    {"documents", USP_BF16, BSHD, 2, 2, 2, 1, 0, 128, 128, 500, {500}, CAUSAL, .documents = 70},
+    {"short documents, two blocks", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, 300, {170, 130}, FULL, .documents = 9},
+    {"documents, scattered", USP_BF16, BSHD, 1, 2, 1, 2, 0, 64, 64, 300, {300}, CAUSAL, .scatter = 1, .documents = 40},
+    {"random intervals", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, 300, {310}, FULL, .random = 1},
+    {"random intervals, two blocks", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, 200, {110, 200}, FULL, .random = 1},
+    {"random intervals, f32", USP_F32, ODD, 1, 2, 2, 1, 0, 40, 72, 90, {50, 61, 20}, FULL, .random = 1},
+    {"tree", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, 300, {300}, CAUSAL, .tree = 1},
+    {"tree, random intervals", USP_F16, BSHD, 1, 4, 2, 2, 0, 64, 64, 200, {150, 90}, FULL, .random = 1, .tree = 1},
+    {"tree, f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 24, 24, 99, {99}, CAUSAL, .tree = 1},
+    {"rows without keys", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, 200, {100}, CAUSAL, .shift = -150},
+    {"rows without keys, f32", USP_F32, ODD, 2, 1, 1, 1, 0, 20, 12, 99, {50}, CAUSAL, .shift = -60, .work_rows = 31},
+    {"second block not allowed", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, 128, {128, 128}, CAUSAL},
+    {"first block not allowed", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, 128, {128, 128}, .left = -128, .right = 300},
+    {"one query", USP_BF16, BSHD, 3, 2, 2, 1, 0, 128, 128, 1, {700}, CAUSAL, .shift = 500},
+    {"one key", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, 70, {1}, CAUSAL, .shift = -30, .dlse = 1},
+    {"no keys", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, 70, {0}, CAUSAL},
+    {"long", USP_BF16, BSHD, 1, 1, 1, 1, 0, 128, 128, 1500, {1500}, CAUSAL},
+    {"large scores, three blocks", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, 200, {70, 60, 70}, CAUSAL, .size = 50},
+    {"fp32 gradients of keys", USP_BF16, BSHD, 1, 4, 2, 2, 0, 128, 128, 200, {90, 110}, CAUSAL, .wide_keys = 1},
+    {"fp32 gradients of keys, odd", USP_F16, ODD, 1, 2, 2, 1, 0, 40, 40, 90, {90}, CAUSAL, .wide_keys = 1},
+    {"peaks", USP_BF16, BSHD, 2, 3, 3, 1, 0, 128, 128, 200, {90, 110}, CAUSAL, .peaks = 1},
+    {"peaks, f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 32, 32, 90, {50, 40}, CAUSAL, .shift = -20, .peaks = 1},
+    {"sinks", USP_BF16, BSHD, 2, 3, 3, 1, 0, 128, 128, 200, {90, 110}, CAUSAL, .sinks = 1},
+    {"sinks, f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 32, 32, 90, {90}, .left = 9, .right = 0, .sinks = 1, .dlse = 1},
+    {"gradient of lse", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, 200, {200}, CAUSAL, .dlse = 1},
+    {"soft cap", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, 200, {200}, CAUSAL, .size = 3, .soft_cap = 4},
+    {"soft cap, f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 32, 32, 90, {90}, CAUSAL, .size = 3, .soft_cap = 2},
+    {"slopes", USP_BF16, BSHD, 1, 4, 2, 2, 0, 64, 64, 200, {200}, CAUSAL, .slopes = 1},
+    {"slopes, f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 32, 32, 90, {100}, FULL, .shift = 5, .slopes = 1},
+    {"dropout", USP_BF16, BSHD, 2, 4, 2, 2, 0, 128, 128, 200, {200}, CAUSAL, .dropout = 0.2f},
+    {"dropout, two blocks, f16", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, 200, {90, 110}, FULL, .dropout = 0.5f},
+    {"dropout, f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 32, 32, 90, {90}, CAUSAL, .dropout = 0.1f},
+    {"all of it",
      USP_BF16,
      BSHD,
-     1,
+     2,
+     4,
      2,
      2,
-     1,
      0,
-     64,
-     64,
-     {{1, 80, 4}, {3, 79, 4}},
-     {{{1, 80, 4}, {3, 79, 4}}, {{0, 80, 4}, {2, 80, 4}}},
-     USP_CAUSAL,
-     128},
-    {"stripe, f32",
+     128,
+     128,
+     250,
+     {100, 90, 60},
+     .left = 100,
+     .right = 0,
+     .scatter = 1,
+     .documents = 120,
+     .tree = 1,
+     .size = 2,
+     .soft_cap = 5,
+     .slopes = 1,
+     .sinks = 1,
+     .dlse = 1,
+     .peaks = 1,
+     .dropout = 0.2f,
+     .wide_keys = 1},
+    {"all of it", USP_F16,    BSHD,      1,          4,
+     4,           1,          0,         64,         64,
+     250,         {250},      CAUSAL,    .size = 2,  .soft_cap = 5,
+     .slopes = 1, .sinks = 1, .dlse = 1, .peaks = 1, .dropout = 0.2f},
+    {"all of it",
      USP_F32,
-     BSHD,
+     ODD,
      1,
+     4,
      2,
      2,
-     1,
      0,
-     64,
-     64,
-     {{1, 50, 3}, {0, 51, 3}},
-     {{{2, 50, 3}}, {{0, 51, 3}}},
-     USP_CAUSAL,
-     47},
-    {"window", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, {{0, 400, 1}}, {{{0, 400, 1}}}, 65, 0, 128},
-    {"window of both sides", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 300, 1}}, {{{0, 350, 1}}}, 7, 20, 128},
-    {"window, striped", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 120, 3}}, {{{1, 200, 2}}}, 30, 5, 100},
-    {"rows without keys", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, {{0, 200, 1}}, {{{150, 100, 1}}}, USP_CAUSAL, 128},
-    {"rows without keys, f32", USP_F32, ODD, 2, 1, 1, 1, 0, 20, 12, {{0, 99, 1}}, {{{60, 50, 1}}}, USP_CAUSAL, 31},
-    {"second block not allowed",
-     USP_BF16,
-     BSHD,
-     1,
-     2,
-     2,
-     1,
-     0,
-     64,
-     64,
-     {{0, 128, 1}},
-     {{{0, 128, 1}}, {{128, 128, 1}}},
-     USP_CAUSAL,
-     128},
-    {"first block not allowed",
-     USP_BF16,
-     BSHD,
-     1,
-     2,
-     2,
-     1,
-     0,
-     64,
-     64,
-     {{0, 128, 1}},
-     {{{128, 128, 1}}, {{0, 128, 1}}},
-     USP_CAUSAL,
-     128},
-    {"one query", USP_BF16, BSHD, 3, 2, 2, 1, 0, 128, 128, {{500, 1, 1}}, {{{0, 700, 1}}}, USP_CAUSAL, 128},
-    {"one key", USP_F16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 70, 1}}, {{{30, 1, 1}}}, USP_CAUSAL, 128},
-    {"no keys", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, {{0, 70, 1}}, {{{0, 0, 1}}}, USP_CAUSAL, 128},
-    {"long", USP_BF16, BSHD, 1, 1, 1, 1, 0, 128, 128, {{0, 1500, 1}}, {{{0, 1500, 1}}}, USP_CAUSAL, 128},
+     30,
+     50,
+     120,
+     {70, 51},
+     CAUSAL,
+     .scatter = 1,
+     .random = 1,
+     .tree = 1,
+     .size = 2,
+     .soft_cap = 5,
+     .slopes = 1,
+     .sinks = 1,
+     .dlse = 1,
+     .peaks = 1,
+     .dropout = 0.2f},
 };
-#undef USP_CAUSAL
-#undef USP_FULL
+#undef CAUSAL
+#undef FULL
 
-/* ---- softmax: tiles ---------------------------------------------------------------------------------------------- */
+/* ---- calls ------------------------------------------------------------------------------------------------------- */
 
-static int64_t total_length(const usp_gpu_segment *s) {
-    int64_t sum = 0;
-    for (int i = 0; i < USP_GPU_SEGMENTS; i++) sum += s[i].length;
-    return sum;
+static usp_tiles tiles_at(const usp_gpu_world *w, const usp_gpu_plan *p) {
+    return (usp_tiles){usp_gpu_at(w, p->work), usp_gpu_at(w, p->tile), usp_gpu_at(w, p->works), p->capacity};
 }
 
-static int64_t limit(int value, int sign) {
-    return sign * (int64_t)value;
+static usp_pairs pairs_at(const usp_gpu_world *w, const usp_gpu_softmax *s, int block) {
+    return (usp_pairs){.query = usp_gpu_at(w, s->query_at),
+                       .low = usp_gpu_at(w, s->low_at),
+                       .high = usp_gpu_at(w, s->high_at),
+                       .key = usp_gpu_at(w, s->key_at[block]),
+                       .last = s->c->tree ? usp_gpu_at(w, s->last_at[block]) : NULL,
+                       .diagonal = usp_gpu_at(w, s->diagonal_at)};
 }
 
-static int32_t to_int32(int64_t x) {
-    return (int32_t)(x < INT32_MIN ? INT32_MIN : x > INT32_MAX ? INT32_MAX : x);
+/* acc is not needed where all is done in one fold. */
+static void set_kept(usp_softmax *a, const usp_gpu_world *w, const usp_gpu_softmax *s) {
+    a->top = usp_gpu_at(w, s->top.at), a->sum = usp_gpu_at(w, s->sum.at);
+    a->acc = a->first && a->last ? NULL : usp_gpu_at(w, s->acc.at);
+    a->peak = s->c->peaks ? usp_gpu_at(w, s->peak.at) : NULL;
+    a->out = usp_gpu_tensor(w, &s->out), a->lse = usp_gpu_at(w, s->lse.at);
 }
 
-/* The tile of one work item and one usp_gpu_segment, whose first column is `first`; 0 if no pair is allowed. Offsets
- * column - row of the pairs lie in [position - last, position - first row]. */
-static int make_tile(const usp_work *work, usp_gpu_segment s, int first, int64_t low, int64_t high, usp_tile *tile) {
-    int64_t top = work->origin + (int64_t)work->begin * work->stride;
-    int64_t bottom = top + (int64_t)(work->count - 1) * work->stride;
-    *tile = (usp_tile){.origin = s.start - first * s.stride, .stride = s.stride};
-    int any = 0, full = 0;
-    for (int j = first; j < first + s.length; j++) {
-        int64_t position = tile->origin + (int64_t)j * s.stride;
-        if (position - top < low || position - bottom > high) continue;
-        if (!any++) tile->begin = tile->full_begin = tile->full_end = j;
-        tile->end = j + 1;
-        if (position - bottom < low || position - top > high) continue;
-        if (!full++) tile->full_begin = j;
-        tile->full_end = j + 1;
-    }
-    return any > 0;
+static void set_gradients(usp_softmax *a, const usp_gpu_world *w, const usp_gpu_softmax *s, int block) {
+    a->dout = usp_gpu_tensor(w, &s->dout), a->delta = usp_gpu_at(w, s->delta.at);
+    a->dq_sum = usp_gpu_tensor(w, &s->dq_sum), a->dq = usp_gpu_tensor(w, &s->dq);
+    a->key_dtype = s->c->wide_keys ? USP_F32 : w->dtype;
+    a->dk = usp_gpu_tensor(w, &s->dk[block]), a->dv = usp_gpu_tensor(w, &s->dv[block]);
+    a->dlse = s->c->dlse ? usp_gpu_at(w, s->dlse.at) : NULL;
 }
 
-/* Offsets are key - query in tiles: where rows are keys, column - row is the negative of that. */
-static usp_gpu_plan make_plan(usp_gpu_test *t, const usp_gpu_segment *rows, const usp_gpu_segment *columns,
-                              const usp_gpu_softmax_case *c, int keys_are_rows) {
-    static usp_work work[4096];
-    static usp_tile tile[4096];
-    int works = 0, tiles = 0;
-    int64_t low = limit(c->low, -1), high = limit(c->high, 1);
-    for (int r = 0, begin = 0; r < USP_GPU_SEGMENTS; begin += rows[r++].length) {
-        for (int at = begin; at < begin + rows[r].length; at += c->work_rows) {
-            int left = begin + rows[r].length - at;
-            usp_work *w = &work[works++];
-            *w = (usp_work){at,
-                            left < c->work_rows ? left : c->work_rows,
-                            rows[r].start - begin * rows[r].stride,
-                            rows[r].stride,
-                            tiles,
-                            0};
-            for (int s = 0, first = 0; s < USP_GPU_SEGMENTS; first += columns[s++].length) {
-                if (!make_tile(w, columns[s], first, keys_are_rows ? -high : low, keys_are_rows ? -low : high,
-                               &tile[tiles]))
-                    continue;
-                tile[tiles].low = to_int32(low), tile[tiles].high = to_int32(high);
-                w->tiles++, tiles++;
-            }
-        }
-    }
-    usp_gpu_plan p = {.works = works};
-    p.work = usp_gpu_put(t, work, sizeof *work * (size_t)works);
-    p.tile = usp_gpu_put(t, tile, sizeof *tile * (size_t)tiles);
-    return p;
-}
-
-/* Can lib/schedule.c plan the case? It makes whole causal and full sequences in items of USP_WORK_ROWS rows; the other
- * cases have what it never makes alone or not at all: gaps, windows, two blocks in one fold, shorter items. */
-static int is_planned(const usp_gpu_softmax_case *c) {
-    const usp_gpu_segment *q = &c->query[0], *k = &c->key[0][0];
-    int whole = q->start == 0 && k->start == 0 && q->stride == 1 && k->stride == 1 && k->length > 0 &&
-                total_length(c->query) == q->length && total_length(c->key[0]) == k->length &&
-                total_length(c->key[1]) == 0;
-    int causal = c->high == 0 && q->length == k->length;
-    return whole && c->low == USP_GPU_NO_LIMIT && (causal || c->high == USP_GPU_NO_LIMIT) &&
-           c->work_rows == USP_WORK_ROWS;
-}
-
-static void take_plans(usp_gpu_test *t, usp_gpu_softmax *s) {
-    usp_planned p;
-    usp_mask mask = s->c->high == 0 ? USP_MASK_CAUSAL : USP_MASK_FULL;
-    if (usp_planned_open(&p, USP_DEVICE_CPU, USP_SOFTMAX, mask, s->q.tokens, s->k[0].tokens) == USP_OK) {
-        usp_tiles query = usp_schedule_query_tiles(p.schedule, 0), key = usp_schedule_key_tiles(p.schedule, 0);
-        size_t tiles = sizeof(usp_tile) * (size_t)p.schedule->tiles;
-        size_t at = usp_gpu_put(t, p.schedule->device_tile, tiles);
-        s->query_plan[0] =
-            (usp_gpu_plan){usp_gpu_put(t, query.work, sizeof *query.work * (size_t)query.works), at, query.works};
-        s->key_plan[0] =
-            (usp_gpu_plan){usp_gpu_put(t, key.work, sizeof *key.work * (size_t)key.works),
-                           at + (size_t)((const char *)key.tile - (const char *)p.schedule->device_tile), key.works};
-    } else {
-        usp_gpu_fail(t, "lists", usp_last_error());
-    }
-    usp_planned_close(&p);
-}
-
-/* ---- softmax: calls ---------------------------------------------------------------------------------------------- */
-
-static usp_softmax softmax_args(const usp_gpu_world *w, const usp_gpu_softmax *s, int block, const usp_gpu_plan *p) {
+static void set_extras(usp_softmax *a, const usp_gpu_world *w, const usp_gpu_softmax *s) {
     const usp_gpu_softmax_case *c = s->c;
-    return (usp_softmax){.dtype = w->dtype,
-                         .batch = c->batch,
-                         .heads = c->heads,
-                         .key_heads = c->key_heads,
-                         .dim = c->dim,
-                         .value_dim = c->value_dim,
-                         .kv = {c->group, c->offset},
-                         .scale = 1 / sqrtf((float)c->dim),
-                         .queries = s->q.tokens,
-                         .keys = s->k[block].tokens,
-                         .q = usp_gpu_tensor(w, &s->q),
-                         .k = usp_gpu_tensor(w, &s->k[block]),
-                         .v = usp_gpu_tensor(w, &s->v[block]),
-                         .tiles = {usp_gpu_at(w, p->work), usp_gpu_at(w, p->tile), p->works},
-                         .acc = usp_gpu_at(w, s->acc.at),
-                         .lse = usp_gpu_at(w, s->lse.at),
-                         .out = usp_gpu_tensor(w, &s->out),
-                         .dout = usp_gpu_tensor(w, &s->dout),
-                         .delta = usp_gpu_at(w, s->delta.at),
-                         .dq_sum = usp_gpu_tensor(w, &s->dq_sum),
-                         .dk_sum = usp_gpu_tensor(w, &s->dk_sum),
-                         .dv_sum = usp_gpu_tensor(w, &s->dv_sum),
-                         .dq = usp_gpu_tensor(w, &s->dq),
-                         .dk = usp_gpu_tensor(w, &s->dk),
-                         .dv = usp_gpu_tensor(w, &s->dv),
-                         .scratch = w->scratch};
+    a->soft_cap = c->soft_cap;
+    a->slopes = c->slopes ? usp_gpu_at(w, s->slopes_at) : NULL;
+    a->sinks = c->sinks ? usp_gpu_at(w, s->sinks_at) : NULL;
+    if (c->dropout > 0) a->dropout = (usp_dropout){c->dropout, 3, c->heads + 5, usp_gpu_at(w, s->state_at)};
 }
 
-/* The device's entry; on a GPU with fewer thread blocks a launch, or as if of other processors, what it calls. */
-static usp_status attend(const usp_gpu_world *w, const usp_gpu_softmax *s, const usp_softmax *a,
-                         usp_softmax_call call) {
+usp_softmax usp_gpu_softmax_args(const usp_gpu_world *w, const usp_gpu_softmax *s, int block) {
+    const usp_gpu_softmax_case *c = s->c;
+    usp_softmax a = {.dtype = w->dtype,
+                     .batch = c->batch,
+                     .heads = c->heads,
+                     .key_heads = c->key_heads,
+                     .dim = c->dim,
+                     .value_dim = c->value_dim,
+                     .kv = {c->group, c->offset},
+                     .scale = 1 / sqrtf((float)c->dim),
+                     .queries = s->q.tokens,
+                     .keys = s->k[block].tokens,
+                     .q = usp_gpu_tensor(w, &s->q),
+                     .k = usp_gpu_tensor(w, &s->k[block]),
+                     .v = usp_gpu_tensor(w, &s->v[block]),
+                     .pairs = pairs_at(w, s, block),
+                     .by_query = tiles_at(w, &s->query_plan[block]),
+                     .by_key = tiles_at(w, &s->key_plan[block]),
+                     .first = block == 0,
+                     .last = block == s->blocks - 1,
+                     .scratch = w->scratch};
+    set_kept(&a, w, s);
+    set_gradients(&a, w, s, block);
+    set_extras(&a, w, s);
+    return a;
+}
+
+/* On a GPU as if of other processors, what the device's entry calls. */
+static usp_status attend(const usp_gpu_world *w, const usp_gpu_softmax *s, const usp_softmax *a, int backward) {
     const usp_device_ops *ops = w->device->ops;
-    usp_status (*const entry[])(usp_device *, const usp_softmax *, usp_stream) = {
-        ops->softmax_forward, ops->softmax_backward_query, ops->softmax_backward_key};
-    if (ops->kind != USP_DEVICE_CUDA || (s->grid == USP_CUDA_GRID && !s->processors))
-        return entry[call](w->device, a, w->stream);
+    if (ops->kind != USP_DEVICE_CUDA || !s->processors)
+        return (backward ? ops->softmax_backward : ops->softmax_forward)(w->device, a, w->stream);
     usp_gpu gpu = *usp_cuda_gpu(w->device);
-    if (s->processors) gpu.processors = s->processors;
-    return usp_cuda_softmax(&gpu, a, call, s->grid, w->stream);
+    gpu.processors = s->processors;
+    return (backward ? usp_cuda_softmax_backward : usp_cuda_softmax_forward)(&gpu, a, w->stream);
+}
+
+static usp_status attend_blocks(const usp_gpu_world *w, const usp_gpu_softmax *s, int backward) {
+    usp_status status = USP_OK;
+    for (int i = 0; i < s->blocks && status == USP_OK; i++) {
+        usp_softmax a = usp_gpu_softmax_args(w, s, i);
+        status = attend(w, s, &a, backward);
+    }
+    return status;
 }
 
 usp_status usp_gpu_softmax_forward(const usp_gpu_world *w, const void *args) {
-    const usp_gpu_softmax *s = args;
-    usp_status status = USP_OK;
-    for (int i = 0; i < s->blocks && status == USP_OK; i++) {
-        usp_softmax a = softmax_args(w, s, i, &s->query_plan[i]);
-        a.first = i == 0, a.last = i == s->blocks - 1;
-        status = attend(w, s, &a, USP_CALL_FORWARD);
-    }
-    return status;
+    return attend_blocks(w, args, 0);
+}
+
+usp_status usp_gpu_softmax_backward(const usp_gpu_world *w, const void *args) {
+    return attend_blocks(w, args, 1);
 }
 
 usp_status usp_gpu_softmax_delta(const usp_gpu_world *w, const void *args) {
     const usp_gpu_softmax *s = args;
-    usp_softmax a = softmax_args(w, s, 0, &s->query_plan[0]);
+    usp_softmax a = usp_gpu_softmax_args(w, s, 0);
     return w->device->ops->softmax_delta(w->device, &a, usp_gpu_at(w, s->delta.at), w->stream);
 }
 
-usp_status usp_gpu_softmax_backward_query(const usp_gpu_world *w, const void *args) {
+usp_status usp_gpu_softmax_pass(const usp_gpu_world *w, const void *args) {
     const usp_gpu_softmax *s = args;
-    usp_status status = USP_OK;
-    for (int i = 0; i < s->blocks && status == USP_OK; i++) {
-        usp_softmax a = softmax_args(w, s, i, &s->query_plan[i]);
-        a.first = i == 0, a.last = i == s->blocks - 1;
-        status = attend(w, s, &a, USP_CALL_BACKWARD_QUERY);
-    }
-    return status;
+    const usp_device_ops *ops = w->device->ops;
+    usp_softmax a = usp_gpu_softmax_args(w, s, 0);
+    usp_status status = usp_gpu_softmax_forward(w, s);
+    if (status == USP_OK && s->c->peaks)
+        status = ops->softmax_peaks(w->device, &a, usp_gpu_at(w, s->most.at), w->stream);
+    if (status == USP_OK) status = usp_gpu_softmax_delta(w, s);
+    if (status == USP_OK && s->c->sinks)
+        status = ops->softmax_sinks(w->device, &a, usp_gpu_at(w, s->dsinks.at), w->stream);
+    return status == USP_OK ? usp_gpu_softmax_backward(w, s) : status;
 }
 
-usp_status usp_gpu_softmax_backward_key(const usp_gpu_world *w, const void *args) {
-    const usp_gpu_softmax *s = args;
-    usp_status status = USP_OK;
-    for (int i = 0; i < s->folds && status == USP_OK; i++) {
-        usp_softmax a = softmax_args(w, s, s->block, &s->key_plan[s->block]);
-        a.first = i == 0, a.last = i == s->folds - 1;
-        status = attend(w, s, &a, USP_CALL_BACKWARD_KEY);
-    }
-    return status;
-}
+/* ---- tensors ----------------------------------------------------------------------------------------------------- */
 
-/* lse and delta are [batch, heads, queries]. */
-static usp_gpu_view make_statistic(usp_gpu_test *t, const char *name, const usp_gpu_softmax_case *c, int64_t queries) {
-    usp_gpu_view v = usp_gpu_make_view(t, name, BHSD, queries, c->batch, c->heads, 1);
-    v.wide = v.strict = 1;
+/* [batch, heads, queries], fp32. */
+static usp_gpu_view make_statistic(usp_gpu_test *t, const char *name, const usp_gpu_softmax_case *c) {
+    usp_gpu_view v = usp_gpu_make_view(t, name, BHSD, c->queries, c->batch, c->heads, 1);
+    v.wide = 1;
     return v;
 }
 
-void usp_gpu_make_gradients(usp_gpu_test *t, usp_gpu_softmax *s, int block) {
+static void make_kept(usp_gpu_test *t, usp_gpu_softmax *s) {
     const usp_gpu_softmax_case *c = s->c;
-    int64_t keys = s->k[block].tokens;
-    s->block = block;
-    s->dk = usp_gpu_make_view(t, "dk", c->how, keys, c->batch, c->key_heads, c->dim);
-    s->dv = usp_gpu_make_view(t, "dv", c->how, keys, c->batch, c->key_heads, c->value_dim);
-    s->dk_sum = usp_gpu_make_view(t, "sum of dk", c->how, keys, c->batch, c->key_heads, c->dim);
-    s->dv_sum = usp_gpu_make_view(t, "sum of dv", c->how, keys, c->batch, c->key_heads, c->value_dim);
-    s->dk_sum.wide = s->dv_sum.wide = 1;
+    s->acc = usp_gpu_make_wide(t, "acc", c->queries, c->batch, c->heads, c->value_dim);
+    s->dq_sum = usp_gpu_make_view(t, "sum of dq", c->how, c->queries, c->batch, c->heads, c->dim);
+    s->top = make_statistic(t, "top", c), s->sum = make_statistic(t, "sum", c);
+    s->acc.own = s->dq_sum.own = s->top.own = s->sum.own = s->dq_sum.wide = 1;
+    s->lse = make_statistic(t, "lse", c), s->peak = make_statistic(t, "peak", c);
+    s->delta = make_statistic(t, "delta", c), s->dlse = make_statistic(t, "dlse", c);
+    s->lse.strict = s->peak.strict = 1;
+    s->dsinks = usp_gpu_make_wide(t, "dsinks", 1, 1, c->heads, 1);
+    s->most = usp_gpu_make_wide(t, "largest scores", 1, 1, c->heads, 1);
+    usp_gpu_fill(t, &s->dlse, 1);
+}
+
+/* Slopes as ALiBi has them; sinks on both sides of usual scores, and one that weighs nothing. */
+static void make_tables(usp_gpu_test *t, usp_gpu_softmax *s) {
+    float slopes[16], sinks[16];
+    uint64_t state[2] = {0x123456789abcdefu + t->random, 42};
+    for (int h = 0; h < 16; h++) {
+        slopes[h] = exp2f(-(float)(h + 1));
+        sinks[h] = h == 1 ? -INFINITY : 3 * usp_gpu_normal(&t->random);
+    }
+    s->slopes_at = usp_gpu_put(t, slopes, sizeof slopes);
+    s->sinks_at = usp_gpu_put(t, sinks, sizeof sinks);
+    s->state_at = usp_gpu_put(t, state, sizeof state);
 }
 
 static void make_keys(usp_gpu_test *t, usp_gpu_softmax *s, int block) {
     const usp_gpu_softmax_case *c = s->c;
-    int64_t keys = total_length(c->key[block]);
+    int keys = c->keys[block];
     s->k[block] = usp_gpu_make_view(t, "k", c->how, keys, c->batch, c->key_heads, c->dim);
     s->v[block] = usp_gpu_make_view(t, "v", c->how, keys, c->batch, c->key_heads, c->value_dim);
+    s->dk[block] = usp_gpu_make_view(t, "dk", c->how, keys, c->batch, c->key_heads, c->dim);
+    s->dv[block] = usp_gpu_make_view(t, "dv", c->how, keys, c->batch, c->key_heads, c->value_dim);
+    s->dk[block].wide = s->dv[block].wide = c->wide_keys;
     usp_gpu_fill(t, &s->k[block], 1);
     usp_gpu_fill(t, &s->v[block], 1);
-    if (is_planned(c)) {
-        take_plans(t, s);
-        return;
-    }
-    s->query_plan[block] = make_plan(t, c->query, c->key[block], c, 0);
-    s->key_plan[block] = make_plan(t, c->key[block], c->query, c, 1);
 }
 
-usp_gpu_softmax usp_gpu_make_softmax(usp_gpu_test *t, const usp_gpu_softmax_case *c, int grid) {
-    usp_gpu_softmax s = {.c = c, .grid = grid, .blocks = total_length(c->key[1]) > 0 ? 2 : 1};
-    int64_t queries = total_length(c->query);
-    s.q = usp_gpu_make_view(t, "q", c->how, queries, c->batch, c->heads, c->dim);
-    s.out = usp_gpu_make_view(t, "out", c->how, queries, c->batch, c->heads, c->value_dim);
-    s.dout = usp_gpu_make_view(t, "dout", c->how, queries, c->batch, c->heads, c->value_dim);
-    s.dq = usp_gpu_make_view(t, "dq", c->how, queries, c->batch, c->heads, c->dim);
-    s.dq_sum = usp_gpu_make_view(t, "sum of dq", c->how, queries, c->batch, c->heads, c->dim);
-    s.dq_sum.wide = 1;
-    s.acc = usp_gpu_make_wide(t, "acc", queries, c->batch, c->heads, c->value_dim);
-    s.lse = make_statistic(t, "lse", c, queries);
-    s.delta = make_statistic(t, "delta", c, queries);
-    usp_gpu_fill(t, &s.q, 1);
+usp_gpu_softmax usp_gpu_make_softmax(usp_gpu_test *t, const usp_gpu_softmax_case *c) {
+    usp_gpu_softmax s = {.c = c, .blocks = c->keys[2] > 0 ? 3 : c->keys[1] > 0 ? 2 : 1};
+    s.q = usp_gpu_make_view(t, "q", c->how, c->queries, c->batch, c->heads, c->dim);
+    s.out = usp_gpu_make_view(t, "out", c->how, c->queries, c->batch, c->heads, c->value_dim);
+    s.dout = usp_gpu_make_view(t, "dout", c->how, c->queries, c->batch, c->heads, c->value_dim);
+    s.dq = usp_gpu_make_view(t, "dq", c->how, c->queries, c->batch, c->heads, c->dim);
+    usp_gpu_fill(t, &s.q, c->size > 0 ? c->size : 1);
     usp_gpu_fill(t, &s.dout, 1);
+    make_kept(t, &s);
+    make_tables(t, &s);
     for (int i = 0; i < s.blocks; i++) make_keys(t, &s, i);
+    usp_gpu_make_pairs(t, &s);
     return s;
 }
 
-/* The gradients of every key block, once and folded twice. */
-static void check_softmax_keys(usp_gpu_test *t, usp_gpu_softmax *s) {
-    for (int i = 0; i < s->blocks; i++) {
-        usp_gpu_make_gradients(t, s, i);
-        for (s->folds = 1; s->folds <= 2; s->folds++) {
-            const usp_gpu_view *once[] = {&s->dk, &s->dv, NULL},
-                               *twice[] = {&s->dk, &s->dv, &s->dk_sum, &s->dv_sum, NULL};
-            usp_gpu_run(t, "softmax_backward_key", usp_gpu_softmax_backward_key, s, s->folds == 1 ? once : twice);
-        }
-    }
-}
+/* ---- checks ------------------------------------------------------------------------------------------------------ */
 
-static void check_softmax(usp_gpu_test *t, const usp_gpu_softmax_case *c, int grid, int processors) {
-    snprintf(t->name, sizeof t->name, "softmax, %s, %d thread blocks a launch, as if of %d processors", c->name, grid,
+static void check_pass(usp_gpu_test *t, const usp_gpu_softmax_case *c, int processors) {
+    snprintf(t->name, sizeof t->name, "softmax, %s, d %d, dtype %d, as if of %d processors", c->name, c->dim, c->dtype,
              processors);
     usp_gpu_begin_case(t, c->dtype);
-    usp_gpu_softmax s = usp_gpu_make_softmax(t, c, grid);
+    usp_gpu_softmax s = usp_gpu_make_softmax(t, c);
+    const usp_gpu_view *outputs[USP_GPU_OUTPUTS + 1] = {&s.out, &s.lse, &s.delta, &s.dq, &s.top, &s.sum};
+    int count = 6;
     s.processors = processors;
-    const usp_gpu_view *one[] = {&s.out, &s.lse, NULL}, *two[] = {&s.out, &s.lse, &s.acc, NULL};
-    usp_gpu_run(t, "softmax_forward", usp_gpu_softmax_forward, &s, s.blocks == 1 ? one : two);
-    usp_gpu_fill(t, &s.out, 1);
-    usp_gpu_run(t, "softmax_delta", usp_gpu_softmax_delta, &s, (const usp_gpu_view *[]){&s.delta, NULL});
-    const usp_gpu_view *query_one[] = {&s.dq, NULL}, *query_two[] = {&s.dq, &s.dq_sum, NULL};
-    usp_gpu_run(t, "softmax_backward_query", usp_gpu_softmax_backward_query, &s, s.blocks == 1 ? query_one : query_two);
-    check_softmax_keys(t, &s);
+    if (s.blocks > 1) outputs[count++] = &s.acc, outputs[count++] = &s.dq_sum;
+    if (c->peaks) outputs[count++] = &s.peak, outputs[count++] = &s.most;
+    if (c->sinks) outputs[count++] = &s.dsinks;
+    for (int i = 0; i < s.blocks; i++) outputs[count++] = &s.dk[i], outputs[count++] = &s.dv[i];
+    usp_gpu_run(t, "a pass", usp_gpu_softmax_pass, &s, outputs);
 }
 
-/* ---- the kind ------------------------------------------------------------------------------------------------------
- */
+/* By itself it is right to the last bits. */
+static void check_delta(usp_gpu_test *t, const usp_gpu_softmax_case *c) {
+    snprintf(t->name, sizeof t->name, "softmax delta, %s, d %d, dtype %d", c->name, c->dim, c->dtype);
+    usp_gpu_begin_case(t, c->dtype);
+    usp_gpu_softmax s = usp_gpu_make_softmax(t, c);
+    usp_gpu_fill(t, &s.out, 1);
+    s.delta.strict = 1;
+    usp_gpu_run(t, "softmax_delta", usp_gpu_softmax_delta, &s, (const usp_gpu_view *[]){&s.delta, NULL});
+}
 
-/* A GPU of one processor is always full, so that tensor-core kernels run with all rows of a block; else with half.
- * Cases of two key blocks also in launches of so few thread blocks that each has one work item. */
+/* A GPU of one processor is always full, so that tensor-core kernels run with all rows of a block; else with half. */
 void usp_gpu_check_softmax(usp_gpu_test *t) {
     for (size_t i = 0; i < sizeof softmax_cases / sizeof *softmax_cases; i++) {
-        check_softmax(t, &softmax_cases[i], USP_CUDA_GRID, 0);
-        if (softmax_cases[i].dtype != USP_F32) check_softmax(t, &softmax_cases[i], USP_CUDA_GRID, 1);
-        if (total_length(softmax_cases[i].key[1]) > 0) check_softmax(t, &softmax_cases[i], 1, 0);
+        check_pass(t, &softmax_cases[i], 0);
+        if (softmax_cases[i].dtype != USP_F32) check_pass(t, &softmax_cases[i], 1);
+        check_delta(t, &softmax_cases[i]);
     }
 }

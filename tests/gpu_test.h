@@ -8,7 +8,7 @@
 #define USP_TESTS_GPU_TEST_H
 #include "device.h"
 
-enum { USP_GPU_OUTPUTS = 4, USP_GPU_ROOM = 192 << 20, USP_GPU_SCRATCH = 1 << 18 };
+enum { USP_GPU_OUTPUTS = 18, USP_GPU_ROOM = 192 << 20, USP_GPU_SCRATCH = 1 << 18 };
 
 /* A device, the memory of its slab, and the dtype in which it computes. */
 typedef struct usp_gpu_world {
@@ -27,6 +27,7 @@ typedef struct usp_gpu_view {
     int64_t tokens, first, stride_batch, stride_token, stride_head;
     int batch, heads, dim;
     int wide;   /* fp32 in every world */
+    int own;    /* in a unit of each device: written, and not compared */
     int strict; /* computed in fp32 all the way: no rounding of a 16-bit dtype is forgiven */
 } usp_gpu_view;
 
@@ -56,6 +57,8 @@ void usp_gpu_expect(usp_gpu_test *t, int condition, const char *what);
 /* Every slab's next `bytes` bytes, poisoned; or filled alike: integers and fp32 tables. */
 size_t usp_gpu_take(usp_gpu_test *t, size_t bytes);
 size_t usp_gpu_put(usp_gpu_test *t, const void *data, size_t bytes);
+/* `room` bytes, of which the first ones are filled. */
+size_t usp_gpu_put_part(usp_gpu_test *t, const void *data, size_t bytes, size_t room);
 
 /* PACKED: the middle one of three tensors side by side. ODD: rows apart, and the first one not on any boundary. */
 usp_gpu_view usp_gpu_make_view(usp_gpu_test *t, const char *name, usp_gpu_arrangement how, int64_t tokens, int batch,

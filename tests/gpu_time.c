@@ -1,51 +1,91 @@
-/* gpu_time.c - the speed of the CUDA device's kernels, on the lists of work that layers run: lib/schedule.c plans them.
- */
+/* gpu_time.c - the speed of the CUDA device's kernels, on the lists of work that layers would give them for one whole
+ * sequence. */
 #include <stdio.h>
+#include <stdlib.h>
 
 #include "../cuda/launch.h"
+#include "../cuda/softmax.h"
 #include "gpu_linear.h"
 #include "gpu_softmax.h"
-#include "planned.h"
-
-/* Lists for the GPU's kernels; 0 after saying why there are none. */
-static int open_plan(usp_gpu_test *t, usp_planned *p, usp_attention attention, usp_mask mask, int64_t tokens) {
-    if (usp_planned_open(p, USP_DEVICE_CUDA, attention, mask, tokens, tokens) == USP_OK) return 1;
-    usp_gpu_fail(t, "lists", usp_last_error());
-    usp_planned_close(p);
-    return 0;
-}
 
 /* ---- softmax ----------------------------------------------------------------------------------------------------- */
 
-static usp_status softmax_backward(const usp_gpu_world *w, const void *args) {
+static usp_status time_forward(const usp_gpu_world *w, const void *args) {
+    usp_softmax a = usp_gpu_softmax_args(w, args, 0);
+    a.lse = NULL;
+    return w->device->ops->softmax_forward(w->device, &a, w->stream);
+}
+
+static usp_status time_backward(const usp_gpu_world *w, const void *args) {
     usp_status status = usp_gpu_softmax_delta(w, args);
-    if (status == USP_OK) status = usp_gpu_softmax_backward_query(w, args);
-    return status == USP_OK ? usp_gpu_softmax_backward_key(w, args) : status;
+    return status == USP_OK ? usp_gpu_softmax_backward(w, args) : status;
 }
 
-static usp_gpu_plan upload_plan(usp_gpu_test *t, const usp_schedule *s, int64_t work, int64_t works, int64_t tile) {
-    size_t bytes = sizeof(usp_work) * (size_t)works, tiles = sizeof(usp_tile) * (size_t)(s->tiles - tile);
-    size_t at = usp_gpu_upload(t, s->work + work, bytes);
-    return (usp_gpu_plan){at, usp_gpu_upload(t, s->tile + tile, tiles), (int)works};
+static usp_status time_queries(const usp_gpu_world *w, const void *args) {
+    usp_softmax a = usp_gpu_softmax_args(w, args, 0);
+    return usp_softmax_mma.call[USP_CALL_BACKWARD_QUERY](usp_cuda_gpu(w->device), &a, w->stream);
 }
 
-static void place_softmax(usp_gpu_test *t, usp_gpu_softmax *s, const usp_schedule *plan, int tokens) {
+static usp_status time_keys(const usp_gpu_world *w, const void *args) {
+    usp_softmax a = usp_gpu_softmax_args(w, args, 0);
+    return usp_softmax_mma.call[USP_CALL_BACKWARD_KEY](usp_cuda_gpu(w->device), &a, w->stream);
+}
+
+/* The tile of an item of rows at `begin`: a query sees keys up to its own, a key is seen from its own query on. */
+static usp_tile plain_tile(int begin, int count, int tokens, int causal, int keys_are_rows) {
+    if (!causal) return (usp_tile){0, tokens, 0, tokens};
+    if (keys_are_rows) return (usp_tile){begin, tokens, begin + count - 1, tokens};
+    return (usp_tile){0, begin + count, 0, begin + 1};
+}
+
+/* Items of USP_WORK_ROWS rows, heaviest first. */
+static usp_gpu_plan plain_plan(usp_gpu_test *t, int tokens, int causal, int keys_are_rows) {
+    int32_t works = (tokens + USP_WORK_ROWS - 1) / USP_WORK_ROWS;
+    usp_work *work = calloc((size_t)works, sizeof *work);
+    usp_tile *tile = calloc((size_t)works, sizeof *tile);
+    if (!work || !tile) exit(1);
+    for (int i = 0; i < works; i++) {
+        int begin = (keys_are_rows ? i : works - 1 - i) * USP_WORK_ROWS, left = tokens - begin;
+        work[i] = (usp_work){begin, left < USP_WORK_ROWS ? left : USP_WORK_ROWS, i, 1};
+        tile[i] = plain_tile(begin, work[i].count, tokens, causal, keys_are_rows);
+    }
+    usp_gpu_plan plan = {.capacity = works};
+    plan.work = usp_gpu_upload(t, work, sizeof *work * (size_t)works);
+    plan.tile = usp_gpu_upload(t, tile, sizeof *tile * (size_t)works);
+    plan.works = usp_gpu_upload(t, &works, sizeof works);
+    free(work), free(tile);
+    return plan;
+}
+
+static void plain_pairs(usp_gpu_test *t, usp_gpu_softmax *s, int tokens, int causal) {
+    int32_t *low = calloc((size_t)tokens, sizeof *low), *position = calloc((size_t)tokens, sizeof *position);
+    size_t bytes = sizeof *position * (size_t)tokens;
+    if (!low || !position) exit(1);
+    for (int i = 0; i < tokens; i++) position[i] = i;
+    s->query_at = s->diagonal_at = s->key_at[0] = s->high_at = usp_gpu_upload(t, position, bytes);
+    s->low_at = usp_gpu_upload(t, low, bytes);
+    for (int i = 0; i < tokens; i++) position[i] = tokens - 1;
+    if (!causal) s->high_at = usp_gpu_upload(t, position, bytes);
+    free(low), free(position);
+}
+
+static void place_softmax(usp_gpu_test *t, usp_gpu_softmax *s, int tokens, int causal) {
     const usp_gpu_softmax_case *c = s->c;
-    const usp_step *step = &plan->step[0];
     usp_gpu_begin_case(t, USP_BF16);
-    s->q = usp_gpu_timed_view(t, tokens, c->heads, c->dim, 0),
+    s->q = usp_gpu_timed_view(t, tokens, c->heads, c->dim, 0);
     s->dout = usp_gpu_timed_view(t, tokens, c->heads, c->dim, 0);
     s->k[0] = usp_gpu_timed_view(t, tokens, c->key_heads, c->dim, 0);
     s->v[0] = usp_gpu_timed_view(t, tokens, c->key_heads, c->dim, 0);
     usp_gpu_fill_alone(t, t->used);
-    s->out = usp_gpu_timed_view(t, tokens, c->heads, c->dim, 0),
+    s->out = usp_gpu_timed_view(t, tokens, c->heads, c->dim, 0);
     s->dq = usp_gpu_timed_view(t, tokens, c->heads, c->dim, 0);
-    s->dk = usp_gpu_timed_view(t, tokens, c->key_heads, c->dim, 0);
-    s->dv = usp_gpu_timed_view(t, tokens, c->key_heads, c->dim, 0);
-    s->lse = usp_gpu_timed_view(t, tokens, c->heads, 1, 1), s->delta = usp_gpu_timed_view(t, tokens, c->heads, 1, 1);
-    s->acc = s->dq_sum = s->dk_sum = s->dv_sum = usp_gpu_timed_view(t, 0, c->heads, c->dim, 1);
-    s->query_plan[0] = upload_plan(t, plan, step->query_work, step->query_works, step->query_tile);
-    s->key_plan[0] = upload_plan(t, plan, step->key_work, step->key_works, step->key_tile);
+    s->dk[0] = usp_gpu_timed_view(t, tokens, c->key_heads, c->dim, 0);
+    s->dv[0] = usp_gpu_timed_view(t, tokens, c->key_heads, c->dim, 0);
+    s->top = usp_gpu_timed_view(t, tokens, c->heads, 1, 1), s->sum = usp_gpu_timed_view(t, tokens, c->heads, 1, 1);
+    s->delta = usp_gpu_timed_view(t, tokens, c->heads, 1, 1);
+    s->acc = s->dq_sum = s->lse = s->peak = usp_gpu_timed_view(t, 0, c->heads, c->dim, 1);
+    plain_pairs(t, s, tokens, causal);
+    s->query_plan[0] = plain_plan(t, tokens, causal, 0), s->key_plan[0] = plain_plan(t, tokens, causal, 1);
 }
 
 static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int tokens, int causal) {
@@ -56,18 +96,14 @@ static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int
                               .group = heads / key_heads,
                               .dim = dim,
                               .value_dim = dim};
-    usp_gpu_softmax s = {.c = &c, .blocks = 1, .folds = 1, .grid = USP_CUDA_GRID};
-    usp_planned plan;
-    if (!open_plan(t, &plan, USP_SOFTMAX, causal ? USP_MASK_CAUSAL : USP_MASK_FULL, tokens)) return;
-    place_softmax(t, &s, plan.schedule, tokens);
+    usp_gpu_softmax s = {.c = &c, .blocks = 1};
+    place_softmax(t, &s, tokens, causal);
     double area = (double)tokens * tokens / (causal ? 2 : 1), flops = 4 * area * heads * dim;
-    float forward = usp_gpu_time(t, usp_gpu_softmax_forward, &s), backward = usp_gpu_time(t, softmax_backward, &s);
-    float query = usp_gpu_time(t, usp_gpu_softmax_backward_query, &s);
-    float key = usp_gpu_time(t, usp_gpu_softmax_backward_key, &s);
+    float forward = usp_gpu_time(t, time_forward, &s), backward = usp_gpu_time(t, time_backward, &s);
+    float query = usp_gpu_time(t, time_queries, &s), key = usp_gpu_time(t, time_keys, &s);
     printf("%5d:%-3d %4d %7d %7s %10.3f %10.3f %8.0f %8.0f   dq %.3f, dk dv %.3f ms\n", heads, key_heads, dim, tokens,
            causal ? "causal" : "full", forward, backward, flops / forward / 1e9, 2.5 * flops / backward / 1e9, query,
            key);
-    usp_planned_close(&plan);
 }
 
 void usp_gpu_time_softmax(usp_gpu_test *t) {
@@ -107,21 +143,37 @@ static usp_status linear_backward(const usp_gpu_world *w, const void *args) {
 
 enum { HEADS = 16, DIM = 128 };
 
-static void place_linear(usp_gpu_test *t, usp_gpu_linear *l, const usp_schedule *plan, int tokens) {
+/* One chunk in blocks of the length that suits it. */
+static void place_blocks(usp_gpu_test *t, usp_gpu_linear *l, int tokens) {
+    int length = (int)t->gpu.device->ops->linear_block(t->gpu.device, tokens), blocks = (tokens + length - 1) / length;
+    usp_block *block = calloc((size_t)blocks, sizeof *block);
+    usp_scan_step *step = calloc((size_t)blocks, sizeof *step);
+    if (!block || !step) exit(1);
+    for (int i = 0; i < blocks; i++) {
+        int begin = i * length, count = tokens - begin < length ? tokens - begin : length;
+        block[i] = (usp_block){.begin = begin, .count = count, .distance = begin, .chunk_rows = tokens};
+        step[i] = (usp_scan_step){.length = count};
+    }
+    l->blocks = blocks, l->chunks = 1;
+    l->block = usp_gpu_upload(t, block, sizeof *block * (size_t)blocks);
+    l->step = usp_gpu_upload(t, step, sizeof *step * (size_t)blocks);
+    free(block), free(step);
+}
+
+static void place_linear(usp_gpu_test *t, usp_gpu_linear *l, int tokens) {
     float decay[HEADS];
     for (int h = 0; h < HEADS; h++) decay[h] = -0.001f * (float)(1 + 3 * h);
     usp_gpu_begin_case(t, USP_BF16);
-    l->tokens = tokens, l->blocks = (int)plan->blocks, l->chunks = (int)plan->own_chunks;
+    l->tokens = tokens;
     l->q = usp_gpu_timed_view(t, tokens, HEADS, DIM, 0), l->k = usp_gpu_timed_view(t, tokens, HEADS, DIM, 0);
     l->v = usp_gpu_timed_view(t, tokens, HEADS, DIM, 0);
     usp_gpu_fill_alone(t, t->used);
     l->out = usp_gpu_timed_view(t, tokens, HEADS, DIM, 0), l->acc = usp_gpu_timed_view(t, 0, HEADS, DIM, 1);
+    place_blocks(t, l, tokens);
     l->states = usp_gpu_timed_view(t, l->blocks, HEADS, DIM * DIM, 1);
     l->final = usp_gpu_timed_view(t, 1, HEADS, DIM * DIM, 1);
     l->chunk_states = usp_gpu_timed_view(t, 1, HEADS, DIM * DIM, 1);
     l->decay = usp_gpu_upload(t, decay, sizeof decay);
-    l->block = usp_gpu_upload(t, plan->block, sizeof *plan->block * (size_t)plan->blocks);
-    l->step = usp_gpu_upload(t, plan->block_step, sizeof *plan->block_step * (size_t)plan->blocks);
 }
 
 static void time_linear(usp_gpu_test *t, int tokens, double bytes_per_ms) {
@@ -138,17 +190,14 @@ static void time_linear(usp_gpu_test *t, int tokens, double bytes_per_ms) {
                              .decay = USP_GPU_SLOW,
                              .scale = 1};
     usp_gpu_linear l = {.c = &c, .first = 1, .last = 1, .grid = USP_CUDA_GRID};
-    usp_planned plan;
-    if (!open_plan(t, &plan, USP_LINEAR, USP_MASK_CAUSAL, tokens)) return;
-    place_linear(t, &l, plan.schedule, tokens);
+    place_linear(t, &l, tokens);
     double floor = 4.0 * (double)l.q.bytes / bytes_per_ms;
     float forward = usp_gpu_time(t, linear_forward, &l), backward = usp_gpu_time(t, linear_backward, &l);
     float totals = usp_gpu_time(t, usp_gpu_linear_totals, &l), scan = usp_gpu_time(t, usp_gpu_linear_scan, &l);
     float output = usp_gpu_time(t, usp_gpu_linear_output, &l), apply = usp_gpu_time(t, usp_gpu_linear_apply, &l);
     printf("%7d %6d %10.3f %6.1f %10.3f %6.1f   totals %.3f, scan %.3f, output %.3f, apply %.3f ms\n", tokens,
-           plan.schedule->block[0].count, forward, forward / floor, backward, backward / (floor * 7 / 4), totals, scan,
-           output, apply);
-    usp_planned_close(&plan);
+           (tokens + l.blocks - 1) / l.blocks, forward, forward / floor, backward, backward / (floor * 7 / 4), totals,
+           scan, output, apply);
 }
 
 void usp_gpu_time_linear(usp_gpu_test *t, double bytes_per_ms) {

@@ -1,15 +1,15 @@
-/* planned.h - lists of work as layers have them, from lib/schedule.c, for tests of single kernels: one rank with the
- * whole of one sequence. */
+/* planned.h - lists of work as layers have them, from lib/plan.h, for tests of single kernels: one rank with the whole
+ * of one sequence. */
 #ifndef USP_TESTS_PLANNED_H
 #define USP_TESTS_PLANNED_H
-#include "schedule.h"
+#include "plan.h"
 
 typedef struct usp_planned {
     usp_rendezvous *rendezvous;
     usp_world *world;
     usp_mesh *mesh;
     usp_sequence *sequence;
-    usp_schedule *schedule; /* work, tiles, blocks: in host memory, for the device */
+    usp_plan *plan; /* its arrays: in host memory, and for the device */
 } usp_planned;
 
 /* `keys` as many as queries under a causal mask. Close also what could not be opened. */

@@ -21,7 +21,7 @@ static double *random_numbers(const usp_case *c, usp_dtype dtype, int64_t count,
 }
 
 typedef struct extents {
-    int64_t q, k, v, out, lse, state;
+    int64_t q, k, v, out, lse, state, heads;
 } extents;
 
 static extents extents_of(const usp_case *c) {
@@ -32,16 +32,17 @@ static extents extents_of(const usp_case *c) {
                      .v = keys * value_heads * c->value_dim,
                      .out = tokens * heads * c->value_dim,
                      .lse = tokens * c->heads,
-                     .state = (int64_t)c->batch * heads * c->head_dim * c->value_dim};
+                     .state = (int64_t)c->batch * heads * c->head_dim * c->value_dim,
+                     .heads = heads};
 }
 
 static usp_answer answer_create(const extents *e) {
-    return (usp_answer){numbers(e->out), numbers(e->lse),   numbers(e->q),    numbers(e->k),
-                        numbers(e->v),   numbers(e->state), numbers(e->state)};
+    return (usp_answer){numbers(e->out),   numbers(e->lse),   numbers(e->q),     numbers(e->k),    numbers(e->v),
+                        numbers(e->state), numbers(e->state), numbers(e->heads), numbers(e->heads)};
 }
 
 void usp_answer_free(usp_answer *a) {
-    double *all[] = {a->out, a->lse, a->dq, a->dk, a->dv, a->final_state, a->dinitial_state};
+    double *all[] = {a->out, a->lse, a->dq, a->dk, a->dv, a->final_state, a->dinitial_state, a->dsinks, a->max_logit};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
 }
 
@@ -61,7 +62,13 @@ static usp_oracle describe(const usp_case *c) {
                         .value_dim = c->value_dim,
                         .tokens = c->tokens,
                         .keys = usp_case_keys(c),
-                        .scale = default_scale(c)};
+                        .scale = default_scale(c),
+                        .left = c->window_left,
+                        .right = c->window_right,
+                        .bottom_right = c->alignment == USP_ALIGN_BOTTOM_RIGHT,
+                        .soft_cap = (double)c->soft_cap,
+                        .dropout = c->dropout,
+                        .dropout_state = usp_dropout_words};
 }
 
 static void ask(usp_oracle *o, const usp_answer *answer) {
@@ -72,6 +79,8 @@ static void ask(usp_oracle *o, const usp_answer *answer) {
     o->dv = answer->dv;
     o->final_state = answer->final_state;
     o->dinitial_state = answer->dinitial_state;
+    o->dsinks = answer->dsinks;
+    o->max_logit = answer->max_logit;
     usp_oracle_run(o);
 }
 
@@ -94,13 +103,15 @@ static void answer_plainly(const usp_case *c, usp_oracle *o, const extents *e, u
     keep_farther(truth->dq, plain->dq, other.dq, e->q);
     keep_farther(truth->dk, plain->dk, other.dk, e->k);
     keep_farther(truth->dv, plain->dv, other.dv, e->v);
+    keep_farther(truth->dsinks, plain->dsinks, other.dsinks, e->heads);
     usp_answer_free(&other);
 }
 
 /* A case's whole inputs. */
 typedef struct inputs {
-    double *q, *k, *v, *dout, *initial_state, *dfinal_state;
-    float decay[USP_CASE_HEADS];
+    double *q, *k, *v, *dout, *initial_state, *dfinal_state, *dlse;
+    float decay[USP_CASE_HEADS], slopes[USP_CASE_HEADS], sinks[USP_CASE_HEADS];
+    usp_case_document_list documents;
 } inputs;
 
 static inputs inputs_create(const usp_case *c, const extents *e) {
@@ -109,13 +120,17 @@ static inputs inputs_create(const usp_case *c, const extents *e) {
                 .v = random_numbers(c, c->dtype, e->v, USP_V),
                 .dout = random_numbers(c, c->dtype, e->out, USP_DOUT),
                 .initial_state = random_numbers(c, USP_F32, e->state, USP_INITIAL_STATE),
-                .dfinal_state = random_numbers(c, USP_F32, e->state, USP_DFINAL_STATE)};
+                .dfinal_state = random_numbers(c, USP_F32, e->state, USP_DFINAL_STATE),
+                .dlse = random_numbers(c, USP_F32, e->lse, USP_DLSE)};
     usp_case_decay(c, i.decay);
+    usp_case_slopes(c, i.slopes);
+    usp_case_documents(c, &i.documents);
+    for (int h = 0; h < c->heads; h++) i.sinks[h] = (float)usp_random_at((uint64_t)c->seed, USP_SINKS, (uint64_t)h);
     return i;
 }
 
 static void inputs_free(inputs *i) {
-    double *all[] = {i->q, i->k, i->v, i->dout, i->initial_state, i->dfinal_state};
+    double *all[] = {i->q, i->k, i->v, i->dout, i->initial_state, i->dfinal_state, i->dlse};
     for (size_t n = 0; n < sizeof all / sizeof all[0]; n++) free(all[n]);
 }
 
@@ -128,6 +143,14 @@ static usp_oracle oracle_of(const usp_case *c, const inputs *i) {
     o.dout = i->dout;
     o.initial_state = c->initial_state ? i->initial_state : NULL;
     o.dfinal_state = c->final_state ? i->dfinal_state : NULL;
+    o.documents = i->documents.count;
+    o.ends = i->documents.ends;
+    o.key_ends = c->key_tokens ? i->documents.key_ends : NULL;
+    o.prefixes = c->prefixes ? i->documents.prefixes : NULL;
+    o.parents = c->parents ? i->documents.parents : NULL;
+    o.slopes = c->slopes ? i->slopes : NULL;
+    o.sinks = c->sinks ? i->sinks : NULL;
+    o.dlse = c->dlse ? i->dlse : NULL;
     return o;
 }
 
@@ -169,11 +192,13 @@ static usp_case key_of(const usp_case *c) {
     key.arrangement = USP_BSHD;
     key.deterministic = key.recompute_state = key.return_lse = 0;
     key.state_exchange = USP_STATE_AUTO;
+    key.route = USP_ROUTE_AUTO;
+    key.max_documents = 0;
     return key;
 }
 
 static int same_key(const usp_case *a, const usp_case *b) {
-    char x[256], y[256];
+    char x[512], y[512];
     usp_case_print(a, x, sizeof x);
     usp_case_print(b, y, sizeof y);
     return strcmp(x, y) == 0 && a->scale == b->scale;
@@ -222,7 +247,9 @@ static void list_items(usp_dtype dtype, const usp_whole *w, const usp_answer *tr
         {"dv", dtype, USP_SAME_DKV, w->dv_count, w->dv, truth->dv, plain->dv},
         {"final_state", dtype, USP_SAME_STATES, w->state_count, w->final_state, truth->final_state, plain->final_state},
         {"dinitial_state", dtype, USP_SAME_STATES, w->state_count, w->dinitial_state, truth->dinitial_state,
-         plain->dinitial_state}};
+         plain->dinitial_state},
+        {"dsinks", dtype, USP_SAME_HEADS, w->head_count, w->dsinks, truth->dsinks, plain->dsinks},
+        {"max_logit", USP_F32, USP_SAME_HEADS, w->head_count, w->max_logit, truth->max_logit, plain->max_logit}};
     memcpy(items, all, sizeof all);
 }
 
@@ -238,7 +265,7 @@ static double floor_of(const usp_rank *rank) {
 
 int usp_compare_with_reference(usp_rank *rank, const usp_case *c, const usp_whole *whole,
                                const usp_reference *reference) {
-    char name[256], why[256];
+    char name[512], why[256];
     item items[USP_ITEMS];
     int failures = 0;
     list_items(c->dtype, whole, &reference->truth, &reference->plain, items);
@@ -261,13 +288,14 @@ void usp_rms_of(const usp_whole *whole, const usp_reference *reference, double *
 }
 
 static const float *tensor_of(const usp_whole *w, int i) {
-    const float *const all[USP_ITEMS] = {w->out, w->lse, w->dq, w->dk, w->dv, w->final_state, w->dinitial_state};
+    const float *const all[USP_ITEMS] = {w->out,    w->lse,      w->dq, w->dk, w->dv, w->final_state, w->dinitial_state,
+                                         w->dsinks, w->max_logit};
     return all[i];
 }
 
 int usp_compare_near(usp_rank *rank, const usp_case *c, const char *what, const usp_whole *a, const usp_whole *b) {
     static const usp_answer none = {0};
-    char name[256];
+    char name[512];
     item items[USP_ITEMS];
     int failures = 0;
     list_items(USP_F32, a, &none, &none, items);
@@ -287,7 +315,7 @@ int usp_compare_near(usp_rank *rank, const usp_case *c, const char *what, const 
 int usp_compare_bits(usp_rank *rank, const usp_case *c, const char *what, int parts, const usp_whole *a,
                      const usp_whole *b) {
     static const usp_answer none = {0};
-    char name[256];
+    char name[512];
     item items[USP_ITEMS];
     int failures = 0;
     list_items(USP_F32, a, &none, &none, items);

@@ -5,7 +5,7 @@
 #include "stage.h"
 
 typedef struct usp_answer {
-    double *out, *lse, *dq, *dk, *dv, *final_state, *dinitial_state;
+    double *out, *lse, *dq, *dk, *dv, *final_state, *dinitial_state, *dsinks, *max_logit;
 } usp_answer;
 
 /* Belongs to the case without its mesh, layout and arrangement. */
@@ -33,14 +33,22 @@ void usp_references_free(usp_references *references);
 /* Says what is outside the budget; the number of tensors that are. */
 int usp_compare_with_reference(usp_rank *rank, const usp_case *c, const usp_whole *whole,
                                const usp_reference *reference);
-/* The RMS error of out, lse, dq, dk, dv, final_state and dinitial_state; 0 where there is none. */
-enum { USP_ITEMS = 7 };
+/* The RMS error of out, lse, dq, dk, dv, final_state, dinitial_state, dsinks and max_logit; 0 where there is none. */
+enum { USP_ITEMS = 9 };
 void usp_rms_of(const usp_whole *whole, const usp_reference *reference, double *rms);
 
 /* Two runs that should agree: f32 within twice the budget. Says which tensors do not. */
 int usp_compare_near(usp_rank *rank, const usp_case *c, const char *what, const usp_whole *a, const usp_whole *b);
 /* Bit for bit. `parts` has a bit for each of the tensors below. */
-enum { USP_SAME_OUT = 1, USP_SAME_LSE = 2, USP_SAME_DQ = 4, USP_SAME_DKV = 8, USP_SAME_STATES = 16, USP_SAME_ALL = 31 };
+enum {
+    USP_SAME_OUT = 1,
+    USP_SAME_LSE = 2,
+    USP_SAME_DQ = 4,
+    USP_SAME_DKV = 8,
+    USP_SAME_STATES = 16,
+    USP_SAME_HEADS = 32,
+    USP_SAME_ALL = 63
+};
 int usp_compare_bits(usp_rank *rank, const usp_case *c, const char *what, int parts, const usp_whole *a,
                      const usp_whole *b);
 

@@ -18,6 +18,12 @@ static const usp_case cases[] = {
     {.tokens = 61, .mask = USP_MASK_CAUSAL, .head_dim = 150, .value_dim = 5, .return_lse = 1},
     {.tokens = 61, .batch = 2, .return_lse = 1},
     {.tokens = 61, .key_tokens = 83, .return_lse = 1},
+    {.tokens = 61, .mask = USP_MASK_CAUSAL, .documents = 1, .window_left = 9, .sinks = 1, .return_lse = 1},
+    {.tokens = 61, .window_left = 3, .window_right = 5, .layout = USP_LAYOUT_STRIPE, .soft_cap = 2, .dtype = USP_BF16},
+    {.tokens = 61, .mask = USP_MASK_CAUSAL, .documents = 1, .prefixes = 1, .layout = USP_LAYOUT_CONTIGUOUS},
+    {.tokens = 61, .mask = USP_MASK_CAUSAL, .documents = 4, .parents = 1, .return_lse = 1, .dtype = USP_F16},
+    {.tokens = 61, .key_tokens = 83, .mask = USP_MASK_CAUSAL, .documents = 1, .alignment = USP_ALIGN_BOTTOM_RIGHT},
+    {.tokens = 61, .documents = 5, .layout = USP_LAYOUT_CUSTOM, .slopes = 1, .return_lse = 1},
     {.attention = USP_LINEAR,
      .tokens = 150,
      .mask = USP_MASK_CAUSAL,
@@ -42,6 +48,13 @@ static const usp_case cases[] = {
      .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
      .final_state = 1},
     {.attention = USP_LINEAR, .tokens = 61, .mask = USP_MASK_CAUSAL, .head_dim = 150, .value_dim = 20},
+    {.attention = USP_LINEAR,
+     .tokens = 61,
+     .mask = USP_MASK_CAUSAL,
+     .documents = 1,
+     .decay = 1,
+     .initial_state = 1,
+     .final_state = 1},
     {.attention = USP_LINEAR, .tokens = 61, .final_state = 1}};
 
 typedef struct result {
@@ -58,7 +71,7 @@ static int is_wrong(const result *r, int64_t i, double value) {
 }
 
 static void judge(usp_rank *rank, const usp_case *c, const usp_spot *spot, const result *r) {
-    char name[256];
+    char name[512];
     int64_t wrong = 0, first = 0;
     for (int64_t i = 0; r->given && i < r->count; i++)
         if (is_wrong(r, i, spot->value) && wrong++ == 0) first = i;
@@ -81,7 +94,8 @@ static void judge_all(usp_rank *rank, const usp_case *c, const usp_spot *spot, c
         {"dk", given->dk_count, given->dk, clean->dk, truth.dk},
         {"dv", given->dv_count, given->dv, clean->dv, truth.dv},
         {"final_state", given->state_count, given->final_state, clean->final_state, truth.final_state},
-        {"dinitial_state", given->state_count, given->dinitial_state, clean->dinitial_state, truth.dinitial_state}};
+        {"dinitial_state", given->state_count, given->dinitial_state, clean->dinitial_state, truth.dinitial_state},
+        {"dsinks", given->head_count, given->dsinks, clean->dsinks, truth.dsinks}};
     for (int i = 0; i < USP_ITEMS; i++) judge(rank, c, spot, &all[i]);
     usp_answer_free(&truth);
     usp_count(rank);

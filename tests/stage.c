@@ -4,18 +4,20 @@
 #include <stdlib.h>
 #include <string.h>
 
+const uint64_t usp_dropout_words[2] = {0x123456789abcdef0u, 7};
+
 /* What other random elements come from, beside the numbers of the inputs. */
 enum { OTHER_VALUES = 9 };
 
 static int fail(usp_stage *stage, const char *what, usp_status status) {
-    char name[256];
+    char name[512];
     if (status == USP_OK) return 0;
     usp_case_print(&stage->c, name, sizeof name);
     return usp_say(stage->rank, "%s: %s: %s (%s)", name, what, usp_last_error(), usp_status_string(status));
 }
 
 static int wrong(usp_stage *stage, const char *what) {
-    char name[256];
+    char name[512];
     usp_case_print(&stage->c, name, sizeof name);
     return usp_say(stage->rank, "%s: %s", name, what);
 }
@@ -57,9 +59,9 @@ usp_status usp_stage_open(usp_rank *rank, const usp_case *c, usp_stage *stage) {
 }
 
 void usp_stage_close(usp_stage *stage) {
-    usp_buffer *more[] = {&stage->lse,          &stage->initial_state,  &stage->final_state,
-                          &stage->dfinal_state, &stage->dinitial_state, &stage->workspace,
-                          &stage->saved};
+    usp_buffer *more[] = {&stage->lse,       &stage->initial_state,  &stage->final_state, &stage->dfinal_state,
+                          &stage->workspace, &stage->dinitial_state, &stage->saved,       &stage->sinks,
+                          &stage->dsinks,    &stage->dlse,           &stage->max_logit,   &stage->dropout_state};
     for (int i = 0; i < USP_PARTS; i++) usp_buffer_destroy(&stage->memory[i]);
     for (size_t i = 0; i < sizeof more / sizeof more[0]; i++) usp_buffer_destroy(more[i]);
     usp_layer_destroy(stage->layer);
@@ -121,7 +123,7 @@ static usp_status create_extra(usp_stage *stage) {
     const usp_case *c = &stage->c;
     size_t states = state_count(c) * sizeof(float);
     size_t lse = (size_t)c->batch * (size_t)c->heads * (size_t)stage->tokens * sizeof(float);
-    size_t workspace = stage->sizes.forward_workspace;
+    size_t workspace = stage->sizes.forward_workspace, heads = (size_t)c->heads * sizeof(float);
     if (workspace < stage->sizes.backward_workspace) workspace = stage->sizes.backward_workspace;
     if (workspace < stage->sizes.exchange_workspace) workspace = stage->sizes.exchange_workspace;
     const struct {
@@ -133,7 +135,12 @@ static usp_status create_extra(usp_stage *stage) {
                {&stage->dfinal_state, states},
                {&stage->dinitial_state, states},
                {&stage->workspace, workspace},
-               {&stage->saved, stage->sizes.saved}};
+               {&stage->saved, stage->sizes.saved},
+               {&stage->sinks, heads},
+               {&stage->dsinks, heads},
+               {&stage->dlse, lse + 16},
+               {&stage->max_logit, heads},
+               {&stage->dropout_state, sizeof usp_dropout_words}};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
         usp_status status = usp_buffer_create(stage->rank->world, stage->rank->stream, all[i].bytes, all[i].buffer);
         if (status != USP_OK) return status;
@@ -151,13 +158,33 @@ static void fill_part(usp_stage *stage, usp_part part) {
     const usp_case *c = &stage->c;
     int keys = part_of_keys(part);
     usp_tokens tokens = {keys ? stage->keys : stage->sequence, stage->p, keys ? usp_case_keys(c) : c->tokens,
-                         c->first_token};
+                         keys && c->key_tokens ? c->first_key : c->first_token};
     usp_view_fill(&stage->view[part], &stage->memory[stage->holder[part]], &tokens, part_seed(stage), part);
 }
 
 static void fill_state(usp_stage *stage, usp_buffer *buffer, uint64_t tensor) {
     for (size_t i = 0; i < state_count(&stage->c); i++)
         usp_store(USP_F32, buffer->host + i * sizeof(float), usp_random_at(part_seed(stage), tensor, i));
+}
+
+/* dlse as [batch, head, own token], by what it is of the whole [batch, token, head]. */
+static void fill_dlse(usp_stage *stage) {
+    const usp_case *c = &stage->c;
+    for (int b = 0; b < c->batch; b++)
+        for (int h = 0; h < c->heads; h++)
+            for (int64_t t = 0; t < stage->tokens; t++) {
+                int64_t token = c->first_token + usp_sequence_to_global(stage->sequence, stage->p, t);
+                int64_t whole = (b * c->tokens + token) * c->heads + h, own = (b * c->heads + h) * stage->tokens + t;
+                usp_store(USP_F32, stage->dlse.host + (size_t)own * sizeof(float),
+                          usp_random_at(part_seed(stage), USP_DLSE, (uint64_t)whole));
+            }
+}
+
+static void fill_heads(usp_stage *stage) {
+    for (int h = 0; h < stage->c.heads; h++)
+        usp_store(USP_F32, stage->sinks.host + (size_t)h * sizeof(float),
+                  usp_random_at(part_seed(stage), USP_SINKS, (uint64_t)h));
+    memcpy(stage->dropout_state.host, usp_dropout_words, sizeof usp_dropout_words);
 }
 
 static uint64_t hash_inputs(const usp_stage *stage) {
@@ -168,12 +195,18 @@ static uint64_t hash_inputs(const usp_stage *stage) {
     }
     for (size_t i = 0; i < stage->initial_state.bytes; i++)
         hash = hash * 31 + stage->initial_state.host[i] + stage->dfinal_state.host[i];
+    const usp_buffer *more[] = {&stage->sinks, &stage->dlse, &stage->dropout_state};
+    for (int n = 0; n < 3; n++)
+        for (size_t i = 0; i < more[n]->bytes; i++) hash = hash * 31 + more[n]->host[i];
     return hash;
 }
 
 static usp_status upload_states(const usp_stage *stage) {
     usp_status status = usp_buffer_upload(&stage->initial_state);
     if (status == USP_OK) status = usp_buffer_upload(&stage->dfinal_state);
+    if (status == USP_OK) status = usp_buffer_upload(&stage->sinks);
+    if (status == USP_OK) status = usp_buffer_upload(&stage->dlse);
+    if (status == USP_OK) status = usp_buffer_upload(&stage->dropout_state);
     return status == USP_OK ? usp_world_synchronize(stage->rank->world, stage->rank->stream) : status;
 }
 
@@ -197,6 +230,8 @@ int usp_stage_fill(usp_stage *stage) {
     fill_part(stage, USP_DOUT);
     fill_state(stage, &stage->initial_state, USP_INITIAL_STATE);
     fill_state(stage, &stage->dfinal_state, USP_DFINAL_STATE);
+    fill_dlse(stage);
+    fill_heads(stage);
     stage->input_hash = hash_inputs(stage);
     return fail(stage, "upload", upload_all(stage));
 }
@@ -303,7 +338,10 @@ usp_forward usp_stage_forward_arguments(const usp_stage *stage, int keep) {
                          .lse = c->return_lse ? stage->lse.device : NULL,
                          .initial_state = c->initial_state ? stage->initial_state.device : NULL,
                          .final_state = c->final_state ? stage->final_state.device : NULL,
-                         .saved = keep ? stage->saved.device : NULL};
+                         .saved = keep ? stage->saved.device : NULL,
+                         .sinks = c->sinks ? stage->sinks.device : NULL,
+                         .max_logit = c->max_logit ? stage->max_logit.device : NULL,
+                         .dropout_state = c->dropout > 0 ? stage->dropout_state.device : NULL};
 }
 
 usp_backward usp_stage_backward_arguments(const usp_stage *stage) {
@@ -320,7 +358,11 @@ usp_backward usp_stage_backward_arguments(const usp_stage *stage) {
                           .dfinal_state = c->final_state ? stage->dfinal_state.device : NULL,
                           .dinitial_state = c->initial_state ? stage->dinitial_state.device : NULL,
                           .saved = stage->saved.device,
-                          .initial_state = c->initial_state ? stage->initial_state.device : NULL};
+                          .initial_state = c->initial_state ? stage->initial_state.device : NULL,
+                          .sinks = c->sinks ? stage->sinks.device : NULL,
+                          .dsinks = c->sinks ? stage->dsinks.device : NULL,
+                          .dlse = c->dlse ? stage->dlse.device : NULL,
+                          .dropout_state = c->dropout > 0 ? stage->dropout_state.device : NULL};
 }
 
 static size_t forward_bytes(const usp_stage *stage, int keep) {
@@ -396,12 +438,19 @@ static float *take_state(const usp_stage *stage, usp_buffer *buffer, int64_t *co
     return state;
 }
 
+static float *take_heads(const usp_stage *stage, const usp_buffer *buffer, int64_t *count) {
+    *count = stage->c.heads;
+    float *heads = malloc(buffer->bytes + 1);
+    memcpy(heads, buffer->host, buffer->bytes);
+    return heads;
+}
+
 static int download_all(usp_stage *stage, int backward) {
     usp_status status = USP_OK;
     for (int i = 0; i < USP_PARTS && status == USP_OK; i++)
         if (stage->holder[i] == i && (backward || i < USP_DQ)) status = usp_buffer_download(&stage->memory[i]);
-    usp_buffer *more[] = {&stage->lse, &stage->initial_state, &stage->final_state, &stage->dfinal_state,
-                          &stage->dinitial_state};
+    usp_buffer *more[] = {&stage->lse,    &stage->initial_state,  &stage->final_state, &stage->dfinal_state,
+                          &stage->dsinks, &stage->dinitial_state, &stage->max_logit};
     for (size_t i = 0; i < sizeof more / sizeof more[0] && status == USP_OK; i++) status = usp_buffer_download(more[i]);
     return fail(stage, "download", status);
 }
@@ -423,6 +472,7 @@ static int gather_backward(usp_stage *stage, usp_whole *whole) {
     if (whole->dq) whole->dk = gather_part(stage, USP_DK, &whole->dk_count);
     if (whole->dk) whole->dv = gather_part(stage, USP_DV, &whole->dv_count);
     if (stage->c.initial_state) whole->dinitial_state = take_state(stage, &stage->dinitial_state, &whole->state_count);
+    if (stage->c.sinks) whole->dsinks = take_heads(stage, &stage->dsinks, &whole->head_count);
     return whole->dv == NULL;
 }
 
@@ -434,6 +484,7 @@ int usp_stage_gather(usp_stage *stage, int backward, usp_whole *whole) {
     int failed = !whole->out || (stage->c.return_lse && !whole->lse);
     if (!failed && stage->c.final_state)
         whole->final_state = take_state(stage, &stage->final_state, &whole->state_count);
+    if (!failed && stage->c.max_logit) whole->max_logit = take_heads(stage, &stage->max_logit, &whole->head_count);
     if (!failed && backward) failed = gather_backward(stage, whole);
     if (!failed) check_untouched(stage);
     if (failed) usp_whole_free(whole);
@@ -442,8 +493,9 @@ int usp_stage_gather(usp_stage *stage, int backward, usp_whole *whole) {
 
 int usp_stage_clear(usp_stage *stage) {
     usp_buffer *const all[] = {
-        &stage->memory[USP_O], &stage->memory[USP_DQ], &stage->memory[USP_DK], &stage->memory[USP_DV], &stage->lse,
-        &stage->final_state,   &stage->dinitial_state, &stage->workspace,      &stage->saved};
+        &stage->memory[USP_O], &stage->memory[USP_DQ], &stage->memory[USP_DK], &stage->memory[USP_DV],
+        &stage->lse,           &stage->final_state,    &stage->dinitial_state, &stage->workspace,
+        &stage->saved,         &stage->dsinks,         &stage->max_logit};
     usp_status status = USP_OK;
     for (size_t i = 0; i < sizeof all / sizeof all[0] && status == USP_OK; i++) {
         if (!all[i]->host) continue; /* packed: inside another one */
@@ -454,7 +506,9 @@ int usp_stage_clear(usp_stage *stage) {
 }
 
 void usp_whole_free(usp_whole *whole) {
-    float *all[] = {whole->out, whole->lse, whole->dq, whole->dk, whole->dv, whole->final_state, whole->dinitial_state};
+    float *all[] = {
+        whole->out,    whole->lse,      whole->dq, whole->dk, whole->dv, whole->final_state, whole->dinitial_state,
+        whole->dsinks, whole->max_logit};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) free(all[i]);
     *whole = (usp_whole){0};
 }

@@ -8,7 +8,10 @@
 typedef enum usp_part { USP_Q, USP_K, USP_V, USP_O, USP_DOUT, USP_DQ, USP_DK, USP_DV, USP_PARTS } usp_part;
 
 /* Inputs of a case, by the numbers that their random elements come from. */
-enum { USP_INITIAL_STATE = 10, USP_DFINAL_STATE = 11 };
+enum { USP_INITIAL_STATE = 10, USP_DFINAL_STATE = 11, USP_SINKS = 12, USP_DLSE = 13 };
+
+/* The dropout state of all cases: seed and offset. */
+extern const uint64_t usp_dropout_words[2];
 
 /* One element of a whole input ([batch, token, head, dim], or a state) that is made another. */
 typedef struct usp_spot {
@@ -31,14 +34,16 @@ typedef struct usp_stage {
     usp_buffer memory[USP_PARTS];
     int holder[USP_PARTS]; /* whose memory the view is in */
     usp_buffer lse, initial_state, final_state, dfinal_state, dinitial_state, workspace, saved;
+    usp_buffer sinks, dsinks, dlse, max_logit, dropout_state;
     uint64_t input_hash;
 } usp_stage;
 
 /* All ranks' results together, as the dtype holds them; the states as this rank has them. Any may be NULL: not wanted.
  */
 typedef struct usp_whole {
-    int64_t out_count, lse_count, dq_count, dk_count, dv_count, state_count;
+    int64_t out_count, lse_count, dq_count, dk_count, dv_count, state_count, head_count;
     float *out, *lse, *dq, *dk, *dv, *final_state, *dinitial_state; /* lse as [batch, token, head] */
+    float *dsinks, *max_logit;                                      /* [heads], as this rank has them */
     usp_status refusal;                                             /* what create said where it refused */
 } usp_whole;
 

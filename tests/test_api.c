@@ -632,6 +632,8 @@ typedef enum thing {
     SEQUENCE,
     CROSS_SEQUENCE,
     DOCUMENT_SEQUENCE,
+    TREE_SEQUENCE,
+    PACKED_CROSS_SEQUENCE,
     CUSTOM_SEQUENCE,
     SOFTMAX_LAYER,
     LINEAR_LAYER,
@@ -641,16 +643,19 @@ typedef enum thing {
 } thing;
 
 static usp_status make_sequence(bench *b, thing what, usp_sequence **sequence) {
-    static const int64_t ends[] = {TOKENS / 3, TOKENS};
+    static const int64_t ends[] = {TOKENS / 3, TOKENS}, key_ends[] = {TOKENS, TOKENS + 5}, parents[] = {-1, 0};
     usp_sequence_config config = good_sequence();
     int64_t share = TOKENS / b->rank->size;
     const usp_segment own = {b->rank->rank * share, share, 1};
-    if (what == CROSS_SEQUENCE) config.key_tokens = TOKENS + 5;
-    if (what == DOCUMENT_SEQUENCE) {
-        config.layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
+    if (what == CROSS_SEQUENCE || what == PACKED_CROSS_SEQUENCE) config.key_tokens = TOKENS + 5;
+    if (what == DOCUMENT_SEQUENCE) config.layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
+    if (what >= DOCUMENT_SEQUENCE && what <= PACKED_CROSS_SEQUENCE) {
         config.documents = 2;
+        config.max_documents = 8;
         config.document_ends = ends;
     }
+    if (what == TREE_SEQUENCE) config.parents = parents;
+    if (what == PACKED_CROSS_SEQUENCE) config.key_document_ends = key_ends;
     if (what == CUSTOM_SEQUENCE) {
         config.layout = USP_LAYOUT_CUSTOM;
         config.segments = 1;
@@ -688,9 +693,9 @@ static usp_status make(bench *b, thing what) {
 
 /* Lets allocation k of one rank fail. 1 if that happened, 0 if there are fewer, -1 after saying what was wrong. */
 static int starve(bench *b, thing what, int victim, int k) {
-    static const char *const names[OBJECTS] = {"mesh",      "sequence", "sequence with keys",
-                                               "documents", "segments", "softmax",
-                                               "linear",    "gather",   "shared memory"};
+    static const char *const names[OBJECTS] = {
+        "mesh",   "sequence", "sequence with keys", "documents", "tree", "documents with keys", "segments", "softmax",
+        "linear", "gather",   "shared memory"};
     int me = b->rank->rank == victim;
     if (me) usp_heap_arm(b->rank->heap, k);
     usp_status status = make(b, what);
@@ -859,25 +864,48 @@ static void try_backward_pointer(usp_stage *s, const char *name, size_t offset, 
     expect_refusal(s->rank, USP_INVALID, name, backward_with(s, &b, s->workspace.device, s->sizes.backward_workspace));
 }
 
-/* lse and states that the layer was made with must be there, on the boundaries of their elements; others must not. */
+/* Numbers of a call, and the field of a case that asks for them. */
+typedef struct option {
+    const char *name;
+    size_t offset, asked;
+} option;
+
+static const option forward_options[] = {
+    {"lse", offsetof(usp_forward, lse), offsetof(usp_case, return_lse)},
+    {"initial_state", offsetof(usp_forward, initial_state), offsetof(usp_case, initial_state)},
+    {"final_state", offsetof(usp_forward, final_state), offsetof(usp_case, final_state)},
+    {"sinks", offsetof(usp_forward, sinks), offsetof(usp_case, sinks)},
+    {"max_logit", offsetof(usp_forward, max_logit), offsetof(usp_case, max_logit)},
+    {"dropout_state", offsetof(usp_forward, dropout_state), offsetof(usp_case, dropout)},
+};
+static const option backward_options[] = {
+    {"dfinal_state", offsetof(usp_backward, dfinal_state), offsetof(usp_case, final_state)},
+    {"dinitial_state", offsetof(usp_backward, dinitial_state), offsetof(usp_case, initial_state)},
+    {"initial_state", offsetof(usp_backward, initial_state), offsetof(usp_case, initial_state)},
+    {"sinks", offsetof(usp_backward, sinks), offsetof(usp_case, sinks)},
+    {"dsinks", offsetof(usp_backward, dsinks), offsetof(usp_case, sinks)},
+    {"dlse", offsetof(usp_backward, dlse), offsetof(usp_case, dlse)},
+    {"dropout_state", offsetof(usp_backward, dropout_state), offsetof(usp_case, dropout)},
+};
+
+/* Zero bytes of an int or a float are zero. */
+static int is_asked(const usp_stage *s, const option *o) {
+    int field;
+    memcpy(&field, (const char *)&s->c + o->asked, sizeof field);
+    return field != 0;
+}
+
+/* What the layer was made with must be there, on the boundaries of its elements; what it was not must not. */
 static void try_options(usp_stage *s) {
-    const struct {
-        const char *name;
-        size_t offset;
-        int wanted;
-    } forward[] = {{"lse", offsetof(usp_forward, lse), s->c.return_lse},
-                   {"initial_state", offsetof(usp_forward, initial_state), s->c.initial_state},
-                   {"final_state", offsetof(usp_forward, final_state), s->c.final_state}},
-      backward[] = {{"dfinal_state", offsetof(usp_backward, dfinal_state), s->c.final_state},
-                    {"dinitial_state", offsetof(usp_backward, dinitial_state), s->c.initial_state},
-                    {"initial_state", offsetof(usp_backward, initial_state), s->c.initial_state}};
     void (*const spoils[])(void *, size_t) = {remove_pointer, make_odd};
-    for (int i = 0; i < 3; i++)
-        for (int how = 0; how < 2; how++) {
-            try_forward_pointer(s, forward[i].name, forward[i].offset, forward[i].wanted ? spoils[how] : give_pointer);
-            try_backward_pointer(s, backward[i].name, backward[i].offset,
-                                 backward[i].wanted ? spoils[how] : give_pointer);
-        }
+    for (int how = 0; how < 2; how++) {
+        for (int i = 0; i < (int)(sizeof forward_options / sizeof forward_options[0]); i++)
+            try_forward_pointer(s, forward_options[i].name, forward_options[i].offset,
+                                is_asked(s, &forward_options[i]) ? spoils[how] : give_pointer);
+        for (int i = 0; i < (int)(sizeof backward_options / sizeof backward_options[0]); i++)
+            try_backward_pointer(s, backward_options[i].name, backward_options[i].offset,
+                                 is_asked(s, &backward_options[i]) ? spoils[how] : give_pointer);
+    }
 }
 
 static void try_memory(usp_stage *s) {
@@ -924,7 +952,8 @@ static void try_structs(usp_stage *s) {
 /* Nothing that was poisoned is anything else by now. */
 static void expect_untouched(usp_stage *s) {
     const usp_buffer *const results[] = {&s->memory[USP_O], &s->memory[USP_DQ], &s->memory[USP_DK], &s->memory[USP_DV],
-                                         &s->lse,           &s->final_state,    &s->dinitial_state, &s->saved};
+                                         &s->lse,           &s->final_state,    &s->dinitial_state, &s->saved,
+                                         &s->dsinks,        &s->max_logit};
     for (size_t i = 0; i < sizeof results / sizeof *results; i++) {
         if (!results[i]->host) continue;
         if (usp_buffer_download(results[i]) != USP_OK) usp_say(s->rank, "%s", usp_last_error());
@@ -940,6 +969,15 @@ static void expect_untouched(usp_stage *s) {
 static int wrong_runs(usp_rank *rank, void *argument) {
     static const usp_case cases[] = {{.batch = 2, .tokens = 40, .mask = USP_MASK_CAUSAL, .return_lse = 1},
                                      {.batch = 2, .tokens = 40, .mask = USP_MASK_CAUSAL, .kv_heads = 2},
+                                     {.batch = 2,
+                                      .tokens = 40,
+                                      .mask = USP_MASK_CAUSAL,
+                                      .documents = 2,
+                                      .return_lse = 1,
+                                      .sinks = 1,
+                                      .dlse = 1,
+                                      .max_logit = 1,
+                                      .dropout = 0.1f},
                                      {.attention = USP_LINEAR,
                                       .batch = 2,
                                       .tokens = 40,

@@ -21,6 +21,10 @@ Test(cost, softmax) {
     run_table(&usp_softmax_table);
 }
 
+Test(cost, masks) {
+    run_table(&usp_mask_table);
+}
+
 Test(cost, linear) {
     run_table(&usp_linear_table);
 }
@@ -56,12 +60,13 @@ Test(cost, states_travel_by_chain_or_gather) {
 /* ---- memory ------------------------------------------------------------------------------------------------------ */
 
 /* Sizes of a softmax layer with 64 tokens a ring rank. */
-static int sizes_of(usp_rank *rank, int ulysses, int ring, usp_sizes *of) {
+static int sizes_of(usp_rank *rank, int ulysses, int ring, usp_route route, usp_sizes *of) {
     const usp_case c = {.ulysses = ulysses,
                         .ring = ring,
                         .copies = rank->size / ulysses / ring,
                         .tokens = 64 * ring,
                         .layout = USP_LAYOUT_CONTIGUOUS,
+                        .route = route,
                         .heads = 8,
                         .kv_heads = 4,
                         .head_dim = 16};
@@ -72,29 +77,31 @@ static int sizes_of(usp_rank *rank, int ulysses, int ring, usp_sizes *of) {
     return 0;
 }
 
-/* What a ring adds: keys that arrive and that arrived, the own ones where the head exchange has not packed them yet,
- * running sums; backward also the gradients of keys at home, arriving and arrived. */
-static int expect_ring_memory(usp_rank *rank, int ulysses, int ring) {
+/* What a ring adds where there is no exchange: the own keys packed, those that arrive and that arrived (gathered: all
+ * others at once), running sums; backward also the gradients of keys at home, leaving and arriving. */
+static int expect_ring_memory(usp_rank *rank, int ring, usp_route route) {
     usp_sizes alone, with;
-    size_t keys = 64 * 2 * (4 / (size_t)ulysses) * 16 * sizeof(float);
-    size_t blocks = (ulysses == 1) + (ring > 2 ? 2 : 1), sums = 64 * (8 / (size_t)ulysses) * 16 * sizeof(float);
-    if (sizes_of(rank, ulysses, 1, &alone) || sizes_of(rank, ulysses, ring, &with)) return 1;
+    int gathered = route == USP_ROUTE_GATHERED;
+    size_t keys = 64 * 2 * 4 * 16 * sizeof(float), sums = 64 * 8 * 16 * sizeof(float);
+    size_t others = gathered ? (size_t)ring - 1 : ring > 2 ? 2 : 1, read = gathered ? (size_t)ring - 1 : 1;
+    if (sizes_of(rank, 1, 1, route, &alone) || sizes_of(rank, 1, ring, route, &with)) return 1;
     size_t forward = with.forward_saving_workspace - alone.forward_saving_workspace;
     size_t backward = with.backward_workspace - alone.backward_workspace;
-    if (forward != blocks * keys + sums || backward != (blocks + 3) * keys + sums)
-        usp_say(rank, "ulysses %d, ring %d: the ring takes %zu and %zu bytes, not %zu and %zu", ulysses, ring, forward,
-                backward, blocks * keys + sums, (blocks + 3) * keys + sums);
+    size_t more = (1 + others) * keys + sums, gradients = (1 + others + read) * keys;
+    if (forward != more || backward != more + gradients)
+        usp_say(rank, "ring %d, route %d: the ring takes %zu and %zu bytes, not %zu and %zu", ring, (int)route, forward,
+                backward, more, more + gradients);
     if (with.forward_workspace != with.forward_saving_workspace + with.saved)
-        usp_say(rank, "ulysses %d, ring %d: a forward that saves does not need `saved` less", ulysses, ring);
+        usp_say(rank, "ring %d: a forward that saves does not need `saved` less", ring);
     usp_count(rank);
     return 0;
 }
 
 static int ring_memory(usp_rank *rank, void *argument) {
     (void)argument;
-    for (int ulysses = 1; ulysses <= 4; ulysses *= 2)
-        for (int ring = 2; ulysses * ring <= rank->size; ring++)
-            if (rank->size % (ulysses * ring) == 0 && expect_ring_memory(rank, ulysses, ring)) return 1;
+    for (int ring = 2; ring <= rank->size; ring++)
+        for (int route = USP_ROUTE_RELAY; route <= USP_ROUTE_GATHERED && rank->size % ring == 0; route++)
+            if (expect_ring_memory(rank, ring, (usp_route)route)) return 1;
     return 0;
 }
 

@@ -86,7 +86,7 @@ static usp_status break_device(usp_stage *stage, const scene *s) {
     usp_device *device = stage->rank->world->device;
     const usp_device_ops *whole = device->ops;
     usp_device_ops broken = *whole;
-    broken.softmax_forward = broken.softmax_backward_query = no_softmax;
+    broken.softmax_forward = broken.softmax_backward = no_softmax;
     broken.linear_totals = no_linear;
     broken.query = no_query;
     device->ops = &broken;

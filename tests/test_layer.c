@@ -23,6 +23,14 @@ Test(layer, softmax_on_many_ranks) {
     run_table(&usp_softmax_table, large_sizes, 2);
 }
 
+Test(layer, masks_on_few_ranks) {
+    run_table(&usp_mask_table, small_sizes, 4);
+}
+
+Test(layer, masks_on_many_ranks) {
+    run_table(&usp_mask_table, large_sizes, 2);
+}
+
 Test(layer, linear_on_few_ranks) {
     run_table(&usp_linear_table, small_sizes, 4);
 }
@@ -93,12 +101,8 @@ static usp_status heard_forward(usp_device *device, const usp_softmax *a, usp_st
     return listen(device, a->deterministic)->softmax_forward(device, a, stream);
 }
 
-static usp_status heard_backward_query(usp_device *device, const usp_softmax *a, usp_stream stream) {
-    return listen(device, a->deterministic)->softmax_backward_query(device, a, stream);
-}
-
-static usp_status heard_backward_key(usp_device *device, const usp_softmax *a, usp_stream stream) {
-    return listen(device, a->deterministic)->softmax_backward_key(device, a, stream);
+static usp_status heard_backward(usp_device *device, const usp_softmax *a, usp_stream stream) {
+    return listen(device, a->deterministic)->softmax_backward(device, a, stream);
 }
 
 static usp_status heard_totals(usp_device *device, const usp_linear *a, usp_stream stream) {
@@ -122,7 +126,7 @@ static int told_deterministic(usp_rank *rank, void *argument) {
         listener l = {.ops = *real, .real = real, .expected = i % 2};
         c.attention = i / 2 ? USP_LINEAR : USP_SOFTMAX;
         l.ops.supports = heard_supports, l.ops.softmax_forward = heard_forward;
-        l.ops.softmax_backward_query = heard_backward_query, l.ops.softmax_backward_key = heard_backward_key;
+        l.ops.softmax_backward = heard_backward;
         l.ops.linear_totals = heard_totals, l.ops.linear_output = heard_output, l.ops.linear_apply = heard_apply;
         device->ops = &l.ops;
         failed = usp_check_case(rank, &c, argument);

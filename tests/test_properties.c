@@ -1,13 +1,13 @@
 /* test_properties.c - what must hold of any result: independence of mesh and layout, equality bit for bit, linearity,
- * errors that do not grow; and of the oracle itself, by finite differences. Compares with no table of cases. */
+ * errors that do not grow; of masks that say the same in other words. Compares with no table of cases. */
 #include "bodies.h"
 #include "expect.h"
-#include "oracle.h"
+#include "formulas.h"
+#include "masks.h"
+#include "replans.h"
 #include "spread.h"
 
 #include <math.h>
-#include <stdlib.h>
-#include <string.h>
 
 enum { SECONDS = 120 };
 
@@ -98,135 +98,51 @@ Test(properties, errors_do_not_grow_with_the_ring) {
     usp_references_free(&references);
 }
 
-/* ---- the oracle -------------------------------------------------------------------------------------------------- */
+/* ---- masks ------------------------------------------------------------------------------------------------------- */
 
-enum { TENSORS = 5, ROOM = 128 };
-
-/* A tiny problem with all its numbers: q, k, v, initial state, decay; and the weights of the loss. */
-typedef struct problem {
-    usp_oracle o;
-    double input[TENSORS - 1][ROOM], dout[ROOM], dfinal[ROOM], result[7][ROOM];
-    float decay[4];
-} problem;
-
-static void answer(problem *p) {
-    usp_oracle *o = &p->o;
-    o->q = p->input[0];
-    o->k = p->input[1];
-    o->v = p->input[2];
-    o->initial_state = o->linear && o->causal ? p->input[3] : NULL;
-    o->dfinal_state = o->linear ? p->dfinal : NULL;
-    o->decay = o->linear && o->causal ? p->decay : NULL;
-    o->dout = p->dout;
-    o->out = p->result[0];
-    o->lse = p->result[1];
-    o->dq = p->result[2];
-    o->dk = p->result[3];
-    o->dv = p->result[4];
-    o->dinitial_state = p->result[5];
-    o->final_state = p->result[6];
-    usp_oracle_run(o);
+Test(masks, one_result_on_every_mesh_layout_and_route) {
+    on_sizes(sizes + 1, 4, usp_body_masks);
 }
 
-static double loss(problem *p) {
-    double sum = 0;
-    answer(p);
-    int64_t outs = p->o.batch * p->o.tokens * usp_oracle_heads(&p->o) * p->o.value_dim;
-    int64_t states = (int64_t)p->o.batch * usp_oracle_heads(&p->o) * p->o.dim * p->o.value_dim;
-    for (int64_t i = 0; i < outs; i++) sum += p->dout[i] * p->o.out[i];
-    for (int64_t i = 0; p->o.linear && i < states; i++) sum += p->dfinal[i] * p->o.final_state[i];
-    return sum;
+Test(masks, the_same_in_other_words) {
+    on_sizes(sizes, 5, usp_body_twins);
 }
 
-static void expect_gradient(problem *p, const char *name, int input, int gradient, int64_t count) {
-    const double step = 1e-5;
-    for (int64_t i = 0; i < count; i++) {
-        double x = p->input[input][i];
-        p->input[input][i] = x + step;
-        double above = loss(p);
-        p->input[input][i] = x - step;
-        double below = loss(p);
-        p->input[input][i] = x;
-        answer(p);
-        double numeric = (above - below) / (2 * step), given = p->result[gradient][i];
-        cr_expect(fabs(numeric - given) < 1e-7 * fmax(1, fabs(given)), "%s[%d]: %.12g, by differences %.12g", name,
-                  (int)i, given, numeric);
-    }
+Test(masks, packed_documents_are_documents_alone) {
+    on_sizes(sizes, 5, usp_body_packed);
 }
 
-static void expect_gradients(usp_oracle o) {
-    problem *p = calloc(1, sizeof *p);
-    p->o = o;
-    for (int i = 0; i < ROOM; i++) {
-        for (int t = 0; t < TENSORS - 1; t++) p->input[t][i] = usp_random_at(1, (uint64_t)t, (uint64_t)i);
-        p->dout[i] = usp_random_at(1, 20, (uint64_t)i);
-        p->dfinal[i] = usp_random_at(1, 21, (uint64_t)i);
-    }
-    for (int h = 0; h < 4; h++) p->decay[h] = -0.3f * (float)h;
-    expect_gradient(p, "dq", 0, 2, o.batch * o.tokens * o.heads * o.dim);
-    expect_gradient(p, "dk", 1, 3, o.batch * o.keys * o.key_heads * o.dim);
-    expect_gradient(p, "dv", 2, 4, o.batch * o.keys * o.value_heads * o.value_dim);
-    if (o.linear && o.causal)
-        expect_gradient(p, "dinitial", 3, 5, (int64_t)o.batch * usp_oracle_heads(&o) * o.dim * o.value_dim);
-    free(p);
+Test(masks, a_window_of_all_tokens) {
+    on_sizes(sizes, 5, usp_body_whole_window);
 }
 
-Test(oracle, finite_differences) {
-    usp_oracle o = {.batch = 2,
-                    .heads = 2,
-                    .key_heads = 1,
-                    .value_heads = 1,
-                    .dim = 3,
-                    .value_dim = 2,
-                    .tokens = 5,
-                    .keys = 5,
-                    .scale = 0.7};
-    expect_gradients(o);
-    o.causal = 1;
-    expect_gradients(o);
-    o.causal = 0;
-    o.keys = 7;
-    expect_gradients(o);
-    o.keys = 5;
-    o.linear = 1;
-    expect_gradients(o);
-    o.causal = 1;
-    expect_gradients(o);
-    o.heads = 1;
-    o.value_heads = 2;
-    expect_gradients(o);
+Test(masks, a_chain_of_documents) {
+    on_sizes(sizes, 5, usp_body_chain);
 }
 
-/* Causal softmax over two equal keys is the mean of their values. */
-Test(oracle, by_hand) {
-    double q[] = {1, 1}, k[] = {2, 2}, v[] = {3, 5}, one[2] = {1, 1}, out[2], lse[2], d[3][2], state[2][1];
-    usp_oracle o = {.causal = 1,
-                    .batch = 1,
-                    .heads = 1,
-                    .key_heads = 1,
-                    .value_heads = 1,
-                    .dim = 1,
-                    .value_dim = 1,
-                    .tokens = 2,
-                    .keys = 2,
-                    .scale = 0.5,
-                    .q = q,
-                    .k = k,
-                    .v = v,
-                    .dout = one,
-                    .out = out,
-                    .lse = lse,
-                    .dq = d[0],
-                    .dk = d[1],
-                    .dv = d[2],
-                    .final_state = state[0],
-                    .dinitial_state = state[1]};
-    usp_oracle_run(&o);
-    cr_expect(fabs(out[0] - 3) < 1e-15 && fabs(out[1] - 4) < 1e-15);
-    cr_expect(fabs(lse[0] - 1) < 1e-15 && fabs(lse[1] - 1 - log(2)) < 1e-15);
-    o.linear = 1;
-    usp_oracle_run(&o);
-    cr_expect(fabs(out[0] - 3) < 1e-15 && fabs(out[1] - 8) < 1e-15 && fabs(state[0][0] - 16) < 1e-15);
+Test(masks, sinks_of_nothing) {
+    on_sizes(sizes, 4, usp_body_no_sinks);
+}
+
+Test(masks, dropout_of_next_to_nothing) {
+    on_sizes(sizes, 4, usp_body_little_dropout);
+}
+
+Test(masks, the_same_pairs_are_dropped) {
+    on_sizes(sizes, 5, usp_body_dropped);
+}
+
+Test(masks, planned_again_is_made_anew) {
+    on_sizes(sizes, 4, usp_body_replanned);
+}
+
+Test(masks, errors_do_not_grow_with_lse_and_ring) {
+    usp_offsets one = {{0}}, eight = one;
+    usp_expect_ranks(1, SECONDS, usp_body_offsets, &one);
+    usp_expect_ranks(8, SECONDS, usp_body_offsets, &eight);
+    for (int i = 0; i < USP_OFFSETS; i++)
+        cr_expect(one.dq[i] > 0 && eight.dq[i] <= 1.5 * one.dq[i], "offset %d: RMS error %.3g with ring 8, %.3g alone",
+                  i, eight.dq[i], one.dq[i]);
 }
 
 /* ---- numbers ----------------------------------------------------------------------------------------------------- */

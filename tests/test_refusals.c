@@ -1,10 +1,13 @@
 /* test_refusals.c - values that no call may take: tensors that are not aligned, numbers that are no pass, no operand or
- * no scale. Each is refused by name, before anything moves. Runs nothing to its end. */
+ * no scale; and every field of a layer, by the library's table of them. Each is refused by name, before anything moves.
+ * Runs nothing to its end. */
 #include "expect.h"
+#include "fields.h"
 #include "stage.h"
 
 #include <math.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <string.h>
 
 enum { SECONDS = 60 };
@@ -140,4 +143,180 @@ static int refusals(usp_rank *rank, void *argument) {
 Test(refusals, by_name) {
     usp_expect_ranks(1, SECONDS, refusals, NULL);
     usp_expect_ranks(2, SECONDS, refusals, NULL);
+}
+
+/* ---- every field of a layer, one at a time ------------------------------------------------------------------------- */
+
+enum { HEADS = 8 }; /* of any layer here, at most */
+
+/* What all tries need. */
+typedef struct scene {
+    usp_rank *rank;
+    usp_mesh *mesh;
+    usp_sequence *sequence;
+    int odd; /* the one rank that is given another value; -1: all are */
+} scene;
+
+/* A layer that may have the field: nothing else is set that could stand in its way. */
+static usp_layer_config good_config(const usp_layer_field *field) {
+    int softmax = field->only == USP_SOFTMAX;
+    return (usp_layer_config){.struct_size = sizeof(usp_layer_config),
+                              .attention = softmax ? USP_SOFTMAX : USP_LINEAR,
+                              .mask = softmax ? USP_MASK_FULL : USP_MASK_CAUSAL,
+                              .batch = 1,
+                              .heads = 4,
+                              .head_dim = 8,
+                              .value_dim = 8,
+                              .return_lse = softmax};
+}
+
+static void set_number(const usp_layer_field *field, double value, usp_layer_config *config) {
+    char *to = (char *)config + field->offset;
+    if (field->form == USP_FIELD_INT64)
+        memcpy(to, &(int64_t){(int64_t)value}, sizeof(int64_t));
+    else if (field->form == USP_FIELD_FLOAT)
+        memcpy(to, &(float){(float)value}, sizeof(float));
+    else
+        memcpy(to, &(int){(int)value}, sizeof(int));
+}
+
+static void set_array(const usp_layer_field *field, const float *value, usp_layer_config *config) {
+    memcpy((char *)config + field->offset, &value, sizeof value);
+}
+
+/* Another good value than good_config's. */
+static void set_other(const usp_layer_field *field, usp_layer_config *config) {
+    static const float array[HEADS] = {-1, 0, -2};
+    double now = usp_layer_field_value(field, config);
+    int counts = field->form == USP_FIELD_INT && now > 0;
+    if (field->form == USP_FIELD_HEADS)
+        set_array(field, array, config);
+    else if (counts || now == field->most)
+        set_number(field, counts ? 2 * now : field->least, config);
+    else
+        set_number(field, field->form == USP_FIELD_FLOAT ? 0.5 : field->form == USP_FIELD_INT ? 2 : now + 1, config);
+}
+
+/* Creates a layer; the odd rank, or all, must get `status` and the field's name, others PEER_FAILED. */
+static void expect_create(const scene *s, const usp_layer_field *field, const char *what,
+                          const usp_layer_config *config, usp_status status) {
+    char name[64];
+    usp_layer *layer = NULL;
+    int alone = s->odd >= 0 && s->odd != s->rank->rank;
+    usp_layer_config good = good_config(field);
+    usp_status found = usp_layer_create(s->mesh, s->sequence, alone ? &good : config, &layer);
+    snprintf(name, sizeof name, "usp_layer_config.%s", field->name);
+    if (status == USP_MISMATCH) snprintf(name, sizeof name, "layer.%s differs", field->name);
+    int told = alone && status != USP_MISMATCH;
+    if (found != (told ? USP_PEER_FAILED : status) || (!told && !strstr(usp_last_error(), name)) || layer)
+        usp_say(s->rank, "%s %s: %s, \"%s\"", field->name, what, usp_status_string(found), usp_last_error());
+    usp_count(s->rank);
+}
+
+static void try_number(const scene *s, const usp_layer_field *field, double value) {
+    char what[64];
+    usp_layer_config config = good_config(field);
+    set_number(field, value, &config);
+    snprintf(what, sizeof what, "= %g", value);
+    expect_create(s, field, what, &config, USP_INVALID);
+}
+
+static void try_array(const scene *s, const usp_layer_field *field, float value) {
+    float array[HEADS] = {0, 0, 0, value};
+    usp_layer_config config = good_config(field);
+    set_array(field, array, &config);
+    expect_create(s, field, "with a wrong number", &config, USP_INVALID);
+}
+
+/* Values outside of its range, and what is no number. */
+static void try_range(const scene *s, const usp_layer_field *field) {
+    static const float wrong[] = {NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < 3; i++) {
+        if (field->form == USP_FIELD_FLOAT) try_number(s, field, wrong[i]);
+        if (field->form == USP_FIELD_HEADS) try_array(s, field, wrong[i]);
+    }
+    if (field->form == USP_FIELD_HEADS) {
+        if (field->most < 1) try_array(s, field, 1);
+        return;
+    }
+    try_number(s, field, field->least - 1);
+    try_number(s, field, field->form == USP_FIELD_ENUM ? INT32_MIN : field->least - 2);
+    if (field->most < 1e30 && (field->most < INT32_MAX || field->form == USP_FIELD_INT64))
+        try_number(s, field, field->form == USP_FIELD_FLOAT ? 1 : field->most + 1);
+}
+
+/* In a layer of the other kind, or of its kind with the other mask. */
+static void try_kind(const scene *s, const usp_layer_field *field) {
+    usp_layer_config config = good_config(field);
+    set_other(field, &config);
+    if (field->only) {
+        usp_layer_config other = config;
+        other.attention = field->only == USP_SOFTMAX ? USP_LINEAR : USP_SOFTMAX;
+        other.return_lse = field->offset == offsetof(usp_layer_config, return_lse);
+        other.mask = field->mask ? field->mask : USP_MASK_FULL;
+        expect_create(s, field, "in another kind", &other, USP_INVALID);
+    }
+    if (field->mask) {
+        config.mask = field->mask == USP_MASK_FULL ? USP_MASK_CAUSAL : USP_MASK_FULL;
+        expect_create(s, field, "under another mask", &config,
+                      field->only == USP_LINEAR ? USP_UNSUPPORTED : USP_INVALID);
+    }
+}
+
+/* What fields say about each other. */
+static void try_together(const scene *s, const usp_layer_field *field) {
+    usp_layer_config config = good_config(field);
+    if (field->offset == offsetof(usp_layer_config, dlse)) {
+        config.return_lse = 0;
+        config.dlse = 1;
+        expect_create(s, field, "without return_lse", &config, USP_INVALID);
+    }
+    if (field->offset == offsetof(usp_layer_config, kv_heads)) {
+        config.kv_heads = 3;
+        expect_create(s, field, "that divides nothing", &config, USP_INVALID);
+    }
+}
+
+static void try_disagreement(const scene *s, const usp_layer_field *field) {
+    usp_layer_config config = good_config(field);
+    set_other(field, &config);
+    if (s->odd >= 0 && s->rank->size > 1 && field->least < field->most)
+        expect_create(s, field, "differs", &config, USP_MISMATCH);
+}
+
+/* The rows lie side by side: no byte of the struct but its size is in none of them. */
+static void check_table(usp_rank *rank) {
+    size_t end = offsetof(usp_layer_config, attention);
+    for (const usp_layer_field *field = usp_layer_fields; field->name; field++) {
+        if (field->offset != end) usp_say(rank, "%s does not begin where the row before ends", field->name);
+        end = field->offset + usp_layer_field_size(field);
+    }
+    if (end != sizeof(usp_layer_config)) usp_say(rank, "the table ends at byte %zu", end);
+    usp_count(rank);
+}
+
+static int layer_fields(usp_rank *rank, void *argument) {
+    usp_sequence_config config = {.struct_size = sizeof config, .tokens = 40};
+    scene s = {.rank = rank, .odd = *(int *)argument};
+    if (usp_mesh_create(rank->world, rank->size, 1, &s.mesh) != USP_OK ||
+        usp_sequence_create(s.mesh, &config, &s.sequence) != USP_OK)
+        return usp_say(rank, "%s", usp_last_error());
+    check_table(rank);
+    for (const usp_layer_field *field = usp_layer_fields; field->name; field++) {
+        try_range(&s, field);
+        try_kind(&s, field);
+        try_together(&s, field);
+        try_disagreement(&s, field);
+    }
+    usp_sequence_destroy(s.sequence);
+    usp_mesh_destroy(s.mesh);
+    return 0;
+}
+
+Test(refusals, of_every_field) {
+    static int all = -1, first = 0, last = 2;
+    usp_expect_ranks(1, SECONDS, layer_fields, &all);
+    usp_expect_ranks(2, SECONDS, layer_fields, &all);
+    usp_expect_ranks(3, SECONDS, layer_fields, &first);
+    usp_expect_ranks(3, SECONDS, layer_fields, &last);
 }

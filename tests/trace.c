@@ -41,8 +41,8 @@ static const usp_device_ops *inside(const usp_device *device, char what) {
     return w->inside;
 }
 
-static usp_status copy_rows(usp_device *device, const usp_copy *copy, usp_stream stream) {
-    return inside(device, copy->accumulate ? '+' : 'C')->copy_rows(device, copy, stream);
+static usp_status copy_rows(usp_device *device, const usp_copy *copies, int count, usp_stream stream) {
+    return inside(device, copies->accumulate ? '+' : 'C')->copy_rows(device, copies, count, stream);
 }
 
 static usp_status linear_output(usp_device *device, const usp_linear *arguments, usp_stream stream) {

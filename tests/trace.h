@@ -12,9 +12,9 @@ typedef struct usp_trace usp_trace;
 typedef struct usp_traffic {
     int64_t sent[USP_TRACE_RANKS], received[USP_TRACE_RANKS];
     int unprepared; /* exchanges of more messages or bytes than the layer made last had announced */
-    /* A letter for each call, in order: X exchange; where the device is watched too, C rows copied, + rows added, I
-     * linear_output (inside a chunk), A linear_apply (of a state), F the transfer stream waits for the caller's, W the
-     * caller's for the transfer stream. What has no room is left out. */
+    /* A letter for each call, in order: X exchange; where the device is watched too, C a list of rows copied, + one of
+     * rows added, I linear_output (inside a chunk), A linear_apply (of a state), F the transfer stream waits for the
+     * caller's, W the caller's for the transfer stream. What has no room is left out. */
     char order[USP_TRACE_STEPS];
 } usp_traffic;
 

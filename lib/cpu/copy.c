@@ -28,17 +28,21 @@ static void copy_row(const usp_panel *panel, const usp_copy *a, const char *from
     }
 }
 
-usp_status usp_cpu_copy_rows(usp_device *device, const usp_copy *a, usp_stream stream) {
-    const usp_panel *panel = usp_cpu_panel(device);
+static void copy_tensor(const usp_panel *panel, const usp_copy *a) {
     int dense = a->from.stride_head == a->dim && a->to.stride_head == a->dim && /* then all heads are one row */
                 (int64_t)a->heads * a->dim <= INT32_MAX;
     int heads = dense ? 1 : a->heads, dim = dense ? a->heads * a->dim : a->dim;
-    (void)stream;
-    if (dim == 0) return USP_OK; /* no heads, and perhaps no memory */
-    for (int64_t t = 0; t < a->tokens; t++)
+    for (int64_t t = 0; t < a->tokens && dim; t++) { /* no heads: perhaps no memory */
+        int64_t from = a->from_row ? a->from_row[t] : t, to = a->to_row ? a->to_row[t] : t;
         for (int b = 0; b < a->batch; b++)
             for (int h = 0; h < heads; h++)
-                copy_row(panel, a, usp_cpu_row(&a->from, a->from_dtype, t, b, h),
-                         usp_cpu_row(&a->to, a->to_dtype, t, b, h), dim);
+                copy_row(panel, a, usp_cpu_row(&a->from, a->from_dtype, from, b, h),
+                         usp_cpu_row(&a->to, a->to_dtype, to, b, h), dim);
+    }
+}
+
+usp_status usp_cpu_copy_rows(usp_device *device, const usp_copy *copies, int count, usp_stream stream) {
+    (void)stream;
+    for (int i = 0; i < count; i++) copy_tensor(usp_cpu_panel(device), &copies[i]);
     return USP_OK;
 }

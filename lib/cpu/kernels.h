@@ -11,12 +11,15 @@ enum {
     USP_CPU_BLOCK = 64 /* rows and columns of a score tile at most */
 };
 
-/* Which pairs of a tile are allowed: row i and column j with low <= (origin + j * stride) - position[i] <= high, all
- * modulo 2^32 but the comparisons. */
-typedef struct usp_band {
-    const int32_t *position; /* of rows, padded to USP_CPU_LANE */
-    int32_t origin, stride, low, high;
-} usp_band;
+/* Which pairs of a tile are allowed: row i and column j that see each other, row.low[i] <= column.at[j] <= row.high[i]
+ * and column.low[j] <= row.at[i] <= column.high[j]. Biases count from `across`. Rows are padded to USP_CPU_LANE. */
+typedef struct usp_marks {
+    const int32_t *at, *low, *high, *across;
+} usp_marks;
+
+typedef struct usp_pair_view {
+    usp_marks row, column;
+} usp_pair_view;
 
 /* c[i][j] (+)= sum over l < k of a(i, l) * b[l][j], a(i, l) = a[i * a_row + l * a_step], i < m, j < n. m is a multiple
  * of USP_CPU_ROWS, n, b_row and c_row of USP_CPU_LANE. Each sum runs over l in ascending order,
@@ -29,7 +32,8 @@ typedef struct usp_product {
     int b_row;
     float *c;
     int c_row, accumulate;
-    const usp_band *band; /* if given, terms of a pair (i, l) outside of it are left out, whatever a and b hold */
+    const usp_pair_view
+        *view; /* if given, terms of pairs (i, l) that are not allowed are left out, whatever they are */
 } usp_product;
 
 /* A tile of scores [columns][width]: lane i of each line belongs to row i of the work, padded to `width`. */
@@ -37,6 +41,11 @@ typedef struct usp_scores {
     float *data;
     int columns, width;
 } usp_scores;
+
+/* What is kept of queries: the base of their scores, what makes weights probabilities, and delta. */
+typedef struct usp_stats {
+    const float *top, *factor, *delta;
+} usp_stats;
 
 typedef struct usp_panel {
     const char *name;
@@ -47,13 +56,21 @@ typedef struct usp_panel {
     void (*scale)(float *x, const float *factor, int rows, int columns);
     /* Whether none of n (a multiple of USP_CPU_LANE) is NaN or infinite. */
     int (*finite)(const float *x, int n);
-    /* score[j][i] = fill outside of the band */
-    void (*mask)(usp_scores, const usp_band *, float fill);
+    /* score[j][i] = fill for pairs that are not allowed */
+    void (*mask)(usp_scores, const usp_pair_view *, float fill);
+    /* score = cap tanh(score / cap), slope = 1 - tanh^2 */
+    void (*cap)(usp_scores, float *slope, float cap);
+    /* score -= slope |row.across - column.across| */
+    void (*bias)(usp_scores, const usp_pair_view *, float slope);
+    /* score = 0 for pairs that are dropped, score / (1 - rate) for others. `query` holds what usp_dropout_row says of
+     * rows, or of columns. */
+    void (*drop)(usp_scores, const usp_pair_view *, const uint64_t *query, float rate, int by_column);
     /* Online softmax: m = max(max, scores); score = exp(score - m); factor = exp(max - m); sum = sum * factor + scores;
      * max = m. All zero where m is -inf. */
     void (*fold)(usp_scores, float *max, float *sum, float *factor);
-    /* score = exp(score - lse); gradient = score * (gradient - delta). lse and delta are of rows, or of columns. */
-    void (*weigh)(usp_scores, float *gradient, const float *lse, const float *delta, int by_column);
+    /* score = exp(score - top) * factor; gradient = score * (gradient - delta). The three are of rows, or of columns.
+     */
+    void (*weigh)(usp_scores, float *gradient, const usp_stats *, int by_column);
 } usp_panel;
 
 /* Each is NULL where the compiler or the processor does not have it; the portable one always exists. */
@@ -80,11 +97,11 @@ static inline int usp_cpu_block(int dim, int value_dim) {
     return widest <= 128 ? 64 : widest <= 256 ? 32 : 16;
 }
 
-/* Bytes of all tiles of one kernel: rows, columns and totals of both dims and two tiles of scores; linear ones have
- * one total, one tile of scores and some lines of a state less. */
+/* Bytes of all tiles of one kernel: rows, columns and totals of both dims and three tiles of scores; linear ones have
+ * one total, two tiles of scores and some lines of a state less. */
 static inline size_t usp_cpu_scratch(int dim, int value_dim) {
     int block = usp_cpu_block(dim, value_dim);
-    return sizeof(float) * (size_t)(block * (3 * (usp_cpu_pad(dim) + usp_cpu_pad(value_dim)) + 2 * block));
+    return sizeof(float) * (size_t)(block * (3 * (usp_cpu_pad(dim) + usp_cpu_pad(value_dim)) + 3 * block));
 }
 
 static inline void *usp_cpu_row(const usp_tensor *tensor, usp_dtype dtype, int64_t token, int batch, int head) {
@@ -96,11 +113,12 @@ static inline int usp_cpu_head(usp_head_map map, int head) {
     return (head + map.offset) / map.group;
 }
 
-usp_status usp_cpu_copy_rows(usp_device *, const usp_copy *, usp_stream);
+usp_status usp_cpu_copy_rows(usp_device *, const usp_copy *, int count, usp_stream);
 usp_status usp_cpu_softmax_forward(usp_device *, const usp_softmax *, usp_stream);
 usp_status usp_cpu_softmax_delta(usp_device *, const usp_softmax *, float *delta, usp_stream);
-usp_status usp_cpu_softmax_backward_query(usp_device *, const usp_softmax *, usp_stream);
-usp_status usp_cpu_softmax_backward_key(usp_device *, const usp_softmax *, usp_stream);
+usp_status usp_cpu_softmax_backward(usp_device *, const usp_softmax *, usp_stream);
+usp_status usp_cpu_softmax_sinks(usp_device *, const usp_softmax *, float *gradient, usp_stream);
+usp_status usp_cpu_softmax_peaks(usp_device *, const usp_softmax *, float *most, usp_stream);
 usp_status usp_cpu_linear_totals(usp_device *, const usp_linear *, usp_stream);
 usp_status usp_cpu_linear_scan(usp_device *, const usp_scan *, usp_stream);
 usp_status usp_cpu_linear_output(usp_device *, const usp_linear *, usp_stream);

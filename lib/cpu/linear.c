@@ -10,10 +10,13 @@
 enum { USP_SCAN_LINE = 1024 };
 
 typedef struct usp_linear_strip {
-    _Alignas(64) int32_t position[USP_CPU_BLOCK];
-    _Alignas(64) float weight[USP_CPU_BLOCK];    /* of rows */
-    _Alignas(64) float band[2 * USP_CPU_BLOCK];  /* of pairs, by distance */
-    _Alignas(64) float power[2 * USP_CPU_BLOCK]; /* lambda^i */
+    _Alignas(64) int32_t position[USP_CPU_BLOCK]; /* of rows */
+    _Alignas(64) int32_t low[USP_CPU_BLOCK];      /* first and last row that a row may look at */
+    _Alignas(64) int32_t high[USP_CPU_BLOCK];
+    _Alignas(64) float weight[USP_CPU_BLOCK];                                     /* of rows */
+    _Alignas(64) float band[2 * USP_CPU_BLOCK];                                   /* of pairs, by distance */
+    _Alignas(64) float power[2 * USP_CPU_BLOCK];                                  /* lambda^i */
+    int32_t column[USP_CPU_BLOCK], lowest[USP_CPU_BLOCK], highest[USP_CPU_BLOCK]; /* of columns; no bounds */
     float *row, *key, *value; /* [dim][width] queries, transposed; [block][dim]; [block][value_dim] */
     float *score, *out;       /* [block][width]; [width][value_dim] */
     float *state;             /* [block][value_dim, or dim if transposed]: a few lines of a state */
@@ -46,6 +49,7 @@ static void strip_init(usp_linear_strip *s, const usp_panel *panel, const usp_li
     s->score = free, free += s->block * s->block;
     s->out = free, free += s->value_dim * s->block;
     s->state = free;
+    for (int i = 0; i < USP_CPU_BLOCK; i++) s->lowest[i] = INT32_MIN, s->highest[i] = INT32_MAX;
 }
 
 static void strip_head(usp_linear_strip *s, int batch, int head) {
@@ -59,7 +63,17 @@ static void strip_rows(usp_linear_strip *s, int begin, int end) {
     s->begin = begin;
     s->count = end - begin < s->block ? end - begin : s->block;
     s->width = usp_cpu_pad(s->count);
-    for (int i = 0; i < s->width; i++) s->position[i] = begin + i;
+    for (int i = 0; i < s->width; i++) {
+        int row = begin + i, own = i < s->count ? row : begin + s->count - 1; /* padding has no document */
+        s->position[i] = row;
+        s->low[i] = s->args->reverse ? row : s->args->begins ? s->args->begins[own] : INT32_MIN;
+        s->high[i] = !s->args->reverse ? row : s->args->ends ? s->args->ends[own] : INT32_MAX;
+    }
+}
+
+/* Does row i know a state that is before all rows from `begin` to `end` - 1 (reverse: behind)? */
+static int sees_state(const usp_linear_strip *s, int i, int begin, int end) {
+    return s->args->reverse ? s->high[i] >= end : s->low[i] < begin;
 }
 
 static void load_line(const usp_linear_strip *s, const usp_tensor *tensor, usp_head_map map, int64_t token, float *to,
@@ -145,15 +159,25 @@ static void store_totals(const usp_linear_strip *s, int index, int left_dim, int
         memcpy(to + (int64_t)i * right_dim, s->state + i * usp_cpu_pad(right_dim), sizeof *to * (size_t)right_dim);
 }
 
+/* The rows of the block's last document (reverse: of the first one): what the others hold does not leave the block. */
+static void find_document(const usp_linear *a, const usp_block *block, int *begin, int *end) {
+    *begin = block->begin, *end = block->begin + block->count;
+    if (!a->begins || block->count == 0) return;
+    int first = a->begins[*end - 1], last = a->ends[*begin];
+    if (!a->reverse && first > *begin) *begin = first;
+    if (a->reverse && last < *end - 1) *end = last + 1;
+}
+
 static void totals_block(usp_linear_strip *s, int index) {
     const usp_linear *a = s->args;
     const usp_block *block = a->block + index;
     usp_factor key = {&a->k, a->k_map, a->dim, s->key}, value = {&a->v, a->v_map, a->value_dim, s->value};
     const usp_factor *left = a->transposed ? &value : &key, *right = a->transposed ? &key : &value;
-    int end = block->begin + block->count;
+    int first, end;
+    find_document(a, block, &first, &end);
     for (int line = 0; line < left->dim; line += s->block) {
         memset(s->state, 0, sizeof(float) * (size_t)(s->block * usp_cpu_pad(right->dim)));
-        for (int begin = block->begin; begin < end; begin += s->count) {
+        for (int begin = first; begin < end; begin += s->count) {
             strip_rows(s, begin, end);
             set_weights(s, (a->reverse ? begin - block->begin : end - 1 - begin) + a->shift, !a->reverse);
             add_totals(s, left, right, line);
@@ -174,11 +198,12 @@ static void scan_line(const usp_scan *a, int begin, int end, int64_t at, int64_t
                       int n) {
     for (int i = 0; i < end - begin; i++) {
         int index = a->reverse ? end - 1 - i : begin + i;
+        int anew = a->reverse ? a->step[index].ends : a->step[index].begins;
         float keep = (float)power(log_decay, a->step[index].length), *data = a->data + index * stride + at;
         for (int c = 0; c < n; c++) {
             float total = data[c];
             data[c] = x[c];
-            x[c] = keep * x[c] + total;
+            x[c] = anew ? total : keep * x[c] + total;
         }
     }
 }
@@ -219,8 +244,9 @@ static void load_state(usp_linear_strip *s, const float *from, int first, int li
     }
 }
 
-/* out[i] = weight[i] * (scale q_i)^T state. */
-static void apply_state(usp_linear_strip *s, const float *state) {
+/* out[i] = weight[i] * (scale q_i)^T state, 0 where that is not of the row's document. The state is before all rows
+ * from `begin` to `end` - 1 (reverse: behind). */
+static void apply_state(usp_linear_strip *s, const float *state, int begin, int end) {
     for (int first = 0; first < s->args->dim; first += s->block) {
         int lines = s->args->dim - first < s->block ? s->args->dim - first : s->block;
         usp_product p = {.m = s->width, .n = s->value_dim, .k = lines, .accumulate = first > 0};
@@ -231,6 +257,8 @@ static void apply_state(usp_linear_strip *s, const float *state) {
         s->panel->multiply(&p);
     }
     s->panel->scale(s->out, s->weight, s->width, s->value_dim);
+    for (int i = 0; i < s->width && s->args->begins; i++)
+        if (!sees_state(s, i, begin, end)) memset(s->out + i * s->value_dim, 0, sizeof(float) * (size_t)s->value_dim);
 }
 
 /* score[j][i] *= lambda^(i - j) where column j is not after row i; by reverse, not before and j - i. */
@@ -247,19 +275,24 @@ static void decay_scores(usp_linear_strip *s, int begin, int count) {
         for (int i = 0; i < s->width; i++) s->score[j * s->width + i] *= s->band[i - j + count - 1];
 }
 
-/* Whether the columns hold some that come after a row; which these are. */
-static int find_band(const usp_linear_strip *s, int begin, int count, usp_band *band) {
-    *band = (usp_band){s->position, begin, 1, INT32_MIN, 0};
-    if (s->args->reverse) band->low = 0, band->high = INT32_MAX;
-    return s->args->reverse ? begin < s->begin + s->count - 1 : begin + count - 1 > s->begin;
+/* Which columns come after a row, or are of another document; whether there are any. */
+static int find_view(usp_linear_strip *s, int begin, int count, usp_pair_view *view) {
+    int first = INT32_MIN, last = INT32_MAX;
+    for (int j = 0; j < count; j++) s->column[j] = begin + j;
+    for (int i = 0; i < s->count; i++) {
+        first = s->low[i] > first ? s->low[i] : first;
+        last = s->high[i] < last ? s->high[i] : last;
+    }
+    *view = (usp_pair_view){{s->position, s->low, s->high, NULL}, {s->column, s->lowest, s->highest, NULL}};
+    return first > begin || last < begin + count - 1;
 }
 
 /* out[i] += sum over the columns j of the decayed scores times v_j. What comes after a row is left out before it is
  * multiplied, as in softmax.c. */
 static void add_columns(usp_linear_strip *s, int begin, int count) {
     const usp_linear *a = s->args;
-    usp_band band;
-    int masked = find_band(s, begin, count, &band);
+    usp_pair_view view;
+    int masked = find_view(s, begin, count, &view);
     load_columns(s, s->key, &a->k, a->k_map, a->dim, begin, count);
     load_columns(s, s->value, &a->v, a->v_map, a->value_dim, begin, count);
     usp_product scores = {.m = (count + USP_CPU_ROWS - 1) / USP_CPU_ROWS * USP_CPU_ROWS, .n = s->width, .k = a->dim};
@@ -267,13 +300,13 @@ static void add_columns(usp_linear_strip *s, int begin, int count) {
     scores.b = s->row, scores.b_row = s->width;
     scores.c = s->score, scores.c_row = s->width;
     s->panel->multiply(&scores);
-    if (masked) s->panel->mask((usp_scores){s->score, count, s->width}, &band, 0);
+    if (masked) s->panel->mask((usp_scores){s->score, count, s->width}, &view, 0);
     decay_scores(s, begin, count);
     usp_product out = {.m = s->width, .n = s->value_dim, .k = count, .accumulate = 1};
     out.a = s->score, out.a_row = 1, out.a_step = s->width;
     out.b = s->value, out.b_row = s->value_dim;
     out.c = s->out, out.c_row = s->value_dim;
-    if (masked && !s->panel->finite(s->value, count * s->value_dim)) out.band = &band;
+    if (masked && !s->panel->finite(s->value, count * s->value_dim)) out.view = &view;
     s->panel->multiply(&out);
 }
 
@@ -299,8 +332,9 @@ static void output_block(usp_linear_strip *s, int index) {
         strip_rows(s, begin, end);
         load_queries(s);
         set_weights(s, (a->reverse ? end - 1 - begin : begin - block->begin) + a->shift, a->reverse);
-        apply_state(s, state_at(s, index));
-        int from = a->reverse ? begin : block->begin, to = a->reverse ? end : begin + s->count;
+        apply_state(s, state_at(s, index), block->begin, end);
+        int from = s->low[0] > block->begin ? s->low[0] : block->begin, last = s->high[s->count - 1];
+        int to = last < end ? last + 1 : end;
         for (int j = from; j < to; j += s->block) add_columns(s, j, to - j < s->block ? to - j : s->block);
         store_out(s);
     }
@@ -314,14 +348,14 @@ usp_status usp_cpu_linear_output(usp_device *device, const usp_linear *args, usp
 static void apply_block(usp_linear_strip *s, int index) {
     const usp_linear *a = s->args;
     const usp_block *block = a->block + index;
-    int end = block->begin + block->count;
+    int end = block->begin + block->count, first = block->begin - block->distance;
     for (int begin = block->begin; begin < end; begin += s->count) {
         int64_t before = (int64_t)block->distance + begin - block->begin;
         strip_rows(s, begin, end);
         load_queries(s);
         set_weights(s, (a->reverse ? block->chunk_rows - 1 - before : before) + a->shift, a->reverse);
         for (int i = 0; !a->causal && i < s->count; i++) s->weight[i] = 1;
-        apply_state(s, state_at(s, block->chunk));
+        apply_state(s, state_at(s, block->chunk), first, first + block->chunk_rows);
         store_out(s);
     }
 }

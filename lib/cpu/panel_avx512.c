@@ -3,6 +3,7 @@
 #include <math.h>
 #include <stddef.h>
 
+#include "../dropout.h"
 #include "half.h"
 #include "kernels.h"
 

@@ -1,0 +1,107 @@
+/* softmax_extras.cuh - soft cap, slopes, dropout and peaks on accumulators: what the instances with EXTRAS of the
+ * tensor-core kernels do beside the plain ones. Slower: all of it is decided at run time. */
+#ifndef USP_CUDA_SOFTMAX_EXTRAS_CUH
+#define USP_CUDA_SOFTMAX_EXTRAS_CUH
+#include "softmax_mma.cuh"
+
+static inline bool has_extras(const usp_softmax &args) {
+    return args.soft_cap > 0 || args.slopes || args.dropout.rate > 0;
+}
+
+/* The positions between which biases count: the diagonal's of a query, its own of a key. 0 without slopes. */
+static __device__ __forceinline__ int bias_position(const usp_softmax &args, const int32_t *from, int first, int i,
+                                                    int count) {
+    return args.slopes ? load_or(from, first, i, count, 0) : 0;
+}
+
+static __device__ __forceinline__ unsigned distance_of(int a, int b) {
+    return __sad(a, b, 0u);
+}
+
+/* Calls visit(r, n, j, value of the column) for row r of a lane's 2M rows and column j of column block n; an element is
+ * c[r / 2][n][r % 2 * 2 + j]. `load` gives a column's value. */
+template <int M, int N, typename Load, typename Visit>
+static __device__ __forceinline__ void for_elements(const Load &load, const Visit &visit) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            auto column = load(usp_lane_column(n) + j);
+#pragma unroll
+            for (int r = 0; r < M * 2; r++) visit(r, n, j, column);
+        }
+    }
+}
+
+/* ---- forward ----------------------------------------------------------------------------------------------------- */
+
+/* Turns products, rows of queries, into scores. */
+template <int M, int N>
+static __device__ __forceinline__ void bend_scores(usp_sums<M, N> &c, const usp_softmax &args, const scoring &rule,
+                                                   const lane_place &at) {
+    if (!rule.bent) return;
+    int diagonal[M * 2];
+#pragma unroll
+    for (int r = 0; r < M * 2; r++)
+        diagonal[r] = bias_position(args, args.pairs.diagonal, at.row, usp_lane_row(r / 2, r % 2), at.rows);
+    for_elements<M, N>([&](int i) { return bias_position(args, args.pairs.key, at.column, i, at.columns); },
+                       [&](int r, int n, int j, int key) {
+                           float &x = c[r / 2][n][r % 2 * 2 + j], bend;
+                           x = rule.score(x, distance_of(diagonal[r], key), bend);
+                       });
+}
+
+/* Takes dropped weights out; words[i] is what the pairs of the block's row i share. */
+template <int M, int N>
+static __device__ __forceinline__ void drop_weights(usp_sums<M, N> &c, const usp_softmax &args, const uint64_t *words,
+                                                    const lane_place &at) {
+    uint32_t limit = usp_dropout_limit(args.dropout.rate);
+    if (limit == 0) return;
+    for_elements<M, N>([&](int i) { return load_or(args.pairs.key, at.column, i, at.columns, 0); },
+                       [&](int r, int n, int j, int key) {
+                           uint64_t word = words[usp_lane_row(r / 2, r % 2)];
+                           if (usp_dropout_word(word, key) < limit) c[r / 2][n][r % 2 * 2 + j] = 0;
+                       });
+}
+
+/* The words of a block's queries, where there is dropout. A barrier must follow. */
+static __device__ __forceinline__ void load_words(uint64_t *words, const usp_softmax &args, const softmax_job &job) {
+    for (int i = threadIdx.x; i < job.count && args.dropout.rate > 0; i += blockDim.x)
+        words[i] = dropout_row(args, job.batch, job.head, job.begin + i);
+}
+
+/* ---- backward ---------------------------------------------------------------------------------------------------- */
+
+/* What backward needs of a query: P = 2^(x - base) * factor. */
+struct query_line {
+    float base, factor, delta;
+    int diagonal;
+    uint64_t word;
+};
+
+/* Turns products q.k into kept weights and products dout.v into the gradients of products q.k, over the scale. `query`
+ * and `key` give a query's line and a key's position by row (r < 2M) and column (index). */
+template <bool KEY_ROWS, int M, int N, typename Query, typename Key>
+static __device__ __forceinline__ void bend_gradients(usp_sums<M, N> &p, usp_sums<M, N> &ds, const usp_softmax &args,
+                                                      const scoring &rule, const Query &query, const Key &key) {
+    uint32_t limit = usp_dropout_limit(args.dropout.rate);
+    float keep = 1 / (1 - args.dropout.rate);
+    auto pair = [&](float &x, float &d, const query_line &line, int position) {
+        float bend, score = rule.score(x, distance_of(line.diagonal, position), bend);
+        bool kept = limit == 0 || usp_dropout_word(line.word, position) >= limit;
+        float weight = fast_exp2(fmaf(score, rule.unit, -line.base)) * line.factor;
+        d = weight * bend * ((kept ? d * keep : 0) - line.delta);
+        x = kept ? weight : 0;
+    };
+    if constexpr (KEY_ROWS) {
+        for_elements<M, N>(query, [&](int r, int n, int j, const query_line &line) {
+            pair(p[r / 2][n][r % 2 * 2 + j], ds[r / 2][n][r % 2 * 2 + j], line, key(r));
+        });
+    } else {
+        for_elements<M, N>(key, [&](int r, int n, int j, int position) {
+            pair(p[r / 2][n][r % 2 * 2 + j], ds[r / 2][n][r % 2 * 2 + j], query(r), position);
+        });
+    }
+}
+
+#endif

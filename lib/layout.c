@@ -1,0 +1,66 @@
+/* layout.c - the layouts that are formulas, as lists of segments. Knows nothing of heads or masks. */
+#include "layout.h"
+
+usp_status usp_sharding_alloc(const usp_host *host, usp_sharding *sharding, int64_t segments) {
+    int64_t capacity = segments < sharding->tokens ? segments : sharding->tokens;
+    void *first = NULL, *local = NULL, *segment = NULL;
+    size_t ranks = (size_t)sharding->ranks;
+    usp_status status = usp_host_alloc(host, (ranks + 1) * sizeof(int64_t), "sequence", &first);
+    if (status == USP_OK) status = usp_host_alloc(host, ranks * sizeof(int64_t), "sequence", &local);
+    if (status == USP_OK) status = usp_host_alloc(host, (size_t)capacity * sizeof(usp_segment), "segments", &segment);
+    sharding->capacity = capacity;
+    sharding->first = first;
+    sharding->local = local;
+    sharding->segment = segment;
+    return status;
+}
+
+void usp_sharding_free(const usp_host *host, usp_sharding *sharding) {
+    usp_host_free(host, sharding->first);
+    usp_host_free(host, sharding->local);
+    usp_host_free(host, sharding->segment);
+}
+
+void usp_sharding_begin(usp_sharding *sharding, int rank) {
+    if (rank == 0) sharding->first[0] = 0;
+    sharding->first[rank + 1] = sharding->first[rank];
+    sharding->local[rank] = 0;
+}
+
+void usp_sharding_add(usp_sharding *sharding, int rank, int64_t start, int64_t length, int64_t stride) {
+    if (length <= 0) return;
+    int64_t *end = &sharding->first[rank + 1];
+    usp_segment *last = *end > sharding->first[rank] ? &sharding->segment[*end - 1] : NULL;
+    sharding->local[rank] += length;
+    if (last && last->stride == 1 && stride == 1 && last->start + last->length == start)
+        last->length += length;
+    else
+        sharding->segment[(*end)++] = (usp_segment){start, length, length == 1 ? 1 : stride};
+}
+
+static int64_t cut(int64_t part, int64_t parts, int64_t length) {
+    return part * length / parts;
+}
+
+/* Chunks p and 2N-1-p of [start, start + length): the later one does less or more causal work than the earlier one by
+ * as much as the other ranks' do, so the sum is the same everywhere. */
+void usp_sharding_add_zigzag(usp_sharding *sharding, int rank, int64_t start, int64_t length) {
+    int64_t parts = 2 * (int64_t)sharding->ranks, chunks[] = {rank, parts - 1 - rank};
+    for (int i = 0; i < 2; i++) {
+        int64_t begin = cut(chunks[i], parts, length);
+        usp_sharding_add(sharding, rank, start + begin, cut(chunks[i] + 1, parts, length) - begin, 1);
+    }
+}
+
+void usp_sharding_fill(usp_sharding *sharding, usp_layout layout) {
+    int64_t tokens = sharding->tokens, ranks = sharding->ranks;
+    for (int rank = 0; rank < ranks; rank++) {
+        int64_t begin = cut(rank, ranks, tokens);
+        usp_sharding_begin(sharding, rank);
+        if (layout == USP_LAYOUT_ZIGZAG) usp_sharding_add_zigzag(sharding, rank, 0, tokens);
+        if (layout == USP_LAYOUT_CONTIGUOUS)
+            usp_sharding_add(sharding, rank, begin, cut(rank + 1, ranks, tokens) - begin, 1);
+        if (layout == USP_LAYOUT_STRIPE)
+            usp_sharding_add(sharding, rank, rank, (tokens - rank + ranks - 1) / ranks, ranks);
+    }
+}

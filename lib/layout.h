@@ -1,0 +1,45 @@
+/* layout.h - who owns which token: each rank's list of segments, by a formula or as the ranks bring them. */
+#ifndef USP_LAYOUT_H
+#define USP_LAYOUT_H
+#include "world.h"
+
+/* The segments of all ranks over `tokens` tokens. Rank p's are segment[first[p]] .. segment[first[p + 1]]. */
+typedef struct usp_sharding {
+    int64_t tokens;
+    int ranks;
+    int64_t capacity;     /* of segment */
+    int64_t limit;        /* no rank ever owns more tokens, whatever the documents become */
+    int64_t *first;       /* [ranks + 1] */
+    int64_t *local;       /* [ranks] tokens owned */
+    usp_segment *segment; /* none empty; a rank's adjacent ones are joined */
+} usp_sharding;
+
+/* Segments that rank p owns of a sharding. */
+static inline int64_t usp_sharding_count(const usp_sharding *sharding, int p) {
+    return sharding->first[p + 1] - sharding->first[p];
+}
+
+/* Room for `segments`, or for as many as there are tokens: none is empty. `tokens` and `ranks` are set. */
+usp_status usp_sharding_alloc(const usp_host *host, usp_sharding *sharding, int64_t segments);
+void usp_sharding_free(const usp_host *host, usp_sharding *sharding);
+
+/* Appends tokens start, start + stride, ... to `rank`, the one being filled, joining what continues its last segment.
+ */
+void usp_sharding_begin(usp_sharding *sharding, int rank);
+void usp_sharding_add(usp_sharding *sharding, int rank, int64_t start, int64_t length, int64_t stride);
+
+/* Chunks p and 2N-1-p of [start, start + length). */
+void usp_sharding_add_zigzag(usp_sharding *sharding, int rank, int64_t start, int64_t length);
+
+/* Fills a layout that is a formula of all tokens. */
+void usp_sharding_fill(usp_sharding *sharding, usp_layout layout);
+
+/* Collective: fills a custom layout from all ranks' segments, of which `most` is the largest number. INVALID unless
+ * those of this data copy cover every token once. */
+usp_status usp_sharding_gather(usp_world *world, usp_sharding *sharding, int copy, const usp_sequence_config *config,
+                               int64_t most);
+
+/* Collective: the largest of all ranks' numbers. `what` names the call. */
+usp_status usp_world_largest(usp_world *world, const char *what, int64_t mine, int64_t *most);
+
+#endif

@@ -1,0 +1,143 @@
+/* parcels.c - posts, packs and adds what a plan's parcels name. */
+#include "parcels.h"
+#include "error.h"
+
+usp_bundle usp_parcels_bundle(const usp_layer *layer) {
+    usp_bundle bundle = {.parts = 2, .keys = 1, .wire = layer->config.dtype};
+    bundle.part[0] = (usp_bundle_part){.like = USP_KEY, .dim = layer->dim[USP_KEY]};
+    bundle.part[1] = (usp_bundle_part){.like = USP_VALUE, .dim = layer->dim[USP_VALUE]};
+    return bundle;
+}
+
+int64_t usp_parcels_bytes(const usp_layer *layer, int64_t rows, usp_dtype dtype) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    return rows * layer->config.batch * usp_bundle_row(layer, &bundle, layer->mesh.u) * (int64_t)usp_dtype_size(dtype);
+}
+
+static int64_t key_bytes(const usp_layer *layer, int64_t rows) {
+    return usp_parcels_bytes(layer, rows, layer->config.dtype);
+}
+
+static int64_t gradient_bytes(const usp_layer *layer, int64_t rows) {
+    return usp_parcels_bytes(layer, rows, USP_F32);
+}
+
+static char *at(char *base, int64_t bytes) {
+    return base ? base + bytes : NULL;
+}
+
+static const usp_route_stage *stage_of(const usp_layer *layer, int t) {
+    return &layer->plan->route.stage[t];
+}
+
+static const usp_parcel *reader_of(const usp_layer *layer, int t, int64_t i) {
+    return &layer->plan->route.reader[stage_of(layer, t)->reader + i];
+}
+
+static const usp_parcel *source_of(const usp_layer *layer, int t, int64_t i) {
+    return &layer->plan->route.source[stage_of(layer, t)->source + i];
+}
+
+/* Between rows of the own block, which a parcel's map names, and rows that lie side by side. */
+static usp_copy copy_mapped(const usp_layer *layer, const usp_parcel *parcel, int part) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    return (usp_copy){.tokens = parcel->rows,
+                      .batch = layer->config.batch,
+                      .heads = usp_layer_heads(layer, bundle.part[part].like, layer->mesh.u).count,
+                      .dim = bundle.part[part].dim};
+}
+
+static const int32_t *map_of(const usp_layer *layer, const usp_parcel *parcel) {
+    return parcel->map >= 0 ? layer->plan->device.map + parcel->map : NULL;
+}
+
+/* ---- keys -------------------------------------------------------------------------------------------------------- */
+
+void usp_parcels_pack(usp_layer *layer, int t, const usp_key_memory *memory) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    usp_dtype dtype = layer->config.dtype;
+    int64_t done = 0;
+    for (int64_t i = 0; i < stage_of(layer, t)->readers; i++) {
+        const usp_parcel *parcel = reader_of(layer, t, i);
+        if (parcel->map < 0) continue;
+        for (int part = 0; part < 2; part++) {
+            usp_copy copy = copy_mapped(layer, parcel, part);
+            copy.from_dtype = copy.to_dtype = dtype;
+            copy.from = usp_bundle_block(layer, &bundle, memory->own, dtype, part);
+            copy.to = usp_bundle_block(layer, &bundle, memory->packed + key_bytes(layer, done), dtype, part);
+            copy.from_row = map_of(layer, parcel);
+            usp_copies_add(layer, &copy);
+        }
+        done += parcel->rows;
+    }
+}
+
+/* The relay ring: from neighbour to neighbour. */
+static void post_relay(const usp_layer *layer, int t, const usp_key_memory *memory, usp_messages *messages) {
+    int ring = layer->mesh.ring, r = layer->mesh.r;
+    usp_messages_send(messages, usp_layer_ring_rank(layer, (r + 1) % ring), memory->before,
+                      key_bytes(layer, stage_of(layer, t - 1)->rows));
+    usp_messages_recv(messages, usp_layer_ring_rank(layer, (r - 1 + ring) % ring), memory->arriving,
+                      key_bytes(layer, stage_of(layer, t)->rows));
+}
+
+void usp_parcels_post_keys(const usp_layer *layer, int t, const usp_key_memory *memory, usp_messages *messages) {
+    int64_t packed = 0, done = 0;
+    if (layer->plan->route.route == USP_ROUTE_RELAY) {
+        post_relay(layer, t, memory, messages);
+        return;
+    }
+    for (int64_t i = 0; i < stage_of(layer, t)->readers; i++) {
+        const usp_parcel *parcel = reader_of(layer, t, i);
+        char *from = parcel->map >= 0 ? at(memory->packed, key_bytes(layer, packed))
+                                      : at(memory->own, key_bytes(layer, parcel->row));
+        usp_messages_send(messages, usp_layer_ring_rank(layer, parcel->r), from, key_bytes(layer, parcel->rows));
+        if (parcel->map >= 0) packed += parcel->rows;
+    }
+    for (int64_t i = 0; i < stage_of(layer, t)->sources; i++) {
+        const usp_parcel *parcel = source_of(layer, t, i);
+        usp_messages_recv(messages, usp_layer_ring_rank(layer, parcel->r), at(memory->arriving, key_bytes(layer, done)),
+                          key_bytes(layer, parcel->rows));
+        done += parcel->rows;
+    }
+}
+
+/* ---- gradients --------------------------------------------------------------------------------------------------- */
+
+void usp_parcels_post_gradients(const usp_layer *layer, int t, const char *leaving, char *arriving,
+                                usp_messages *messages) {
+    int64_t done = 0;
+    for (int64_t i = 0; i < stage_of(layer, t)->sources; i++) {
+        const usp_parcel *parcel = source_of(layer, t, i);
+        usp_messages_send(messages, usp_layer_ring_rank(layer, parcel->r),
+                          leaving ? leaving + gradient_bytes(layer, done) : NULL, gradient_bytes(layer, parcel->rows));
+        done += parcel->rows;
+    }
+    done = 0;
+    for (int64_t i = 0; i < stage_of(layer, t)->readers; i++) {
+        const usp_parcel *parcel = reader_of(layer, t, i);
+        usp_messages_recv(messages, usp_layer_ring_rank(layer, parcel->r), at(arriving, gradient_bytes(layer, done)),
+                          gradient_bytes(layer, parcel->rows));
+        done += parcel->rows;
+    }
+}
+
+usp_status usp_parcels_add(usp_layer *layer, int t, char *arrived, const usp_tensor sums[2], usp_stream stream) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    int64_t done = 0;
+    for (int64_t i = 0; i < stage_of(layer, t)->readers; i++) {
+        const usp_parcel *parcel = reader_of(layer, t, i);
+        for (int part = 0; part < 2; part++) {
+            usp_copy copy = copy_mapped(layer, parcel, part);
+            copy.accumulate = 1;
+            copy.from = usp_bundle_block(layer, &bundle, arrived + gradient_bytes(layer, done), USP_F32, part);
+            copy.to = sums[part];
+            copy.to_row = map_of(layer, parcel);
+            if (parcel->map < 0) copy.to.data = (float *)copy.to.data + parcel->row * copy.to.stride_token;
+            usp_copies_add(layer, &copy);
+        }
+        USP_TRY(usp_copies_run(layer, stream));
+        done += parcel->rows;
+    }
+    return USP_OK;
+}

@@ -1,0 +1,29 @@
+/* parcels.h - the messages of softmax attention's route: keys toward their readers, gradients back to their owners. */
+#ifndef USP_PARCELS_H
+#define USP_PARCELS_H
+#include "exchange.h"
+
+/* k and v side by side, as the ring sends them: of the layer's dtype; as fp32 gradients. */
+usp_bundle usp_parcels_bundle(const usp_layer *layer);
+int64_t usp_parcels_bytes(const usp_layer *layer, int64_t rows, usp_dtype dtype);
+
+/* Keys of stage t: what relays send on or owners give to their readers, and where they arrive. Any may be NULL, to
+ * count. */
+typedef struct usp_key_memory {
+    char *own;      /* the own block */
+    char *packed;   /* those of own rows that do not lie side by side */
+    char *before;   /* keys of stage t - 1, which a relay sends on */
+    char *arriving; /* of stage t */
+} usp_key_memory;
+
+/* Adds copies of what must be packed for the readers of stage t. */
+void usp_parcels_pack(usp_layer *layer, int t, const usp_key_memory *memory);
+void usp_parcels_post_keys(const usp_layer *layer, int t, const usp_key_memory *memory, usp_messages *messages);
+
+/* Gradients of stage t's keys to their owners, and those of own keys from their readers. */
+void usp_parcels_post_gradients(const usp_layer *layer, int t, const char *leaving, char *arriving,
+                                usp_messages *messages);
+/* Adds what has arrived to the own rows' sums, reader after reader. */
+usp_status usp_parcels_add(usp_layer *layer, int t, char *arrived, const usp_tensor sums[2], usp_stream stream);
+
+#endif
