@@ -44,6 +44,9 @@ void usp_bundle_lift(usp_layer *layer, const usp_bundle *bundle);
 void usp_bundle_post_to_tokens(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages);
 usp_status usp_bundle_unpack(usp_layer *layer, const usp_bundle *bundle, usp_stream stream);
 
+/* Bytes of workspace of the head exchange as a call of its own (exchange_alone.c). */
+size_t usp_exchange_alone_bytes(const usp_layer *layer);
+
 /* Copies of any one list of `bundles` bundles at most. */
 static inline int64_t usp_bundle_copies(const usp_layer *layer, int bundles) {
     return 2 * bundles * (layer->mesh.ulysses + 3);

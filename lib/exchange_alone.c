@@ -2,7 +2,6 @@
 #include "arguments.h"
 #include "error.h"
 #include "exchange.h"
-#include "run.h"
 
 /* One operand; toward tokens parts of a shared head are summed. The block is the caller's tensor of own heads. */
 static usp_bundle open(const usp_layer *layer, usp_operand operand, const usp_tensor *tokens, const usp_tensor *heads,

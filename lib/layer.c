@@ -5,8 +5,6 @@
 #include "run.h"
 #include "size.h"
 
-const usp_attn_ops *const usp_attn_kinds[USP_ATTN_KINDS] = {&usp_attn_softmax, &usp_attn_linear};
-
 /* ---- checks ------------------------------------------------------------------------------------------------------ */
 
 static usp_status check_documents(const usp_sequence *sequence, const usp_layer_config *c) {

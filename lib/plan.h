@@ -58,7 +58,6 @@ void usp_plan_release(usp_sequence *sequence, usp_plan *plan);
 /* Plans all again after the sequence's documents changed, into the host copy of the sequence's turn, and uploads them;
  * sequence->uploads ends with that. */
 usp_status usp_plan_again_all(usp_sequence *sequence, usp_stream stream);
-void usp_plan_destroy_all(usp_sequence *sequence);
 
 /* Rows of ring rank r's block; of the own one. */
 static inline int64_t usp_plan_queries(const usp_plan *plan) {

@@ -331,11 +331,3 @@ usp_status usp_plan_again_all(usp_sequence *sequence, usp_stream stream) {
     }
     return usp_world_fork(sequence->world, stream, sequence->uploads[sequence->turn]);
 }
-
-void usp_plan_destroy_all(usp_sequence *sequence) {
-    while (sequence->plans) {
-        usp_plan *plan = sequence->plans;
-        sequence->plans = plan->next;
-        destroy(sequence, plan);
-    }
-}

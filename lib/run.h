@@ -5,8 +5,6 @@
 
 /* Found once, at create: nothing that is re-planned later changes them. */
 usp_sizes usp_run_sizes(const usp_layer *layer);
-/* Bytes of workspace of the head exchange alone. */
-size_t usp_exchange_alone_bytes(const usp_layer *layer);
 /* Posts what a pass sends and receives on the ulysses axis, to be counted. */
 void usp_run_count_messages(const usp_layer *layer, usp_pass pass, usp_messages *count);
 

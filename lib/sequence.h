@@ -31,6 +31,9 @@ static inline int usp_sequence_moves(const usp_sequence *sequence) {
     return sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT && sequence->replans;
 }
 
+/* Takes over documents that were checked, and who owns what where that follows from them. */
+void usp_sequence_set_documents(usp_sequence *sequence, const usp_documents *documents);
+
 /* The same on all ranks of one sequence, and another for other tokens on any rank. */
 uint64_t usp_sequence_identity(const usp_sequence *sequence);
 

@@ -170,6 +170,10 @@ static int acquire_plans(usp_rank *rank, usp_sequence *s, usp_split split, usp_p
     return 0;
 }
 
+static void release_plans(usp_sequence *s, usp_plan *const *plans) {
+    for (int i = 0; i < PLANS; i++) usp_plan_release(s, plans[i]);
+}
+
 /* Re-plans `rounds` times with documents cut anywhere, the same on all ranks: many, few, empty ones. */
 static int replan_often(usp_rank *rank, usp_sequence *s, usp_plan *const *plans, int most, int rounds) {
     uint64_t state = 7;
@@ -201,7 +205,7 @@ static int many_documents(usp_rank *rank, void *argument) {
     const crowd *c = argument;
     usp_mesh *mesh = NULL;
     usp_sequence *s = NULL;
-    usp_plan *plans[PLANS];
+    usp_plan *plans[PLANS] = {0};
     usp_sequence_config config = {.struct_size = sizeof config,
                                   .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
                                   .tokens = c->tokens,
@@ -211,6 +215,7 @@ static int many_documents(usp_rank *rank, void *argument) {
         if (usp_splits[i].ulysses * usp_splits[i].ring != rank->size) continue;
         if (usp_sequence_create(mesh, &config, &s) != USP_OK) return usp_say(rank, "%s", usp_last_error());
         failed = acquire_plans(rank, s, usp_splits[i], plans) || replan_often(rank, s, plans, c->documents, c->rounds);
+        release_plans(s, plans);
         usp_sequence_destroy(s);
         usp_count(rank);
     }
@@ -265,7 +270,7 @@ typedef int (*upload_test)(usp_rank *rank, usp_sequence *s);
 /* Runs the test on a sequence with documents, planned for every kind and mask. */
 static int with_plans(usp_rank *rank, upload_test test) {
     usp_mesh *mesh = NULL;
-    usp_plan *plans[PLANS];
+    usp_plan *plans[PLANS] = {0};
     usp_case_configs *configs = malloc(sizeof *configs);
     int failed = usp_mesh_create(rank->world, 1, rank->size, &mesh) != USP_OK;
     usp_case c = usp_case_complete(
@@ -274,6 +279,7 @@ static int with_plans(usp_rank *rank, upload_test test) {
     usp_case_configure(&c, rank->rank, rank->size, configs);
     failed = failed || usp_sequence_create(mesh, &configs->sequence, &s) != USP_OK;
     failed = failed || !s || acquire_plans(rank, s, (usp_split){1, rank->size}, plans) || test(rank, s);
+    if (s) release_plans(s, plans);
     usp_sequence_destroy(s);
     usp_mesh_destroy(mesh);
     free(configs);
