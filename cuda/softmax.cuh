@@ -26,25 +26,29 @@ static __host__ __device__ __forceinline__ const usp_tiles &tiles_of(const usp_s
     return key_rows ? args.by_key : args.by_query;
 }
 
+static __host__ __device__ __forceinline__ unsigned heads_of(const usp_softmax &args, bool key_rows) {
+    return (unsigned)(key_rows ? args.key_heads : args.heads);
+}
+
 /* Heads of all batch entries that the rows have. */
 static __host__ __device__ __forceinline__ unsigned lines_of(const usp_softmax &args, bool key_rows) {
-    return (unsigned)args.batch * (unsigned)(key_rows ? args.key_heads : args.heads);
+    return (unsigned)args.batch * heads_of(args, key_rows);
 }
 
 /* This block's job, one of those that launch_jobs starts. Inside a bundle (blockIdx.y, z) all heads of one work item
  * come before the next one of the list, whose heaviest items are first, so that no heavy job starts late; blocks
  * running together still share columns in the cache. count is not positive if there is nothing to do: no such item, no
- * such part of it, or queries that neither begin nor end here and meet no key. */
+ * such part of it, or queries that neither begin nor end here and meet no key. It returns at one place only: after a
+ * branch the compiler no longer knows that all threads walk alike, and the walk costs vector registers and barriers. */
 template <bool KEY_ROWS> static __device__ __forceinline__ softmax_job take_job(const usp_softmax &args, int rows) {
     const usp_tiles &tiles = tiles_of(args, KEY_ROWS);
-    unsigned parts = USP_WORK_ROWS / rows, lines = lines_of(args, KEY_ROWS), heads = lines / args.batch;
+    unsigned parts = USP_WORK_ROWS / rows, lines = lines_of(args, KEY_ROWS), heads = heads_of(args, KEY_ROWS);
     unsigned first = (blockIdx.z * gridDim.y + blockIdx.y) * USP_SOFTMAX_BUNDLE;
-    if (first >= lines) return {};
-    unsigned width = min((unsigned)USP_SOFTMAX_BUNDLE, lines - first), item = blockIdx.x / width;
+    unsigned width = first < lines ? min((unsigned)USP_SOFTMAX_BUNDLE, lines - first) : 1, item = blockIdx.x / width;
     unsigned line = first + blockIdx.x % width, index = item / parts, skipped = item % parts * rows;
     const usp_work *work = tiles.work + min(index, (unsigned)tiles.capacity - 1);
     bool idle = !KEY_ROWS && !args.first && !args.last && work->tiles == 0;
-    int left = (int)index < *tiles.works && !idle ? work->count - (int)skipped : 0;
+    int left = first < lines && (int)index < *tiles.works && !idle ? work->count - (int)skipped : 0;
     return {work, work->begin + (int)skipped, min(left, rows), (int)(line % heads), (int)(line / heads)};
 }
 
@@ -108,7 +112,7 @@ struct tile_walk {
     __device__ __forceinline__ int columns() const {
         return end - column;
     }
-    /* Every pair of the step is allowed, whichever the row. */
+    /* Every pair of the step is allowed, whichever the row; without a step it means nothing. */
     __device__ __forceinline__ bool full(int step) const {
         return column >= full_begin && column + step <= full_end;
     }
@@ -189,24 +193,34 @@ static __device__ __forceinline__ float add_sink(row_state &row, float sink) {
     return factor;
 }
 
-/* The same row with its log-sum-exp for top. A NaN stays one: only a row without keys has sum 0. */
+/* What add_sink gets: of a head without a sink, or before the last fold, a score that weighs nothing. */
+static __device__ __forceinline__ float sink_of(const usp_softmax &args, int head) {
+    return args.last && args.sinks ? args.sinks[head] * LOG2E : -INFINITY;
+}
+
+/* The last fold: the factor that makes acc the row of out; `kept` is dropout's. A NaN stays one: only a row without
+ * keys has sum 0. */
+static __device__ __forceinline__ float finish_row(row_state &row, float sink, float kept) {
+    float factor = add_sink(row, sink) * kept;
+    return row.sum == 0 ? 0 : __fdividef(factor, row.sum);
+}
+
+/* The same row with its log-sum-exp for top; what the logarithm is wrong by is in the sum, as its rounding is. */
 static __device__ __forceinline__ row_state complete(row_state row) {
-    if (row.sum == 0) return {-INFINITY, 0};
-    float top = row.top + log2f(row.sum);
-    return {top, row.sum * exp2f(row.top - top)};
+    float top = row.top + __log2f(row.sum), sum = row.sum * exp2f(row.top - top);
+    return row.sum == 0 ? row_state{-INFINITY, 0} : row_state{top, sum};
 }
 
 static __device__ __forceinline__ float natural_lse(row_state row) {
     return row.sum == 0 ? -INFINITY : fmaf(row.top, LN2, logf(row.sum));
 }
 
-/* The last fold: the factor that makes acc the row of out; `row` is completed. */
-static __device__ __forceinline__ float finish_row(const usp_softmax &args, int head, row_state &row) {
-    float factor = 1 / (1 - args.dropout.rate);
-    if (args.sinks) factor *= add_sink(row, args.sinks[head] * LOG2E);
-    factor = row.sum == 0 ? 0 : factor / row.sum;
-    row = complete(row);
-    return factor;
+/* Writes what is kept of a row to `line`, completed if this is the last fold. */
+static __device__ __forceinline__ void store_state(const usp_softmax &args, int64_t line, row_state row) {
+    if (args.last) row = complete(row);
+    args.top[line] = row.top;
+    args.sum[line] = row.sum;
+    if (args.last && args.lse) args.lse[line] = natural_lse(row);
 }
 
 /* Backward: P = 2^(x - base) * factor, which is 0 for a row without keys. */
@@ -215,7 +229,7 @@ static __device__ __forceinline__ float base_of(row_state row) {
 }
 
 static __device__ __forceinline__ float factor_of(row_state row) {
-    return row.sum == 0 ? 0 : 1 / row.sum;
+    return row.sum == 0 ? 0 : __fdividef(1, row.sum);
 }
 
 /* ---- dropout ----------------------------------------------------------------------------------------------------- */

@@ -14,6 +14,18 @@ static __device__ __forceinline__ uint32_t shared_base() {
     return (uint32_t)__cvta_generic_to_shared(shared_at<char>(0));
 }
 
+/* ---- the block's note -------------------------------------------------------------------------------------------- */
+
+/* What a block keeps in shared memory over its loop, since registers are dear: its job, and whether results must be
+ * mended. Every thread writes the same. */
+struct block_note {
+    softmax_job job;
+    int spoilt;
+};
+
+constexpr int NOTE_BYTES = 32;
+static_assert(sizeof(block_note) <= NOTE_BYTES, "a note has its place");
+
 /* ---- pairs ------------------------------------------------------------------------------------------------------- */
 
 /* Where an accumulator lies in the score matrix: its first row and column, and how many exist from there on. */
@@ -21,102 +33,115 @@ struct lane_place {
     int row, rows, column, columns;
 };
 
-/* Which pairs are allowed: of row r of a lane's 2M rows a word, in which bit 2n + j is column j of column block n. */
-template <int M, int N> struct pair_bits {
-    static_assert(N * 2 <= 32, "a word for the columns of a lane");
-    uint32_t row[M * 2];
-
-    __device__ __forceinline__ bool get(int r, int n, int j) const {
-        return row[r] >> (2 * n + j) & 1;
-    }
-};
-
-/* Column c of a lane's 2N columns. */
-static __device__ __forceinline__ int lane_column(int c) {
-    return usp_lane_column(c / 2) + c % 2;
-}
-
 /* from[first + i], or `otherwise` where row or column i does not exist. */
 static __device__ __forceinline__ int load_or(const int32_t *from, int first, int i, int count, int otherwise) {
     return i < count ? from[first + i] : otherwise;
 }
 
-/* The pairs in the queries' intervals, rows being queries. Loops over columns stay loops: registers are dear. */
-template <int M, int N>
-static __device__ __forceinline__ void take_intervals(pair_bits<M, N> &bits, const usp_pairs &pairs,
-                                                      const lane_place &at) {
-    int2 query[M * 2];
-#pragma unroll
-    for (int r = 0; r < M * 2; r++) {
-        int i = usp_lane_row(r / 2, r % 2);
-        query[r] = {load_or(pairs.low, at.row, i, at.rows, 1), load_or(pairs.high, at.row, i, at.rows, 0)};
-        bits.row[r] = 0;
-    }
-#pragma unroll 4
-    for (int c = 0; c < N * 2 && lane_column(c) < at.columns; c++) {
-        int key = pairs.key[at.column + lane_column(c)];
-#pragma unroll
-        for (int r = 0; r < M * 2; r++) bits.row[r] |= (uint32_t)(query[r].x <= key && key <= query[r].y) << c;
-    }
-}
+/* A position that no key has: that of columns that do not exist. */
+constexpr int NOWHERE = INT32_MIN;
 
-/* The same, rows being keys; nothing is written of rows that do not exist. */
-template <int M, int N>
-static __device__ __forceinline__ void take_key_intervals(pair_bits<M, N> &bits, const usp_pairs &pairs,
-                                                          const lane_place &at) {
-    int key[M * 2];
-#pragma unroll
-    for (int r = 0; r < M * 2; r++) {
-        key[r] = load_or(pairs.key, at.row, usp_lane_row(r / 2, r % 2), at.rows, 0);
-        bits.row[r] = 0;
-    }
-#pragma unroll 4
-    for (int c = 0; c < N * 2 && lane_column(c) < at.columns; c++) {
-        int low = pairs.low[at.column + lane_column(c)], high = pairs.high[at.column + lane_column(c)];
-#pragma unroll
-        for (int r = 0; r < M * 2; r++) bits.row[r] |= (uint32_t)(low <= key[r] && key[r] <= high) << c;
-    }
-}
+/* What usp_pairs says of the block's rows, and of the columns of one step that is not full, in shared memory at AT. */
+template <bool KEY_ROWS, typename Shape, int AT> struct shared_pairs {
+    static_assert(Shape::rows <= Shape::threads && Shape::step <= Shape::threads, "a thread for each");
+    static constexpr int queries = KEY_ROWS ? Shape::step : Shape::rows, keys = KEY_ROWS ? Shape::rows : Shape::step;
+    static constexpr int interval_at = AT, key_at = interval_at + queries * 8; /* an interval: low, high */
+    static constexpr int query_at = key_at + keys * 4, last_at = query_at + queries * 4, end = last_at + keys * 4;
 
-/* Clears the bits of pairs whose query is behind the key's last one. */
-template <bool KEY_ROWS, int M, int N>
-static __device__ __forceinline__ void keep_before_last(pair_bits<M, N> &bits, const usp_pairs &pairs,
-                                                        const lane_place &at) {
-    const int32_t *of_row = KEY_ROWS ? pairs.last : pairs.query, *of_column = KEY_ROWS ? pairs.query : pairs.last;
-    int row[M * 2];
-#pragma unroll
-    for (int r = 0; r < M * 2; r++) row[r] = load_or(of_row, at.row, usp_lane_row(r / 2, r % 2), at.rows, 0);
-#pragma unroll 4
-    for (int c = 0; c < N * 2 && lane_column(c) < at.columns; c++) {
-        int column = of_column[at.column + lane_column(c)];
+    static __device__ __forceinline__ void fetch_query(const usp_pairs &pairs, int to, int query, bool exists) {
+        usp_fetch_word(&shared_at<int>(interval_at)[2 * to], pairs.low + query, exists, 1);
+        usp_fetch_word(&shared_at<int>(interval_at)[2 * to + 1], pairs.high + query, exists, 0);
+        if (pairs.last) usp_fetch_word(&shared_at<int>(query_at)[to], pairs.query + query, exists, 0);
+    }
+
+    static __device__ __forceinline__ void fetch_key(const usp_pairs &pairs, int to, int key, bool exists) {
+        usp_fetch_word(&shared_at<int>(key_at)[to], pairs.key + key, exists, NOWHERE);
+        if (pairs.last) usp_fetch_word(&shared_at<int>(last_at)[to], pairs.last + key, exists, 0);
+    }
+
+    static __device__ __forceinline__ void fetch_rows(const usp_pairs &pairs, const softmax_job &job) {
+        int i = threadIdx.x;
+        if (i >= Shape::rows) return;
+        if constexpr (KEY_ROWS)
+            fetch_key(pairs, i, job.begin + i, i < job.count);
+        else
+            fetch_query(pairs, i, job.begin + i, i < job.count);
+    }
+
+    /* For a step that is not full. A barrier must lie between the last such step's mask and this. */
+    static __device__ __forceinline__ void fetch_columns(const usp_pairs &pairs, const tile_walk &at) {
+        int i = threadIdx.x;
+        if (i >= Shape::step) return;
+        if constexpr (KEY_ROWS)
+            fetch_query(pairs, i, at.column + i, i < at.columns());
+        else
+            fetch_key(pairs, i, at.column + i, i < at.columns());
+    }
+
+    /* Sets the elements of the step's pairs that are not allowed; `row` is the warp's first of the block. */
+    template <int M, int N>
+    static __device__ __forceinline__ void mask(usp_sums<M, N> &c, const usp_pairs &pairs, int row, float value) {
+        if constexpr (KEY_ROWS)
+            mask_queries(c, row, value);
+        else
+            mask_keys(c, row, value);
+        if (pairs.last) mask_behind_last(c, row, value);
+    }
+
+    template <int M, int N> static __device__ __forceinline__ void mask_keys(usp_sums<M, N> &c, int row, float value) {
+        int2 interval[M * 2];
 #pragma unroll
         for (int r = 0; r < M * 2; r++) {
-            bool behind = KEY_ROWS ? column > row[r] : row[r] > column;
-            bits.row[r] &= ~((uint32_t)behind << c);
+            interval[r] = shared_at<int2>(interval_at)[row + usp_lane_row(r / 2, r % 2)];
+            interval[r].x = max(interval[r].x, NOWHERE + 1);
+        }
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            int2 key = *reinterpret_cast<int2 *>(shared_at<int>(key_at) + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < M * 2; r++) {
+                float *pair = &c[r / 2][n][r % 2 * 2];
+                if (key.x < interval[r].x || key.x > interval[r].y) pair[0] = value;
+                if (key.y < interval[r].x || key.y > interval[r].y) pair[1] = value;
+            }
         }
     }
-}
 
-/* The pairs of a step that are allowed; columns that do not exist have none. */
-template <bool KEY_ROWS, int M, int N>
-static __device__ __forceinline__ pair_bits<M, N> allowed_pairs(const usp_pairs &pairs, const lane_place &at) {
-    pair_bits<M, N> bits;
-    if constexpr (KEY_ROWS)
-        take_key_intervals(bits, pairs, at);
-    else
-        take_intervals(bits, pairs, at);
-    if (pairs.last) keep_before_last<KEY_ROWS>(bits, pairs, at);
-    return bits;
-}
-
-/* Sets the elements of pairs without a bit. */
-template <int M, int N>
-static __device__ __forceinline__ void mask_pairs(usp_sums<M, N> &c, const pair_bits<M, N> &bits, float value) {
+    template <int M, int N>
+    static __device__ __forceinline__ void mask_queries(usp_sums<M, N> &c, int row, float value) {
+        int key[M * 2];
 #pragma unroll
-    for (int i = 0; i < M * N * 4; i++) {
-        if (!bits.get(i / (N * 4) * 2 + i % 4 / 2, i / 4 % N, i % 2)) c[i / (N * 4)][i / 4 % N][i % 4] = value;
+        for (int r = 0; r < M * 2; r++) key[r] = shared_at<int>(key_at)[row + usp_lane_row(r / 2, r % 2)];
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            int4 two = *reinterpret_cast<int4 *>(shared_at<int2>(interval_at) + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < M * 2; r++) {
+                float *pair = &c[r / 2][n][r % 2 * 2];
+                if (key[r] < two.x || key[r] > two.y) pair[0] = value;
+                if (key[r] < two.z || key[r] > two.w) pair[1] = value;
+            }
+        }
     }
-}
+
+    /* Pairs whose query is behind the key's last one. */
+    template <int M, int N>
+    static __device__ __forceinline__ void mask_behind_last(usp_sums<M, N> &c, int row, float value) {
+        const int *rows = shared_at<int>(KEY_ROWS ? last_at : query_at);
+        const int *columns = shared_at<int>(KEY_ROWS ? query_at : last_at);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            int2 column = *reinterpret_cast<const int2 *>(columns + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < M * 2; r++) {
+                int of_row = rows[row + usp_lane_row(r / 2, r % 2)];
+                float *pair = &c[r / 2][n][r % 2 * 2];
+                if (KEY_ROWS ? column.x > of_row : of_row > column.x) pair[0] = value;
+                if (KEY_ROWS ? column.y > of_row : of_row > column.y) pair[1] = value;
+            }
+        }
+    }
+};
 
 /* ---- online softmax ---------------------------------------------------------------------------------------------- */
 
@@ -215,11 +240,6 @@ template <int M> struct online_softmax {
 
 /* ---- numbers that are not finite --------------------------------------------------------------------------------- */
 
-/* A word of this thread in shared memory, for what is hardly ever touched: registers are dear. */
-static __device__ __forceinline__ int &spare_word(int offset) {
-    return shared_at<int>(offset)[threadIdx.x];
-}
-
 /* Before a product with weights of 0: makes what is not finite 0 in a tile; `spoilt` then tells to mend the results. A
  * barrier: all threads of the block take part. */
 template <typename T, int ROWS, int THREADS, int DIM>
@@ -266,12 +286,12 @@ static usp_status start_instance(const usp_softmax &args, usp_stream stream) {
                        Shape::rows, Shape::threads, bytes, stream);
 }
 
-/* Half the rows a block where full ones would leave multiprocessors idle, and for extras, which take registers. */
+/* Half the rows a block where full ones would leave multiprocessors idle. */
 template <typename Launch, typename T, int DIM>
 static usp_status start_dim(const usp_gpu &gpu, const usp_softmax &args, usp_stream stream) {
     using shape = typename Launch::template shape<DIM>;
     using half = std::conditional_t<(shape::blocks > 1), usp_half_shape<shape>, shape>;
-    if (Launch::extras(args)) return start_instance<Launch, T, DIM, half, true>(args, stream);
+    if (Launch::extras(args)) return start_instance<Launch, T, DIM, usp_extras_shape<shape>, true>(args, stream);
     if (count_jobs(args, Launch::key_rows, shape::rows) < (int64_t)gpu.processors * shape::resident)
         return start_instance<Launch, T, DIM, half, false>(args, stream);
     return start_instance<Launch, T, DIM, shape, false>(args, stream);

@@ -52,7 +52,9 @@ static __device__ __forceinline__ void keep_words(uint64_t *words, const usp_sof
 template <int DIM, typename Shape, bool EXTRAS> struct backward_query_memory {
     static constexpr int step = Shape::step * DIM * 2, rows = Shape::rows * DIM * 2;
     static constexpr int q = 0, dout = q + rows, k = dout + rows, v = k + 2 * step;
-    static constexpr int spoilt = v + 2 * step, words = spoilt + Shape::threads * 4;
+    static constexpr int note = v + 2 * step;
+    using pairs = shared_pairs<false, Shape, note + NOTE_BYTES>;
+    static constexpr int words = pairs::end;
     static constexpr int bytes = words + (EXTRAS ? Shape::rows * 8 : 0);
 };
 
@@ -66,6 +68,7 @@ template <typename T, int DIM, typename Shape, bool EXTRAS>
 static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     softmax_backward_query_kernel(const __grid_constant__ usp_softmax args) {
     using memory = backward_query_memory<DIM, Shape, EXTRAS>;
+    using pairs = typename memory::pairs;
     constexpr int M = Shape::blocks, N = Shape::step / 8, threads = Shape::threads;
     uint32_t base = shared_base();
     usp_shared_rows<DIM> q = {base + memory::q}, dout = {base + memory::dout}, k = {base + memory::k},
@@ -73,7 +76,8 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
 
     softmax_job job = take_job<false>(args, Shape::rows);
     if (job.count <= 0) return;
-    spare_word(memory::spoilt) = 0;
+    block_note &note = *shared_at<block_note>(memory::note);
+    note = {job, 0};
     int key_head = usp_mapped_head(args.kv, job.head);
     int warp_row = threadIdx.x / 32 * M * 16, first_row = job.begin + warp_row, rows = job.count - warp_row;
     const T *keys = usp_row<T>(args.k, 0, job.batch, key_head), *values = usp_row<T>(args.v, 0, job.batch, key_head);
@@ -91,6 +95,8 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
                                     job.count, args.value_dim);
     tile_walk walk(args.by_query, *job.work, 1);
     if (walk.running()) fetch(walk, 0);
+    if (walk.running() && !walk.full(Shape::step)) pairs::fetch_columns(args.pairs, walk);
+    pairs::fetch_rows(args.pairs, job);
 
     scoring rule(args, job.head);
     float row_base[M * 2], row_delta[M * 2];
@@ -137,14 +143,15 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
             for (int i = 0; i < M * N * 4; i++) ds[i / (N * 4)][i / 4 % N][i % 4] *= p[i / (N * 4)][i / 4 % N][i % 4];
         }
         if (!full) {
-            mask_pairs(ds, allowed_pairs<false, M, N>(args.pairs, at), 0);
-            shield<T, Shape::step, threads>(k.rows_from(buffer * Shape::step), spare_word(memory::spoilt));
+            pairs::mask(ds, args.pairs, warp_row, 0);
+            shield<T, Shape::step, threads>(k.rows_from(buffer * Shape::step), note.spoilt);
         }
+        if (walk.running() && !walk.full(Shape::step)) pairs::fetch_columns(args.pairs, walk);
         usp_multiply_columns<T>(dq, ds, k.rows_from(buffer * Shape::step));
     }
     usp_fetched();
 
-    job = take_job<false>(args, Shape::rows); /* once more: kept over the loop, it would cost registers */
+    job = note.job;
     first_row = job.begin + warp_row, rows = job.count - warp_row;
     line = line_of(args, job.batch, job.head, first_row);
 #pragma unroll
@@ -156,8 +163,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         usp_scale_add(dq, 1, usp_row<float>(args.dq_sum, first_row, job.batch, job.head), args.dq_sum.stride_token,
                       rows, args.dim);
     store_rows<T>(dq, args.last ? args.dq : args.dq_sum, !args.last, first_row, job, rows, args.dim);
-    if (spare_word(memory::spoilt))
-        mend<T, false, Shape>(args, args.last ? args.dq : args.dq_sum, !args.last, args.k, args.dim);
+    if (note.spoilt) mend<T, false, Shape>(args, args.last ? args.dq : args.dq_sum, !args.last, args.k, args.dim);
 }
 
 /* ---- dk, dv ------------------------------------------------------------------------------------------------------ */
@@ -166,7 +172,9 @@ template <int DIM, typename Shape, bool EXTRAS> struct backward_key_memory {
     static constexpr int step = Shape::step * DIM * 2, rows = Shape::rows * DIM * 2, line = Shape::step * 4;
     static constexpr int k = 0, v = k + rows, q = v + rows, dout = q + 2 * step;
     static constexpr int lines = dout + 2 * step; /* [base, delta, factor][buffer][column] */
-    static constexpr int spoilt = lines + 6 * line, words = spoilt + Shape::threads * 4;
+    static constexpr int note = lines + 6 * line;
+    using pairs = shared_pairs<true, Shape, note + NOTE_BYTES>;
+    static constexpr int words = pairs::end;
     static constexpr int bytes = words + (EXTRAS ? 2 * Shape::step * 8 : 0);
 };
 
@@ -176,6 +184,7 @@ template <typename T, int DIM, typename Shape, bool EXTRAS>
 static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     softmax_backward_key_kernel(const __grid_constant__ usp_softmax args) {
     using memory = backward_key_memory<DIM, Shape, EXTRAS>;
+    using pairs = typename memory::pairs;
     constexpr int M = Shape::blocks, N = Shape::step / 8, threads = Shape::threads, step = Shape::step;
     static_assert(2 * step <= threads, "one thread for every state and delta of a step");
     uint32_t base = shared_base();
@@ -185,7 +194,8 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
 
     softmax_job job = take_job<true>(args, Shape::rows);
     if (job.count <= 0) return;
-    spare_word(memory::spoilt) = 0;
+    block_note &note = *shared_at<block_note>(memory::note);
+    note = {job, 0};
     int warp_row = threadIdx.x / 32 * M * 16, first_row = job.begin + warp_row, rows = job.count - warp_row;
     head_range heads = readers_of(args, job.head);
 
@@ -216,6 +226,8 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     tile_walk walk(args.by_key, *job.work, max(heads.end - heads.first, 0));
     row_state line_value = {};
     if (walk.running()) line_value = fetch(walk, 0);
+    if (walk.running() && !walk.full(Shape::step)) pairs::fetch_columns(args.pairs, walk);
+    pairs::fetch_rows(args.pairs, job);
 
     float scale2 = args.scale * LOG2E;
     usp_sums<M, DIM / 8> dk = {}, dv = {};
@@ -246,8 +258,8 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
             weigh_columns(p, bases, factors, scale2);
         }
         if (!full) {
-            mask_pairs(p, allowed_pairs<true, M, N>(args.pairs, at), 0);
-            shield<T, step, threads>(dout.rows_from(buffer * step), spare_word(memory::spoilt));
+            pairs::mask(p, args.pairs, warp_row, 0);
+            shield<T, step, threads>(dout.rows_from(buffer * step), note.spoilt);
         }
         usp_multiply_columns<T>(dv, p, dout.rows_from(buffer * step));
         if constexpr (!EXTRAS) {
@@ -257,14 +269,15 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
             for (int i = 0; i < M * N * 4; i++) ds[i / (N * 4)][i / 4 % N][i % 4] *= p[i / (N * 4)][i / 4 % N][i % 4];
         }
         if (!full) {
-            mask_pairs(ds, allowed_pairs<true, M, N>(args.pairs, at), 0);
-            shield<T, step, threads>(q.rows_from(buffer * step), spare_word(memory::spoilt));
+            pairs::mask(ds, args.pairs, warp_row, 0);
+            shield<T, step, threads>(q.rows_from(buffer * step), note.spoilt);
         }
+        if (walk.running() && !walk.full(Shape::step)) pairs::fetch_columns(args.pairs, walk);
         usp_multiply_columns<T>(dk, ds, q.rows_from(buffer * step));
     }
     usp_fetched();
 
-    job = take_job<true>(args, Shape::rows); /* as for dq */
+    job = note.job;
     first_row = job.begin + warp_row, rows = job.count - warp_row;
     bool wide = args.key_dtype == USP_F32;
 #pragma unroll
@@ -274,7 +287,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     }
     store_rows<T>(dk, args.dk, wide, first_row, job, rows, args.dim);
     store_rows<T>(dv, args.dv, wide, first_row, job, rows, args.value_dim);
-    if (spare_word(memory::spoilt)) {
+    if (note.spoilt) {
         mend<T, true, Shape>(args, args.dk, wide, args.q, args.dim);
         mend<T, true, Shape>(args, args.dv, wide, args.dout, args.value_dim);
     }

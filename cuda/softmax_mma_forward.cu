@@ -4,7 +4,9 @@
 
 template <int DIM, typename Shape, bool EXTRAS> struct forward_memory {
     static constexpr int q = 0, k = Shape::rows * DIM * 2, step = Shape::step * DIM * 2;
-    static constexpr int v = k + 2 * step, spoilt = v + 2 * step, words = spoilt + Shape::threads * 4;
+    static constexpr int v = k + 2 * step, note = v + 2 * step;
+    using pairs = shared_pairs<false, Shape, note + NOTE_BYTES>;
+    static constexpr int words = pairs::end;
     static constexpr int bytes = words + (EXTRAS ? Shape::rows * 8 : 0);
 };
 
@@ -37,12 +39,14 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     softmax_forward_kernel(const __grid_constant__ usp_softmax args) {
     constexpr int M = Shape::blocks, N = Shape::step / 8, W = DIM / 8, threads = Shape::threads;
     using memory = forward_memory<DIM, Shape, EXTRAS>;
+    using pairs = typename memory::pairs;
     uint32_t base = shared_base();
     usp_shared_rows<DIM> q = {base + memory::q}, k = {base + memory::k}, v = {base + memory::v};
 
     softmax_job job = take_job<false>(args, Shape::rows);
     if (job.count <= 0) return;
-    spare_word(memory::spoilt) = 0;
+    block_note &note = *shared_at<block_note>(memory::note);
+    note = {job, 0};
     int key_head = usp_mapped_head(args.kv, job.head);
     int warp_row = threadIdx.x / 32 * M * 16, first_row = job.begin + warp_row, rows = job.count - warp_row;
     const T *keys = usp_row<T>(args.k, 0, job.batch, key_head), *values = usp_row<T>(args.v, 0, job.batch, key_head);
@@ -58,6 +62,9 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
                                     job.count, args.dim);
     tile_walk walk(args.by_query, *job.work, 1);
     if (walk.running()) fetch(walk, 0);
+    bool full = walk.full(Shape::step);
+    if (!full && walk.running()) pairs::fetch_columns(args.pairs, walk);
+    pairs::fetch_rows(args.pairs, job);
 
     usp_sums<M, W> out = {};
     online_softmax<M> online;
@@ -80,21 +87,19 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         usp_fetched();
         __syncthreads();
         int column = walk.column, columns = walk.columns();
-        bool full = walk.full(Shape::step);
         usp_sums<M, N> scores = {};
         usp_multiply_rows<T>(scores, q.rows_from(warp_row), k.rows_from(buffer * Shape::step));
         walk.advance(Shape::step);
         if (walk.running()) fetch(walk, buffer ^ 1); /* here its addresses are computed in the shade of the products */
         lane_place at = {};
-        if (EXTRAS || !full) {
-            softmax_job again = take_job<false>(args, Shape::rows);
-            at = {again.begin + warp_row, again.count - warp_row, column, columns};
-        }
+        if (EXTRAS) at = {note.job.begin + warp_row, note.job.count - warp_row, column, columns};
         if (EXTRAS) bend_scores(scores, args, rule, at);
         if (!full) {
-            mask_pairs(scores, allowed_pairs<false, M, N>(args.pairs, at), -INFINITY);
-            shield<T, Shape::step, threads>(v.rows_from(buffer * Shape::step), spare_word(memory::spoilt));
+            pairs::mask(scores, args.pairs, warp_row, -INFINITY);
+            shield<T, Shape::step, threads>(v.rows_from(buffer * Shape::step), note.spoilt);
         }
+        full = walk.full(Shape::step);
+        if (!full && walk.running()) pairs::fetch_columns(args.pairs, walk);
         if (EXTRAS) peaks.look(scores);
         online.weigh(scores, out, rule.unit);
         if (EXTRAS) drop_weights(scores, args, shared_at<uint64_t>(memory::words) + warp_row, at);
@@ -102,27 +107,27 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     }
     usp_fetched();
 
-    job = take_job<false>(args, Shape::rows); /* once more: kept over the loop, it would cost registers */
+    job = note.job;
     first_row = job.begin + warp_row, rows = job.count - warp_row;
     line = line_of(args, job.batch, job.head, first_row);
     if (EXTRAS && args.peak) peaks.store(args, line, rows, rule.unit);
+    float sink = sink_of(args, job.head), kept = EXTRAS ? 1 / (1 - args.dropout.rate) : 1;
+    int own = threadIdx.x & 3, own_row = usp_lane_row(own / 2, own % 2); /* one of four lanes writes a row's state */
+    row_state own_state = {};
 #pragma unroll
     for (int i = 0; i < M * 2; i++) {
-        int row = usp_lane_row(i / 2, i % 2);
-        row_state kept = online.kept(i);
-        if (args.last) multiply_row(i, out, finish_row(args, job.head, kept));
-        if (row >= rows || (threadIdx.x & 3) != 0) continue;
-        args.top[line + row] = kept.top;
-        args.sum[line + row] = kept.sum;
-        if (args.last && args.lse) args.lse[line + row] = natural_lse(kept);
+        row_state state = online.kept(i);
+        float factor = finish_row(state, sink, kept);
+        multiply_row(i, out, args.last ? factor : 1);
+        if (i == own) own_state = state;
     }
+    if (own < M * 2 && own_row < rows) store_state(args, line + own_row, own_state);
     if (args.last)
         usp_store(out, usp_row<T>(args.out, first_row, job.batch, job.head), args.out.stride_token, rows,
                   args.value_dim);
     else
         usp_store(out, usp_row<float>(acc, first_row, job.batch, job.head), acc.stride_token, rows, args.value_dim);
-    if (spare_word(memory::spoilt))
-        mend<T, false, Shape>(args, args.last ? args.out : acc, !args.last, args.v, args.value_dim);
+    if (note.spoilt) mend<T, false, Shape>(args, args.last ? args.out : acc, !args.last, args.v, args.value_dim);
 }
 
 /* ---- launcher ---------------------------------------------------------------------------------------------------- */

@@ -82,6 +82,17 @@ static __device__ __forceinline__ void usp_fetch(usp_shared_rows<DIM> to, const 
     }
 }
 
+/* Starts copying one word, or writes `otherwise` where it does not exist. */
+static __device__ __forceinline__ void usp_fetch_word(int32_t *to, const int32_t *from, bool exists,
+                                                      int32_t otherwise) {
+    if (exists) {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from)
+                     : "memory");
+    } else {
+        *to = otherwise;
+    }
+}
+
 /* Waits for everything this thread has fetched; a barrier must follow. */
 static __device__ __forceinline__ void usp_fetched() {
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -236,7 +247,7 @@ template <> __device__ __forceinline__ uint32_t usp_taint<__half>(uint32_t taint
 template <typename T, int ROWS, int THREADS, int DIM>
 static __device__ __forceinline__ bool usp_spoilt(usp_shared_rows<DIM> tile) {
     uint32_t taint = 0;
-#pragma unroll 2
+#pragma unroll 4
     for (int at = threadIdx.x * 16; at < ROWS * tile.bytes; at += THREADS * 16) {
         uint32_t pair[4];
         asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -292,5 +303,11 @@ using usp_backward_key_shape = usp_shape_of_dim<DIM, usp_tile_shape<4, 1, 64, 2>
  * are summed in the same steps either way, so results do not depend on the choice. */
 template <typename Shape>
 using usp_half_shape = usp_tile_shape<Shape::warps, Shape::blocks / 2, Shape::step, Shape::resident>;
+
+/* Extras take registers and memory: half the rows a block, or half the step where no fewer rows are left. */
+template <typename Shape>
+using usp_extras_shape =
+    std::conditional_t<(Shape::blocks > 1), usp_half_shape<Shape>,
+                       usp_tile_shape<Shape::warps, Shape::blocks, Shape::step / 2, Shape::resident>>;
 
 #endif

@@ -101,10 +101,12 @@ static int out_depends(const void *test, const poison *p, int query, int head, i
     return lse_depends(test, p, query, head, 0) || (hits(p, element) && sees_it(pass, p, pass->s.v, query, head));
 }
 
+/* out is 0 where no key is seen: nothing of dout counts there. */
 static int delta_depends(const void *test, const poison *p, int query, int head, int element) {
     const softmax_pass *pass = test;
     (void)element;
-    return out_depends(test, p, query, head, p->element) || is_it(p, &pass->s.dout, query, head);
+    return out_depends(test, p, query, head, p->element) ||
+           (is_it(p, &pass->s.dout, query, head) && sees_any(pass, query));
 }
 
 static int dq_depends(const void *test, const poison *p, int query, int head, int element) {
