@@ -189,7 +189,7 @@ static int begin_next(usp_control *control, int peer) {
         begin_frame(line, USP_FRAME_BEAT, usp_control_waits_for(control, control->rank), exchanges, 0);
         line->beat_due = 0;
     } else if (line->plan_due < USP_PLAN_SIZES && control->plans.of[line->plan_due].ranks > 0) {
-        const usp_plan *plan = &control->plans.of[line->plan_due++];
+        const usp_replans *plan = &control->plans.of[line->plan_due++];
         begin_frame(line, USP_FRAME_PLAN, plan->ranks, plan->hash[plan->count % USP_PLAN_HISTORY], plan->count);
     } else if (line->goodbye_due) {
         begin_frame(line, USP_FRAME_GOODBYE, 0, exchanges, 0);

@@ -79,7 +79,7 @@ struct usp_control {
     atomic_uint_fast64_t exchanges;
     atomic_int waits_for;
     int64_t last_beat;
-    usp_plans plans;
+    usp_replans_list plans;
     usp_gather gather;
     usp_line *lines;      /* [size] */
     struct pollfd *polls; /* [size + 1] */

@@ -40,7 +40,7 @@ typedef struct usp_seat {
     const void *mine; /* gathering */
     void *all;
     size_t bytes;
-    usp_plans plans;
+    usp_replans_list plans;
 } usp_seat;
 
 struct usp_rendezvous {
@@ -289,9 +289,9 @@ static usp_status copy_message(usp_thread_comm *self, usp_box *in, const usp_sea
 
 /* Both are in the exchange that carries the message: neither re-plans meanwhile. */
 static usp_status compare_plans(usp_rendezvous *meeting, int rank, int peer) {
-    const usp_plans *own = &meeting->seats[rank].plans, *theirs = &meeting->seats[peer].plans;
+    const usp_replans_list *own = &meeting->seats[rank].plans, *theirs = &meeting->seats[peer].plans;
     for (int i = 0; i < USP_PLAN_SIZES && theirs->of[i].ranks > 0; i++) {
-        const usp_plan *plan = &theirs->of[i];
+        const usp_replans *plan = &theirs->of[i];
         uint64_t hash = plan->hash[plan->count % USP_PLAN_HISTORY];
         if (usp_plans_differ(own, rank, peer, plan->ranks, plan->count, hash))
             return fail_all(meeting, USP_MISMATCH, "rank %d and rank %d re-planned to different documents", peer, rank);

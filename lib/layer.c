@@ -22,10 +22,10 @@ static usp_status check_documents(const usp_sequence *sequence, const usp_layer_
                         "usp_layer_config.%s is set: in trees tokens side by side are not next to "
                         "each other",
                         c->slopes ? "slopes" : "window_left");
-    if (c->attention == USP_LINEAR && c->mask != USP_MASK_CAUSAL && sequence->documents.capacity > 1)
+    if (c->attention == USP_LINEAR && c->mask != USP_MASK_CAUSAL && !usp_sequence_is_whole(sequence))
         return usp_fail(USP_UNSUPPORTED,
-                        "usp_layer_config.mask is full: bidirectional linear attention has one state, "
-                        "the sequence room for %lld documents",
+                        "usp_layer_config.mask is full: bidirectional linear attention has one state, the sequence "
+                        "room for %lld documents, of which the last one may end before its tokens do",
                         (long long)sequence->documents.capacity);
     return USP_OK;
 }

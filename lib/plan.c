@@ -7,18 +7,18 @@ static usp_sight sight_from(const usp_plan *plan, int64_t row) {
     return (usp_sight){plan->low + row, plan->high + row, plan->diagonal ? plan->diagonal + row : NULL};
 }
 
-/* The longest segment of consecutive rows from `row` on whose positions have one stride. */
-static usp_segment segment_at(const usp_ring_side *side, int64_t row, int64_t end) {
-    const int32_t *x = side->position + row;
-    int64_t count = 1, stride = row + 1 < end ? (int64_t)x[1] - x[0] : 1;
-    while (row + count < end && (int64_t)x[count] - x[count - 1] == stride) count++;
+/* The longest segment at the beginning of `rows` rows: positions of one stride. */
+static usp_segment segment_at(const int32_t *x, int64_t rows) {
+    int64_t count = 1, stride = rows > 1 ? (int64_t)x[1] - x[0] : 1;
+    while (count < rows && (int64_t)x[count] - x[count - 1] == stride) count++;
     return stride > 0 ? (usp_segment){x[0], count, stride} : (usp_segment){x[0], 1, 1};
 }
 
-static void find_sight(usp_plan *plan, const usp_rule *rule, const usp_document_list *documents) {
-    int64_t rows = plan->query.first[plan->shape.grid.ring];
-    for (int64_t row = 0; row < rows;) {
-        usp_segment segment = segment_at(&plan->query, row, rows);
+/* What ring ranks first .. end - 1 see. */
+static void find_sight(usp_plan *plan, const usp_rule *rule, const usp_document_list *documents, int first, int end) {
+    int64_t rows = plan->query.first[end];
+    for (int64_t row = plan->query.first[first]; row < rows;) {
+        usp_segment segment = segment_at(plan->query.position + row, rows - row);
         usp_mask_sight(rule, documents, &segment, sight_from(plan, row));
         row += segment.length;
     }
@@ -31,12 +31,12 @@ static void find_widest_sight(usp_sequence *sequence, usp_plan *plan) {
     usp_document_list one = {.capacity = 1, .document = document};
     usp_rule rule = plan->shape.rule;
     if (!sequence->replans || usp_sequence_moves(sequence)) {
-        find_sight(plan, &rule, &sequence->documents);
+        find_sight(plan, &rule, &sequence->documents, 0, plan->shape.grid.ring);
         return;
     }
     if (sequence->prefixes || sequence->cross) rule = (usp_rule){INT32_MAX, INT32_MAX, rule.alignment};
     usp_documents_set(&one, &(usp_documents){0}, sequence->query.tokens, sequence->key.tokens);
-    find_sight(plan, &rule, &one);
+    find_sight(plan, &rule, &one, 0, plan->shape.grid.ring);
 }
 
 usp_sides usp_plan_sides(const usp_plan *plan) {
@@ -79,8 +79,11 @@ static void put_positions(const usp_plan *plan, const usp_parcel *parcel, int r,
 }
 
 static void put_lasts(const usp_sequence *sequence, const int32_t *position, int64_t rows, int32_t *last) {
-    for (int64_t i = 0; i < rows; i++)
-        usp_mask_lasts(&sequence->documents, &(usp_segment){position[i], 1, 1}, last + i);
+    for (int64_t i = 0; i < rows;) {
+        usp_segment segment = segment_at(position + i, rows - i);
+        usp_mask_lasts(&sequence->documents, &segment, last + i);
+        i += segment.length;
+    }
 }
 
 /* Lists the keys of stage t, and the runs of their positions, in the plan's scratch. */
@@ -157,7 +160,7 @@ void usp_plan_fill(usp_sequence *sequence, usp_plan *plan) {
                         device->ops->linear_block(device, plan->query_limit));
         return;
     }
-    find_sight(plan, &plan->shape.rule, &sequence->documents);
+    find_sight(plan, &plan->shape.rule, &sequence->documents, plan->shape.grid.r, plan->shape.grid.r + 1);
     put_sight(plan);
     plan_tiles(sequence, plan);
 }

@@ -24,8 +24,9 @@ static usp_status allocate_sides(usp_sequence *sequence, usp_plan *plan) {
     usp_status status = USP_OK;
     const usp_host *host = &sequence->world->host;
     int64_t tokens = sequence->max_tokens;
-    USP_TRY(usp_ring_side_alloc(host, &plan->query, &plan->shape.grid, &sequence->query));
-    if (sequence->cross) USP_TRY(usp_ring_side_alloc(host, &plan->key, &plan->shape.grid, &sequence->key));
+    const usp_grid *grid = &plan->shape.grid;
+    USP_TRY(usp_ring_side_alloc(host, &plan->query, grid, &sequence->query, tokens));
+    if (sequence->cross) USP_TRY(usp_ring_side_alloc(host, &plan->key, grid, &sequence->key, sequence->key.tokens));
     if (plan->shape.attention != USP_SOFTMAX) return USP_OK;
     plan->low = allocate(host, tokens, sizeof *plan->low, &status);
     plan->high = allocate(host, tokens, sizeof *plan->high, &status);
@@ -107,12 +108,13 @@ static usp_status allocate_scratch(usp_sequence *sequence, usp_plan *plan) {
     return status;
 }
 
-/* An item has at most a tile for each run of columns, in trees some more. */
+/* An item has at most a tile for each run of columns, in trees some more. Every run of keys is met in one stage. */
 static int64_t bound_tiles(const usp_sequence *sequence, const usp_plan *plan) {
     const usp_grid *grid = &plan->shape.grid;
-    int64_t key_runs = plan->key.first_run[grid->ring] + grid->ring, families = sequence->trees ? USP_FAMILY_TILES : 1;
+    int64_t stages = plan->route.stages, families = sequence->trees ? USP_FAMILY_TILES : 1;
+    int64_t key_runs = plan->key.first_run[grid->ring] + stages;
     int64_t query_runs = plan->query.first_run[grid->r + 1] - plan->query.first_run[grid->r] + 1;
-    return plan->route.stages * (plan->query_works * key_runs * families + plan->key_works * query_runs);
+    return plan->query_works * key_runs * families + stages * plan->key_works * query_runs;
 }
 
 /* ---- memory of the arrays ---------------------------------------------------------------------------------------- */
@@ -123,7 +125,6 @@ static usp_plan_arrays carve_softmax(const usp_sequence *sequence, const usp_pla
     usp_plan_arrays a = {0};
     a.works = usp_carve(arena, (size_t)(2 * stages) * sizeof *a.works);
     a.work = usp_carve(arena, (size_t)(stages * (plan->query_works + plan->key_works)) * sizeof *a.work);
-    if (plan->tile_capacity) a.tile = usp_carve(arena, (size_t)plan->tile_capacity * sizeof *a.tile);
     a.query = usp_carve(arena, (size_t)queries * row);
     a.low = usp_carve(arena, (size_t)queries * row);
     a.high = usp_carve(arena, (size_t)queries * row);
@@ -140,18 +141,19 @@ static usp_plan_arrays carve_linear(const usp_sequence *sequence, const usp_plan
     a.block = usp_carve(arena, (size_t)chunks->block_capacity * sizeof *a.block);
     a.block_step = usp_carve(arena, (size_t)chunks->block_capacity * sizeof *a.block_step);
     a.chunk_step = usp_carve(arena, (size_t)chunks->chunk_capacity * sizeof *a.chunk_step);
-    if (sequence->documents.capacity == 1) return a;
+    if (usp_sequence_is_whole(sequence)) return a;
     a.begins = usp_carve(arena, (size_t)plan->query_limit * sizeof *a.begins);
     a.ends = usp_carve(arena, (size_t)plan->query_limit * sizeof *a.ends);
     return a;
 }
 
+/* Tiles are last: of their room, which is for any documents, only what is used is uploaded. */
 static usp_plan_arrays carve(const usp_sequence *sequence, const usp_plan *plan, usp_arena *arena) {
-    int softmax = plan->shape.attention == USP_SOFTMAX;
+    int softmax = plan->shape.attention == USP_SOFTMAX, exchanged = plan->shape.grid.ulysses > 1;
     usp_plan_arrays a = softmax ? carve_softmax(sequence, plan, arena) : carve_linear(sequence, plan, arena);
-    if (plan->shape.grid.ulysses == 1) return a;
-    a.query_landing = usp_carve(arena, (size_t)plan->query_limit * sizeof *a.query_landing);
-    a.key_landing = usp_carve(arena, (size_t)plan->key_limit * sizeof *a.key_landing);
+    if (exchanged) a.query_landing = usp_carve(arena, (size_t)plan->query_limit * sizeof *a.query_landing);
+    if (exchanged) a.key_landing = usp_carve(arena, (size_t)plan->key_limit * sizeof *a.key_landing);
+    if (plan->tile_capacity) a.tile = usp_carve(arena, (size_t)plan->tile_capacity * sizeof *a.tile);
     return a;
 }
 
@@ -223,7 +225,8 @@ static usp_status allocate_chunks(usp_sequence *sequence, usp_plan *plan) {
 
 static usp_status upload(usp_sequence *sequence, usp_plan *plan, int turn, usp_stream stream) {
     usp_device *device = sequence->world->device;
-    return device->ops->copy(device, plan->device_memory, plan->host_memory[turn], plan->bytes, stream);
+    size_t unused = plan->host.tile ? (size_t)(plan->tile_capacity - plan->tiles) * sizeof *plan->host.tile : 0;
+    return device->ops->copy(device, plan->device_memory, plan->host_memory[turn], plan->bytes - unused, stream);
 }
 
 /* ---- one plan ---------------------------------------------------------------------------------------------------- */

@@ -32,8 +32,8 @@ static usp_status tell_plan(const usp_sequence *sequence, usp_status status) {
 
 static usp_status replan(usp_sequence *sequence, const usp_documents *given, usp_stream stream) {
     usp_documents documents;
-    USP_TRY(usp_abi_read(&documents, sizeof documents, given, "usp_documents"));
-    usp_status refused = check_replan(sequence, &documents, stream);
+    usp_status refused = usp_abi_read(&documents, sizeof documents, given, "usp_documents");
+    if (refused == USP_OK) refused = check_replan(sequence, &documents, stream);
     if (refused != USP_OK) return tell_plan(sequence, refused);
     USP_TRY(usp_world_wait(sequence->world, sequence->uploads[!sequence->turn])); /* what is written now may be read */
     sequence->turn = !sequence->turn;

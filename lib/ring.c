@@ -13,17 +13,17 @@ static void *allocate(const usp_host *host, int64_t count, size_t bytes, usp_sta
 }
 
 usp_status usp_ring_side_alloc(const usp_host *host, usp_ring_side *side, const usp_grid *grid,
-                               const usp_sharding *sharding) {
+                               const usp_sharding *sharding, int64_t tokens) {
     usp_status status = USP_OK;
     int64_t runs = grid->ulysses > 1 ? grid->ring : sharding->capacity;
     side->first = allocate(host, grid->ring + 1, sizeof *side->first, &status);
     side->first_run = allocate(host, grid->ring + 1, sizeof *side->first_run, &status);
     side->landing_end = allocate(host, grid->ulysses, sizeof *side->landing_end, &status);
-    side->position = allocate(host, sharding->tokens, sizeof *side->position, &status);
+    side->position = allocate(host, tokens, sizeof *side->position, &status);
     side->run = allocate(host, runs + 1, sizeof *side->run, &status);
     if (grid->ulysses == 1) return status;
     side->landing = allocate(host, sharding->limit * grid->ulysses, sizeof *side->landing, &status);
-    side->scratch = allocate(host, sharding->tokens, sizeof(place), &status);
+    side->scratch = allocate(host, tokens, sizeof(place), &status);
     return status;
 }
 

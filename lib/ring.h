@@ -20,9 +20,9 @@ typedef struct usp_grid {
     int ulysses, ring, u, r;
 } usp_grid;
 
-/* Room for all that the sharding may become. */
+/* Room for all that the sharding may become, of `tokens` tokens at most. */
 usp_status usp_ring_side_alloc(const usp_host *host, usp_ring_side *side, const usp_grid *grid,
-                               const usp_sharding *sharding);
+                               const usp_sharding *sharding, int64_t tokens);
 void usp_ring_side_free(const usp_host *host, usp_ring_side *side);
 void usp_ring_side_plan(usp_ring_side *side, const usp_sharding *sharding, const usp_grid *grid);
 

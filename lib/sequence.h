@@ -31,6 +31,12 @@ static inline int usp_sequence_moves(const usp_sequence *sequence) {
     return sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT && sequence->replans;
 }
 
+/* Is it one document of all tokens, whatever it becomes? */
+static inline int usp_sequence_is_whole(const usp_sequence *sequence) {
+    int filled = !sequence->replans && sequence->documents.document[0].end == sequence->query.tokens;
+    return sequence->documents.capacity == 1 && (filled || usp_sequence_moves(sequence));
+}
+
 /* Takes over documents that were checked, and who owns what where that follows from them. */
 void usp_sequence_set_documents(usp_sequence *sequence, const usp_documents *documents);
 

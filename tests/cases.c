@@ -47,6 +47,11 @@ static int64_t count_documents(const usp_case *c) {
     return list.count;
 }
 
+/* Do tokens lie behind the last document? */
+static int pads(const usp_case *c) {
+    return c->documents == 5 || c->documents == 7;
+}
+
 /* As many keys as queries, and no ends of their own, are the queries' tokens. */
 static int crosses(const usp_case *c) {
     return c->key_tokens && (c->key_tokens != c->tokens || c->documents);
@@ -56,7 +61,9 @@ static int crosses(const usp_case *c) {
 static usp_expectation linear_expectation(const usp_case *c) {
     if (crosses(c)) return USP_MUST_REFUSE;
     if (c->prefixes || c->parents) return USP_MUST_REFUSE;
-    if (c->mask != USP_MASK_CAUSAL && (c->max_documents > 1 || count_documents(c) > 1)) return USP_MUST_REFUSE;
+    int may_pad = pads(c) || (c->max_documents && c->layout != USP_LAYOUT_ZIGZAG_PER_DOCUMENT);
+    int several = c->max_documents > 1 || count_documents(c) > 1;
+    if (c->mask != USP_MASK_CAUSAL && (several || may_pad)) return USP_MUST_REFUSE;
     if (c->ring > 1 && c->layout == USP_LAYOUT_STRIPE && c->mask == USP_MASK_CAUSAL &&
         c->tokens > (int64_t)c->ulysses * c->ring)
         return USP_MUST_REFUSE;
@@ -140,10 +147,10 @@ static int64_t custom_segments(int64_t tokens, int p, int n, usp_segment *segmen
     return count;
 }
 
-/* Lengths by pattern; the last document takes what is left, but in the last pattern. */
+/* Lengths by pattern; the last document takes what is left, but in patterns 5 and 7. */
 static int64_t document_length(int pattern, int64_t d, int64_t tokens) {
     static const int many[] = {1, 17, 40, 5, 64, 3}, empty[] = {0, 9, 0, 0, 30, 1}, few[] = {5, 2, 3};
-    if (pattern == 6) return tokens;
+    if (pattern >= 6) return tokens;
     if (pattern == 2) return d < 3 ? few[d] * tokens / 10 : tokens;
     if (pattern == 3) return empty[d % 6];
     if (pattern == 4) return 1 + d % 4;
@@ -151,7 +158,7 @@ static int64_t document_length(int pattern, int64_t d, int64_t tokens) {
 }
 
 static void cut_documents(const usp_case *c, usp_case_document_list *list) {
-    int64_t end = c->documents == 5 ? c->tokens - c->tokens / 4 : c->tokens, at = 0;
+    int64_t end = pads(c) ? c->tokens - c->tokens / 4 : c->tokens, at = 0;
     while (at < end || list->count == 0) {
         int64_t length = document_length(c->documents, list->count, end);
         at = end - at > length && list->count < USP_CASE_DOCUMENTS - 2 ? at + length : end;
@@ -175,7 +182,7 @@ void usp_case_documents(const usp_case *c, usp_case_document_list *list) {
         int64_t length = list->ends[d] - (d ? list->ends[d - 1] : 0);
         list->key_ends[d] = c->tokens ? list->ends[d] * keys / c->tokens : keys;
         if (d % 2 && list->key_ends[d] > list->key_ends[d - 1]) list->key_ends[d]--;
-        if (d == list->count - 1 && c->documents != 5) list->key_ends[d] = keys;
+        if (d == list->count - 1 && !pads(c)) list->key_ends[d] = keys;
         list->prefixes[d] = c->prefixes == 2 ? length : length * (d % 3) / 3;
         list->parents[d] = parent_of(d);
     }

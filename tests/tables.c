@@ -291,6 +291,7 @@ static const usp_case mask_cases[] = {
     {.tokens = 97, .mask = USP_MASK_CAUSAL, .documents = 5, .return_lse = 1, .route = USP_ROUTE_DIRECT},
     {.tokens = 97, .documents = 1, .layout = USP_LAYOUT_CONTIGUOUS, .return_lse = 1},
     {.tokens = 97, .documents = 4, .kv_heads = 1, .route = USP_ROUTE_GATHERED},
+    {.tokens = 97, .mask = USP_MASK_CAUSAL, .documents = 7, .return_lse = 1},
     {.tokens = 97, .mask = USP_MASK_CAUSAL, .documents = 1, .max_documents = 40, .return_lse = 1},
     {.tokens = 97, .mask = USP_MASK_CAUSAL, .documents = 2, .window_left = 11, .max_documents = 9},
     {.tokens = 97, .documents = 2, .window_left = 11, .window_right = 2, .layout = USP_LAYOUT_STRIPE},
@@ -448,6 +449,12 @@ static const usp_case mask_cases[] = {
      .dtype = USP_BF16,
      .final_state = 1},
     {.attention = USP_LINEAR, .tokens = 97, .documents = 1},
+    {.attention = USP_LINEAR, .tokens = 97, .mask = USP_MASK_CAUSAL, .documents = 7, .decay = 1, .initial_state = 1},
+    {.attention = USP_LINEAR, .tokens = 97, .mask = USP_MASK_CAUSAL, .documents = 7, .final_state = 1},
+    {.attention = USP_LINEAR, .tokens = 97, .mask = USP_MASK_CAUSAL, .documents = 6, .max_documents = 1},
+    {.attention = USP_LINEAR, .tokens = 97, .documents = 6},
+    {.attention = USP_LINEAR, .tokens = 97, .documents = 7},
+    {.attention = USP_LINEAR, .tokens = 97, .documents = 6, .max_documents = 1},
 };
 
 enum {

@@ -106,7 +106,8 @@ static int replan(usp_rank *rank, void *argument) {
     return 0;
 }
 
-/* Ranks of one data copy re-plan to other documents, each owning as many tokens as before: all are told. Another copy's
+/* Ranks of one data copy re-plan to other documents, each owning as many tokens as before, or one of them is refused:
+ * all are told. Another copy's
  * documents are its own affair. */
 static int replan_apart(usp_rank *rank, void *argument) {
     const int *apart = argument;
@@ -122,7 +123,13 @@ static int replan_apart(usp_rank *rank, void *argument) {
     usp_status status = usp_sequence_replan(stage.sequence, 1, &ends[1], rank->stream);
     stage.tokens = stage.key_tokens = usp_sequence_local_tokens(stage.sequence, stage.p);
     if (status != USP_OK || usp_stage_fill(&stage)) return usp_say(rank, "%s", usp_last_error());
-    status = usp_sequence_replan(stage.sequence, 2, odd ? other : ends, rank->stream);
+    if (odd && *apart == 2) {
+        status = usp_sequence_replan_documents(stage.sequence, &(usp_documents){0}, rank->stream);
+        if (status != USP_INVALID) return usp_say(rank, "documents without a size are taken");
+        status = USP_OK;
+    } else {
+        status = usp_sequence_replan(stage.sequence, 2, odd ? other : ends, rank->stream);
+    }
     usp_forward f = usp_stage_forward_arguments(&stage, 1);
     if (status == USP_OK)
         status = usp_layer_forward(stage.layer, &f, stage.workspace.device, stage.sizes.forward_workspace, NULL);
@@ -214,6 +221,8 @@ static int many_documents(usp_rank *rank, void *argument) {
     for (int i = 0; i < USP_SPLITS && !failed; i++) {
         if (usp_splits[i].ulysses * usp_splits[i].ring != rank->size) continue;
         if (usp_sequence_create(mesh, &config, &s) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+        const int64_t few = c->tokens / 10; /* plans made while documents are short have room for long ones */
+        if (usp_sequence_replan(s, 1, &few, NULL) != USP_OK) return usp_say(rank, "%s", usp_last_error());
         failed = acquire_plans(rank, s, usp_splits[i], plans) || replan_often(rank, s, plans, c->documents, c->rounds);
         release_plans(s, plans);
         usp_sequence_destroy(s);
@@ -354,9 +363,9 @@ Test(replan, replan) {
 }
 
 Test(replan, replan_apart) {
-    int apart[] = {0, 1};
+    int apart[] = {0, 1, 2};
     usp_expect_ranks(4, SECONDS, replan_apart, &apart[0]);
-    usp_expect_ranks(2, SECONDS, replan_apart, &apart[1]);
+    for (int i = 1; i <= 2; i++) usp_expect_ranks(2, SECONDS, replan_apart, &apart[i]);
 }
 
 Test(replan, many_documents) {
