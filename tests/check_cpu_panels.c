@@ -66,7 +66,7 @@ void usp_check_viewed(check *c) {
     const usp_panel *panel = usp_cpu_panel(c->device);
     marks row, column;
     marks_draw(c, &row), marks_draw(c, &column);
-    const usp_pair_view view = {{row.at, row.low, row.high, row.at}, {column.at, column.low, column.high, column.at}};
+    const usp_pair_view view = {{row.at, row.low, row.high, NULL}, {column.at, column.low, column.high, NULL}};
     usp_product p = {
         .m = USP_CPU_ROWS, .n = USP_CPU_LANE, .k = TERMS, .accumulate = usp_check_pick(c, 2), .view = &view};
     p.a = a, p.a_row = 1, p.a_step = USP_CPU_ROWS, p.b = b, p.b_row = p.c_row = USP_CPU_LANE, p.c = sum;

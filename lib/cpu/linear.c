@@ -275,16 +275,12 @@ static void decay_scores(usp_linear_strip *s, int begin, int count) {
         for (int i = 0; i < s->width; i++) s->score[j * s->width + i] *= s->band[i - j + count - 1];
 }
 
-/* Which columns come after a row, or are of another document; whether there are any. */
+/* Which columns come after a row, or are of another document; whether there are any. Bounds of rows ascend. */
 static int find_view(usp_linear_strip *s, int begin, int count, usp_pair_view *view) {
-    int first = INT32_MIN, last = INT32_MAX;
-    for (int j = 0; j < count; j++) s->column[j] = begin + j;
-    for (int i = 0; i < s->count; i++) {
-        first = s->low[i] > first ? s->low[i] : first;
-        last = s->high[i] < last ? s->high[i] : last;
-    }
+    int masked = s->low[s->count - 1] > begin || s->high[0] < begin + count - 1;
+    for (int j = 0; j < count && masked; j++) s->column[j] = begin + j;
     *view = (usp_pair_view){{s->position, s->low, s->high, NULL}, {s->column, s->lowest, s->highest, NULL}};
-    return first > begin || last < begin + count - 1;
+    return masked;
 }
 
 /* out[i] += sum over the columns j of the decayed scores times v_j. What comes after a row is left out before it is

@@ -140,13 +140,14 @@ void usp_strip_columns(usp_strip *s, int which, const usp_tensor *tensor, int he
                        float scale) {
     int dim = which ? s->args->value_dim : s->args->dim, stride = which ? s->value_dim : s->dim;
     int rows = (step->count + USP_CPU_ROWS - 1) / USP_CPU_ROWS * USP_CPU_ROWS;
-    float *to = s->column[which];
+    float *to = s->column[which], factor[USP_CPU_BLOCK];
     for (int j = 0; j < step->count; j++, to += stride) {
         s->panel->load(s->args->dtype, usp_cpu_row(tensor, s->args->dtype, step->begin + j, s->batch, head), to, dim);
-        for (int c = 0; c < dim && scale != 1; c++) to[c] *= scale;
         memset(to + dim, 0, sizeof *to * (size_t)(stride - dim));
     }
     memset(to, 0, sizeof *to * (size_t)((rows - step->count) * stride));
+    for (int j = 0; j < step->count; j++) factor[j] = scale;
+    s->panel->scale(s->column[which], factor, step->count, stride);
 }
 
 void usp_strip_multiply(usp_strip *s, int which, const usp_strip_step *step) {
