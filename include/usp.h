@@ -288,7 +288,7 @@ typedef struct usp_sequence_config {
     int64_t segments;                 /* custom layout: this rank's number of segments */
     const usp_segment *segment;       /* custom layout: all ranks' segments must cover every token exactly once */
     const int64_t *key_document_ends; /* as usp_documents.key_ends, prefixes, parents */
-    const int64_t *prefixes;
+    const int64_t *prefixes; /* given here they may be given to re-plans; so may parents */
     const int64_t *parents;
 } usp_sequence_config;
 
@@ -298,16 +298,17 @@ typedef struct usp_sequence_config {
  * world's. */
 USP_API usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *config,
                                        usp_sequence **sequence);
-/* Local, the same on every rank. Gives a sequence with max_documents other documents, at most that many and at most
- * `tokens` (key_tokens) in all. Layers on the sequence follow; nothing is allocated. Device work of earlier calls must
- * be complete or on `stream`, and later calls on other streams must be made to wait for `stream`. The host waits for
- * nothing unless the uploads of both re-plans before are still to come; then at most timeout_ms.
+/* Local, the same on every rank, while no other thread of the rank asks the sequence anything. Gives a sequence with
+ * max_documents other documents, at most that many and at most `tokens` (key_tokens) in all. Layers on the sequence
+ * follow; nothing is allocated. Device work of earlier calls must be complete or on `stream`, and later calls on other
+ * streams must be made to wait for `stream`. The host waits for nothing unless the uploads of both re-plans before are
+ * still to come; then at most timeout_ms.
  * Per-document layout: the last end is the new length, and graphs that hold calls of layers on the sequence are stale:
  * counts, offsets and grids are in them; capture again. On every other layout ownership does not depend on documents:
  * messages are as large as without any, and captured graphs replay with the new ones.
  * Errors: INVALID (also while `stream` is captured), after which the plan is what it was; the world's: a DEVICE error
  * fails the world. Ranks of one data copy that give different documents fail the world by MISMATCH: threads at their
- * next exchange, processes within a second. */
+ * next exchange, processes within a second; a rank that does not re-plan at all is not noticed before it does. */
 USP_API usp_status usp_sequence_replan(usp_sequence *sequence, int64_t documents, const int64_t *document_ends,
                                        usp_stream stream);
 /* The same with everything that documents may have. */
@@ -413,8 +414,9 @@ typedef struct usp_forward {
     usp_tensor v;               /* [batch, local_key_tokens, kv or value_heads, value_dim] */
     usp_tensor out;             /* [batch, local_tokens, H, value_dim] */
     float *lse;                 /* [batch, heads, local_tokens] natural logarithm; if return_lse, else NULL */
-    const float *initial_state; /* if config.initial_state, else NULL */
-    float *final_state;         /* if config.final_state, else NULL */
+    const float *initial_state; /* if config.initial_state, of the first document that has tokens; else NULL */
+    float *final_state;         /* if config.final_state: behind the last token of all, so 0 if that is of no document;
+                                   else NULL */
     void *saved;                /* kept for backward; NULL: no backward will follow */
     const float *sinks;         /* [heads] if config.sinks, else NULL */
     float *max_logit; /* [heads] if config.max_logit: the largest score of each head over all tokens and the batch, the

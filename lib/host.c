@@ -40,6 +40,12 @@ usp_status usp_host_alloc(const usp_host *host, size_t bytes, const char *what, 
     return USP_OK;
 }
 
+void *usp_host_array(const usp_host *host, int64_t count, size_t bytes, const char *what, usp_status *status) {
+    void *memory = NULL;
+    if (*status == USP_OK) *status = usp_host_alloc(host, (size_t)count * bytes, what, &memory);
+    return memory;
+}
+
 void usp_host_free(const usp_host *host, void *memory) {
     if (memory) host->free(host->user, memory);
 }

@@ -17,6 +17,8 @@ usp_host usp_host_from_config(const usp_world_config *config);
 
 /* Zeroed memory; NO_MEMORY with a sentence that names `what`. Zero bytes give a valid pointer. */
 usp_status usp_host_alloc(const usp_host *host, size_t bytes, const char *what, void **memory);
+/* The same of `count` elements, unless *status is an error already: one check serves several. NULL then. */
+void *usp_host_array(const usp_host *host, int64_t count, size_t bytes, const char *what, usp_status *status);
 void usp_host_free(const usp_host *host, void *memory); /* NULL is fine */
 
 void usp_host_log(const usp_host *host, int level, const char *format, ...) __attribute__((format(printf, 3, 4)));

@@ -4,12 +4,6 @@
 
 /* ---- room -------------------------------------------------------------------------------------------------------- */
 
-static void *allocate(const usp_host *host, int64_t count, size_t bytes, usp_status *status) {
-    void *memory = NULL;
-    if (*status == USP_OK) *status = usp_host_alloc(host, (size_t)count * bytes, "plan", &memory);
-    return memory;
-}
-
 /* The most rows of any ring rank. With owners to come: of each document two chunks of a zigzag of the ring, each
  * rounded up by less than one; a ring of one holds them all. */
 static int64_t find_limit(const usp_sequence *sequence, const usp_ring_side *side, int ring) {
@@ -28,10 +22,10 @@ static usp_status allocate_sides(usp_sequence *sequence, usp_plan *plan) {
     USP_TRY(usp_ring_side_alloc(host, &plan->query, grid, &sequence->query, tokens));
     if (sequence->cross) USP_TRY(usp_ring_side_alloc(host, &plan->key, grid, &sequence->key, sequence->key.tokens));
     if (plan->shape.attention != USP_SOFTMAX) return USP_OK;
-    plan->low = allocate(host, tokens, sizeof *plan->low, &status);
-    plan->high = allocate(host, tokens, sizeof *plan->high, &status);
-    if (sequence->cross) plan->diagonal = allocate(host, tokens, sizeof *plan->diagonal, &status);
-    plan->spans = allocate(host, tokens, sizeof *plan->spans, &status);
+    plan->low = usp_host_array(host, tokens, sizeof *plan->low, "plan", &status);
+    plan->high = usp_host_array(host, tokens, sizeof *plan->high, "plan", &status);
+    if (sequence->cross) plan->diagonal = usp_host_array(host, tokens, sizeof *plan->diagonal, "plan", &status);
+    plan->spans = usp_host_array(host, tokens, sizeof *plan->spans, "plan", &status);
     return status;
 }
 
@@ -41,14 +35,14 @@ static usp_status allocate_route(usp_sequence *sequence, usp_plan *plan) {
     const usp_host *host = &sequence->world->host;
     int ring = plan->shape.grid.ring, relay = plan->route.route == USP_ROUTE_RELAY;
     usp_route_plan *route = &plan->route;
-    route->stage = allocate(host, ring + 1, sizeof *route->stage, &status);
-    route->source = allocate(host, ring, sizeof *route->source, &status);
-    route->reader = allocate(host, ring, sizeof *route->reader, &status);
+    route->stage = usp_host_array(host, ring + 1, sizeof *route->stage, "plan", &status);
+    route->source = usp_host_array(host, ring, sizeof *route->source, "plan", &status);
+    route->reader = usp_host_array(host, ring, sizeof *route->reader, "plan", &status);
     USP_TRY(status);
     usp_plan_routes(plan);
     route->map_capacity = route->maps;
     if (usp_sequence_moves(sequence)) route->map_capacity = relay ? 0 : 2 * (ring - 1) * plan->key_limit;
-    route->map = allocate(host, route->map_capacity, sizeof *route->map, &status);
+    route->map = usp_host_array(host, route->map_capacity, sizeof *route->map, "plan", &status);
     USP_TRY(status);
     usp_plan_routes(plan);
     return USP_OK;
@@ -102,9 +96,9 @@ static usp_status allocate_scratch(usp_sequence *sequence, usp_plan *plan) {
     int64_t rows = most(plan->key_limit, plan->route.limit);
     plan->query_works = items_of(plan->query_limit);
     plan->key_works = items_of(rows);
-    plan->runs = allocate(host, plan->key.first_run[ring] + ring + 2, sizeof *plan->runs, &status);
-    plan->order = allocate(host, most(plan->query_works, plan->key_works), sizeof *plan->order, &status);
-    if (sequence->trees) plan->family_end = allocate(host, rows, sizeof *plan->family_end, &status);
+    plan->runs = usp_host_array(host, plan->key.first_run[ring] + ring + 2, sizeof *plan->runs, "plan", &status);
+    plan->order = usp_host_array(host, most(plan->query_works, plan->key_works), sizeof *plan->order, "plan", &status);
+    if (sequence->trees) plan->family_end = usp_host_array(host, rows, sizeof *plan->family_end, "plan", &status);
     return status;
 }
 
@@ -219,7 +213,7 @@ static usp_status allocate_chunks(usp_sequence *sequence, usp_plan *plan) {
     }
     list->block_capacity =
         plan->query_limit / device->ops->linear_block(device, plan->query_limit) + list->own_chunk_limit;
-    list->chunk = allocate(&sequence->world->host, list->chunk_capacity, sizeof *list->chunk, &status);
+    list->chunk = usp_host_array(&sequence->world->host, list->chunk_capacity, sizeof *list->chunk, "plan", &status);
     return status;
 }
 

@@ -6,24 +6,18 @@ typedef struct place {
     int32_t rank, local;
 } place;
 
-static void *allocate(const usp_host *host, int64_t count, size_t bytes, usp_status *status) {
-    void *memory = NULL;
-    if (*status == USP_OK) *status = usp_host_alloc(host, (size_t)count * bytes, "plan", &memory);
-    return memory;
-}
-
 usp_status usp_ring_side_alloc(const usp_host *host, usp_ring_side *side, const usp_grid *grid,
                                const usp_sharding *sharding, int64_t tokens) {
     usp_status status = USP_OK;
     int64_t runs = grid->ulysses > 1 ? grid->ring : sharding->capacity;
-    side->first = allocate(host, grid->ring + 1, sizeof *side->first, &status);
-    side->first_run = allocate(host, grid->ring + 1, sizeof *side->first_run, &status);
-    side->landing_end = allocate(host, grid->ulysses, sizeof *side->landing_end, &status);
-    side->position = allocate(host, tokens, sizeof *side->position, &status);
-    side->run = allocate(host, runs + 1, sizeof *side->run, &status);
+    side->first = usp_host_array(host, grid->ring + 1, sizeof *side->first, "plan", &status);
+    side->first_run = usp_host_array(host, grid->ring + 1, sizeof *side->first_run, "plan", &status);
+    side->landing_end = usp_host_array(host, grid->ulysses, sizeof *side->landing_end, "plan", &status);
+    side->position = usp_host_array(host, tokens, sizeof *side->position, "plan", &status);
+    side->run = usp_host_array(host, runs + 1, sizeof *side->run, "plan", &status);
     if (grid->ulysses == 1) return status;
-    side->landing = allocate(host, sharding->limit * grid->ulysses, sizeof *side->landing, &status);
-    side->scratch = allocate(host, tokens, sizeof(place), &status);
+    side->landing = usp_host_array(host, sharding->limit * grid->ulysses, sizeof *side->landing, "plan", &status);
+    side->scratch = usp_host_array(host, tokens, sizeof(place), "plan", &status);
     return status;
 }
 
