@@ -32,9 +32,10 @@ typedef struct usp_attn_ops {
      */
     size_t (*workspace)(const usp_layer *, usp_pass, int exchanged);
     size_t (*saved)(const usp_layer *);
-    /* Does it sum gradients over several stages? Then their blocks are fp32 where they are exchanged. */
+    /* Does it sum gradients over several stages? Then their blocks are fp32 where they are exchanged. NULL: never. */
     int (*sums)(const usp_layer *);
-    /* Finds the derived operand from the others, `tokens` of `heads` heads, which may be those of the own tokens. */
+    /* Finds the derived operand from the others, `tokens` of `heads` heads, which may be those of the own tokens.
+     * NULL: all operands are given. */
     usp_status (*derive)(usp_layer *, const usp_inner *, int64_t tokens, int heads);
     usp_status (*forward)(usp_layer *, usp_inner *);
     usp_status (*backward)(usp_layer *, usp_inner *);

@@ -411,8 +411,7 @@ static usp_status backward(usp_layer *layer, usp_inner *inner) {
 
 /* ---- cost -------------------------------------------------------------------------------------------------------- */
 
-/* As the recurrence counts: 2 operations a multiply-add; k v^T and q S forward; q dout^T, k v^T, dq, dk, dv backward.
- */
+/* As the recurrence counts: 2 operations a multiply-add; k v^T, q S forward; q dout^T, k v^T, dq, dk, dv backward. */
 static double flops(const usp_layer *layer, usp_pass pass, int r) {
     double tokens = (double)usp_ring_rows(&layer->plan->query, r);
     return tokens * (pass == USP_PASS_FORWARD ? 4.0 : 10.0) * (double)usp_layer_state_elements(layer);
@@ -426,24 +425,14 @@ static void count_messages(const usp_layer *layer, usp_pass pass, usp_messages *
 
 /* ---- table ------------------------------------------------------------------------------------------------------- */
 
-static int sums(const usp_layer *layer) {
-    (void)layer;
-    return 0; /* over chunks, inside the kernels */
-}
-
-static usp_status derive(usp_layer *layer, const usp_inner *own, int64_t tokens, int heads) {
-    (void)layer, (void)own, (void)tokens, (void)heads;
-    return USP_OK; /* nothing: all operands are given */
-}
-
 const usp_attn_ops usp_attn_linear = {
     "linear",
     {forward_rows, backward_rows},
     {sizeof forward_rows / sizeof *forward_rows, sizeof backward_rows / sizeof *backward_rows},
     workspace,
     saved,
-    sums,
-    derive,
+    NULL, /* it sums over chunks, inside the kernels */
+    NULL,
     forward,
     backward,
     count_messages,

@@ -49,7 +49,8 @@ static int is_shared_sum(const usp_layer *layer, const usp_operand_row *row) {
 }
 
 static usp_dtype block_dtype(const usp_layer *layer, usp_pass pass, const usp_operand_row *row, int shared) {
-    int sums = pass == USP_PASS_BACKWARD && row->use == USP_USE_OUT && layer->attn->sums(layer);
+    int gradient = pass == USP_PASS_BACKWARD && row->use == USP_USE_OUT;
+    int sums = gradient && layer->attn->sums && layer->attn->sums(layer);
     return row->form == USP_FORM_ROWS || sums || shared ? USP_F32 : layer->config.dtype;
 }
 

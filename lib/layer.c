@@ -79,8 +79,7 @@ static usp_status check_kernels(const usp_mesh *mesh, const usp_layer_config *c)
 
 /* ---- lists ------------------------------------------------------------------------------------------------------- */
 
-/* Most states of any one exchange: all chunks' from ring rank to ring rank, or one to and from every rank of an axis.
- */
+/* Most states of any one exchange: all chunks' between ring ranks, or one to and from every rank of an axis. */
 static int64_t state_capacity(const usp_layer *layer) {
     int64_t ring = layer->mesh.ring, gathered = layer->plan->chunks.own_chunk_limit * ring;
     return gathered + layer->plan->chunks.chunk_capacity + 2 * (ring + layer->mesh.ulysses);

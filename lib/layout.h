@@ -23,8 +23,7 @@ static inline int64_t usp_sharding_count(const usp_sharding *sharding, int p) {
 usp_status usp_sharding_alloc(const usp_host *host, usp_sharding *sharding, int64_t segments);
 void usp_sharding_free(const usp_host *host, usp_sharding *sharding);
 
-/* Appends tokens start, start + stride, ... to `rank`, the one being filled, joining what continues its last segment.
- */
+/* Appends tokens start, start + stride, ... to `rank`, the one being filled, joining what continues a segment. */
 void usp_sharding_begin(usp_sharding *sharding, int rank);
 void usp_sharding_add(usp_sharding *sharding, int rank, int64_t start, int64_t length, int64_t stride);
 

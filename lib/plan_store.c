@@ -1,6 +1,7 @@
 /* plan_store.c - the plans of a sequence: their memory on host and device, and their uploads. */
 #include "error.h"
 #include "plan.h"
+#include "search.h"
 
 /* ---- room -------------------------------------------------------------------------------------------------------- */
 
@@ -48,10 +49,6 @@ static usp_status allocate_route(usp_sequence *sequence, usp_plan *plan) {
     return USP_OK;
 }
 
-static int64_t most(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
 /* Rows that this rank sends, packs and receives in one stage at most. */
 static void set_route_limits(const usp_sequence *sequence, usp_plan *plan) {
     usp_route_plan *route = &plan->route;
@@ -64,9 +61,9 @@ static void set_route_limits(const usp_sequence *sequence, usp_plan *plan) {
             read += parcel->rows;
             packed += parcel->map >= 0 ? parcel->rows : 0;
         }
-        route->limit = most(route->limit, route->stage[t].rows);
-        route->reader_limit = most(route->reader_limit, read);
-        route->pack_limit = most(route->pack_limit, packed);
+        route->limit = usp_most(route->limit, route->stage[t].rows);
+        route->reader_limit = usp_most(route->reader_limit, read);
+        route->pack_limit = usp_most(route->pack_limit, packed);
     }
     if (!usp_sequence_moves(sequence) || route->stages == 1) return;
     route->limit = route->reader_limit = all;
@@ -93,11 +90,12 @@ static usp_status allocate_scratch(usp_sequence *sequence, usp_plan *plan) {
     usp_status status = USP_OK;
     const usp_host *host = &sequence->world->host;
     int ring = plan->shape.grid.ring;
-    int64_t rows = most(plan->key_limit, plan->route.limit);
+    int64_t rows = usp_most(plan->key_limit, plan->route.limit);
     plan->query_works = items_of(plan->query_limit);
     plan->key_works = items_of(rows);
     plan->runs = usp_host_array(host, plan->key.first_run[ring] + ring + 2, sizeof *plan->runs, "plan", &status);
-    plan->order = usp_host_array(host, most(plan->query_works, plan->key_works), sizeof *plan->order, "plan", &status);
+    plan->order =
+        usp_host_array(host, usp_most(plan->query_works, plan->key_works), sizeof *plan->order, "plan", &status);
     if (sequence->trees) plan->family_end = usp_host_array(host, rows, sizeof *plan->family_end, "plan", &status);
     return status;
 }
@@ -208,7 +206,7 @@ static usp_status allocate_chunks(usp_sequence *sequence, usp_plan *plan) {
     if (usp_sequence_moves(sequence)) { /* two of each document, and one of all on a ring of one */
         int64_t each = ring > 1 ? 2 * sequence->documents.capacity : 1;
         list->own_chunk_limit = each < plan->query_limit ? each : plan->query_limit;
-        list->chunk_capacity = most(list->own_chunk_limit, each * ring);
+        list->chunk_capacity = usp_most(list->own_chunk_limit, each * ring);
         if (list->chunk_capacity > sequence->max_tokens) list->chunk_capacity = sequence->max_tokens;
     }
     list->block_capacity =

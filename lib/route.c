@@ -63,10 +63,6 @@ static void walk_rows(walk *w, const usp_ring_side *key, int s, const usp_span *
 
 /* ---- counting ---------------------------------------------------------------------------------------------------- */
 
-static int64_t most(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
 usp_route_rows usp_route_count(const usp_sides *sides, usp_span *spans) {
     int ring = sides->grid->ring;
     usp_route_rows rows = {.relay = (ring - 1) * sides->key->first[ring]};
@@ -77,10 +73,10 @@ usp_route_rows usp_route_count(const usp_sides *sides, usp_span *spans) {
             if (s == r) continue;
             walk_rows(&w, sides->key, s, spans, count);
             gathered += w.rows;
-            rows.direct_most = most(rows.direct_most, w.rows);
+            rows.direct_most = usp_most(rows.direct_most, w.rows);
         }
         rows.direct += gathered;
-        rows.gathered_most = most(rows.gathered_most, gathered);
+        rows.gathered_most = usp_most(rows.gathered_most, gathered);
     }
     return rows;
 }

@@ -51,7 +51,7 @@ static usp_status run_stage(usp_layer *layer, usp_pass pass, usp_frame *frame, u
 
 static usp_status run_exchanged(usp_layer *layer, usp_pass pass, usp_frame *frame, usp_stream stream) {
     frame->local.stream = stream;
-    if (pass == USP_PASS_BACKWARD)
+    if (pass == USP_PASS_BACKWARD && layer->attn->derive)
         USP_TRY(layer->attn->derive(layer, &frame->local, layer->sequence->query.local[layer->mesh.p], layer->heads));
     USP_TRY(exchange_in(layer, frame, stream));
     USP_TRY(run_stage(layer, pass, frame, stream));
@@ -60,7 +60,7 @@ static usp_status run_exchanged(usp_layer *layer, usp_pass pass, usp_frame *fram
 
 static usp_status run_as_given(usp_layer *layer, usp_pass pass, usp_frame *frame, usp_stream stream) {
     frame->inner.stream = stream;
-    if (pass == USP_PASS_BACKWARD)
+    if (pass == USP_PASS_BACKWARD && layer->attn->derive)
         USP_TRY(layer->attn->derive(layer, &frame->inner, usp_plan_queries(layer->plan), usp_layer_own_heads(layer)));
     return run_stage(layer, pass, frame, stream);
 }

@@ -1,7 +1,15 @@
-/* search.h - searching in ascending numbers. */
+/* search.h - the lesser and the greater of two numbers, and searching in ascending ones. */
 #ifndef USP_SEARCH_H
 #define USP_SEARCH_H
 #include <stdint.h>
+
+static inline int64_t usp_least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static inline int64_t usp_most(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
 
 /* Index of the first of x[begin .. end), which ascend, that is at least `bound`; `end` if none is. */
 static inline int64_t usp_first_at_least(const int32_t *x, int64_t begin, int64_t end, int64_t bound) {

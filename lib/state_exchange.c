@@ -84,8 +84,7 @@ static void post_gather(const usp_layer *layer, const usp_flow *f, usp_messages 
     }
 }
 
-/* With all totals here, every rank finds all states; own chunks take theirs (without a mask: the state of all tokens).
- */
+/* With all totals here, every rank finds all states; own chunks take theirs (without a mask: that of all tokens). */
 static usp_status resolve_gather(usp_layer *layer, const usp_flow *f, usp_stream stream) {
     const usp_chunk_list *chunks = &layer->plan->chunks;
     for (int64_t c = 0; c < chunks->chunks; c++)

@@ -4,20 +4,12 @@
 #include "search.h"
 #include "sort.h"
 
-static int64_t least(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
-static int64_t most(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
 /* ---- the list ---------------------------------------------------------------------------------------------------- */
 
 /* Columns begin .. end of which all are seen by every row in full_begin .. full_end, which is cut to fit. */
 static void add_tile(usp_tile_list *list, int64_t begin, int64_t end, int64_t full_begin, int64_t full_end) {
-    full_begin = most(full_begin, begin);
-    full_end = least(full_end, end);
+    full_begin = usp_most(full_begin, begin);
+    full_end = usp_least(full_end, end);
     if (begin >= end) return;
     if (full_begin >= full_end) full_begin = full_end = end;
     if (list->tile)
@@ -64,12 +56,12 @@ static extremes extremes_of(const usp_query_rows *q, int64_t begin, int64_t end)
     extremes e = {INT32_MAX, INT32_MIN, INT32_MIN, INT32_MAX, INT32_MAX, INT32_MIN};
     for (int64_t i = begin; i < end; i++) {
         int seen = q->low[i] <= q->high[i];
-        e.low = seen ? least(e.low, q->low[i]) : e.low;
-        e.high = seen ? most(e.high, q->high[i]) : e.high;
-        e.last_low = most(e.last_low, q->low[i]);
-        e.first_high = least(e.first_high, q->high[i]);
-        e.first = least(e.first, q->position[i]);
-        e.last = most(e.last, q->position[i]);
+        e.low = seen ? usp_least(e.low, q->low[i]) : e.low;
+        e.high = seen ? usp_most(e.high, q->high[i]) : e.high;
+        e.last_low = usp_most(e.last_low, q->low[i]);
+        e.first_high = usp_least(e.first_high, q->high[i]);
+        e.first = usp_least(e.first, q->position[i]);
+        e.last = usp_most(e.last, q->position[i]);
     }
     return e;
 }
@@ -92,10 +84,10 @@ static void add_family_tiles(usp_tile_list *list, const usp_key_rows *k, const e
         }
         int64_t stop = begin, whole = begin; /* of what is seen by some; of what is seen by all */
         for (int64_t at = begin; at < end && k->last[at] >= e->first; at = stop) {
-            stop = least(k->family_end[at], end);
+            stop = usp_least(k->family_end[at], end);
             if (whole == at && k->last[at] >= e->last) whole = stop;
         }
-        add_tile(list, begin, stop, full_begin, least(full_end, whole));
+        add_tile(list, begin, stop, full_begin, usp_least(full_end, whole));
         for (begin = stop; begin < end && k->last[begin] < e->first;) begin = k->family_end[begin];
     }
 }
@@ -117,7 +109,7 @@ static void add_query_tiles(usp_tile_list *list, const usp_key_rows *k, const ex
 void usp_tiles_by_query(usp_tile_list *list, const usp_query_rows *queries, const usp_key_rows *keys, int whole) {
     int64_t first = list->works;
     for (int64_t begin = 0; begin < queries->rows; begin += USP_WORK_ROWS) {
-        int64_t count = least(queries->rows - begin, USP_WORK_ROWS), first_tile = list->tiles;
+        int64_t count = usp_least(queries->rows - begin, USP_WORK_ROWS), first_tile = list->tiles;
         extremes e = extremes_of(queries, begin, begin + count);
         if (e.low <= e.high) add_query_tiles(list, keys, &e);
         if (whole || list->tiles > first_tile) add_work(list, first, begin, count, first_tile);
@@ -134,18 +126,17 @@ typedef struct key_extremes {
 static key_extremes key_extremes_of(const usp_key_rows *k, int64_t begin, int64_t end) {
     key_extremes e = {INT32_MAX, INT32_MIN, INT32_MAX, INT32_MIN};
     for (int64_t i = begin; i < end; i++) {
-        e.first = least(e.first, k->position[i]);
-        e.last = most(e.last, k->position[i]);
+        e.first = usp_least(e.first, k->position[i]);
+        e.last = usp_most(e.last, k->position[i]);
     }
     for (int64_t i = begin; i < end && k->last; i++) {
-        e.first_last = least(e.first_last, k->last[i]);
-        e.last_last = most(e.last_last, k->last[i]);
+        e.first_last = usp_least(e.first_last, k->last[i]);
+        e.last_last = usp_most(e.last_last, k->last[i]);
     }
     return e;
 }
 
-/* Queries that see some of the keys reach the first one and begin before the last one; the others the other way round.
- */
+/* Queries that see some of the keys reach the first one and begin before the last one; others the other way round. */
 static void add_key_tiles(usp_tile_list *list, const usp_query_rows *q, const key_extremes *e, int family) {
     for (int64_t i = 0; i < q->runs; i++) {
         int64_t from = q->run[i] - q->run[0], to = q->run[i + 1] - q->run[0];
@@ -154,8 +145,8 @@ static void add_key_tiles(usp_tile_list *list, const usp_query_rows *q, const ke
         int64_t full_begin = usp_first_at_least(q->high, from, to, e->last),
                 full_end = usp_first_at_least(q->low, from, to, e->first + 1);
         if (family) {
-            end = least(end, usp_first_at_least(q->position, from, to, e->last_last + 1));
-            full_end = least(full_end, usp_first_at_least(q->position, from, to, e->first_last + 1));
+            end = usp_least(end, usp_first_at_least(q->position, from, to, e->last_last + 1));
+            full_end = usp_least(full_end, usp_first_at_least(q->position, from, to, e->first_last + 1));
         }
         add_tile(list, begin, end, full_begin, full_end);
     }
@@ -164,7 +155,7 @@ static void add_key_tiles(usp_tile_list *list, const usp_query_rows *q, const ke
 void usp_tiles_by_key(usp_tile_list *list, const usp_query_rows *queries, const usp_key_rows *keys) {
     int64_t first = list->works;
     for (int64_t begin = 0; begin < keys->rows; begin += USP_WORK_ROWS) {
-        int64_t count = least(keys->rows - begin, USP_WORK_ROWS), first_tile = list->tiles;
+        int64_t count = usp_least(keys->rows - begin, USP_WORK_ROWS), first_tile = list->tiles;
         key_extremes e = key_extremes_of(keys, begin, begin + count);
         add_key_tiles(list, queries, &e, keys->last != NULL);
         add_work(list, first, begin, count, first_tile);

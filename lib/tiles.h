@@ -1,5 +1,4 @@
-/* tiles.h - cuts the score matrix of one stage in work items and tiles, by query rows and by key rows. Plain integers.
- */
+/* tiles.h - cuts the score matrix of one stage in work items and tiles, by query rows and key rows. Plain integers. */
 #ifndef USP_TILES_H
 #define USP_TILES_H
 #include "device.h"

@@ -49,8 +49,7 @@ void usp_strip_columns(usp_strip *s, int which, const usp_tensor *tensor, int he
 /* score[which][j][i] = columns[j] . rows[i] */
 void usp_strip_multiply(usp_strip *s, int which, const usp_strip_step *step);
 
-/* Soft cap and bias of scores; the slope of the cap to the gradient of scores; dropped weights become 0, others grow.
- */
+/* Soft cap and bias of scores; the slope of the cap to the gradient of scores; dropped weights are 0, others grow. */
 void usp_strip_bend(usp_strip *s, const usp_strip_step *step);
 void usp_strip_unbend(usp_strip *s, const usp_strip_step *step);
 void usp_strip_drop(usp_strip *s, float *weights, const usp_strip_step *step);
