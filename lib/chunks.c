@@ -58,7 +58,7 @@ static usp_scan_step step_of(const usp_chunk_list *list, const usp_document_list
     usp_scan_step step = {(int32_t)count, group, 0, 0};
     if (!list->begins) return step;
     int64_t tokens = documents->document[documents->count].end;
-    for (int64_t d = usp_documents_find(documents, start); d <= documents->count; d++) {
+    for (int64_t d = usp_documents_find(documents, start, 0); d <= documents->count; d++) {
         int64_t begin = documents->document[d].begin, end = documents->document[d].end;
         if (begin >= start + count) break;
         if (begin == end) continue;
@@ -71,7 +71,7 @@ static usp_scan_step step_of(const usp_chunk_list *list, const usp_document_list
 /* Rows of one chunk. What belongs to no document sees nothing, itself neither. */
 static void mark_rows(usp_chunk_list *list, const usp_document_list *documents, const usp_chunk *chunk) {
     int64_t end = chunk->start + chunk->count, tokens = documents->document[documents->count].end;
-    const usp_document *d = documents->document + usp_documents_find(documents, chunk->start);
+    const usp_document *d = documents->document + usp_documents_find(documents, chunk->start, 0);
     for (int64_t x = chunk->start; x < end; d++)
         for (; x < end && x < d->end; x++) {
             int64_t row = chunk->row + x - chunk->start, nobody = d == documents->document + documents->count;

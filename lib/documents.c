@@ -2,6 +2,7 @@
 #include "documents.h"
 #include "error.h"
 #include "hash.h"
+#include "search.h"
 
 /* ---- checks ------------------------------------------------------------------------------------------------------ */
 
@@ -102,8 +103,10 @@ uint64_t usp_documents_hash(uint64_t seed, const usp_document_list *list) {
     return usp_hash(seed, list->document, (size_t)list->count * sizeof *list->document);
 }
 
-int64_t usp_documents_find(const usp_document_list *list, int64_t token) {
-    int64_t low = 0, high = list->count;
+int64_t usp_documents_find(const usp_document_list *list, int64_t token, int64_t near) {
+    int64_t low = near && list->document[near - 1].end <= token ? near : 0, step = 1;
+    for (; low + step <= list->count && list->document[low + step - 1].end <= token; step *= 2) low += step;
+    int64_t high = usp_least(list->count, low + step - 1);
     while (low < high) {
         int64_t middle = (low + high) / 2;
         if (list->document[middle].end > token)

@@ -30,7 +30,8 @@ void usp_documents_set(usp_document_list *list, const usp_documents *given, int6
 /* The same for equal documents. */
 uint64_t usp_documents_hash(uint64_t seed, const usp_document_list *list);
 
-/* Index of the document that holds a query: the first one that ends beyond it; `count` if none does. */
-int64_t usp_documents_find(const usp_document_list *list, int64_t token);
+/* Index of the document that holds a query: the first one that ends beyond it; `count` if none does. It is found the
+ * sooner, the less it is behind `near`; 0 is always right. */
+int64_t usp_documents_find(const usp_document_list *list, int64_t token, int64_t near);
 
 #endif

@@ -31,9 +31,9 @@ static int64_t count_before(const usp_segment *segment, int64_t i, int64_t end) 
     return between(0, (room + segment->stride - 1) / segment->stride, segment->length - i);
 }
 
-void usp_mask_sight(const usp_rule *rule, const usp_document_list *documents, const usp_segment *queries,
-                    usp_sight to) {
-    const usp_document *d = documents->document + usp_documents_find(documents, queries->start);
+int64_t usp_mask_sight(const usp_rule *rule, const usp_document_list *documents, const usp_segment *queries,
+                       int64_t near, usp_sight to) {
+    const usp_document *d = documents->document + usp_documents_find(documents, queries->start, near);
     for (int64_t i = 0; i < queries->length; d++) {
         int64_t end = i + count_before(queries, i, d->end), shift = shift_of(rule, d);
         for (; i < end; i++) {
@@ -43,18 +43,20 @@ void usp_mask_sight(const usp_rule *rule, const usp_document_list *documents, co
             if (to.diagonal) to.diagonal[i] = (int32_t)diagonal;
         }
     }
+    return d - 1 - documents->document;
 }
 
-void usp_mask_lasts(const usp_document_list *documents, const usp_segment *keys, int32_t *last) {
-    const usp_document *d = documents->document + usp_documents_find(documents, keys->start);
+int64_t usp_mask_lasts(const usp_document_list *documents, const usp_segment *keys, int64_t near, int32_t *last) {
+    const usp_document *d = documents->document + usp_documents_find(documents, keys->start, near);
     for (int64_t i = 0; i < keys->length; d++) {
         int64_t end = i + count_before(keys, i, d->end);
         for (; i < end; i++) last[i] = (int32_t)(d->last - 1);
     }
+    return d - 1 - documents->document;
 }
 
 int64_t usp_mask_pairs(const usp_rule *rule, const usp_document_list *documents, int64_t x) {
-    const usp_document *d = documents->document + usp_documents_find(documents, x);
+    const usp_document *d = documents->document + usp_documents_find(documents, x, 0);
     int64_t diagonal = x + shift_of(rule, d);
     if (d->parent >= 0) return d->depth + x - d->begin + 1; /* of its ancestors all, of their other descendants none */
     return high_of(rule, d, diagonal) - low_of(rule, d, diagonal) + 1;

@@ -17,9 +17,9 @@ static usp_segment segment_at(const int32_t *x, int64_t rows) {
 /* What ring ranks first .. end - 1 see. */
 static void find_sight(usp_plan *plan, const usp_rule *rule, const usp_document_list *documents, int first, int end) {
     int64_t rows = plan->query.first[end];
-    for (int64_t row = plan->query.first[first]; row < rows;) {
+    for (int64_t row = plan->query.first[first], near = 0; row < rows;) {
         usp_segment segment = segment_at(plan->query.position + row, rows - row);
-        usp_mask_sight(rule, documents, &segment, sight_from(plan, row));
+        near = usp_mask_sight(rule, documents, &segment, near, sight_from(plan, row));
         row += segment.length;
     }
 }
@@ -79,9 +79,9 @@ static void put_positions(const usp_plan *plan, const usp_parcel *parcel, int r,
 }
 
 static void put_lasts(const usp_sequence *sequence, const int32_t *position, int64_t rows, int32_t *last) {
-    for (int64_t i = 0; i < rows;) {
+    for (int64_t i = 0, near = 0; i < rows;) {
         usp_segment segment = segment_at(position + i, rows - i);
-        usp_mask_lasts(&sequence->documents, &segment, last + i);
+        near = usp_mask_lasts(&sequence->documents, &segment, near, last + i);
         i += segment.length;
     }
 }
@@ -160,7 +160,8 @@ void usp_plan_fill(usp_sequence *sequence, usp_plan *plan) {
                         device->ops->linear_block(device, plan->query_limit));
         return;
     }
-    find_sight(plan, &plan->shape.rule, &sequence->documents, plan->shape.grid.r, plan->shape.grid.r + 1);
+    if (sequence->replans && !usp_sequence_moves(sequence)) /* else it is known since routes were planned */
+        find_sight(plan, &plan->shape.rule, &sequence->documents, plan->shape.grid.r, plan->shape.grid.r + 1);
     put_sight(plan);
     plan_tiles(sequence, plan);
 }

@@ -54,9 +54,9 @@ static void add_range(walk *w, int64_t begin, int64_t end) {
 
 static void walk_rows(walk *w, const usp_ring_side *key, int s, const usp_span *spans, int64_t count) {
     for (int64_t i = key->first_run[s]; i < key->first_run[s + 1]; i++)
-        for (int64_t j = 0; j < count; j++) {
-            int64_t begin = usp_first_at_least(key->position, key->run[i], key->run[i + 1], spans[j].low);
-            int64_t end = usp_first_at_least(key->position, begin, key->run[i + 1], (int64_t)spans[j].high + 1);
+        for (int64_t j = 0, end = key->run[i]; j < count; j++) {
+            int64_t begin = usp_first_at_least(key->position, end, key->run[i + 1], spans[j].low);
+            end = usp_first_at_least(key->position, begin, key->run[i + 1], (int64_t)spans[j].high + 1);
             add_range(w, begin - key->first[s], end - key->first[s]);
         }
 }

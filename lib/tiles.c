@@ -97,8 +97,8 @@ static void add_query_tiles(usp_tile_list *list, const usp_key_rows *k, const ex
         int64_t from = k->run[i] - k->run[0], to = k->run[i + 1] - k->run[0];
         int64_t begin = usp_first_at_least(k->position, from, to, e->low),
                 end = usp_first_at_least(k->position, begin, to, e->high + 1);
-        int64_t full_begin = usp_first_at_least(k->position, from, to, e->last_low),
-                full_end = usp_first_at_least(k->position, from, to, e->first_high + 1);
+        int64_t full_begin = usp_first_at_least(k->position, begin, to, e->last_low),
+                full_end = usp_first_at_least(k->position, begin, to, e->first_high + 1);
         if (k->last)
             add_family_tiles(list, k, e, begin, end, full_begin, full_end);
         else
@@ -141,12 +141,12 @@ static void add_key_tiles(usp_tile_list *list, const usp_query_rows *q, const ke
     for (int64_t i = 0; i < q->runs; i++) {
         int64_t from = q->run[i] - q->run[0], to = q->run[i + 1] - q->run[0];
         int64_t begin = usp_first_at_least(q->high, from, to, e->first),
-                end = usp_first_at_least(q->low, from, to, e->last + 1);
-        int64_t full_begin = usp_first_at_least(q->high, from, to, e->last),
-                full_end = usp_first_at_least(q->low, from, to, e->first + 1);
+                end = usp_first_at_least(q->low, begin, to, e->last + 1);
+        int64_t full_begin = usp_first_at_least(q->high, begin, to, e->last),
+                full_end = usp_first_at_least(q->low, begin, to, e->first + 1);
         if (family) {
-            end = usp_least(end, usp_first_at_least(q->position, from, to, e->last_last + 1));
-            full_end = usp_least(full_end, usp_first_at_least(q->position, from, to, e->first_last + 1));
+            end = usp_least(end, usp_first_at_least(q->position, begin, to, e->last_last + 1));
+            full_end = usp_least(full_end, usp_first_at_least(q->position, begin, to, e->first_last + 1));
         }
         add_tile(list, begin, end, full_begin, full_end);
     }

@@ -75,7 +75,7 @@ usp_status usp_sequence_to_local(const usp_sequence *sequence, int64_t global, i
 }
 
 static const usp_document *document_of(const usp_sequence *sequence, int64_t token) {
-    return &sequence->documents.document[usp_documents_find(&sequence->documents, token)];
+    return &sequence->documents.document[usp_documents_find(&sequence->documents, token, 0)];
 }
 
 /* Walks the own tokens in local order. */
