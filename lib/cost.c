@@ -11,14 +11,15 @@ usp_status usp_layer_get_sizes(const usp_layer *layer, usp_sizes *sizes) {
 
 static void add_flops(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
     int ring = layer->mesh.ring, ulysses = layer->mesh.ulysses;
-    for (int r = 0; r < ring; r++)
+    for (int r = 0; r < ring; r++) {
+        double each = layer->attn->flops(layer, pass, r) * layer->config.batch;
         for (int u = 0; u < ulysses; u++) {
-            double heads = (double)layer->config.batch * usp_layer_heads(layer, USP_OUT, u).count;
-            double flops = layer->attn->flops(layer, pass, r) * heads;
+            double flops = each * usp_layer_heads(layer, USP_OUT, u).count;
             cost->flops_mean += flops / (ring * ulysses);
             if (flops > cost->flops_max) cost->flops_max = flops;
             if (r == layer->mesh.r && u == layer->mesh.u) cost->flops = flops;
         }
+    }
 }
 
 usp_status usp_layer_get_cost(const usp_layer *layer, usp_pass pass, usp_cost *cost) {
