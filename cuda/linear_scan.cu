@@ -32,6 +32,11 @@ static __device__ __forceinline__ void step(float4 &x, float decay, bool anew, c
     step(x.w, decay, anew, total.w);
 }
 
+/* Where state `index` lies in data. */
+static __device__ __forceinline__ int place_of(const usp_scan &scan, int index) {
+    return scan.place ? __ldg(scan.place + index) : index;
+}
+
 /* The next `ahead` states of a group in the order of the scan, the rows of each, and where documents begin in time. */
 template <typename V> struct batch {
     V total[ahead];
@@ -40,13 +45,13 @@ template <typename V> struct batch {
 
 /* States first, first + direction, ... of which `left` are left. */
 template <typename V>
-static __device__ __forceinline__ void read_batch(batch<V> &to, const V *data, const usp_scan_step *step, int64_t state,
+static __device__ __forceinline__ void read_batch(batch<V> &to, const V *data, const usp_scan &scan, int64_t state,
                                                   int first, int direction, int left) {
 #pragma unroll
     for (int j = 0; j < ahead; j++) {
         if (j >= left) break;
-        to.total[j] = data[(first + j * direction) * state];
-        const usp_scan_step &from = step[first + j * direction];
+        to.total[j] = data[place_of(scan, first + j * direction) * state];
+        const usp_scan_step &from = scan.step[first + j * direction];
         to.length[j] = __ldg(&from.length);
         to.anew[j] = __ldg(direction > 0 ? &from.begins : &from.ends);
     }
@@ -66,14 +71,14 @@ static __global__ void __launch_bounds__(threads_per_block) scan_states(usp_scan
     V *data = reinterpret_cast<V *>(scan.data) + at, x = {};
     batch<V> now, next;
     if (scan.initial) x = reinterpret_cast<const V *>(scan.initial)[group * state + at];
-    read_batch(next, data, scan.step, state, index, direction, count);
+    read_batch(next, data, scan, state, index, direction, count);
     for (int left = count; left > 0; left -= ahead) {
         now = next;
-        read_batch(next, data, scan.step, state, index + ahead * direction, direction, left - ahead);
+        read_batch(next, data, scan, state, index + ahead * direction, direction, left - ahead);
 #pragma unroll
         for (int j = 0; j < ahead; j++) {
             if (j >= left) break;
-            data[index * state] = x;
+            data[place_of(scan, index) * state] = x;
             step(x, usp_decay(log2_decay, now.length[j]), now.anew[j], now.total[j]);
             index += direction;
         }

@@ -32,7 +32,7 @@ static int by_start(const void *a, const void *b) {
 }
 
 static void collect(usp_chunk_list *list, const usp_ring_side *side, const usp_grid *grid) {
-    list->chunks = list->own_chunks = 0;
+    list->chunks = 0;
     for (int r = 0; r < grid->ring; r++) {
         int64_t first = side->first[r], end = side->first[r + 1];
         for (int64_t row = first, next; row < end; row = next) {
@@ -43,10 +43,16 @@ static void collect(usp_chunk_list *list, const usp_ring_side *side, const usp_g
     usp_sort(list->chunk, (size_t)list->chunks, sizeof *list->chunk, by_start);
 }
 
-/* Counts the own ones; another rank's index is never asked for. */
-static void number_own(usp_chunk_list *list, int r) {
+/* Gives each owner's chunks, in position order, places one behind the other. */
+static void find_places(usp_chunk_list *list, const usp_grid *grid) {
+    int64_t *next = list->first + 1; /* of each owner, which in the end is the next one's first */
+    for (int r = 0; r <= grid->ring; r++) list->first[r] = 0;
     for (int64_t c = 0; c < list->chunks; c++)
-        if (list->chunk[c].owner == r) list->chunk[c].own_index = (int)list->own_chunks++;
+        if (list->chunk[c].owner + 1 < grid->ring) next[list->chunk[c].owner + 1]++;
+    for (int r = 1; r < grid->ring; r++) next[r] += next[r - 1];
+    for (int64_t c = 0; c < list->chunks; c++)
+        list->chunk_place[c] = list->chunk[c].place = (int32_t)next[list->chunk[c].owner]++;
+    list->own_chunks = list->first[grid->r + 1] - list->first[grid->r];
 }
 
 /* ---- documents --------------------------------------------------------------------------------------------------- */
@@ -87,15 +93,17 @@ static void mark_rows(usp_chunk_list *list, const usp_document_list *documents, 
 
 /* ---- blocks ------------------------------------------------------------------------------------------------------ */
 
-static void cut_chunk(usp_chunk_list *list, const usp_document_list *documents, const usp_chunk *chunk, int64_t most) {
+/* `own`: its index among the own ones. */
+static void cut_chunk(usp_chunk_list *list, const usp_document_list *documents, const usp_chunk *chunk, int64_t own,
+                      int64_t most) {
     for (int64_t done = 0; done < chunk->count; done += most) {
         int64_t count = chunk->count - done < most ? chunk->count - done : most;
         list->block[list->blocks] = (usp_block){.begin = (int32_t)(chunk->row + done),
                                                 .count = (int32_t)count,
-                                                .chunk = chunk->own_index,
+                                                .chunk = (int32_t)own,
                                                 .distance = (int32_t)done,
                                                 .chunk_rows = (int32_t)chunk->count};
-        list->block_step[list->blocks++] = step_of(list, documents, chunk->start + done, count, chunk->own_index);
+        list->block_step[list->blocks++] = step_of(list, documents, chunk->start + done, count, (int)own);
     }
 }
 
@@ -103,12 +111,12 @@ void usp_chunks_fill(usp_chunk_list *list, const usp_ring_side *side, const usp_
                      const usp_document_list *documents, int64_t block) {
     list->blocks = 0;
     collect(list, side, grid);
-    number_own(list, grid->r);
+    find_places(list, grid);
     for (int64_t c = 0; c < list->chunks; c++) {
         const usp_chunk *chunk = &list->chunk[c];
         list->chunk_step[c] = step_of(list, documents, chunk->start, chunk->count, 0);
         if (chunk->owner != grid->r) continue;
-        cut_chunk(list, documents, chunk, block);
+        cut_chunk(list, documents, chunk, chunk->place - list->first[grid->r], block);
         if (list->begins) mark_rows(list, documents, chunk);
     }
 }

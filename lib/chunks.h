@@ -8,17 +8,19 @@
 
 /* Consecutive positions held by one ring rank: rows row .. row + count of its block. */
 typedef struct usp_chunk {
-    int owner, own_index; /* ring rank; index among its chunks */
+    int32_t owner, place; /* ring rank; index among all chunks, owner by owner */
     int64_t start, row, count;
 } usp_chunk;
 
 typedef struct usp_chunk_list {
     int64_t chunks, own_chunks, blocks;
+    int64_t *first; /* [ring + 1] of each owner: its first place */
     int64_t chunk_capacity, own_chunk_limit, block_capacity;
     usp_chunk *chunk;          /* [chunk_capacity] in position order */
     usp_block *block;          /* [block_capacity] of the own chunks */
     usp_scan_step *block_step; /* [block_capacity] */
     usp_scan_step *chunk_step; /* [chunk_capacity] */
+    int32_t *chunk_place;      /* [chunk_capacity] of chunks in position order */
     int32_t *begins, *ends;    /* [own rows] as usp_linear has them; NULL: one document */
 } usp_chunk_list;
 

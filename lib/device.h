@@ -158,7 +158,7 @@ typedef struct usp_linear {
  * reverse): t = states[i]; states[i] = x; x = exp(log_decay[head] * length[i]) * x + t, or x = t where a document
  * begins (if reverse: ends) among its rows; and at the end final = x. A scan runs over each group of consecutive states
  * with equal `group`, each from `initial[group]`, to `final[group]`. One state is [batch][heads][elements]. initial and
- * final may be NULL; final may not alias initial. */
+ * final may be NULL; final may not alias initial. states[i] lies at place[i] of data, where place is given. */
 typedef struct usp_scan_step {
     int32_t length, group;
     int32_t begins,
@@ -171,6 +171,7 @@ typedef struct usp_scan {
     const float *log_decay;
     int reverse;
     const usp_scan_step *step; /* [states], device memory; groups ascending from 0 */
+    const int32_t *place;      /* [states], device memory; NULL: in order */
     int states, groups;
     float *data;
     const float *initial;

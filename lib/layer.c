@@ -85,13 +85,9 @@ static int64_t state_capacity(const usp_layer *layer) {
     return gathered + layer->plan->chunks.chunk_capacity + 2 * (ring + layer->mesh.ulysses);
 }
 
-/* Most messages of any one exchange, one way: each bundle's to or from all peers; keys and gradients; states. Lists of
- * them are counted in 32 bits. */
-static usp_status count_messages(const usp_layer *layer, int64_t *capacity) {
-    *capacity = state_capacity(layer) + 2 * USP_MOST_BUNDLES * (int64_t)layer->mesh.ulysses + 2 * layer->mesh.ring + 8;
-    USP_REQUIRE(*capacity <= INT32_MAX / 2, "usp_sequence_config: its segments or documents take %lld messages",
-                (long long)*capacity);
-    return USP_OK;
+/* Most messages of any one exchange, one way: each bundle's to or from all peers; keys and gradients; states. */
+static int64_t most_messages(const usp_layer *layer) {
+    return 2 * USP_MOST_BUNDLES * (int64_t)layer->mesh.ulysses + 3 * layer->mesh.ring + 8;
 }
 
 static usp_status allocate_lists(usp_layer *layer, int64_t messages) {
@@ -153,14 +149,13 @@ static usp_shape shape_of(const usp_layer *layer) {
 static usp_status build(usp_layer *layer, const float *decay, const float *slopes) {
     usp_device *device = layer->world->device;
     usp_kernel_shape kernels = kernel_shape(&layer->config);
-    int64_t messages = 0;
+    int64_t messages = most_messages(layer);
     usp_layer_set_heads(layer);
     layer->attn = usp_attn_kinds[layer->config.attention - 1];
     usp_shape shape = shape_of(layer);
     USP_TRY(usp_plan_acquire(layer->sequence, &shape, &layer->plan));
     layer->scratch = device->ops->scratch(device, &kernels);
     layer->sizes = usp_run_sizes(layer);
-    USP_TRY(count_messages(layer, &messages));
     USP_TRY(allocate_lists(layer, messages));
     USP_TRY(prepare_transport(layer, messages));
     USP_TRY(upload_heads(layer, decay, &layer->decay));

@@ -27,6 +27,7 @@ typedef struct usp_plan_arrays {
     int32_t *map;                           /* of parcels */
     usp_block *block;                       /* linear, as in usp_chunk_list */
     usp_scan_step *block_step, *chunk_step;
+    int32_t *chunk_place;
     int32_t *begins, *ends;
 } usp_plan_arrays;
 

@@ -133,6 +133,7 @@ static usp_plan_arrays carve_linear(const usp_sequence *sequence, const usp_plan
     a.block = usp_carve(arena, (size_t)chunks->block_capacity * sizeof *a.block);
     a.block_step = usp_carve(arena, (size_t)chunks->block_capacity * sizeof *a.block_step);
     a.chunk_step = usp_carve(arena, (size_t)chunks->chunk_capacity * sizeof *a.chunk_step);
+    a.chunk_place = usp_carve(arena, (size_t)chunks->chunk_capacity * sizeof *a.chunk_place);
     if (usp_sequence_is_whole(sequence)) return a;
     a.begins = usp_carve(arena, (size_t)plan->query_limit * sizeof *a.begins);
     a.ends = usp_carve(arena, (size_t)plan->query_limit * sizeof *a.ends);
@@ -156,6 +157,7 @@ static void fill(usp_sequence *sequence, usp_plan *plan, int turn) {
     plan->chunks.block = plan->host.block;
     plan->chunks.block_step = plan->host.block_step;
     plan->chunks.chunk_step = plan->host.chunk_step;
+    plan->chunks.chunk_place = plan->host.chunk_place;
     plan->chunks.begins = plan->host.begins;
     plan->chunks.ends = plan->host.ends;
     usp_plan_fill(sequence, plan);
@@ -211,6 +213,7 @@ static usp_status allocate_chunks(usp_sequence *sequence, usp_plan *plan) {
     }
     list->block_capacity =
         plan->query_limit / device->ops->linear_block(device, plan->query_limit) + list->own_chunk_limit;
+    list->first = usp_host_array(&sequence->world->host, ring + 1, sizeof *list->first, "plan", &status);
     list->chunk = usp_host_array(&sequence->world->host, list->chunk_capacity, sizeof *list->chunk, "plan", &status);
     return status;
 }
@@ -226,9 +229,10 @@ static usp_status upload(usp_sequence *sequence, usp_plan *plan, int turn, usp_s
 static void destroy(usp_sequence *sequence, usp_plan *plan) {
     const usp_host *host = &sequence->world->host;
     usp_device *device = sequence->world->device;
-    void *const memory[] = {plan->low,         plan->high,         plan->diagonal,     plan->spans,
-                            plan->runs,        plan->order,        plan->family_end,   plan->chunks.chunk,
-                            plan->route.stage, plan->route.source, plan->route.reader, plan->route.map};
+    void *const memory[] = {plan->low,          plan->high,        plan->diagonal,     plan->spans,
+                            plan->runs,         plan->order,       plan->family_end,   plan->chunks.chunk,
+                            plan->chunks.first, plan->route.stage, plan->route.source, plan->route.reader,
+                            plan->route.map};
     for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) usp_host_free(host, memory[i]);
     for (int i = 0; i < 2; i++) device->ops->free_host(device, plan->host_memory[i]);
     device->ops->free(device, plan->device_memory);

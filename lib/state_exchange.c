@@ -12,6 +12,14 @@ float *usp_state_carve(const usp_layer *layer, int64_t states, usp_arena *arena)
     return usp_carve(arena, (size_t)(states * usp_state_size(layer)) * sizeof(float));
 }
 
+static int64_t state_bytes(const usp_layer *layer) {
+    return usp_state_size(layer) * (int64_t)sizeof(float);
+}
+
+static float *state_at(const usp_layer *layer, float *states, int64_t index) {
+    return states ? states + index * usp_state_size(layer) : NULL;
+}
+
 static int uses_chain(const usp_layer *layer) {
     return layer->config.state_exchange == USP_STATE_CHAIN ||
            (layer->config.state_exchange == USP_STATE_AUTO && layer->mesh.ring > 8);
@@ -19,13 +27,15 @@ static int uses_chain(const usp_layer *layer) {
 
 usp_flow usp_flow_carve(const usp_layer *layer, int kept, usp_arena *arena) {
     const usp_chunk_list *chunks = &layer->plan->chunks;
-    usp_flow f = {.blocks = usp_state_carve(layer, chunks->block_capacity, arena),
-                  .totals = usp_state_carve(layer, chunks->own_chunk_limit, arena)};
-    if (uses_chain(layer))
+    usp_flow f = {.blocks = usp_state_carve(layer, chunks->block_capacity, arena)};
+    if (uses_chain(layer)) {
         f.carry = usp_state_carve(layer, 1, arena);
-    else
+        f.totals = usp_state_carve(layer, chunks->own_chunk_limit, arena);
+        if (!kept) f.incoming = usp_state_carve(layer, chunks->own_chunk_limit, arena);
+    } else {
         f.slots = usp_state_carve(layer, chunks->chunk_capacity, arena);
-    if (!kept) f.incoming = usp_state_carve(layer, chunks->own_chunk_limit, arena);
+        f.totals = f.incoming = state_at(layer, f.slots, chunks->first[layer->mesh.r]);
+    }
     f.final = usp_state_carve(layer, 1, arena);
     return f;
 }
@@ -43,6 +53,7 @@ static usp_status scan_chunks(usp_layer *layer, const usp_flow *f, int64_t first
                               const float *initial, float *final, usp_stream stream) {
     usp_scan scan = usp_state_scan(layer, f);
     scan.step = layer->plan->device.chunk_step + first;
+    scan.place = f->slots ? layer->plan->device.chunk_place : NULL;
     scan.states = (int)count;
     scan.groups = 1;
     scan.data = data;
@@ -60,43 +71,28 @@ usp_status usp_state_copy(usp_layer *layer, float *to, const float *from, usp_st
 
 /* ---- gather ------------------------------------------------------------------------------------------------------ */
 
-static int64_t state_bytes(const usp_layer *layer) {
-    return usp_state_size(layer) * (int64_t)sizeof(float);
-}
-
-static float *state_at(const usp_layer *layer, float *states, int64_t index) {
-    return states ? states + index * usp_state_size(layer) : NULL;
-}
-
-/* Every own total to every other rank; the others' into their slots. */
+/* All own totals to every other rank; the others' into their slots. */
 static void post_gather(const usp_layer *layer, const usp_flow *f, usp_messages *messages) {
     const usp_chunk_list *chunks = &layer->plan->chunks;
-    for (int64_t c = 0; c < chunks->chunks; c++) {
-        const usp_chunk *chunk = &chunks->chunk[c];
-        for (int r = 0; r < layer->mesh.ring; r++) {
-            if (chunk->owner != layer->mesh.r && r == layer->mesh.r)
-                usp_messages_recv(messages, usp_layer_ring_rank(layer, chunk->owner), state_at(layer, f->slots, c),
-                                  state_bytes(layer));
-            if (chunk->owner == layer->mesh.r && r != layer->mesh.r)
-                usp_messages_send(messages, usp_layer_ring_rank(layer, r), state_at(layer, f->totals, chunk->own_index),
-                                  state_bytes(layer));
-        }
+    for (int r = 0; r < layer->mesh.ring; r++) {
+        int peer = usp_layer_ring_rank(layer, r);
+        if (r == layer->mesh.r) continue;
+        usp_messages_send(messages, peer, f->totals, chunks->own_chunks * state_bytes(layer));
+        usp_messages_recv(messages, peer, state_at(layer, f->slots, chunks->first[r]),
+                          (chunks->first[r + 1] - chunks->first[r]) * state_bytes(layer));
     }
 }
 
 /* With all totals here, every rank finds all states; own chunks take theirs (without a mask: that of all tokens). */
 static usp_status resolve_gather(usp_layer *layer, const usp_flow *f, usp_stream stream) {
     const usp_chunk_list *chunks = &layer->plan->chunks;
-    for (int64_t c = 0; c < chunks->chunks; c++)
-        if (chunks->chunk[c].owner == layer->mesh.r)
-            USP_TRY(usp_state_copy(layer, state_at(layer, f->slots, c),
-                                   state_at(layer, f->totals, chunks->chunk[c].own_index), stream));
+    usp_device *device = layer->world->device;
+    size_t bytes = (size_t)(chunks->own_chunks * state_bytes(layer));
     USP_TRY(scan_chunks(layer, f, 0, chunks->chunks, f->slots, f->initial, f->final, stream));
-    for (int64_t c = 0; c < chunks->chunks; c++)
-        if (chunks->chunk[c].owner == layer->mesh.r)
-            USP_TRY(usp_state_copy(layer, state_at(layer, f->incoming, chunks->chunk[c].own_index),
-                                   usp_flow_causal(layer) ? state_at(layer, f->slots, c) : f->final, stream));
-    return USP_OK;
+    for (int64_t i = 0; i < chunks->own_chunks && !usp_flow_causal(layer); i++)
+        USP_TRY(usp_state_copy(layer, state_at(layer, f->incoming, i), f->final, stream));
+    if (!usp_flow_causal(layer) || f->incoming == f->totals) return USP_OK;
+    return device->ops->copy(device, f->incoming, f->totals, bytes, stream);
 }
 
 /* ---- chain ------------------------------------------------------------------------------------------------------- */
@@ -138,8 +134,9 @@ static void post_spread(const usp_layer *layer, const usp_flow *f, usp_messages 
 
 /* One own link: keep the state before the chunk, fold the chunk in. A one-state scan does both. */
 static usp_status fold_link(usp_layer *layer, const usp_flow *f, int64_t c, usp_stream stream) {
-    float *incoming = state_at(layer, f->incoming, layer->plan->chunks.chunk[c].own_index);
-    float *total = state_at(layer, f->totals, layer->plan->chunks.chunk[c].own_index);
+    const usp_chunk_list *chunks = &layer->plan->chunks;
+    int64_t own = chunks->chunk[c].place - chunks->first[layer->mesh.r];
+    float *incoming = state_at(layer, f->incoming, own), *total = state_at(layer, f->totals, own);
     USP_TRY(usp_state_copy(layer, incoming, f->carry, stream));
     return scan_chunks(layer, f, c, 1, total, incoming, f->carry, stream);
 }

@@ -12,9 +12,9 @@ typedef struct usp_flow {
     usp_tensor k, v; /* what makes the totals: k and v, or q and dout */
     usp_head_map k_map, v_map;
     float *blocks;   /* [blocks]: the state before each block of the own chunks */
-    float *totals;   /* [own chunks] */
-    float *slots;    /* [chunks], in position order: all totals, then the states before each; in a chain NULL */
-    float *incoming; /* [own chunks]: the state before each own chunk */
+    float *totals;   /* [own chunks]; those of `slots`, if there are */
+    float *slots;    /* [chunks] by place: all totals, then the states before each; in a chain NULL */
+    float *incoming; /* [own chunks]: the state before each own chunk; in place of `totals`, if not kept */
     float *carry;    /* one state, on its way in a chain */
     const float *initial;
     float *final;  /* one state */

@@ -14,9 +14,10 @@ static void reference_scan(const usp_scan *a, double *truth, double *final, size
             int i = a->reverse ? a->states - 1 - n : n;
             const usp_scan_step *step = &a->step[i];
             if (step->group != g) continue;
-            truth[(size_t)i * stride + row] = x;
+            size_t at = (size_t)(a->place ? a->place[i] : i) * stride + row;
+            truth[at] = x;
             x = (a->reverse ? step->ends : step->begins) ? 0 : exp(log_decay * step->length) * x;
-            x += (double)a->data[(size_t)i * stride + row];
+            x += (double)a->data[at];
         }
         final[(size_t)g * stride + row] = x;
     }
@@ -45,14 +46,17 @@ void usp_check_scan(check *c) {
     usp_scan a = {.batch = 1 + usp_check_pick(c, 2), .heads = 1 + usp_check_pick(c, 3)};
     usp_scan_step step[STATES];
     float log_decay[3];
+    int32_t place[STATES];
     a.elements = elements[usp_check_pick(c, 4)];
     size_t stride = (size_t)(a.batch * a.heads) * (size_t)a.elements;
     float *data = usp_check_poisoned(STATES * stride), *initial = usp_check_poisoned(GROUPS * stride);
     float *final = usp_check_poisoned(GROUPS * stride);
     draw_steps(c, step);
+    for (int i = 0; i < STATES; i++) place[i] = (i * 2 + 3) % STATES; /* all, as 2 and 9 have no factor in common */
     for (size_t i = 0; i < STATES * stride; i++) data[i] = (float)usp_check_uniform(c);
     for (size_t i = 0; i < GROUPS * stride; i++) initial[i] = (float)usp_check_uniform(c);
     for (int h = 0; h < 3; h++) log_decay[h] = -0.1f * (float)usp_check_pick(c, 3);
+    a.place = usp_check_pick(c, 2) ? place : NULL;
     a.step = step, a.states = STATES, a.groups = GROUPS, a.data = data;
     a.reverse = usp_check_pick(c, 2), a.log_decay = usp_check_pick(c, 3) ? log_decay : NULL;
     a.initial = usp_check_pick(c, 2) ? initial : NULL, a.final = usp_check_pick(c, 2) ? final : NULL;

@@ -199,7 +199,8 @@ static void scan_line(const usp_scan *a, int begin, int end, int64_t at, int64_t
     for (int i = 0; i < end - begin; i++) {
         int index = a->reverse ? end - 1 - i : begin + i;
         int anew = a->reverse ? a->step[index].ends : a->step[index].begins;
-        float keep = (float)power(log_decay, a->step[index].length), *data = a->data + index * stride + at;
+        int64_t place = a->place ? a->place[index] : index;
+        float keep = (float)power(log_decay, a->step[index].length), *data = a->data + place * stride + at;
         for (int c = 0; c < n; c++) {
             float total = data[c];
             data[c] = x[c];
