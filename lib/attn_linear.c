@@ -266,12 +266,9 @@ static usp_flow forward_flow(const usp_layer *layer, const usp_inner *inner, con
 }
 
 static product out_product(const usp_layer *layer, const usp_inner *inner, const usp_flow *s) {
-    return (product){.states = s,
-                     .q = operand_of(layer, USP_QUERY, inner->q),
-                     .k = operand_of(layer, USP_KEY, inner->k),
-                     .v = operand_of(layer, USP_VALUE, inner->v),
-                     .out = operand_of(layer, USP_OUT, inner->out),
-                     .dtype = layer->config.dtype};
+    operand q = operand_of(layer, USP_QUERY, inner->q), k = operand_of(layer, USP_KEY, inner->k);
+    operand v = operand_of(layer, USP_VALUE, inner->v), out = operand_of(layer, USP_OUT, inner->out);
+    return (product){s, q, k, v, out, 0, layer->config.dtype};
 }
 
 /* Nothing comes from other ranks: one scan gives the true states at once. */
@@ -312,33 +309,18 @@ static usp_flow backward_flow(const usp_layer *layer, const usp_inner *inner, co
     return f;
 }
 
-static product dq_product(const usp_layer *layer, const usp_inner *inner, const usp_flow *s) {
-    return (product){.states = s,
-                     .q = operand_of(layer, USP_OUT, inner->dout),
-                     .k = operand_of(layer, USP_VALUE, inner->v),
-                     .v = operand_of(layer, USP_KEY, inner->k),
-                     .out = operand_of(layer, USP_QUERY, inner->dq),
-                     .transposed = 1,
-                     .dtype = inner->sum_queries ? USP_F32 : layer->config.dtype};
-}
-
-static product dk_product(const usp_layer *layer, const usp_inner *inner, const usp_flow *d) {
-    return (product){.states = d,
-                     .q = operand_of(layer, USP_VALUE, inner->v),
-                     .k = operand_of(layer, USP_OUT, inner->dout),
-                     .v = operand_of(layer, USP_QUERY, inner->q),
-                     .out = operand_of(layer, USP_KEY, inner->dk),
-                     .transposed = 1,
-                     .dtype = inner->sum_keys ? USP_F32 : layer->config.dtype};
-}
-
-static product dv_product(const usp_layer *layer, const usp_inner *inner, const usp_flow *d) {
-    return (product){.states = d,
-                     .q = operand_of(layer, USP_KEY, inner->k),
-                     .k = operand_of(layer, USP_QUERY, inner->q),
-                     .v = operand_of(layer, USP_OUT, inner->dout),
-                     .out = operand_of(layer, USP_VALUE, inner->dv),
-                     .dtype = inner->sum_keys ? USP_F32 : layer->config.dtype};
+/* dq = scale S dout, dk = scale D v, dv = scale D^T k. */
+static void list_products(const usp_layer *layer, const usp_inner *inner, const usp_flow *s, const usp_flow *d,
+                          product products[3]) {
+    operand q = operand_of(layer, USP_QUERY, inner->q), dq = operand_of(layer, USP_QUERY, inner->dq);
+    operand k = operand_of(layer, USP_KEY, inner->k), dk = operand_of(layer, USP_KEY, inner->dk);
+    operand v = operand_of(layer, USP_VALUE, inner->v), dv = operand_of(layer, USP_VALUE, inner->dv);
+    operand dout = operand_of(layer, USP_OUT, inner->dout);
+    usp_dtype queries = inner->sum_queries ? USP_F32 : layer->config.dtype;
+    usp_dtype keys = inner->sum_keys ? USP_F32 : layer->config.dtype;
+    products[0] = (product){s, dout, v, k, dq, 1, queries};
+    products[1] = (product){d, v, dout, q, dk, 1, keys};
+    products[2] = (product){d, k, q, dout, dv, 0, keys};
 }
 
 /* D is kept without the scale, which every product applies; the caller's state gradients carry it. */
@@ -369,10 +351,11 @@ static usp_status finish_product(usp_layer *layer, const usp_inner *inner, const
  * the forward states were kept. */
 static usp_status backward_products(usp_layer *layer, const usp_inner *inner, const usp_flow *s, const usp_flow *d,
                                     const buffers *b) {
-    product products[3] = {dq_product(layer, inner, s), dk_product(layer, inner, d), dv_product(layer, inner, d)};
+    product products[3];
     float *rows[3] = {b->acc, b->keys, b->heads};
     int causal = usp_flow_causal(layer), again = exchanges_again(layer), shared = !is_alone(layer);
     const int waits[3] = {again, shared, shared};
+    list_products(layer, inner, s, d, products);
     for (int i = 0; i < 3; i++) {
         if (causal) USP_TRY(run_intra(layer, inner, &products[i], rows[i], !waits[i]));
         if (!waits[i]) USP_TRY(finish_product(layer, inner, &products[i], rows[i], !causal));

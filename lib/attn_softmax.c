@@ -92,11 +92,7 @@ static size_t workspace(const usp_layer *layer, usp_pass pass, int exchanged) {
     return arena.used;
 }
 
-/* What is kept of every query row: top and sum. */
-static float *kept_top(const usp_inner *inner) {
-    return inner->kept;
-}
-
+/* What is kept of every query row: top, then sum. */
 static size_t stat_bytes(const usp_layer *layer) {
     return usp_align((size_t)query_lines(layer) * sizeof(float));
 }
@@ -133,7 +129,7 @@ static usp_softmax arguments_of(const usp_layer *layer, const usp_inner *inner, 
                          .queries = usp_plan_queries(layer->plan),
                          .q = inner->q,
                          .deterministic = c->deterministic,
-                         .top = kept_top(inner),
+                         .top = inner->kept,
                          .sum = kept_sum(layer, inner),
                          .acc = b->acc,
                          .peak = b->peak,
