@@ -44,20 +44,41 @@ int usp_check_case(usp_rank *rank, const usp_case *given, usp_references *refere
     return 0;
 }
 
+/* On every mesh of the world's size. */
+static int check_on_meshes(usp_rank *rank, const usp_table_run *run, usp_case c) {
+    int failed = 0;
+    c.copies = run->copies ? run->copies : 1;
+    if (c.attention == 0) c.attention = run->table->attention;
+    for (int s = 0; s < USP_SPLITS && !failed; s++) {
+        c.ulysses = usp_splits[s].ulysses;
+        c.ring = usp_splits[s].ring;
+        if (c.ulysses * c.ring * c.copies == rank->size) failed = usp_check_case(rank, &c, run->references);
+    }
+    return failed;
+}
+
 int usp_body_table(usp_rank *rank, void *argument) {
     const usp_table_run *run = argument;
-    int copies = run->copies ? run->copies : 1, failed = 0;
-    for (int i = 0; i < run->table->count && !failed; i++)
-        for (int s = 0; s < USP_SPLITS && !failed; s++) {
-            usp_case c = run->table->cases[i];
-            if (usp_splits[s].ulysses * usp_splits[s].ring * copies != rank->size) continue;
-            if (c.attention == 0) c.attention = run->table->attention;
-            c.ulysses = usp_splits[s].ulysses;
-            c.ring = usp_splits[s].ring;
-            c.copies = copies;
-            c.seed = 100 + i;
-            failed = usp_check_case(rank, &c, run->references);
-        }
+    int failed = 0;
+    for (int i = 0; i < run->table->count && !failed; i++) {
+        usp_case c = run->table->cases[i];
+        c.seed = 100 + i;
+        failed = check_on_meshes(rank, run, c);
+    }
+    return failed;
+}
+
+int usp_body_features(usp_rank *rank, void *argument) {
+    const usp_table_run run = {.table = &usp_feature_table, .references = argument};
+    int failed = 0;
+    for (int i = 0; i < usp_feature_table.count * 15 && !failed; i++) {
+        usp_case c = usp_feature_table.cases[i / 15];
+        c.seed = 100 + i / 15;
+        c.layout = (usp_layout)(USP_LAYOUT_ZIGZAG + i / 3 % 5);
+        c.dtype = (usp_dtype)(USP_F32 + i % 3);
+        if (c.layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT && c.documents == 5) c.documents = 4; /* has no padding */
+        failed = check_on_meshes(rank, &run, c);
+    }
     return failed;
 }
 

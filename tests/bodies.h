@@ -21,6 +21,8 @@ typedef struct usp_table_run {
     usp_references *references;
 } usp_table_run;
 int usp_body_table(usp_rank *rank, void *argument);
+/* The features' table on every layout, in every dtype, on every mesh of the world's size. argument: usp_references. */
+int usp_body_features(usp_rank *rank, void *argument);
 
 /* One case on every mesh and layout: the results agree. argument: none. */
 int usp_body_independent(usp_rank *rank, void *argument);

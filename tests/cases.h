@@ -82,6 +82,7 @@ typedef struct usp_table {
 
 extern const usp_table usp_mask_table; /* every mask and feature of softmax attention, and documents */
 extern const usp_table usp_softmax_table, usp_linear_table, usp_half_table, usp_large_table;
+extern const usp_table usp_feature_table; /* every mask and feature once, of no layout or dtype */
 extern const usp_table usp_wide_table; /* heads as wide as models have them: for GPUs */
 
 /* As a configuration asks for them: none by their name. */

@@ -36,6 +36,7 @@ static const struct part {
     {"half", &usp_half_table, NULL},
     {"linear", &usp_linear_table, NULL},
     {"softmax", &usp_softmax_table, NULL},
+    {"features", NULL, usp_body_features},
     {"switch", NULL, usp_body_switch},
     {"repeats", NULL, usp_body_repeats},
     {"round_trip", NULL, usp_body_round_trip},
@@ -76,7 +77,7 @@ static int run_parts(usp_rank *rank, void *argument) {
     for (int i = 0; i < PARTS && !failed; i++) {
         usp_table_run run = {.table = parts[i].table, .references = &chosen->references};
         if (chosen->only && strcmp(chosen->only, parts[i].name) != 0) continue;
-        failed = parts[i].table ? usp_body_table(rank, &run) : parts[i].body(rank, NULL);
+        failed = parts[i].table ? usp_body_table(rank, &run) : parts[i].body(rank, &chosen->references);
     }
     return failed;
 }

@@ -301,6 +301,7 @@ static int run_tables(usp_rank *rank, usp_references *references) {
         if (usp_body_table(rank, &run)) return 1;
     }
     usp_table_run copies = {.table = &usp_wide_table, .copies = 2, .references = references};
+    if (usp_body_features(rank, references)) return 1;
     return rank->size % 2 == 0 && usp_body_table(rank, &copies);
 }
 

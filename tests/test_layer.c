@@ -39,6 +39,13 @@ Test(layer, linear_on_many_ranks) {
     run_table(&usp_linear_table, large_sizes, 2);
 }
 
+Test(layer, features_on_every_layout_in_every_dtype) {
+    const int sizes[] = {1, 2, 3, 4, 6, 8};
+    usp_references references = {0};
+    for (int i = 0; i < 6; i++) usp_expect_ranks(sizes[i], SECONDS, usp_body_features, &references);
+    usp_references_free(&references);
+}
+
 Test(layer, half_precision) {
     run_table(&usp_half_table, some_sizes, 4);
 }
