@@ -38,16 +38,16 @@ static int64_t find_spans(const usp_sides *sides, int r, usp_span *spans) {
 
 /* Rows of ring rank s's block of keys that the spans hold, as ranges of rows. */
 typedef struct walk {
-    int32_t *map;                           /* every row is written here, if there is room */
+    int32_t *map;                           /* every row is written here, as far as there is room */
     int64_t room, rows, ranges, first, end; /* first: of the first range; end: of the last */
 } walk;
 
 static void add_range(walk *w, int64_t begin, int64_t end) {
+    int64_t written = usp_least(end - begin, w->room - w->rows);
     if (begin >= end) return;
     if (w->rows == 0) w->first = begin;
     if (w->rows == 0 || begin != w->end) w->ranges++;
-    for (int64_t row = begin; row < end && w->map && w->rows + row - begin < w->room; row++)
-        w->map[w->rows + row - begin] = (int32_t)row;
+    for (int64_t i = 0; i < written; i++) w->map[w->rows + i] = (int32_t)(begin + i);
     w->rows += end - begin;
     w->end = end;
 }
@@ -97,8 +97,8 @@ static usp_parcel whole_block(const usp_ring_side *key, int owner, int other) {
  * comes behind the plan's others. */
 static usp_parcel seen_block(usp_route_plan *plan, const usp_ring_side *key, int owner, int other,
                              const usp_span *spans, int64_t count) {
-    int64_t room = plan->map_capacity - plan->maps;
-    walk w = {.map = plan->map && room > 0 ? plan->map + plan->maps : NULL, .room = room};
+    walk w = {0};
+    if (plan->map) w = (walk){.map = plan->map + plan->maps, .room = plan->map_capacity - plan->maps};
     walk_rows(&w, key, owner, spans, count);
     usp_parcel parcel = {other, w.rows, w.first, w.ranges > 1 ? plan->maps : -1};
     if (w.ranges > 1) plan->maps += w.rows;
