@@ -100,11 +100,12 @@ static usp_status allocate_scratch(usp_sequence *sequence, usp_plan *plan) {
     return status;
 }
 
-/* An item has at most a tile for each run of columns, in trees some more. Every run of keys is met in one stage. */
+/* An item has at most a tile for each run of columns, in trees some more. Every run of keys is met in one stage; ranks
+ * that hold nothing now may have one later. */
 static int64_t bound_tiles(const usp_sequence *sequence, const usp_plan *plan) {
     const usp_grid *grid = &plan->shape.grid;
     int64_t stages = plan->route.stages, families = sequence->trees ? USP_FAMILY_TILES : 1;
-    int64_t key_runs = plan->key.first_run[grid->ring] + stages;
+    int64_t key_runs = plan->key.first_run[grid->ring] + grid->ring;
     int64_t query_runs = plan->query.first_run[grid->r + 1] - plan->query.first_run[grid->r] + 1;
     return plan->query_works * key_runs * families + stages * plan->key_works * query_runs;
 }
