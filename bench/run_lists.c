@@ -69,21 +69,22 @@ static int parse_segment(const char *text, usp_segment *segment) {
     return !*text && segment->length >= 1 && segment->stride >= 1;
 }
 
-static void parse_segment_list(struct argp_state *state, char *list, usp_run_options *options) {
-    int64_t *end = &options->first[++options->lists];
+static void parse_segment_list(struct argp_state *state, const char *option, char *list, usp_rank_segments *segments) {
+    int64_t *end = &segments->first[++segments->lists];
     *end = end[-1];
     if (!*list) return;
     for (char *item; (item = strsep(&list, ","));)
-        if (!parse_segment(item, &options->segment[(*end)++]))
-            argp_error(state, "--segments: '%s' is not START:LENGTH or START:LENGTH:STRIDE, the last two from 1", item);
+        if (!parse_segment(item, &segments->segment[(*end)++]))
+            argp_error(state, "--%s: '%s' is not START:LENGTH or START:LENGTH:STRIDE, the last two from 1", option,
+                       item);
 }
 
-void usp_run_parse_segments(struct argp_state *state, char *text, usp_run_options *options) {
+void usp_run_parse_segments(struct argp_state *state, const char *option, char *text, usp_rank_segments *segments) {
     size_t room = strlen(text) + 2;
-    free(options->first);
-    free(options->segment);
-    options->first = parse_alloc(state, "segments", room, sizeof *options->first);
-    options->segment = parse_alloc(state, "segments", room, sizeof *options->segment);
-    options->lists = 0;
-    for (char *list; (list = strsep(&text, ";"));) parse_segment_list(state, list, options);
+    free(segments->first);
+    free(segments->segment);
+    segments->first = parse_alloc(state, option, room, sizeof *segments->first);
+    segments->segment = parse_alloc(state, option, room, sizeof *segments->segment);
+    segments->lists = 0;
+    for (char *list; (list = strsep(&text, ";"));) parse_segment_list(state, option, list, segments);
 }

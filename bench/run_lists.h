@@ -13,6 +13,6 @@ void usp_run_parse_heads(struct argp_state *state, const char *option, char *tex
 void usp_run_parse_documents(struct argp_state *state, const char *option, char *text, usp_document_numbers *numbers);
 /* "SEED,OFFSET" or "SEED". */
 void usp_run_parse_dropout_state(struct argp_state *state, char *text, uint64_t pair[2]);
-void usp_run_parse_segments(struct argp_state *state, char *text, usp_run_options *options);
+void usp_run_parse_segments(struct argp_state *state, const char *option, char *text, usp_rank_segments *segments);
 
 #endif

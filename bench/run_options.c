@@ -16,6 +16,7 @@ enum {
     KEY_PREFIXES,
     KEY_PARENTS,
     KEY_SEGMENTS,
+    KEY_KEY_SEGMENTS,
     KEY_KIND,
     KEY_MASK,
     KEY_DECAY,
@@ -76,6 +77,7 @@ static const struct argp_option option_table[] = {
      "Each rank's own tokens START, START + STRIDE, ..., LENGTH of them, in its order: a list a rank, ';' between "
      "ranks, an empty list for a rank without tokens; every token once; implies --layout custom",
      0},
+    {"key-segments", KEY_KEY_SEGMENTS, "START:LENGTH[:STRIDE],...;...", 0, "The same of keys of another length", 0},
     {"dtype", KEY_DTYPE, "f32|f16|bf16", 0, "Type of the elements (as the files; uint16 files need bf16)", 0},
     {"order", KEY_ORDER, "bshd|bhsd|sbhd", 0, "Order of the axes of all files but states and lse (bshd)", 0},
     {"decay", KEY_DECAY, "LIST|alibi", 0,
@@ -133,10 +135,11 @@ static int parse_layout(struct argp_state *state, const char *text) {
 static void choose_layout(struct argp_state *state, usp_run_options *o) {
     if (o->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT && !o->ends.count)
         argp_error(state, "--layout documents needs --documents");
-    if (o->layout == USP_LAYOUT_CUSTOM && !o->lists) argp_error(state, "--layout custom needs --segments");
-    if (o->lists && o->layout >= 0 && o->layout != USP_LAYOUT_CUSTOM)
+    int64_t lists = o->segments.lists;
+    if (o->layout == USP_LAYOUT_CUSTOM && !lists) argp_error(state, "--layout custom needs --segments");
+    if (lists && o->layout >= 0 && o->layout != USP_LAYOUT_CUSTOM)
         argp_error(state, "--segments excludes another --layout");
-    if (o->layout < 0) o->layout = o->lists ? USP_LAYOUT_CUSTOM : USP_LAYOUT_ZIGZAG;
+    if (o->layout < 0) o->layout = lists ? USP_LAYOUT_CUSTOM : USP_LAYOUT_ZIGZAG;
 }
 
 /* The other lists say something for each document. */
@@ -239,7 +242,10 @@ static error_t parse_owners(int key, char *text, struct argp_state *state, usp_r
         usp_run_parse_documents(state, "parents", text, &o->parents);
         break;
     case KEY_SEGMENTS:
-        usp_run_parse_segments(state, text, o);
+        usp_run_parse_segments(state, "segments", text, &o->segments);
+        break;
+    case KEY_KEY_SEGMENTS:
+        usp_run_parse_segments(state, "key-segments", text, &o->key_segments);
         break;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -325,6 +331,8 @@ void usp_run_options_free(usp_run_options *options) {
     free(options->key_ends.item);
     free(options->prefixes.item);
     free(options->parents.item);
-    free(options->first);
-    free(options->segment);
+    free(options->segments.first);
+    free(options->segments.segment);
+    free(options->key_segments.first);
+    free(options->key_segments.segment);
 }

@@ -39,6 +39,12 @@ typedef struct usp_document_numbers {
     int64_t count, *item;
 } usp_document_numbers;
 
+/* A custom layout's segments: rank r owns segment[first[r]] .. segment[first[r + 1] - 1]. No lists: not given. */
+typedef struct usp_rank_segments {
+    int64_t lists, *first;
+    usp_segment *segment;
+} usp_rank_segments;
+
 typedef struct usp_run_options {
     usp_ranks_config ranks;
     const char *path[USP_RUN_FILES];
@@ -46,8 +52,7 @@ typedef struct usp_run_options {
     int ulysses, ring;                                      /* 0: what is left of the ranks; both 0: ring over all */
     int layout;                                             /* usp_layout */
     usp_document_numbers ends, key_ends, prefixes, parents; /* as in usp_documents */
-    int64_t lists, *first; /* custom: rank r owns segment[first[r]] .. segment[first[r + 1] - 1] */
-    usp_segment *segment;
+    usp_rank_segments segments, key_segments;
     usp_attention kind;
     usp_mask mask;
     int dtype;              /* usp_dtype, or -1: as the files */

@@ -35,38 +35,54 @@ static usp_status choose_mesh(const usp_part *p, int *ulysses, int *ring) {
     return USP_OK;
 }
 
-/* The second one, of keys alone, says only who has which. */
-static usp_status make_sequence(usp_part *p, int64_t tokens, int64_t key_tokens, int documents,
-                                usp_sequence **sequence) {
+static int64_t take_segments(const usp_rank_segments *all, int p, const usp_segment **mine) {
+    if (!all->lists) return 0;
+    *mine = all->segment + all->first[p];
+    return all->first[p + 1] - all->first[p];
+}
+
+static usp_sequence_config sequence_config(const usp_part *p) {
     const usp_run_options *o = p->run->options;
+    int64_t tokens = p->run->tokens, keys = p->run->key_tokens;
     usp_sequence_config config = {.struct_size = sizeof config,
                                   .layout = (usp_layout)o->layout,
                                   .tokens = tokens ? tokens : USP_NO_TOKENS,
-                                  .key_tokens = key_tokens};
-    if (documents) {
-        config.documents = o->ends.count;
-        config.document_ends = o->ends.item;
-        config.key_document_ends = o->key_ends.item;
-        config.prefixes = o->prefixes.item;
-        config.parents = o->parents.item;
-    }
-    if (o->lists) {
-        config.segments = o->first[p->position + 1] - o->first[p->position];
-        config.segment = o->segment + o->first[p->position];
-    }
-    return usp_sequence_create(p->mesh, &config, sequence);
+                                  .key_tokens = keys == tokens && !o->key_ends.count ? 0 : keys,
+                                  .documents = o->ends.count,
+                                  .document_ends = o->ends.item,
+                                  .key_document_ends = o->key_ends.item,
+                                  .prefixes = o->prefixes.item,
+                                  .parents = o->parents.item};
+    config.segments = take_segments(&o->segments, p->position, &config.segment);
+    config.key_segments = take_segments(&o->key_segments, p->position, &config.key_segment);
+    return config;
+}
+
+/* Of keys alone: says only who has which. */
+static usp_sequence_config key_config(const usp_part *p, const usp_sequence_config *whole) {
+    return (usp_sequence_config){.struct_size = sizeof *whole,
+                                 .layout = whole->layout,
+                                 .tokens = whole->key_tokens,
+                                 .documents = p->run->options->key_ends.count,
+                                 .document_ends = whole->key_document_ends,
+                                 .segments = whole->key_segments,
+                                 .segment = whole->key_segment};
+}
+
+static usp_status check_lists(usp_part *p, const char *option, const usp_rank_segments *segments) {
+    int size;
+    USP_TRY(usp_mesh_axis(p->mesh, USP_AXIS_SEQUENCE, &p->position, &size));
+    if (!segments->lists || segments->lists == size) return USP_OK;
+    return usp_tool_fail(&p->rank->error, USP_INVALID, "--%s has %lld lists for %d ranks", option,
+                         (long long)segments->lists, size);
 }
 
 static usp_status make_sequences(usp_part *p) {
-    int same = p->run->key_tokens == p->run->tokens;
-    int64_t lists = p->run->options->lists;
-    int size;
-    USP_TRY(usp_mesh_axis(p->mesh, USP_AXIS_SEQUENCE, &p->position, &size));
-    if (lists && lists != size)
-        return usp_tool_fail(&p->rank->error, USP_INVALID, "--segments has %lld lists for %d ranks", (long long)lists,
-                             size);
-    USP_TRY(make_sequence(p, p->run->tokens, same ? 0 : p->run->key_tokens, 1, &p->sequence));
-    if (!same) return make_sequence(p, p->run->key_tokens, 0, 0, &p->keys);
+    USP_TRY(check_lists(p, "segments", &p->run->options->segments));
+    USP_TRY(check_lists(p, "key-segments", &p->run->options->key_segments));
+    usp_sequence_config whole = sequence_config(p), keys = key_config(p, &whole);
+    USP_TRY(usp_sequence_create(p->mesh, &whole, &p->sequence));
+    if (whole.key_tokens) return usp_sequence_create(p->mesh, &keys, &p->keys);
     p->keys = p->sequence;
     return USP_OK;
 }

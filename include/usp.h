@@ -249,7 +249,8 @@ typedef enum usp_layout {
     USP_LAYOUT_ZIGZAG = 0,              /* rank p owns chunks p and 2N-1-p of 2N; chunk c is [c S / 2N, (c+1) S / 2N) */
     USP_LAYOUT_CONTIGUOUS = 1,          /* rank p owns [p S / N, (p+1) S / N) */
     USP_LAYOUT_STRIPE = 2,              /* rank p owns p, p + N, p + 2N, ... */
-    USP_LAYOUT_ZIGZAG_PER_DOCUMENT = 3, /* zigzag inside each document: even work for few long ones */
+    USP_LAYOUT_ZIGZAG_PER_DOCUMENT = 3, /* a zigzag of each document of S / N tokens or more; shorter ones that follow
+                                           each other share one until they are as many: even work for long ones */
     USP_LAYOUT_CUSTOM = 4               /* each rank brings its segments */
 } usp_layout;
 
@@ -284,17 +285,21 @@ typedef struct usp_sequence_config {
     int64_t key_tokens; /* global key length where keys are another tensor (cross-attention); 0: as queries */
     int64_t documents;  /* their number; 0: one, with max_documents for those to come */
     const int64_t *document_ends;     /* as usp_documents.ends; NULL: one document. Per-document layout: the last one =
-                                         tokens; other layouts: tokens behind it belong to none and see nothing */
+                                         tokens (of keys: key_tokens); other layouts: tokens behind it belong to none
+                                         and see nothing */
     int64_t segments;                 /* custom layout: this rank's number of segments */
     const usp_segment *segment;       /* custom layout: all ranks' segments must cover every token exactly once */
     const int64_t *key_document_ends; /* as usp_documents.key_ends, prefixes, parents */
     const int64_t *prefixes; /* given here they may be given to re-plans; so may parents */
     const int64_t *parents;
+    int64_t key_segments; /* custom layout, cross-attention: the same of the keys */
+    const usp_segment *key_segment;
 } usp_sequence_config;
 
 /* Collective. Usable with every mesh of the same N on the same world. Copies what the config points to. The helpers
- * below speak of queries; for those of cross-attention's keys make a second sequence, of key_tokens tokens.
- * Errors: INVALID, MISMATCH, PEER_FAILED, NO_MEMORY, UNSUPPORTED (custom or per-document layout with key_tokens), the
+ * below speak of queries; for those of cross-attention's keys make a second sequence, of key_tokens tokens (and with
+ * the keys' segments, or on the per-document layout their documents).
+ * Errors: INVALID, MISMATCH, PEER_FAILED, NO_MEMORY, UNSUPPORTED (prefixes or parents in cross-attention), the
  * world's. */
 USP_API usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_config *config,
                                        usp_sequence **sequence);
@@ -303,9 +308,9 @@ USP_API usp_status usp_sequence_create(const usp_mesh *mesh, const usp_sequence_
  * follow; nothing is allocated. Device work of earlier calls must be complete or on `stream`, and later calls on other
  * streams must be made to wait for `stream`. The host waits for nothing unless the uploads of both re-plans before are
  * still to come; then at most timeout_ms.
- * Per-document layout: the last end is the new length, and graphs that hold calls of layers on the sequence are stale:
- * counts, offsets and grids are in them; capture again. On every other layout ownership does not depend on documents:
- * messages are as large as without any, and captured graphs replay with the new ones.
+ * Per-document layout: the last ends are the new lengths, and graphs that hold calls of layers on the sequence are
+ * stale: counts, offsets and grids are in them; capture again. On every other layout ownership does not depend on
+ * documents: messages are as large as without any, and captured graphs replay with the new ones.
  * Errors: INVALID (also while `stream` is captured), after which the plan is what it was; the world's: a DEVICE error
  * fails the world. Ranks of one data copy that give different documents fail the world by MISMATCH: threads at their
  * next exchange, processes within a second; a rank that does not re-plan at all is not noticed before it does. */

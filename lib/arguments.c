@@ -107,19 +107,13 @@ static usp_status check_tensors(const usp_layer *layer, const argument *list, in
 
 /* ---- operands ---------------------------------------------------------------------------------------------------- */
 
-static int64_t tokens_of(const usp_layer *layer, usp_operand operand, int inner) {
-    int keys = usp_is_key(operand);
-    if (inner) return keys ? usp_plan_keys(layer->plan) : usp_plan_queries(layer->plan);
-    return (keys ? &layer->sequence->key : &layer->sequence->query)->local[layer->mesh.p];
-}
-
-static int heads_of(const usp_layer *layer, usp_operand operand, int inner) {
-    return inner ? usp_layer_heads(layer, operand, layer->mesh.u).count : layer->total[operand];
-}
-
+/* As the caller's tensors have them, or the inner stage's. */
 static argument argument_of(const usp_layer *layer, usp_operand operand, int inner) {
-    return (argument){.tokens = tokens_of(layer, operand, inner),
-                      .heads = heads_of(layer, operand, inner),
+    int keys = usp_is_key(operand);
+    const usp_sharding *own = keys ? &layer->sequence->key : &layer->sequence->query;
+    int64_t rows = keys ? usp_plan_keys(layer->plan) : usp_plan_queries(layer->plan);
+    return (argument){.tokens = inner ? rows : own->local[layer->mesh.p],
+                      .heads = inner ? usp_layer_heads(layer, operand, layer->mesh.u).count : layer->total[operand],
                       .dim = layer->dim[operand]};
 }
 
@@ -127,9 +121,8 @@ static argument argument_of(const usp_layer *layer, usp_operand operand, int inn
 static usp_status check_pointer(const usp_layer *layer, const usp_operand_row *row, const void *args, int inner) {
     const void *pointer;
     size_t alignment = row->form == USP_FORM_SHARED ? sizeof(uint64_t) : sizeof(float);
-    int asked = usp_row_asked(layer, row);
-    int empty = row->form == USP_FORM_ROWS &&
-                (tokens_of(layer, row->like, inner) == 0 || heads_of(layer, row->like, inner) == 0);
+    const argument like = argument_of(layer, row->like, inner);
+    int asked = usp_row_asked(layer, row), empty = row->form == USP_FORM_ROWS && is_empty(&like);
     memcpy(&pointer, (const char *)args + row->given, sizeof pointer);
     USP_REQUIRE(!asked || empty || pointer, "%s is NULL while the layer's configuration asks for it", row->name);
     USP_REQUIRE(asked || !pointer, "%s is given while the layer's configuration does not ask for it", row->name);

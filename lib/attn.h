@@ -22,6 +22,25 @@ typedef struct usp_inner {
     usp_stream stream;
 } usp_inner;
 
+/* The tensors of every kind, with which its tables begin. */
+enum { USP_KEYS = 1, USP_KEY_GRADIENTS = 2 }; /* bundles */
+/* clang-format off */
+#define USP_FORWARD_TENSORS \
+    {USP_GIVEN(usp_forward, q), USP_INNER(q), USP_FORM_TENSOR, USP_QUERY, USP_USE_KEPT, 0, 0}, \
+    {USP_GIVEN(usp_forward, k), USP_INNER(k), USP_FORM_TENSOR, USP_KEY, USP_USE_KEPT, USP_KEYS, 0}, \
+    {USP_GIVEN(usp_forward, v), USP_INNER(v), USP_FORM_TENSOR, USP_VALUE, USP_USE_KEPT, USP_KEYS, 0}, \
+    {USP_GIVEN(usp_forward, out), USP_INNER(out), USP_FORM_TENSOR, USP_OUT, USP_USE_OUT, 0, 0}
+#define USP_BACKWARD_TENSORS \
+    {USP_GIVEN(usp_backward, q), USP_INNER(q), USP_FORM_TENSOR, USP_QUERY, USP_USE_KEPT, 0, 0}, \
+    {USP_GIVEN(usp_backward, k), USP_INNER(k), USP_FORM_TENSOR, USP_KEY, USP_USE_KEPT, USP_KEYS, 0}, \
+    {USP_GIVEN(usp_backward, v), USP_INNER(v), USP_FORM_TENSOR, USP_VALUE, USP_USE_KEPT, USP_KEYS, 0}, \
+    {USP_GIVEN(usp_backward, out), USP_INNER(out), USP_FORM_TENSOR, USP_OUT, USP_USE_LOCAL, 0, 0}, \
+    {USP_GIVEN(usp_backward, dout), USP_INNER(dout), USP_FORM_TENSOR, USP_OUT, USP_USE_IN, 0, 0}, \
+    {USP_GIVEN(usp_backward, dq), USP_INNER(dq), USP_FORM_TENSOR, USP_QUERY, USP_USE_OUT, 0, 0}, \
+    {USP_GIVEN(usp_backward, dk), USP_INNER(dk), USP_FORM_TENSOR, USP_KEY, USP_USE_OUT, USP_KEY_GRADIENTS, 0}, \
+    {USP_GIVEN(usp_backward, dv), USP_INNER(dv), USP_FORM_TENSOR, USP_VALUE, USP_USE_OUT, USP_KEY_GRADIENTS, 0}
+/* clang-format on */
+
 typedef struct usp_messages usp_messages;
 
 typedef struct usp_attn_ops {

@@ -10,37 +10,24 @@
  * it (of D: behind it), and kernels apply it to rows of that document alone. */
 #include "attn.h"
 #include "error.h"
+#include "head_sums.h"
 #include "state_exchange.h"
 
 /* ---- operands ---------------------------------------------------------------------------------------------------- */
 
-enum { KEYS = 1, KEY_GRADIENTS = 2 }; /* bundles */
+static const usp_operand_row forward_rows[] = {USP_FORWARD_TENSORS,
+                                               {USP_GIVEN(usp_forward, initial_state), USP_INNER(initial),
+                                                USP_FORM_STATES, USP_OUT, USP_USE_IN, 0, USP_ASKED(initial_state)},
+                                               {USP_GIVEN(usp_forward, final_state), USP_INNER(final), USP_FORM_STATES,
+                                                USP_OUT, USP_USE_OUT, 0, USP_ASKED(final_state)}};
 
-static const usp_operand_row forward_rows[] = {
-    {USP_GIVEN(usp_forward, q), USP_INNER(q), USP_FORM_TENSOR, USP_QUERY, USP_USE_KEPT, 0, 0},
-    {USP_GIVEN(usp_forward, k), USP_INNER(k), USP_FORM_TENSOR, USP_KEY, USP_USE_KEPT, KEYS, 0},
-    {USP_GIVEN(usp_forward, v), USP_INNER(v), USP_FORM_TENSOR, USP_VALUE, USP_USE_KEPT, KEYS, 0},
-    {USP_GIVEN(usp_forward, out), USP_INNER(out), USP_FORM_TENSOR, USP_OUT, USP_USE_OUT, 0, 0},
-    {USP_GIVEN(usp_forward, initial_state), USP_INNER(initial), USP_FORM_STATES, USP_OUT, USP_USE_IN, 0,
-     USP_ASKED(initial_state)},
-    {USP_GIVEN(usp_forward, final_state), USP_INNER(final), USP_FORM_STATES, USP_OUT, USP_USE_OUT, 0,
-     USP_ASKED(final_state)}};
-
-static const usp_operand_row backward_rows[] = {
-    {USP_GIVEN(usp_backward, q), USP_INNER(q), USP_FORM_TENSOR, USP_QUERY, USP_USE_KEPT, 0, 0},
-    {USP_GIVEN(usp_backward, k), USP_INNER(k), USP_FORM_TENSOR, USP_KEY, USP_USE_KEPT, KEYS, 0},
-    {USP_GIVEN(usp_backward, v), USP_INNER(v), USP_FORM_TENSOR, USP_VALUE, USP_USE_KEPT, KEYS, 0},
-    {USP_GIVEN(usp_backward, out), USP_INNER(out), USP_FORM_TENSOR, USP_OUT, USP_USE_LOCAL, 0, 0},
-    {USP_GIVEN(usp_backward, dout), USP_INNER(dout), USP_FORM_TENSOR, USP_OUT, USP_USE_IN, 0, 0},
-    {USP_GIVEN(usp_backward, dq), USP_INNER(dq), USP_FORM_TENSOR, USP_QUERY, USP_USE_OUT, 0, 0},
-    {USP_GIVEN(usp_backward, dk), USP_INNER(dk), USP_FORM_TENSOR, USP_KEY, USP_USE_OUT, KEY_GRADIENTS, 0},
-    {USP_GIVEN(usp_backward, dv), USP_INNER(dv), USP_FORM_TENSOR, USP_VALUE, USP_USE_OUT, KEY_GRADIENTS, 0},
-    {USP_GIVEN(usp_backward, initial_state), USP_INNER(initial), USP_FORM_STATES, USP_OUT, USP_USE_IN, 0,
-     USP_ASKED(initial_state)},
-    {USP_GIVEN(usp_backward, dfinal_state), USP_INNER(dfinal), USP_FORM_STATES, USP_OUT, USP_USE_IN, 0,
-     USP_ASKED(final_state)},
-    {USP_GIVEN(usp_backward, dinitial_state), USP_INNER(dinitial), USP_FORM_STATES, USP_OUT, USP_USE_OUT, 0,
-     USP_ASKED(initial_state)}};
+static const usp_operand_row backward_rows[] = {USP_BACKWARD_TENSORS,
+                                                {USP_GIVEN(usp_backward, initial_state), USP_INNER(initial),
+                                                 USP_FORM_STATES, USP_OUT, USP_USE_IN, 0, USP_ASKED(initial_state)},
+                                                {USP_GIVEN(usp_backward, dfinal_state), USP_INNER(dfinal),
+                                                 USP_FORM_STATES, USP_OUT, USP_USE_IN, 0, USP_ASKED(final_state)},
+                                                {USP_GIVEN(usp_backward, dinitial_state), USP_INNER(dinitial),
+                                                 USP_FORM_STATES, USP_OUT, USP_USE_OUT, 0, USP_ASKED(initial_state)}};
 
 /* ---- buffers ----------------------------------------------------------------------------------------------------- */
 
@@ -104,10 +91,10 @@ static usp_linear block_arguments(const usp_layer *layer, const usp_flow *f) {
                         .deterministic = layer->config.deterministic,
                         .causal = usp_flow_causal(layer),
                         .reverse = f->reverse,
-                        .block = layer->plan->device.block,
+                        .block = layer->plan->device.chunks.block,
                         .blocks = (int)layer->plan->chunks.blocks,
-                        .begins = layer->plan->device.begins,
-                        .ends = layer->plan->device.ends,
+                        .begins = layer->plan->device.chunks.begins,
+                        .ends = layer->plan->device.chunks.ends,
                         .tokens = usp_plan_queries(layer->plan),
                         .k = f->k,
                         .v = f->v,
@@ -115,30 +102,27 @@ static usp_linear block_arguments(const usp_layer *layer, const usp_flow *f) {
                         .scratch = f->scratch};
 }
 
-/* The totals of all own blocks; a reversed total looks one token further, to the state before the block. */
-static usp_status find_block_totals(usp_layer *layer, const usp_inner *inner, const usp_flow *f) {
-    usp_linear arguments = block_arguments(layer, f);
-    arguments.shift = f->reverse;
-    return layer->world->device->ops->linear_totals(layer->world->device, &arguments, inner->stream);
-}
-
-/* From block totals to the states before the blocks, each chunk from `initial`, to `final`. */
-static usp_status scan_blocks(usp_layer *layer, const usp_inner *inner, const usp_flow *f, const float *initial,
+/* The totals of all own blocks, of which a reversed one looks one token further, to the state before the block; from
+ * them the states before the blocks, each chunk from `initial`, to `final`. */
+static usp_status find_states(usp_layer *layer, const usp_inner *inner, const usp_flow *f, const float *initial,
                               float *final) {
+    usp_device *device = layer->world->device;
+    usp_linear arguments = block_arguments(layer, f);
     usp_scan scan = usp_state_scan(layer, f);
-    scan.step = layer->plan->device.block_step;
+    arguments.shift = f->reverse;
+    USP_TRY(device->ops->linear_totals(device, &arguments, inner->stream));
+    scan.step = layer->plan->device.chunks.block_step;
     scan.states = (int)layer->plan->chunks.blocks;
     scan.groups = (int)layer->plan->chunks.own_chunks;
     scan.data = f->blocks;
     scan.initial = initial;
     scan.final = final;
-    return layer->world->device->ops->linear_scan(layer->world->device, &scan, inner->stream);
+    return device->ops->linear_scan(device, &scan, inner->stream);
 }
 
 /* Finds each own chunk's total; the travel of states may begin. */
 static usp_status begin_flow(usp_layer *layer, const usp_inner *inner, const usp_flow *f) {
-    USP_TRY(find_block_totals(layer, inner, f));
-    USP_TRY(scan_blocks(layer, inner, f, NULL, f->totals));
+    USP_TRY(find_states(layer, inner, f, NULL, f->totals));
     return usp_world_fork(layer->world, inner->stream, layer->world->transfer);
 }
 
@@ -208,47 +192,15 @@ static usp_status run_apply(usp_layer *layer, const usp_inner *inner, const prod
     return layer->world->device->ops->linear_apply(layer->world->device, &arguments, inner->stream);
 }
 
-/* Heads first, first + step, ... as a tensor. */
-static usp_tensor every_head(usp_tensor x, usp_dtype dtype, int first, int step) {
-    x.data = (char *)x.data + first * x.stride_head * (int64_t)usp_dtype_size(dtype);
-    x.stride_head *= step;
-    return x;
-}
-
-/* Layer heads that read one head of the operand are a group, of which the first one may be cut. Adds member m > 0 of
- * every group to the group's first member; m = 0: writes that where it belongs. */
-static usp_status gather_member(usp_layer *layer, const usp_inner *inner, const product *p, usp_tensor sums, int m) {
-    int own = usp_layer_own_heads(layer), group = p->out.map.group, cut = group - p->out.map.offset, count = 0;
-    usp_dtype to_dtype = m ? USP_F32 : p->dtype;
-    usp_copy copies[2], copy = {.tokens = usp_plan_queries(layer->plan),
-                                .batch = layer->config.batch,
-                                .dim = p->v.dim,
-                                .from_dtype = USP_F32,
-                                .to_dtype = to_dtype,
-                                .accumulate = m > 0};
-    if (copy.tokens == 0) return USP_OK;
-    if (m < cut && m < own) {
-        copy.heads = 1;
-        copy.from = every_head(sums, USP_F32, m, 1);
-        copy.to = m ? sums : p->out.tensor;
-        copies[count++] = copy;
-    }
-    if (cut + m < own) {
-        copy.heads = (own - cut - m + group - 1) / group;
-        copy.from = every_head(sums, USP_F32, cut + m, group);
-        copy.to = m ? every_head(sums, USP_F32, cut, group) : every_head(p->out.tensor, to_dtype, 1, 1);
-        copies[count++] = copy;
-    }
-    return layer->world->device->ops->copy_rows(layer->world->device, copies, count, inner->stream);
-}
-
-/* Sums the heads of each group in order. */
-static usp_status gather_heads(usp_layer *layer, const usp_inner *inner, const product *p, float *rows) {
-    usp_tensor sums = dense_rows(layer, rows, p->v.dim);
-    if (is_direct(layer, p)) return USP_OK;
-    for (int m = 1; m < p->out.map.group && m < usp_layer_own_heads(layer); m++)
-        USP_TRY(gather_member(layer, inner, p, sums, m));
-    return gather_member(layer, inner, p, sums, 0);
+/* Heads that share one of the result are summed, and written where it belongs. */
+static usp_status sum_heads(usp_layer *layer, const usp_inner *inner, const product *p, float *rows) {
+    const usp_head_sum sum = {usp_plan_queries(layer->plan),
+                              p->v.dim,
+                              dense_rows(layer, rows, p->v.dim),
+                              p->out.tensor,
+                              p->out.map,
+                              p->dtype};
+    return is_direct(layer, p) ? USP_OK : usp_heads_sum(layer, &sum, inner->stream);
 }
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
@@ -273,8 +225,7 @@ static product out_product(const usp_layer *layer, const usp_inner *inner, const
 
 /* Nothing comes from other ranks: one scan gives the true states at once. */
 static usp_status forward_alone(usp_layer *layer, const usp_inner *inner, const usp_flow *f, const product *out) {
-    USP_TRY(find_block_totals(layer, inner, f));
-    USP_TRY(scan_blocks(layer, inner, f, f->initial, f->final));
+    USP_TRY(find_states(layer, inner, f, f->initial, f->final));
     USP_TRY(usp_state_copy(layer, f->incoming, f->initial, inner->stream));
     return run_intra(layer, inner, out, NULL, 1);
 }
@@ -338,13 +289,12 @@ static int exchanges_again(const usp_layer *layer) {
 static usp_status begin_forward_states(usp_layer *layer, const usp_inner *inner, const usp_flow *s) {
     if (exchanges_again(layer)) return begin_flow(layer, inner, s);
     if (!usp_flow_causal(layer)) return USP_OK;
-    USP_TRY(find_block_totals(layer, inner, s));
-    return scan_blocks(layer, inner, s, layer->config.recompute_state ? s->initial : s->incoming, NULL);
+    return find_states(layer, inner, s, layer->config.recompute_state ? s->initial : s->incoming, NULL);
 }
 
 static usp_status finish_product(usp_layer *layer, const usp_inner *inner, const product *p, float *rows, int apply) {
     if (apply) USP_TRY(run_apply(layer, inner, p, rows));
-    return gather_heads(layer, inner, p, rows);
+    return sum_heads(layer, inner, p, rows);
 }
 
 /* dq, dk, dv: everything inside the chunks, then the travel of states, then what these add. dq is done at once where
@@ -369,12 +319,6 @@ static usp_status backward_products(usp_layer *layer, const usp_inner *inner, co
     return USP_OK;
 }
 
-static usp_status begin_adjoint(usp_layer *layer, const usp_inner *inner, const usp_flow *d) {
-    if (!is_alone(layer)) return begin_flow(layer, inner, d);
-    USP_TRY(find_block_totals(layer, inner, d));
-    return scan_blocks(layer, inner, d, d->initial, d->final);
-}
-
 static usp_status backward(usp_layer *layer, usp_inner *inner) {
     buffers b = carve(layer, USP_PASS_BACKWARD, &inner->arena);
     usp_flow s = forward_flow(layer, inner, &b), d = backward_flow(layer, inner, &b);
@@ -384,7 +328,7 @@ static usp_status backward(usp_layer *layer, usp_inner *inner) {
         USP_TRY(scale_state(layer, inner, b.seed, 1 / layer->config.scale));
         d.initial = b.seed;
     }
-    USP_TRY(begin_adjoint(layer, inner, &d));
+    USP_TRY(is_alone(layer) ? find_states(layer, inner, &d, d.initial, d.final) : begin_flow(layer, inner, &d));
     USP_TRY(begin_forward_states(layer, inner, &s));
     USP_TRY(backward_products(layer, inner, &s, &d, &b));
     if (!inner->dinitial) return USP_OK;

@@ -10,13 +10,8 @@
 
 /* ---- operands ---------------------------------------------------------------------------------------------------- */
 
-enum { KEYS = 1, KEY_GRADIENTS = 2 }; /* bundles */
-
 static const usp_operand_row forward_rows[] = {
-    {USP_GIVEN(usp_forward, q), USP_INNER(q), USP_FORM_TENSOR, USP_QUERY, USP_USE_KEPT, 0, 0},
-    {USP_GIVEN(usp_forward, k), USP_INNER(k), USP_FORM_TENSOR, USP_KEY, USP_USE_KEPT, KEYS, 0},
-    {USP_GIVEN(usp_forward, v), USP_INNER(v), USP_FORM_TENSOR, USP_VALUE, USP_USE_KEPT, KEYS, 0},
-    {USP_GIVEN(usp_forward, out), USP_INNER(out), USP_FORM_TENSOR, USP_OUT, USP_USE_OUT, 0, 0},
+    USP_FORWARD_TENSORS,
     {USP_GIVEN(usp_forward, lse), USP_INNER(lse), USP_FORM_ROWS, USP_OUT, USP_USE_OUT, 0, USP_ASKED(return_lse)},
     {USP_GIVEN(usp_forward, sinks), USP_INNER(sinks), USP_FORM_HEADS, USP_OUT, USP_USE_IN, 0, USP_ASKED(sinks)},
     {USP_GIVEN(usp_forward, max_logit), USP_INNER(max_logit), USP_FORM_HEADS, USP_OUT, USP_USE_OUT, 0,
@@ -25,14 +20,7 @@ static const usp_operand_row forward_rows[] = {
      USP_ASKED(dropout)}};
 
 static const usp_operand_row backward_rows[] = {
-    {USP_GIVEN(usp_backward, q), USP_INNER(q), USP_FORM_TENSOR, USP_QUERY, USP_USE_KEPT, 0, 0},
-    {USP_GIVEN(usp_backward, k), USP_INNER(k), USP_FORM_TENSOR, USP_KEY, USP_USE_KEPT, KEYS, 0},
-    {USP_GIVEN(usp_backward, v), USP_INNER(v), USP_FORM_TENSOR, USP_VALUE, USP_USE_KEPT, KEYS, 0},
-    {USP_GIVEN(usp_backward, out), USP_INNER(out), USP_FORM_TENSOR, USP_OUT, USP_USE_LOCAL, 0, 0},
-    {USP_GIVEN(usp_backward, dout), USP_INNER(dout), USP_FORM_TENSOR, USP_OUT, USP_USE_IN, 0, 0},
-    {USP_GIVEN(usp_backward, dq), USP_INNER(dq), USP_FORM_TENSOR, USP_QUERY, USP_USE_OUT, 0, 0},
-    {USP_GIVEN(usp_backward, dk), USP_INNER(dk), USP_FORM_TENSOR, USP_KEY, USP_USE_OUT, KEY_GRADIENTS, 0},
-    {USP_GIVEN(usp_backward, dv), USP_INNER(dv), USP_FORM_TENSOR, USP_VALUE, USP_USE_OUT, KEY_GRADIENTS, 0},
+    USP_BACKWARD_TENSORS,
     {USP_GIVEN(usp_backward, dlse), USP_INNER(dlse), USP_FORM_ROWS, USP_OUT, USP_USE_LOCAL, 0, USP_ASKED(dlse)},
     {"delta", 0, USP_INNER(delta), USP_FORM_ROWS, USP_OUT, USP_USE_DERIVED, 0, 0},
     {USP_GIVEN(usp_backward, sinks), USP_INNER(sinks), USP_FORM_HEADS, USP_OUT, USP_USE_IN, 0, USP_ASKED(sinks)},
@@ -189,17 +177,22 @@ static int is_empty(const usp_messages *messages) {
 
 /* ---- numbers of heads -------------------------------------------------------------------------------------------- */
 
-/* Brings every ring rank's numbers together: [ring][heads], the own ones from `mine`. */
-static usp_status gather_heads(usp_layer *layer, const usp_inner *inner, const float *mine, float *all) {
-    usp_device *device = layer->world->device;
+/* Posts one number of each own head to every other ring rank, and theirs to `all`, [ring][heads]. */
+static void post_heads(const usp_layer *layer, const float *mine, float *all, usp_messages *messages) {
     int64_t heads = usp_layer_own_heads(layer), bytes = heads * (int64_t)sizeof(float);
-    usp_messages *messages = usp_messages_begin(layer);
     for (int r = 0; r < layer->mesh.ring; r++) {
         if (r == layer->mesh.r) continue;
         usp_messages_send(messages, usp_layer_ring_rank(layer, r), mine, bytes);
-        usp_messages_recv(messages, usp_layer_ring_rank(layer, r), all + r * heads, bytes);
+        usp_messages_recv(messages, usp_layer_ring_rank(layer, r), all ? all + r * heads : NULL, bytes);
     }
-    USP_TRY(device->ops->copy(device, all + layer->mesh.r * heads, mine, (size_t)bytes, inner->stream));
+}
+
+static usp_status gather_heads(usp_layer *layer, const usp_inner *inner, const float *mine, float *all) {
+    usp_device *device = layer->world->device;
+    int64_t heads = usp_layer_own_heads(layer);
+    usp_messages *messages = usp_messages_begin(layer);
+    post_heads(layer, mine, all, messages);
+    USP_TRY(device->ops->copy(device, all + layer->mesh.r * heads, mine, (size_t)heads * sizeof(float), inner->stream));
     if (is_empty(messages)) return USP_OK;
     USP_TRY(usp_messages_run(layer, inner->stream));
     return usp_messages_join(layer, inner->stream);
@@ -349,16 +342,11 @@ static double flops(const usp_layer *layer, usp_pass pass, int r) {
 static void count_messages(const usp_layer *layer, usp_pass pass, usp_messages *count) {
     const usp_key_memory nowhere = {0};
     int numbers = pass == USP_PASS_FORWARD ? layer->config.max_logit : layer->config.sinks;
-    int64_t bytes = usp_layer_own_heads(layer) * (int64_t)sizeof(float);
     for (int t = 1; t < layer->plan->route.stages; t++) {
         usp_parcels_post_keys(layer, t, &nowhere, count);
         if (pass == USP_PASS_BACKWARD) usp_parcels_post_gradients(layer, t, NULL, NULL, count);
     }
-    for (int r = 0; r < layer->mesh.ring && numbers; r++) {
-        if (r == layer->mesh.r) continue;
-        usp_messages_send(count, usp_layer_ring_rank(layer, r), NULL, bytes);
-        usp_messages_recv(count, usp_layer_ring_rank(layer, r), NULL, bytes);
-    }
+    if (numbers) post_heads(layer, NULL, NULL, count);
 }
 
 /* ---- table ------------------------------------------------------------------------------------------------------- */

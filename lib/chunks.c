@@ -51,7 +51,7 @@ static void find_places(usp_chunk_list *list, const usp_grid *grid) {
         if (list->chunk[c].owner + 1 < grid->ring) next[list->chunk[c].owner + 1]++;
     for (int r = 1; r < grid->ring; r++) next[r] += next[r - 1];
     for (int64_t c = 0; c < list->chunks; c++)
-        list->chunk_place[c] = list->chunk[c].place = (int32_t)next[list->chunk[c].owner]++;
+        list->to.chunk_place[c] = list->chunk[c].place = (int32_t)next[list->chunk[c].owner]++;
     list->own_chunks = list->first[grid->r + 1] - list->first[grid->r];
 }
 
@@ -62,7 +62,7 @@ static void find_places(usp_chunk_list *list, const usp_grid *grid) {
 static usp_scan_step step_of(const usp_chunk_list *list, const usp_document_list *documents, int64_t start,
                              int64_t count, int group) {
     usp_scan_step step = {(int32_t)count, group, 0, 0};
-    if (!list->begins) return step;
+    if (!list->to.begins) return step;
     int64_t tokens = documents->document[documents->count].end;
     for (int64_t d = usp_documents_find(documents, start, 0); d <= documents->count; d++) {
         int64_t begin = documents->document[d].begin, end = documents->document[d].end;
@@ -82,12 +82,12 @@ static void mark_rows(usp_chunk_list *list, const usp_document_list *documents, 
         for (; x < end && x < d->end; x++) {
             int64_t row = chunk->row + x - chunk->start, nobody = d == documents->document + documents->count;
             int64_t before = d->begin < chunk->start || d->begin == 0, behind = d->end > end || d->end == tokens;
-            list->begins[row] = (int32_t)(nobody   ? row + 1
-                                          : before ? chunk->row - 1
-                                                   : chunk->row + d->begin - chunk->start);
-            list->ends[row] = (int32_t)(nobody   ? row - 1
-                                        : behind ? chunk->row + chunk->count
-                                                 : chunk->row + d->end - 1 - chunk->start);
+            list->to.begins[row] = (int32_t)(nobody   ? row + 1
+                                             : before ? chunk->row - 1
+                                                      : chunk->row + d->begin - chunk->start);
+            list->to.ends[row] = (int32_t)(nobody   ? row - 1
+                                           : behind ? chunk->row + chunk->count
+                                                    : chunk->row + d->end - 1 - chunk->start);
         }
 }
 
@@ -98,12 +98,12 @@ static void cut_chunk(usp_chunk_list *list, const usp_document_list *documents, 
                       int64_t most) {
     for (int64_t done = 0; done < chunk->count; done += most) {
         int64_t count = chunk->count - done < most ? chunk->count - done : most;
-        list->block[list->blocks] = (usp_block){.begin = (int32_t)(chunk->row + done),
-                                                .count = (int32_t)count,
-                                                .chunk = (int32_t)own,
-                                                .distance = (int32_t)done,
-                                                .chunk_rows = (int32_t)chunk->count};
-        list->block_step[list->blocks++] = step_of(list, documents, chunk->start + done, count, (int)own);
+        list->to.block[list->blocks] = (usp_block){.begin = (int32_t)(chunk->row + done),
+                                                   .count = (int32_t)count,
+                                                   .chunk = (int32_t)own,
+                                                   .distance = (int32_t)done,
+                                                   .chunk_rows = (int32_t)chunk->count};
+        list->to.block_step[list->blocks++] = step_of(list, documents, chunk->start + done, count, (int)own);
     }
 }
 
@@ -114,9 +114,9 @@ void usp_chunks_fill(usp_chunk_list *list, const usp_ring_side *side, const usp_
     find_places(list, grid);
     for (int64_t c = 0; c < list->chunks; c++) {
         const usp_chunk *chunk = &list->chunk[c];
-        list->chunk_step[c] = step_of(list, documents, chunk->start, chunk->count, 0);
+        list->to.chunk_step[c] = step_of(list, documents, chunk->start, chunk->count, 0);
         if (chunk->owner != grid->r) continue;
         cut_chunk(list, documents, chunk, chunk->place - list->first[grid->r], block);
-        if (list->begins) mark_rows(list, documents, chunk);
+        if (list->to.begins) mark_rows(list, documents, chunk);
     }
 }

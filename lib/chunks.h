@@ -12,16 +12,21 @@ typedef struct usp_chunk {
     int64_t start, row, count;
 } usp_chunk;
 
-typedef struct usp_chunk_list {
-    int64_t chunks, own_chunks, blocks;
-    int64_t *first; /* [ring + 1] of each owner: its first place */
-    int64_t chunk_capacity, own_chunk_limit, block_capacity;
-    usp_chunk *chunk;          /* [chunk_capacity] in position order */
+/* What the device reads, and the host's copy of it. */
+typedef struct usp_chunk_arrays {
     usp_block *block;          /* [block_capacity] of the own chunks */
     usp_scan_step *block_step; /* [block_capacity] */
     usp_scan_step *chunk_step; /* [chunk_capacity] */
     int32_t *chunk_place;      /* [chunk_capacity] of chunks in position order */
     int32_t *begins, *ends;    /* [own rows] as usp_linear has them; NULL: one document */
+} usp_chunk_arrays;
+
+typedef struct usp_chunk_list {
+    int64_t chunks, own_chunks, blocks;
+    int64_t *first; /* [ring + 1] of each owner: its first place */
+    int64_t chunk_capacity, own_chunk_limit, block_capacity;
+    usp_chunk *chunk; /* [chunk_capacity] in position order */
+    usp_chunk_arrays to;
 } usp_chunk_list;
 
 /* Chunks of all ring ranks and the most of any one, as they are now. */

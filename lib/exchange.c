@@ -175,8 +175,7 @@ static void add_block_copies(usp_layer *layer, const usp_bundle *bundle, int to_
 
 /* ---- messages ---------------------------------------------------------------------------------------------------- */
 
-/* One to each peer and one from each. */
-static void post(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages, int to_heads) {
+void usp_bundle_post(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages, int to_heads) {
     int own = layer->mesh.u;
     for (int u = 0; u < layer->mesh.ulysses; u++) {
         int peer = usp_mesh_rank(&layer->mesh, u, layer->mesh.r);
@@ -201,10 +200,6 @@ void usp_bundle_pack(usp_layer *layer, const usp_bundle *bundle) {
         }
 }
 
-void usp_bundle_post_to_heads(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages) {
-    post(layer, bundle, messages, 1);
-}
-
 void usp_bundle_land(usp_layer *layer, const usp_bundle *bundle) {
     add_block_copies(layer, bundle, 1);
 }
@@ -217,10 +212,6 @@ void usp_bundle_lift(usp_layer *layer, const usp_bundle *bundle) {
         usp_copy copy = copy_own(layer, bundle, part, 0);
         usp_copies_add(layer, &copy);
     }
-}
-
-void usp_bundle_post_to_tokens(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages) {
-    post(layer, bundle, messages, 0);
 }
 
 /* The bundle whose tokens are the fp32 sums. */

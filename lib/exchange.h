@@ -36,12 +36,13 @@ void usp_bundle_carve(const usp_layer *layer, usp_bundle *bundle, usp_arena *are
 
 /* Toward heads: pack adds copies, post messages; when these have arrived land adds copies. */
 void usp_bundle_pack(usp_layer *layer, const usp_bundle *bundle);
-void usp_bundle_post_to_heads(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages);
 void usp_bundle_land(usp_layer *layer, const usp_bundle *bundle);
+
+/* One message to each peer and one from each. */
+void usp_bundle_post(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages, int to_heads);
 
 /* Toward tokens: lift adds copies, post messages; when these have arrived unpack copies, at once where it sums. */
 void usp_bundle_lift(usp_layer *layer, const usp_bundle *bundle);
-void usp_bundle_post_to_tokens(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages);
 usp_status usp_bundle_unpack(usp_layer *layer, const usp_bundle *bundle, usp_stream stream);
 
 /* Bytes of workspace of the head exchange as a call of its own (exchange_alone.c). */

@@ -25,23 +25,16 @@ size_t usp_exchange_alone_bytes(const usp_layer *layer) {
     return most;
 }
 
-static usp_status move_to_heads(usp_layer *layer, const usp_bundle *bundle, usp_stream stream) {
-    usp_bundle_pack(layer, bundle);
+static usp_status move_bundle(usp_layer *layer, const usp_bundle *bundle, int to_heads, usp_stream stream) {
+    (to_heads ? usp_bundle_pack : usp_bundle_lift)(layer, bundle);
     USP_TRY(usp_copies_run(layer, stream));
-    usp_bundle_post_to_heads(layer, bundle, usp_messages_begin(layer));
+    usp_bundle_post(layer, bundle, usp_messages_begin(layer), to_heads);
     USP_TRY(usp_messages_run(layer, stream));
     USP_TRY(usp_messages_join(layer, stream));
-    usp_bundle_land(layer, bundle);
-    return usp_copies_run(layer, stream);
-}
-
-static usp_status move_to_tokens(usp_layer *layer, const usp_bundle *bundle, usp_stream stream) {
-    usp_bundle_lift(layer, bundle);
-    USP_TRY(usp_copies_run(layer, stream));
-    usp_bundle_post_to_tokens(layer, bundle, usp_messages_begin(layer));
-    USP_TRY(usp_messages_run(layer, stream));
-    USP_TRY(usp_messages_join(layer, stream));
-    USP_TRY(usp_bundle_unpack(layer, bundle, stream));
+    if (to_heads)
+        usp_bundle_land(layer, bundle);
+    else
+        USP_TRY(usp_bundle_unpack(layer, bundle, stream));
     return usp_copies_run(layer, stream);
 }
 
@@ -73,8 +66,7 @@ static usp_status move(usp_layer *layer, usp_operand operand, const usp_tensor *
                                                          : copy_through(layer, operand, heads, tokens, stream));
     usp_arena arena = {workspace, 0};
     usp_bundle bundle = open(layer, operand, tokens, heads, to_heads, &arena);
-    return usp_world_conclude(layer->world, to_heads ? move_to_heads(layer, &bundle, stream)
-                                                     : move_to_tokens(layer, &bundle, stream));
+    return usp_world_conclude(layer->world, move_bundle(layer, &bundle, to_heads, stream));
 }
 
 usp_status usp_layer_tokens_to_heads(usp_layer *layer, usp_operand operand, const usp_tensor *tokens,

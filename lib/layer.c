@@ -43,7 +43,7 @@ static usp_status check_sequence(const usp_mesh *mesh, const usp_sequence *seque
 static usp_status check_size(const usp_sequence *sequence, const usp_layer_config *c) {
     enum { BUFFERS = 64 };
     int linear = c->attention == USP_LINEAR, most = c->head_dim > c->value_dim ? c->head_dim : c->value_dim;
-    uint64_t tokens = (uint64_t)(sequence->max_tokens + sequence->key.tokens);
+    uint64_t tokens = (uint64_t)(sequence->query.max_tokens + sequence->key.max_tokens);
     uint64_t states = linear ? tokens + (uint64_t)sequence->query.capacity + 1 : 0;
     int64_t bytes = 0;
     const usp_factor rows[] = {{"usp_layer_config.batch", (uint64_t)c->batch},
@@ -69,12 +69,6 @@ static usp_kernel_shape kernel_shape(const usp_layer_config *c) {
                               .dim = c->head_dim,
                               .value_dim = c->value_dim,
                               .deterministic = c->deterministic};
-}
-
-static usp_status check_kernels(const usp_mesh *mesh, const usp_layer_config *c) {
-    usp_device *device = mesh->world->device;
-    usp_kernel_shape shape = kernel_shape(c);
-    return device->ops->supports(device, &shape);
 }
 
 /* ---- lists ------------------------------------------------------------------------------------------------------- */
@@ -174,11 +168,13 @@ static void free_layer(usp_object *object) {
 
 static usp_status create(const usp_mesh *mesh, usp_sequence *sequence, const usp_layer_config *given, usp_layer **out) {
     usp_layer_config config = {0};
+    usp_device *device = mesh->world->device;
     void *memory = NULL;
     usp_status status = usp_layer_config_resolve(given, &config);
+    usp_kernel_shape kernels = kernel_shape(&config);
     if (status == USP_OK) status = check_sequence(mesh, sequence, &config);
     if (status == USP_OK) status = check_size(sequence, &config);
-    if (status == USP_OK) status = check_kernels(mesh, &config);
+    if (status == USP_OK) status = device->ops->supports(device, &kernels);
     if (status == USP_OK && !out) status = usp_fail(USP_INVALID, "layer is NULL");
     if (status == USP_OK) status = usp_host_alloc(&mesh->world->host, sizeof(usp_layer), "layer", &memory);
     status = usp_layer_config_agree(mesh, status, &config, sequence);

@@ -1,17 +1,13 @@
 /* layout.c - the layouts that are formulas, as lists of segments. Knows nothing of heads or masks. */
 #include "layout.h"
+#include "search.h"
 
 usp_status usp_sharding_alloc(const usp_host *host, usp_sharding *sharding, int64_t segments) {
-    int64_t capacity = segments < sharding->tokens ? segments : sharding->tokens;
-    void *first = NULL, *local = NULL, *segment = NULL;
-    size_t ranks = (size_t)sharding->ranks;
-    usp_status status = usp_host_alloc(host, (ranks + 1) * sizeof(int64_t), "sequence", &first);
-    if (status == USP_OK) status = usp_host_alloc(host, ranks * sizeof(int64_t), "sequence", &local);
-    if (status == USP_OK) status = usp_host_alloc(host, (size_t)capacity * sizeof(usp_segment), "segments", &segment);
-    sharding->capacity = capacity;
-    sharding->first = first;
-    sharding->local = local;
-    sharding->segment = segment;
+    usp_status status = USP_OK;
+    sharding->capacity = usp_least(segments, sharding->tokens);
+    sharding->first = usp_host_array(host, sharding->ranks + 1, sizeof *sharding->first, "sequence", &status);
+    sharding->local = usp_host_array(host, sharding->ranks, sizeof *sharding->local, "sequence", &status);
+    sharding->segment = usp_host_array(host, sharding->capacity, sizeof *sharding->segment, "segments", &status);
     return status;
 }
 

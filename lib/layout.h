@@ -5,7 +5,7 @@
 
 /* The segments of all ranks over `tokens` tokens. Rank p's are segment[first[p]] .. segment[first[p + 1]]. */
 typedef struct usp_sharding {
-    int64_t tokens;
+    int64_t tokens, max_tokens; /* now; whatever the documents become */
     int ranks;
     int64_t capacity;     /* of segment */
     int64_t limit;        /* no rank ever owns more tokens, whatever the documents become */
@@ -14,10 +14,12 @@ typedef struct usp_sharding {
     usp_segment *segment; /* none empty; a rank's adjacent ones are joined */
 } usp_sharding;
 
-/* Segments that rank p owns of a sharding. */
-static inline int64_t usp_sharding_count(const usp_sharding *sharding, int p) {
-    return sharding->first[p + 1] - sharding->first[p];
-}
+/* What one rank brings to a custom layout. */
+typedef struct usp_segment_list {
+    const char *name; /* of its field */
+    int64_t count;
+    const usp_segment *segment;
+} usp_segment_list;
 
 /* Room for `segments`, or for as many as there are tokens: none is empty. `tokens` and `ranks` are set. */
 usp_status usp_sharding_alloc(const usp_host *host, usp_sharding *sharding, int64_t segments);
@@ -35,10 +37,7 @@ void usp_sharding_fill(usp_sharding *sharding, usp_layout layout);
 
 /* Collective: fills a custom layout from all ranks' segments, of which `most` is the largest number. INVALID unless
  * those of this data copy cover every token once. */
-usp_status usp_sharding_gather(usp_world *world, usp_sharding *sharding, int copy, const usp_sequence_config *config,
+usp_status usp_sharding_gather(usp_world *world, usp_sharding *sharding, int copy, const usp_segment_list *mine,
                                int64_t most);
-
-/* Collective: the largest of all ranks' numbers. `what` names the call. */
-usp_status usp_world_largest(usp_world *world, const char *what, int64_t mine, int64_t *most);
 
 #endif

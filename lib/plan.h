@@ -25,10 +25,7 @@ typedef struct usp_plan_arrays {
     int32_t *key, *last;                    /* own rows, then those of every other stage */
     int32_t *query_landing, *key_landing;   /* rows of the own block by u, where there is an exchange */
     int32_t *map;                           /* of parcels */
-    usp_block *block;                       /* linear, as in usp_chunk_list */
-    usp_scan_step *block_step, *chunk_step;
-    int32_t *chunk_place;
-    int32_t *begins, *ends;
+    usp_chunk_arrays chunks;                /* linear */
 } usp_plan_arrays;
 
 typedef struct usp_plan {

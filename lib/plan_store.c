@@ -5,23 +5,22 @@
 
 /* ---- room -------------------------------------------------------------------------------------------------------- */
 
-/* The most rows of any ring rank. With owners to come: of each document two chunks of a zigzag of the ring, each
- * rounded up by less than one; a ring of one holds them all. */
-static int64_t find_limit(const usp_sequence *sequence, const usp_ring_side *side, int ring) {
-    int64_t limit = 0, rows = sequence->max_tokens / ring + 2 * sequence->documents.capacity;
-    for (int r = 0; r < ring; r++)
-        if (usp_ring_rows(side, r) > limit) limit = usp_ring_rows(side, r);
-    if (!usp_sequence_moves(sequence)) return limit;
-    return rows < sequence->max_tokens ? rows : sequence->max_tokens;
+/* The most rows of any ring rank. */
+static int64_t find_limit(const usp_sequence *sequence, const usp_sharding *sharding, const usp_ring_side *side,
+                          int ring) {
+    int64_t limit = 0;
+    if (usp_sequence_moves(sequence)) return usp_sequence_part_limit(sequence, sharding, ring);
+    for (int r = 0; r < ring; r++) limit = usp_most(limit, usp_ring_rows(side, r));
+    return limit;
 }
 
 static usp_status allocate_sides(usp_sequence *sequence, usp_plan *plan) {
     usp_status status = USP_OK;
     const usp_host *host = &sequence->world->host;
-    int64_t tokens = sequence->max_tokens;
+    int64_t tokens = sequence->query.max_tokens, keys = sequence->key.max_tokens;
     const usp_grid *grid = &plan->shape.grid;
     USP_TRY(usp_ring_side_alloc(host, &plan->query, grid, &sequence->query, tokens));
-    if (sequence->cross) USP_TRY(usp_ring_side_alloc(host, &plan->key, grid, &sequence->key, sequence->key.tokens));
+    if (sequence->cross) USP_TRY(usp_ring_side_alloc(host, &plan->key, grid, &sequence->key, keys));
     if (plan->shape.attention != USP_SOFTMAX) return USP_OK;
     plan->low = usp_host_array(host, tokens, sizeof *plan->low, "plan", &status);
     plan->high = usp_host_array(host, tokens, sizeof *plan->high, "plan", &status);
@@ -129,15 +128,16 @@ static usp_plan_arrays carve_softmax(const usp_sequence *sequence, const usp_pla
 }
 
 static usp_plan_arrays carve_linear(const usp_sequence *sequence, const usp_plan *plan, usp_arena *arena) {
-    const usp_chunk_list *chunks = &plan->chunks;
+    const usp_chunk_list *list = &plan->chunks;
     usp_plan_arrays a = {0};
-    a.block = usp_carve(arena, (size_t)chunks->block_capacity * sizeof *a.block);
-    a.block_step = usp_carve(arena, (size_t)chunks->block_capacity * sizeof *a.block_step);
-    a.chunk_step = usp_carve(arena, (size_t)chunks->chunk_capacity * sizeof *a.chunk_step);
-    a.chunk_place = usp_carve(arena, (size_t)chunks->chunk_capacity * sizeof *a.chunk_place);
+    usp_chunk_arrays *to = &a.chunks;
+    to->block = usp_carve(arena, (size_t)list->block_capacity * sizeof *to->block);
+    to->block_step = usp_carve(arena, (size_t)list->block_capacity * sizeof *to->block_step);
+    to->chunk_step = usp_carve(arena, (size_t)list->chunk_capacity * sizeof *to->chunk_step);
+    to->chunk_place = usp_carve(arena, (size_t)list->chunk_capacity * sizeof *to->chunk_place);
     if (usp_sequence_is_whole(sequence)) return a;
-    a.begins = usp_carve(arena, (size_t)plan->query_limit * sizeof *a.begins);
-    a.ends = usp_carve(arena, (size_t)plan->query_limit * sizeof *a.ends);
+    to->begins = usp_carve(arena, (size_t)plan->query_limit * sizeof *to->begins);
+    to->ends = usp_carve(arena, (size_t)plan->query_limit * sizeof *to->ends);
     return a;
 }
 
@@ -155,12 +155,7 @@ static usp_plan_arrays carve(const usp_sequence *sequence, const usp_plan *plan,
 static void fill(usp_sequence *sequence, usp_plan *plan, int turn) {
     usp_arena arena = {plan->host_memory[turn], 0};
     plan->host = carve(sequence, plan, &arena);
-    plan->chunks.block = plan->host.block;
-    plan->chunks.block_step = plan->host.block_step;
-    plan->chunks.chunk_step = plan->host.chunk_step;
-    plan->chunks.chunk_place = plan->host.chunk_place;
-    plan->chunks.begins = plan->host.begins;
-    plan->chunks.ends = plan->host.ends;
+    plan->chunks.to = plan->host.chunks;
     usp_plan_fill(sequence, plan);
 }
 
@@ -206,11 +201,10 @@ static usp_status allocate_chunks(usp_sequence *sequence, usp_plan *plan) {
     usp_status status = USP_OK;
     int ring = plan->shape.grid.ring;
     list->chunk_capacity = usp_chunks_count(&plan->query, &plan->shape.grid, &list->own_chunk_limit);
-    if (usp_sequence_moves(sequence)) { /* two of each document, and one of all on a ring of one */
-        int64_t each = ring > 1 ? 2 * sequence->documents.capacity : 1;
-        list->own_chunk_limit = each < plan->query_limit ? each : plan->query_limit;
-        list->chunk_capacity = usp_most(list->own_chunk_limit, each * ring);
-        if (list->chunk_capacity > sequence->max_tokens) list->chunk_capacity = sequence->max_tokens;
+    if (usp_sequence_moves(sequence)) { /* two of each zigzag, and one of all on a ring of one */
+        int64_t each = ring > 1 ? 2 * usp_sequence_zigzags(sequence) : 1;
+        list->own_chunk_limit = usp_least(each, plan->query_limit);
+        list->chunk_capacity = usp_least(each * ring, sequence->query.max_tokens);
     }
     list->block_capacity =
         plan->query_limit / device->ops->linear_block(device, plan->query_limit) + list->own_chunk_limit;
@@ -245,8 +239,8 @@ static void destroy(usp_sequence *sequence, usp_plan *plan) {
 static usp_status build(usp_sequence *sequence, usp_plan *plan) {
     USP_TRY(allocate_sides(sequence, plan));
     usp_plan_owners(sequence, plan);
-    plan->query_limit = find_limit(sequence, &plan->query, plan->shape.grid.ring);
-    plan->key_limit = find_limit(sequence, &plan->key, plan->shape.grid.ring);
+    plan->query_limit = find_limit(sequence, &sequence->query, &plan->query, plan->shape.grid.ring);
+    plan->key_limit = find_limit(sequence, &sequence->key, &plan->key, plan->shape.grid.ring);
     if (plan->shape.attention == USP_SOFTMAX) {
         USP_TRY(choose_route(sequence, plan));
         USP_TRY(allocate_scratch(sequence, plan));

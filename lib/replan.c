@@ -18,7 +18,7 @@ static usp_status check_replan(const usp_sequence *sequence, const usp_documents
                 (long long)sequence->documents.capacity);
     USP_REQUIRE(sequence->trees || !given->parents, "parents is given: the sequence was made without");
     USP_REQUIRE(sequence->prefixes || !given->prefixes, "prefixes is given: the sequence was made without");
-    USP_TRY(usp_documents_check(given, "", sequence->max_tokens, sequence->cross ? sequence->key.tokens : 0));
+    USP_TRY(usp_documents_check(given, "", sequence->query.max_tokens, sequence->cross ? sequence->key.max_tokens : 0));
     return check_capture(sequence->world->device, stream);
 }
 

@@ -15,11 +15,11 @@ static usp_status exchange(usp_layer *layer, usp_stream stream) {
 }
 
 static void post_in(const usp_layer *layer, const usp_frame *frame, usp_messages *messages) {
-    for (int i = 0; i < frame->ins; i++) usp_bundle_post_to_heads(layer, &frame->in[i], messages);
+    for (int i = 0; i < frame->ins; i++) usp_bundle_post(layer, &frame->in[i], messages, 1);
 }
 
 static void post_out(const usp_layer *layer, const usp_frame *frame, usp_messages *messages) {
-    for (int i = 0; i < frame->outs; i++) usp_bundle_post_to_tokens(layer, &frame->out[i], messages);
+    for (int i = 0; i < frame->outs; i++) usp_bundle_post(layer, &frame->out[i], messages, 0);
     for (int i = 0; i < frame->head_outs; i++) usp_heads_post(layer, &frame->head_out[i], messages);
 }
 

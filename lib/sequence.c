@@ -6,19 +6,19 @@
 
 /* ---- checks ------------------------------------------------------------------------------------------------------ */
 
-static usp_status check_segments(const usp_sequence_config *config) {
-    USP_REQUIRE(config->segments >= 0, "usp_sequence_config.segments is %lld: must not be negative",
-                (long long)config->segments);
-    USP_REQUIRE(config->segments <= config->tokens, "usp_sequence_config.segments is %lld: more than tokens",
-                (long long)config->segments);
-    USP_REQUIRE(!config->segments || config->segment, "usp_sequence_config.segment is NULL while segments is %lld",
-                (long long)config->segments);
-    for (int64_t i = 0; i < config->segments; i++) {
-        usp_segment s = config->segment[i];
-        int fits = s.start >= 0 && s.length >= 1 && s.stride >= 1 && s.start < config->tokens &&
-                   s.length <= config->tokens && (s.length == 1 || s.stride <= config->tokens) &&
-                   s.start + (s.length - 1) * s.stride < config->tokens;
-        USP_REQUIRE(fits, "usp_sequence_config.segment[%lld] (start %lld, length %lld, stride %lld) leaves the tokens",
+static usp_status check_segments(const usp_segment_list *list, int64_t tokens) {
+    const char *name = list->name;
+    USP_REQUIRE(list->count >= 0, "usp_sequence_config.%ss is %lld: must not be negative", name,
+                (long long)list->count);
+    USP_REQUIRE(list->count <= tokens, "usp_sequence_config.%ss is %lld: more than tokens", name,
+                (long long)list->count);
+    USP_REQUIRE(!list->count || list->segment, "usp_sequence_config.%s is NULL while %ss is %lld", name, name,
+                (long long)list->count);
+    for (int64_t i = 0; i < list->count; i++) {
+        usp_segment s = list->segment[i];
+        int fits = s.start >= 0 && s.length >= 1 && s.stride >= 1 && s.start < tokens && s.length <= tokens &&
+                   (s.length == 1 || s.stride <= tokens) && s.start + (s.length - 1) * s.stride < tokens;
+        USP_REQUIRE(fits, "usp_sequence_config.%s[%lld] (start %lld, length %lld, stride %lld) leaves the tokens", name,
                     (long long)i, (long long)s.start, (long long)s.length, (long long)s.stride);
     }
     return USP_OK;
@@ -43,6 +43,12 @@ static int is_cross(const usp_sequence_config *config) {
     return config->key_tokens && (config->key_tokens != config->tokens || config->key_document_ends);
 }
 
+/* Of the queries; of the keys of cross-attention. */
+static usp_segment_list segments_of(const usp_sequence_config *config, int keys) {
+    return keys ? (usp_segment_list){"key_segment", config->key_segments, config->key_segment}
+                : (usp_segment_list){"segment", config->segments, config->segment};
+}
+
 static usp_documents documents_of(const usp_sequence_config *config) {
     return (usp_documents){sizeof(usp_documents),     config->documents, config->document_ends,
                            config->key_document_ends, config->prefixes,  config->parents};
@@ -54,9 +60,13 @@ static usp_status check_given_documents(const usp_sequence_config *config) {
         usp_documents_check(&given, "usp_sequence_config.", config->tokens, is_cross(config) ? config->key_tokens : 0));
     USP_REQUIRE(!config->max_documents || config->documents <= config->max_documents,
                 "usp_sequence_config.max_documents is %d: less than documents", config->max_documents);
-    USP_REQUIRE(config->layout != USP_LAYOUT_ZIGZAG_PER_DOCUMENT || given.ends[given.count - 1] == config->tokens,
-                "usp_sequence_config.document_ends: the last end is %lld, tokens is %lld",
-                (long long)given.ends[given.count - 1], (long long)config->tokens);
+    if (config->layout != USP_LAYOUT_ZIGZAG_PER_DOCUMENT) return USP_OK;
+    int64_t end = given.ends[given.count - 1], key_end = given.key_ends ? given.key_ends[given.count - 1] : 0;
+    USP_REQUIRE(end == config->tokens, "usp_sequence_config.document_ends: the last end is %lld, tokens is %lld",
+                (long long)end, (long long)config->tokens);
+    USP_REQUIRE(!given.key_ends || key_end == config->key_tokens,
+                "usp_sequence_config.key_document_ends: the last end is %lld, key_tokens is %lld", (long long)key_end,
+                (long long)config->key_tokens);
     return USP_OK;
 }
 
@@ -70,16 +80,22 @@ static usp_status check_documents(const usp_sequence_config *config) {
     return config->documents ? check_given_documents(config) : USP_OK;
 }
 
+/* Lists of segments that the ranks bring together: of queries, and of keys in cross-attention. */
+static int lists_of(const usp_sequence_config *config) {
+    return config->layout == USP_LAYOUT_CUSTOM ? 1 + is_cross(config) : 0;
+}
+
 static usp_status check_config(const usp_sequence_config *config) {
-    int custom = config->layout == USP_LAYOUT_CUSTOM;
     USP_TRY(check_extents(config));
-    USP_REQUIRE(custom || (!config->segments && !config->segment),
-                "usp_sequence_config.segments (or segment) is set: only the custom layout takes segments");
-    if ((custom || config->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) && is_cross(config))
-        return usp_fail(USP_UNSUPPORTED, "usp_sequence_config.key_tokens: a custom or per-document layout has no rule "
-                                         "for keys of another length");
     USP_TRY(check_documents(config));
-    return custom ? check_segments(config) : USP_OK;
+    for (int keys = 0; keys < 2; keys++) {
+        usp_segment_list list = segments_of(config, keys);
+        USP_REQUIRE(keys < lists_of(config) || (!list.count && !list.segment),
+                    "usp_sequence_config.%ss (or %s) is set: only the custom layout takes segments%s", list.name,
+                    list.name, keys ? ", of keys in cross-attention" : "");
+        if (keys < lists_of(config)) USP_TRY(check_segments(&list, keys ? config->key_tokens : config->tokens));
+    }
+    return USP_OK;
 }
 
 static usp_status read_config(const usp_sequence_config *given, usp_sequence_config *config) {
@@ -91,46 +107,34 @@ static usp_status read_config(const usp_sequence_config *given, usp_sequence_con
 
 /* ---- agreement --------------------------------------------------------------------------------------------------- */
 
-/* What must be equal on all ranks of a data copy, and the first two everywhere: a custom layout takes more collective
- * steps. Its segments are each rank's own. */
-typedef struct agreed_fields {
-    int64_t mesh_ranks, custom, layout, tokens, key_tokens, max_documents, documents;
-    uint64_t ends, key_ends, prefixes, parents; /* hashes */
-} agreed_fields;
-
-static uint64_t hash_array(const int64_t *array, int64_t count) {
-    return array ? usp_hash(1, array, (size_t)count * sizeof *array) : 0;
+static int64_t hash_array(const int64_t *array, int64_t count) {
+    return array ? (int64_t)usp_hash(1, array, (size_t)count * sizeof *array) : 0;
 }
 
+/* What must be equal on all ranks of a data copy, and the first two everywhere: each list of segments takes more
+ * collective steps. The segments are each rank's own. */
 static usp_status agree_on_config(const usp_mesh *mesh, usp_status mine, const usp_sequence_config *config) {
-    enum { WORD = sizeof(int64_t) };
-    static const usp_field fields[] = {{"mesh", 0, WORD},
-                                       {"layout", WORD, 2 * WORD},
-                                       {"tokens", 3 * WORD, WORD},
-                                       {"key_tokens", 4 * WORD, WORD},
-                                       {"max_documents", 5 * WORD, WORD},
-                                       {"documents", 6 * WORD, WORD},
-                                       {"document_ends", 7 * WORD, WORD},
-                                       {"key_document_ends", 8 * WORD, WORD},
-                                       {"prefixes", 9 * WORD, WORD},
-                                       {"parents", 10 * WORD, WORD}};
-    _Static_assert(sizeof(agreed_fields) <= USP_AGREE_BYTES, "a ballot holds the record");
-    agreed_fields record = {.mesh_ranks = mesh->ranks, .custom = config->layout == USP_LAYOUT_CUSTOM};
-    if (mine == USP_OK)
-        record = (agreed_fields){mesh->ranks,
-                                 config->layout == USP_LAYOUT_CUSTOM,
-                                 config->layout,
-                                 config->tokens,
-                                 config->key_tokens,
-                                 config->max_documents,
-                                 config->documents,
-                                 hash_array(config->document_ends, config->documents),
-                                 hash_array(config->key_document_ends, config->documents),
-                                 hash_array(config->prefixes, config->documents),
-                                 hash_array(config->parents, config->documents)};
+    enum { FIELDS = 11, WORD = sizeof(int64_t) };
+    static const char *const names[FIELDS] = {
+        "mesh",          "layout or cross-attention", "layout",   "tokens", "key_tokens", "max_documents", "documents",
+        "document_ends", "key_document_ends",         "prefixes", "parents"};
+    int64_t count = mine == USP_OK ? config->documents : 0;
+    const int64_t record[FIELDS] = {mesh->ranks,
+                                    lists_of(config),
+                                    config->layout,
+                                    config->tokens,
+                                    config->key_tokens,
+                                    config->max_documents,
+                                    config->documents,
+                                    hash_array(config->document_ends, count),
+                                    hash_array(config->key_document_ends, count),
+                                    hash_array(config->prefixes, count),
+                                    hash_array(config->parents, count)};
+    usp_field fields[FIELDS];
+    _Static_assert(sizeof record <= USP_AGREE_BYTES, "a ballot holds the record");
+    for (int i = 0; i < FIELDS; i++) fields[i] = (usp_field){names[i], (size_t)i * WORD, WORD};
     return usp_world_agree(mesh->world, mine,
-                           &(usp_agreement){"sequence", mesh->copy, &record, sizeof record, fields,
-                                            sizeof fields / sizeof *fields, 2 * WORD});
+                           &(usp_agreement){"sequence", mesh->copy, record, sizeof record, fields, FIELDS, 2 * WORD});
 }
 
 static uint64_t hash_segments(uint64_t seed, const usp_sharding *sharding) {
@@ -140,7 +144,8 @@ static uint64_t hash_segments(uint64_t seed, const usp_sharding *sharding) {
 }
 
 uint64_t usp_sequence_identity(const usp_sequence *sequence) {
-    const int64_t extents[] = {sequence->layout, sequence->max_tokens, sequence->documents.capacity, sequence->cross};
+    const int64_t extents[] = {sequence->layout, sequence->query.max_tokens, sequence->documents.capacity,
+                               sequence->cross};
     uint64_t hash = usp_documents_hash(usp_hash(0, extents, sizeof extents), &sequence->documents);
     return hash_segments(hash_segments(hash, &sequence->query), &sequence->key);
 }
@@ -150,26 +155,23 @@ uint64_t usp_sequence_identity(const usp_sequence *sequence) {
 static void set_extents(usp_sequence *sequence, const usp_sequence_config *config) {
     int64_t most = config->max_documents > config->documents ? config->max_documents : config->documents;
     sequence->layout = config->layout;
-    sequence->max_tokens = config->tokens;
     sequence->documents.capacity = most ? most : 1;
     sequence->cross = is_cross(config);
     sequence->replans = config->max_documents > 0;
     sequence->trees = config->parents != NULL;
     sequence->prefixes = config->prefixes != NULL;
-    sequence->query = (usp_sharding){.tokens = config->tokens, .ranks = sequence->ranks};
-    sequence->key = (usp_sharding){.tokens = config->key_tokens, .ranks = sequence->ranks};
+    sequence->query = (usp_sharding){.tokens = config->tokens, .max_tokens = config->tokens, .ranks = sequence->ranks};
+    sequence->key =
+        (usp_sharding){.tokens = config->key_tokens, .max_tokens = config->key_tokens, .ranks = sequence->ranks};
 }
 
 static usp_status allocate_arrays(usp_sequence *sequence, int64_t most) {
     const usp_host *host = &sequence->world->host;
-    int custom = sequence->layout == USP_LAYOUT_CUSTOM,
-        per_document = sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
+    int custom = sequence->layout == USP_LAYOUT_CUSTOM, moves = sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
     int64_t segments = 0, capacity = sequence->documents.capacity;
+    int64_t each = custom ? most : moves ? 2 * usp_sequence_zigzags(sequence) : 2;
     void *documents = NULL;
-    const usp_factor factors[] = {{custom ? "usp_sequence_config.segments" : "2 x usp_sequence_config.max_documents",
-                                   (uint64_t)(custom         ? most
-                                              : per_document ? 2 * capacity
-                                                             : 2)},
+    const usp_factor factors[] = {{"usp_sequence_config.segments", (uint64_t)each},
                                   {"ranks", (uint64_t)sequence->ranks}};
     USP_TRY(usp_size_add(&segments, factors, 2));
     USP_TRY(usp_host_alloc(host, (size_t)(capacity + 1) * sizeof(usp_document), "documents", &documents));
@@ -182,67 +184,88 @@ static usp_status allocate_arrays(usp_sequence *sequence, int64_t most) {
 }
 
 static void set_documents(usp_sequence *sequence, const usp_documents *given) {
-    int64_t tokens = sequence->max_tokens;
-    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT && given->ends) tokens = given->ends[given->count - 1];
-    sequence->query.tokens = tokens;
-    usp_documents_set(&sequence->documents, given, tokens, sequence->cross ? sequence->key.tokens : tokens);
+    usp_sharding *query = &sequence->query, *key = &sequence->key;
+    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) {
+        query->tokens = given->ends ? given->ends[given->count - 1] : query->max_tokens;
+        key->tokens = given->key_ends ? given->key_ends[given->count - 1] : key->max_tokens;
+    }
+    usp_documents_set(&sequence->documents, given, query->tokens, sequence->cross ? key->tokens : query->tokens);
 }
 
-static void fill_per_document(usp_sharding *sharding, const usp_document_list *list) {
+static int64_t end_of(const usp_document_list *list, int64_t d, int keys) {
+    return keys ? list->document[d].key_end : list->document[d].end;
+}
+
+/* Per document: one of a rank's share of tokens or more is a zigzag of its own, shorter ones share one until they are
+ * as many tokens. Documents are cut into 2N only where that evens out work. Takes documents from *next, and moves it.
+ */
+static int64_t zigzag_end(const usp_document_list *list, int keys, int64_t begin, int64_t share, int64_t *next) {
+    int64_t end = end_of(list, (*next)++, keys);
+    while (*next < list->count && end - begin < share && end_of(list, *next, keys) - end < share)
+        end = end_of(list, (*next)++, keys);
+    return end;
+}
+
+static void fill_per_document(usp_sharding *sharding, const usp_document_list *list, int keys) {
+    int64_t share = (sharding->tokens + sharding->ranks - 1) / sharding->ranks;
     for (int rank = 0; rank < sharding->ranks; rank++) {
         usp_sharding_begin(sharding, rank);
-        for (int64_t d = 0; d < list->count; d++)
-            usp_sharding_add_zigzag(sharding, rank, list->document[d].begin,
-                                    list->document[d].end - list->document[d].begin);
+        for (int64_t next = 0, begin = 0, end; next < list->count; begin = end) {
+            end = zigzag_end(list, keys, begin, share, &next);
+            usp_sharding_add_zigzag(sharding, rank, begin, end - begin);
+        }
     }
 }
 
 /* Who owns what, by a formula. */
-static void fill(const usp_sequence *sequence, usp_sharding *sharding) {
+static void fill(const usp_sequence *sequence, usp_sharding *sharding, int keys) {
     if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT)
-        fill_per_document(sharding, &sequence->documents);
+        fill_per_document(sharding, &sequence->documents, keys);
     else
         usp_sharding_fill(sharding, sequence->layout);
 }
 
-/* The most tokens of any rank. With documents to come: of each, two chunks, each rounded up by less than one. */
-static void set_limit(usp_sharding *sharding, const usp_sequence *sequence) {
-    sharding->limit = 0;
-    for (int rank = 0; rank < sharding->ranks; rank++)
-        if (sharding->local[rank] > sharding->limit) sharding->limit = sharding->local[rank];
-    if (!usp_sequence_moves(sequence)) return;
-    int64_t tokens = sequence->max_tokens / sequence->ranks + 2 * sequence->documents.capacity;
-    sharding->limit = tokens < sequence->max_tokens ? tokens : sequence->max_tokens;
+/* The most tokens of any rank. */
+static int64_t find_limit(const usp_sequence *sequence, const usp_sharding *sharding) {
+    int64_t limit = 0;
+    if (usp_sequence_moves(sequence)) return usp_sequence_part_limit(sequence, sharding, sharding->ranks);
+    for (int rank = 0; rank < sharding->ranks; rank++) limit = usp_most(limit, sharding->local[rank]);
+    return limit;
+}
+
+static usp_status share_out(usp_sequence *sequence, const usp_sequence_config *config, int keys, int64_t most) {
+    usp_sharding *sharding = keys ? &sequence->key : &sequence->query;
+    const usp_segment_list mine = segments_of(config, keys);
+    if (config->layout == USP_LAYOUT_CUSTOM)
+        USP_TRY(usp_sharding_gather(sequence->world, sharding, sequence->copy, &mine, most));
+    else
+        fill(sequence, sharding, keys);
+    sharding->limit = find_limit(sequence, sharding);
+    return USP_OK;
 }
 
 static usp_status build(usp_sequence *sequence, const usp_sequence_config *config) {
-    int custom = config->layout == USP_LAYOUT_CUSTOM;
     const usp_documents given = documents_of(config);
-    int64_t most = 0;
+    int64_t most = usp_most(config->segments, config->key_segments);
     set_extents(sequence, config);
-    if (custom) USP_TRY(usp_world_largest(sequence->world, "sequence", config->segments, &most));
+    if (config->layout == USP_LAYOUT_CUSTOM) USP_TRY(usp_world_largest(sequence->world, "sequence", most, &most));
     usp_status status = allocate_arrays(sequence, most);
     USP_TRY(usp_world_agree(sequence->world, status, &(usp_agreement){.what = "sequence"}));
     set_documents(sequence, &given);
-    if (custom)
-        USP_TRY(usp_sharding_gather(sequence->world, &sequence->query, sequence->copy, config, most));
-    else
-        fill(sequence, &sequence->query);
-    set_limit(&sequence->query, sequence);
-    if (sequence->cross) {
-        fill(sequence, &sequence->key);
-        set_limit(&sequence->key, sequence);
-    } else {
-        sequence->key = sequence->query;
-    }
+    USP_TRY(share_out(sequence, config, 0, most));
+    if (sequence->cross) return share_out(sequence, config, 1, most);
+    sequence->key = sequence->query;
     return USP_OK;
 }
 
 void usp_sequence_set_documents(usp_sequence *sequence, const usp_documents *documents) {
     set_documents(sequence, documents);
     if (!usp_sequence_moves(sequence)) return;
-    fill(sequence, &sequence->query);
-    sequence->key = sequence->query;
+    fill(sequence, &sequence->query, 0);
+    if (sequence->cross)
+        fill(sequence, &sequence->key, 1);
+    else
+        sequence->key = sequence->query;
 }
 
 /* Layers hold the sequence, and its plans: none of these is left. */

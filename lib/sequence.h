@@ -5,6 +5,7 @@
 #include "documents.h"
 #include "layout.h"
 #include "mesh.h"
+#include "search.h"
 
 struct usp_plan;
 
@@ -18,7 +19,6 @@ struct usp_sequence {
     int trees;       /* documents may have parents */
     int prefixes;    /* documents may have prefixes */
     uint64_t number; /* of the sequence among those of the world */
-    int64_t max_tokens;
     usp_document_list documents;
     usp_sharding query, key; /* key shares query's arrays unless cross */
     struct usp_plan *plans;
@@ -29,6 +29,17 @@ struct usp_sequence {
 /* Does ownership follow the documents, so that counts of tokens change with them? */
 static inline int usp_sequence_moves(const usp_sequence *sequence) {
     return sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT && sequence->replans;
+}
+
+/* The most zigzags of the per-document layout: 2N of a chunk of tokens or more, and as many and one that end sooner. */
+static inline int64_t usp_sequence_zigzags(const usp_sequence *sequence) {
+    return usp_least(sequence->documents.capacity, 4 * (int64_t)sequence->ranks + 1);
+}
+
+/* The most tokens of one of so many equal parts, whatever the documents become: of each zigzag, two chunks, each
+ * rounded up by less than one; a part of one holds them all. */
+static inline int64_t usp_sequence_part_limit(const usp_sequence *sequence, const usp_sharding *sharding, int parts) {
+    return usp_least(sharding->max_tokens / parts + 2 * usp_sequence_zigzags(sequence), sharding->max_tokens);
 }
 
 /* Is it one document of all tokens, whatever it becomes? */

@@ -52,8 +52,8 @@ usp_scan usp_state_scan(const usp_layer *layer, const usp_flow *f) {
 static usp_status scan_chunks(usp_layer *layer, const usp_flow *f, int64_t first, int64_t count, float *data,
                               const float *initial, float *final, usp_stream stream) {
     usp_scan scan = usp_state_scan(layer, f);
-    scan.step = layer->plan->device.chunk_step + first;
-    scan.place = f->slots ? layer->plan->device.chunk_place : NULL;
+    scan.step = layer->plan->device.chunks.chunk_step + first;
+    scan.place = f->slots ? layer->plan->device.chunks.chunk_place : NULL;
     scan.states = (int)count;
     scan.groups = 1;
     scan.data = data;
@@ -81,18 +81,6 @@ static void post_gather(const usp_layer *layer, const usp_flow *f, usp_messages 
         usp_messages_recv(messages, peer, state_at(layer, f->slots, chunks->first[r]),
                           (chunks->first[r + 1] - chunks->first[r]) * state_bytes(layer));
     }
-}
-
-/* With all totals here, every rank finds all states; own chunks take theirs (without a mask: that of all tokens). */
-static usp_status resolve_gather(usp_layer *layer, const usp_flow *f, usp_stream stream) {
-    const usp_chunk_list *chunks = &layer->plan->chunks;
-    usp_device *device = layer->world->device;
-    size_t bytes = (size_t)(chunks->own_chunks * state_bytes(layer));
-    USP_TRY(scan_chunks(layer, f, 0, chunks->chunks, f->slots, f->initial, f->final, stream));
-    for (int64_t i = 0; i < chunks->own_chunks && !usp_flow_causal(layer); i++)
-        USP_TRY(usp_state_copy(layer, state_at(layer, f->incoming, i), f->final, stream));
-    if (!usp_flow_causal(layer) || f->incoming == f->totals) return USP_OK;
-    return device->ops->copy(device, f->incoming, f->totals, bytes, stream);
 }
 
 /* ---- chain ------------------------------------------------------------------------------------------------------- */
@@ -169,12 +157,23 @@ usp_status usp_flow_travel(usp_layer *layer, const usp_flow *f) {
     return usp_messages_exchange(layer);
 }
 
-usp_status usp_flow_end(usp_layer *layer, const usp_flow *f, usp_stream stream) {
-    USP_TRY(usp_messages_join(layer, stream));
-    if (!uses_chain(layer)) return resolve_gather(layer, f, stream);
-    for (int64_t i = 0; i < layer->plan->chunks.own_chunks && !usp_flow_causal(layer); i++)
-        USP_TRY(usp_state_copy(layer, state_at(layer, f->incoming, i), f->carry, stream));
+/* Without a mask the state of all tokens is every own chunk's. */
+static usp_status give_all(usp_layer *layer, const usp_flow *f, const float *state, usp_stream stream) {
+    for (int64_t i = 0; i < layer->plan->chunks.own_chunks; i++)
+        USP_TRY(usp_state_copy(layer, state_at(layer, f->incoming, i), state, stream));
     return USP_OK;
+}
+
+/* With all totals here, every rank finds all states. */
+usp_status usp_flow_end(usp_layer *layer, const usp_flow *f, usp_stream stream) {
+    const usp_chunk_list *chunks = &layer->plan->chunks;
+    usp_device *device = layer->world->device;
+    int chain = uses_chain(layer);
+    USP_TRY(usp_messages_join(layer, stream));
+    if (!chain) USP_TRY(scan_chunks(layer, f, 0, chunks->chunks, f->slots, f->initial, f->final, stream));
+    if (!usp_flow_causal(layer)) return give_all(layer, f, chain ? f->carry : f->final, stream);
+    if (chain || f->incoming == f->totals) return USP_OK;
+    return device->ops->copy(device, f->incoming, f->totals, (size_t)(chunks->own_chunks * state_bytes(layer)), stream);
 }
 
 /* ---- cost -------------------------------------------------------------------------------------------------------- */

@@ -13,7 +13,7 @@ usp_status usp_sequence_segments(const usp_sequence *sequence, int rank, int64_t
     USP_REQUIRE(count, "count is NULL");
     USP_REQUIRE(capacity >= 0 && (capacity == 0 || segments), "segments is NULL or capacity is negative");
     const usp_sharding *sharding = &sequence->query;
-    *count = usp_sharding_count(sharding, rank);
+    *count = sharding->first[rank + 1] - sharding->first[rank];
     for (int64_t i = 0; i < *count && i < capacity; i++) segments[i] = sharding->segment[sharding->first[rank] + i];
     return USP_OK;
 }
@@ -174,19 +174,6 @@ static usp_status agree_on_gather(const usp_sequence *sequence, usp_status mine,
                            &(usp_agreement){"gather", sequence->copy, record, sizeof record, fields, 2, 0});
 }
 
-/* Brings all ranks' parts together: [world size][piece]. */
-static usp_status gather_parts(const usp_sequence *sequence, size_t own, const void *local, size_t piece, void **all) {
-    usp_world *world = sequence->world;
-    void *mine = NULL;
-    usp_status status = usp_host_alloc(&world->host, piece, "gather", &mine);
-    if (status == USP_OK) status = usp_host_alloc(&world->host, piece * (size_t)world->comm->size, "gather", all);
-    status = usp_world_agree(world, status, &(usp_agreement){.what = "gather"});
-    if (status == USP_OK && own) memcpy(mine, local, own);
-    if (status == USP_OK) status = world->comm->ops->allgather(world->comm, mine, *all, piece);
-    usp_host_free(&world->host, mine);
-    return status;
-}
-
 static usp_status gather(const usp_sequence *sequence, int64_t batch, size_t token_bytes, const void *local,
                          void *whole) {
     const usp_host *host = &sequence->world->host;
@@ -198,7 +185,7 @@ static usp_status gather(const usp_sequence *sequence, int64_t batch, size_t tok
         status = usp_fail(USP_INVALID, "whole or local is NULL");
     USP_TRY(agree_on_gather(sequence, status, batch, token_bytes));
     USP_TRY(usp_world_largest(sequence->world, "gather", bytes, &piece)); /* data copies may hold different sequences */
-    status = gather_parts(sequence, own, local, (size_t)piece, &all);
+    status = usp_world_gather(sequence->world, "gather", local, own, (size_t)piece, &all);
     for (int rank = 0; rank < sequence->ranks && status == USP_OK && bytes; rank++)
         copy_tokens(&sequence->query, rank, batch, token_bytes, whole,
                     (char *)all + piece * (sequence->copy * sequence->ranks + rank), 0);

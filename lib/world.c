@@ -286,6 +286,7 @@ usp_status usp_world_create_env(const usp_world_config *given, usp_world **out) 
     usp_environment_close(environment);
     return status;
 }
+
 /* ---- a world's life ---------------------------------------------------------------------------------------------- */
 
 usp_status usp_world_get_info(const usp_world *world, usp_world_info *info) {

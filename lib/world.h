@@ -70,4 +70,9 @@ typedef struct usp_agreement {
  * MISMATCH everywhere (naming the field and a rank) if records differ in a group or ranks are in different calls. */
 usp_status usp_world_agree(usp_world *world, usp_status mine, const usp_agreement *agreement);
 
+/* Collective: the largest of all ranks' numbers; all ranks' parts, of which this rank's has `own` bytes, in `all`,
+ * [world size][piece], zero behind each, for the caller to free. `what` names the call. */
+usp_status usp_world_largest(usp_world *world, const char *what, int64_t mine, int64_t *most);
+usp_status usp_world_gather(usp_world *world, const char *what, const void *mine, size_t own, size_t piece, void **all);
+
 #endif

@@ -73,7 +73,6 @@ static usp_expectation linear_expectation(const usp_case *c) {
 /* Families of documents say how much more than a causal mask is seen; in trees no distance has a meaning. */
 usp_expectation usp_case_expectation(const usp_case *c) {
     int cross = crosses(c), family = c->prefixes || c->parents;
-    if (cross && c->layout >= USP_LAYOUT_ZIGZAG_PER_DOCUMENT) return USP_MUST_REFUSE;
     if (c->attention == USP_LINEAR) return linear_expectation(c);
     if (family && (cross || c->mask != USP_MASK_CAUSAL || (c->prefixes && c->parents))) return USP_MUST_REFUSE;
     if (c->parents && (c->window_left || c->slopes)) return USP_MUST_REFUSE;
@@ -196,6 +195,10 @@ static void configure_sequence(const usp_case *c, int p, int n, usp_case_configs
         s->segments = custom_segments(c->tokens, p, n, configs->segment);
         s->segment = configs->segment;
     }
+    if (c->layout == USP_LAYOUT_CUSTOM && crosses(c)) {
+        s->key_segments = custom_segments(c->key_tokens, (p + 1) % n, n, configs->key_segment);
+        s->key_segment = configs->key_segment;
+    }
     usp_case_documents(c, &configs->documents);
     s->max_documents = c->max_documents;
     s->documents = configs->documents.count;
@@ -209,9 +212,16 @@ static void configure_sequence(const usp_case *c, int p, int n, usp_case_configs
     configs->keys.documents = configs->keys.max_documents = 0;
     configs->keys.document_ends = configs->keys.key_document_ends = configs->keys.prefixes = configs->keys.parents =
         NULL;
+    if (crosses(c)) {
+        configs->keys.segments = s->key_segments;
+        configs->keys.segment = s->key_segment;
+        configs->keys.key_segments = 0;
+        configs->keys.key_segment = NULL;
+    }
     if (c->layout != USP_LAYOUT_ZIGZAG_PER_DOCUMENT) return;
+    configs->keys.max_documents = c->max_documents;
     configs->keys.documents = configs->documents.count;
-    configs->keys.document_ends = configs->documents.ends;
+    configs->keys.document_ends = crosses(c) ? configs->documents.key_ends : configs->documents.ends;
 }
 
 void usp_case_configure(const usp_case *c, int p, int n, usp_case_configs *configs) {
@@ -304,8 +314,7 @@ usp_case usp_case_random(uint64_t *state, usp_split split, int64_t most) {
     c.tokens = usp_random_below(state, (int)most + 1);
     if (c.attention == USP_SOFTMAX) {
         c.return_lse = usp_random_below(state, 2);
-        if (c.layout < USP_LAYOUT_ZIGZAG_PER_DOCUMENT && usp_random_below(state, 3) == 0)
-            c.key_tokens = 1 + usp_random_below(state, (int)most);
+        if (usp_random_below(state, 3) == 0) c.key_tokens = 1 + usp_random_below(state, (int)most);
         random_documents(state, &c);
         random_mask(state, &c, (int)most);
     } else {

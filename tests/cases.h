@@ -62,7 +62,7 @@ void usp_case_documents(const usp_case *c, usp_case_document_list *list);
 typedef struct usp_case_configs {
     usp_sequence_config sequence, keys; /* keys: the keys' tokens as a sequence of their own */
     usp_layer_config layer;
-    usp_segment segment[USP_CASE_SEGMENTS];
+    usp_segment segment[USP_CASE_SEGMENTS], key_segment[USP_CASE_SEGMENTS];
     usp_case_document_list documents;
     float decay[USP_CASE_HEADS], slopes[USP_CASE_HEADS];
 } usp_case_configs;
@@ -83,7 +83,7 @@ typedef struct usp_table {
 extern const usp_table usp_mask_table; /* every mask and feature of softmax attention, and documents */
 extern const usp_table usp_softmax_table, usp_linear_table, usp_half_table, usp_large_table;
 extern const usp_table usp_feature_table; /* every mask and feature once, of no layout or dtype */
-extern const usp_table usp_wide_table; /* heads as wide as models have them: for GPUs */
+extern const usp_table usp_wide_table;    /* heads as wide as models have them: for GPUs */
 
 /* As a configuration asks for them: none by their name. */
 static inline int64_t usp_named_tokens(int64_t tokens) {

@@ -191,8 +191,18 @@ same cross.npy ref.npy 1e-5
 for ranks in 1 4; do
     expect 0 "$run" -n $ranks --q q.npy --k k2.npy --v v2.npy --out cross_$ranks.npy --device cpu --alignment bottom-right \
         --documents 20,53 --key-documents 4,31
+    expect 0 "$run" -n $ranks --q q.npy --k k2.npy --v v2.npy --out moved_$ranks.npy --device cpu --alignment bottom-right \
+        --layout documents --documents 20,53 --key-documents 4,31
 done
 same cross_4.npy cross_1.npy 1e-5
+same moved_1.npy cross_1.npy 1e-5
+same moved_4.npy cross_1.npy 1e-5
+expect 0 "$run" -n 3 --q q.npy --k k2.npy --v v2.npy --out dealt.npy --device cpu --alignment bottom-right \
+    --documents 20,53 --key-documents 4,31 --segments "40:13,0:10:2;1:10:2;20:20" --key-segments "0:16:2;;1:15:2"
+same dealt.npy cross_1.npy 1e-5
+expect 1 "$run" -n 3 --q q.npy --k k2.npy --v v2.npy --out dealt.npy --device cpu --mask full \
+    --segments "40:13,0:10:2;1:10:2;20:20" --key-segments "0:16:2;1:15:2"
+grep -qF -e "--key-segments has 2 lists for 3 ranks" log || fail "$(cat log)"
 
 # ---- usp_run: files of other forms, against the same numbers in the plain one ------------------------------------------------
 
@@ -301,7 +311,7 @@ refuse 'decay' "$run" --q q.npy $ok --kind linear --decay 0.9,0.8,0.7
 refuse 'stripe' "$run" -n 2 -r 2 --q q.npy $ok --kind linear --layout stripe
 refuse 'ends at 52, but there are 53' "$run" -n 2 --q q.npy $ok --layout documents --documents 20,52
 refuse 'ends at 54, but there are 53' "$run" --q q.npy $ok --documents 54
-refuse 'key_tokens' "$run" --q q.npy --k other.npy --v other.npy --device cpu --mask full --layout documents --documents 53
+refuse 'key_document_ends' "$run" --q q.npy --k other.npy --v other.npy --device cpu --mask full --layout documents --documents 53
 refuse 'dropout is set' "$run" --q q.npy $ok --kind linear --dropout 0.5
 refuse 'window_right is set' "$run" --q q.npy $ok --window-right 3
 refuse 'dimensions, not 1' "$run" --q q.npy $ok --sinks q.npy

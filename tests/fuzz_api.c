@@ -177,7 +177,7 @@ static int replan_anyhow(usp_stage *stage, uint64_t *state, usp_case_document_li
     usp_documents given = usp_documents_of(&stage->c, list);
     random_documents(state, &stage->c, list);
     given.count = list->count;
-    usp_status status = usp_sequence_replan_documents(stage->sequence, &given, stage->rank->stream);
+    usp_status status = usp_replan_stage(stage, &given);
     if (same_status(stage->rank, stage, status, 0) || usp_run_planned(stage, &whole)) return 1;
     usp_whole_free(&whole);
     return 0;
@@ -196,8 +196,7 @@ static int try_replans(usp_rank *rank, uint64_t *state, usp_split split, usp_ref
     for (int i = 0; i < 3 && !failed; i++) failed = replan_anyhow(&stage, state, list);
     stage.c.documents = pattern;
     usp_documents given = usp_documents_of(&stage.c, list);
-    if (!failed && usp_sequence_replan_documents(stage.sequence, &given, rank->stream) != USP_OK)
-        failed = usp_say(rank, "re-plan: %s", usp_last_error());
+    if (!failed && usp_replan_stage(&stage, &given) != USP_OK) failed = usp_say(rank, "re-plan: %s", usp_last_error());
     free(list);
     if (failed || usp_run_planned(&stage, &whole)) return 1;
     if (rank->rank == 0) usp_compare_with_reference(rank, &stage.c, &whole, usp_reference_of(references, &stage.c));

@@ -33,11 +33,11 @@ static const usp_case masked[] = {
      .final_state = 1}};
 enum { MASKED = sizeof masked / sizeof masked[0] };
 
-/* Linear attention needs runs of tokens, cross-attention a layout that documents have no part in. */
+/* Linear attention needs runs of tokens. */
 static int has_layout(const usp_case *c, usp_layout layout) {
     if (layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT && !c->documents) return 0;
     if (c->attention == USP_LINEAR) return layout != USP_LAYOUT_STRIPE && layout != USP_LAYOUT_CUSTOM;
-    return !c->key_tokens || layout < USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
+    return 1;
 }
 
 static int routes_of(const usp_case *c) {

@@ -201,7 +201,7 @@ static int same_key(const usp_case *a, const usp_case *b) {
     char x[512], y[512];
     usp_case_print(a, x, sizeof x);
     usp_case_print(b, y, sizeof y);
-    return strcmp(x, y) == 0 && a->scale == b->scale;
+    return strcmp(x, y) == 0 && a->scale == b->scale && a->key_tokens == b->key_tokens;
 }
 
 const usp_reference *usp_reference_of(usp_references *references, const usp_case *c) {

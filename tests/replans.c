@@ -30,6 +30,14 @@ int usp_run_planned(const usp_stage *planned, usp_whole *whole) {
     return failed;
 }
 
+usp_status usp_replan_stage(usp_stage *stage, const usp_documents *documents) {
+    usp_stream stream = stage->rank->stream;
+    usp_status status = usp_sequence_replan_documents(stage->sequence, documents, stream);
+    int moves = stage->c.layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT && stage->keys != stage->sequence;
+    return status == USP_OK && moves ? usp_sequence_replan(stage->keys, documents->count, documents->key_ends, stream)
+                                     : status;
+}
+
 /* From pattern to pattern on one sequence, each result beside that of a sequence made for it, with the same room: by
  * that the route is chosen. */
 static int compare_replanned(usp_rank *rank, usp_case c, const int *patterns, int count) {
@@ -41,8 +49,7 @@ static int compare_replanned(usp_rank *rank, usp_case c, const int *patterns, in
         usp_whole again, anew;
         stage.c.documents = c.documents = patterns[i];
         usp_documents other = usp_documents_of(&stage.c, list);
-        if (usp_sequence_replan_documents(stage.sequence, &other, rank->stream) != USP_OK)
-            failed = usp_say(rank, "re-plan: %s", usp_last_error());
+        if (usp_replan_stage(&stage, &other) != USP_OK) failed = usp_say(rank, "re-plan: %s", usp_last_error());
         failed = failed || usp_run_planned(&stage, &again) || usp_run_case(rank, &c, &anew);
         if (failed) break;
         if (rank->rank == 0) usp_compare_bits(rank, &c, "planned again", USP_SAME_ALL, &again, &anew);
@@ -68,6 +75,8 @@ int usp_body_replanned(usp_rank *rank, void *argument) {
         {.mask = USP_MASK_CAUSAL, .parents = 1, .layout = USP_LAYOUT_STRIPE, .route = USP_ROUTE_DIRECT},
         {.key_tokens = 61, .return_lse = 1},
         {.key_tokens = 61, .mask = USP_MASK_CAUSAL, .layout = USP_LAYOUT_CONTIGUOUS, .route = USP_ROUTE_GATHERED},
+        {.key_tokens = 61, .mask = USP_MASK_CAUSAL, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT, .return_lse = 1},
+        {.key_tokens = 131, .layout = USP_LAYOUT_CUSTOM, .window_left = 20, .route = USP_ROUTE_DIRECT},
         {.attention = USP_LINEAR, .mask = USP_MASK_CAUSAL, .decay = 1, .initial_state = 1, .final_state = 1},
         {.attention = USP_LINEAR, .mask = USP_MASK_CAUSAL, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT, .decay = 1}};
     (void)argument;
@@ -165,12 +174,14 @@ int usp_body_refused_replans(usp_rank *rank, void *argument) {
         usp_case c;
         const refusal *refusals;
         int count;
-    } all[] = {{{.mask = USP_MASK_CAUSAL}, of_self, sizeof of_self / sizeof *of_self},
-               {{.layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT}, of_self, sizeof of_self / sizeof *of_self},
-               {{.mask = USP_MASK_CAUSAL, .attention = USP_LINEAR, .final_state = 1}, of_self, 3},
-               {{.mask = USP_MASK_CAUSAL, .prefixes = 1}, of_prefixes, sizeof of_prefixes / sizeof *of_prefixes},
-               {{.mask = USP_MASK_CAUSAL, .parents = 1}, of_trees, sizeof of_trees / sizeof *of_trees},
-               {{.key_tokens = KEYS, .return_lse = 1}, of_cross, sizeof of_cross / sizeof *of_cross}};
+    } all[] = {
+        {{.mask = USP_MASK_CAUSAL}, of_self, sizeof of_self / sizeof *of_self},
+        {{.layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT}, of_self, sizeof of_self / sizeof *of_self},
+        {{.mask = USP_MASK_CAUSAL, .attention = USP_LINEAR, .final_state = 1}, of_self, 3},
+        {{.mask = USP_MASK_CAUSAL, .prefixes = 1}, of_prefixes, sizeof of_prefixes / sizeof *of_prefixes},
+        {{.mask = USP_MASK_CAUSAL, .parents = 1}, of_trees, sizeof of_trees / sizeof *of_trees},
+        {{.key_tokens = KEYS, .return_lse = 1}, of_cross, sizeof of_cross / sizeof *of_cross},
+        {{.key_tokens = KEYS, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT}, of_cross, sizeof of_cross / sizeof *of_cross}};
     (void)argument;
     for (int i = 0; i < (int)(sizeof all / sizeof *all); i++) {
         usp_case c = all[i].c;

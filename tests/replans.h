@@ -6,6 +6,8 @@
 
 /* The documents of a case, whose arrays are in the list. */
 usp_documents usp_documents_of(const usp_case *c, usp_case_document_list *list);
+/* Gives an open stage's sequence other documents, and where they move tokens that of its keys. */
+usp_status usp_replan_stage(usp_stage *stage, const usp_documents *documents);
 /* Runs an open stage that holds no tensors on fresh ones, for as many tokens as its sequence has now. 0, or 1 after
  * saying why. */
 int usp_run_planned(const usp_stage *planned, usp_whole *whole);

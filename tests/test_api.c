@@ -108,6 +108,7 @@ static int check_unharmed(bench *b, const char *name) {
 static const float bad_decay[4] = {0, 0.5f, 0, 0};
 static const int64_t falling_ends[] = {20, 10, TOKENS}, short_ends[] = {10, 20, 30}, long_ends[] = {10, 20, 40};
 static const usp_segment outside[] = {{TOKENS - 1, 2, 1}}, negative[] = {{-1, 4, 1}}, no_stride[] = {{0, 4, 0}};
+static const usp_segment beyond[] = {{2 * TOKENS - 1, 2, 1}};
 static const usp_segment too_few[] = {{0, 4, 1}}, backwards[] = {{8, -5, 1}};
 
 static const wrong softmax_fields[] = {
@@ -200,7 +201,7 @@ static const wrong document_fields[] = {
     {"document_ends", offsetof(usp_sequence_config, document_ends), POINTER, 1, USP_INVALID, long_ends},
     {"documents", offsetof(usp_sequence_config, documents), INT64, -1, USP_INVALID, NULL},
     {"max_documents", offsetof(usp_sequence_config, max_documents), INT, -1, USP_INVALID, NULL},
-    {"key_tokens", offsetof(usp_sequence_config, key_tokens), INT64, 64, USP_UNSUPPORTED, NULL},
+    {"key_document_ends", offsetof(usp_sequence_config, key_tokens), INT64, 64, USP_INVALID, NULL},
 };
 
 /* Of a custom sequence with one segment a rank. */
@@ -213,7 +214,22 @@ static const wrong segment_fields[] = {
     {"segment", offsetof(usp_sequence_config, segment), POINTER, 1, USP_INVALID, too_few},
     {"segment", offsetof(usp_sequence_config, segments), INT64, 0, USP_INVALID, NULL},
     {"segments", offsetof(usp_sequence_config, segments), INT64, -1, USP_INVALID, NULL},
-    {"key_tokens", offsetof(usp_sequence_config, key_tokens), INT64, 64, USP_UNSUPPORTED, NULL},
+    {"key_segment", offsetof(usp_sequence_config, key_tokens), INT64, 64, USP_INVALID, NULL},
+    {"key_segment", offsetof(usp_sequence_config, key_segment), POINTER, 1, USP_INVALID, outside},
+    {"key_segments", offsetof(usp_sequence_config, key_segments), INT64, 1, USP_INVALID, NULL},
+};
+
+/* Of a custom sequence with one segment a rank of the queries and one of 2 x TOKENS keys. */
+static const wrong key_segment_fields[] = {
+    {"key_segment", offsetof(usp_sequence_config, key_segment), POINTER, 0, USP_INVALID, NULL},
+    {"key_segment", offsetof(usp_sequence_config, key_segment), POINTER, 1, USP_INVALID, negative},
+    {"key_segment", offsetof(usp_sequence_config, key_segment), POINTER, 1, USP_INVALID, no_stride},
+    {"key_segment", offsetof(usp_sequence_config, key_segment), POINTER, 1, USP_INVALID, beyond},
+    {"key_segment", offsetof(usp_sequence_config, key_segment), POINTER, 1, USP_INVALID, outside}, /* owned twice */
+    {"key_segments", offsetof(usp_sequence_config, key_segments), INT64, -1, USP_INVALID, NULL},
+    {"key_segment", offsetof(usp_sequence_config, key_segments), INT64, 0, USP_INVALID, NULL},
+    {"key_segment", offsetof(usp_sequence_config, key_tokens), INT64, 0, USP_INVALID, NULL},
+    {"segment", offsetof(usp_sequence_config, layout), INT, USP_LAYOUT_ZIGZAG, USP_INVALID, NULL},
 };
 
 static int try_layers(bench *b, usp_layer_config good, const wrong *fields, int count) {
@@ -261,6 +277,7 @@ static int wrong_fields(usp_rank *rank, void *argument) {
     usp_sequence_config documents = good_sequence(), custom = good_sequence();
     int64_t share = TOKENS / rank->size;
     const usp_segment own = {rank->rank * share, rank->rank == rank->size - 1 ? TOKENS - rank->rank * share : share, 1};
+    const usp_segment keys = {2 * own.start, 2 * own.length, 1};
     (void)argument;
     bidirectional.mask = USP_MASK_FULL;
     documents.layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
@@ -269,6 +286,10 @@ static int wrong_fields(usp_rank *rank, void *argument) {
     custom.layout = USP_LAYOUT_CUSTOM;
     custom.segments = 1;
     custom.segment = &own;
+    usp_sequence_config cross = custom;
+    cross.key_tokens = 2 * TOKENS;
+    cross.key_segments = 1;
+    cross.key_segment = &keys;
     int failed =
         open_bench(rank, 1, &b) ||
         try_layers(&b, good_softmax(), softmax_fields, (int)(sizeof softmax_fields / sizeof softmax_fields[0])) ||
@@ -277,6 +298,7 @@ static int wrong_fields(usp_rank *rank, void *argument) {
                    (int)(sizeof bidirectional_fields / sizeof bidirectional_fields[0])) ||
         try_sequences(&b, good_sequence(), sequence_fields,
                       (int)(sizeof sequence_fields / sizeof sequence_fields[0])) ||
+        try_sequences(&b, cross, key_segment_fields, (int)(sizeof key_segment_fields / sizeof key_segment_fields[0])) ||
         try_sequences(&b, documents, document_fields, (int)(sizeof document_fields / sizeof document_fields[0])) ||
         try_sequences(&b, custom, segment_fields, (int)(sizeof segment_fields / sizeof segment_fields[0])) ||
         (rank->size > 1 && try_overlap(&b));
@@ -488,7 +510,7 @@ static int disagree_on_objects(bench *b, int odd) {
 static int disagree_between_copies(bench *b) {
     static const wrong copies = {"mesh", 0, INT, 0, USP_MISMATCH, NULL};
     static const wrong steps = {"layout", 0, INT, 0, USP_MISMATCH, NULL};
-    static const usp_segment all = {0, TOKENS, 1};
+    static const usp_segment all = {0, TOKENS, 1}, all_keys = {0, 2 * TOKENS, 1};
     usp_sequence_config config = good_sequence(), custom = good_sequence();
     usp_mesh *alone = NULL;
     usp_sequence *sequence = NULL;
@@ -496,9 +518,14 @@ static int disagree_between_copies(bench *b) {
     custom.layout = USP_LAYOUT_CUSTOM;
     custom.segments = 1;
     custom.segment = &all;
+    usp_sequence_config cross = custom;
+    cross.key_tokens = 2 * TOKENS;
+    cross.key_segments = 1;
+    cross.key_segment = &all_keys;
     if (usp_mesh_create(b->rank->world, 1, 1, &alone) != USP_OK) return usp_say(b->rank, "%s", usp_last_error());
     judge(b->rank, &copies, "copies", usp_sequence_create(second ? alone : b->mesh, &config, &sequence));
     judge(b->rank, &steps, "copies", usp_sequence_create(alone, second ? &custom : &config, &sequence));
+    judge(b->rank, &steps, "copies", usp_sequence_create(alone, second ? &custom : &cross, &sequence));
     usp_mesh_destroy(alone);
     return sequence || check_unharmed(b, "copies");
 }
@@ -646,7 +673,7 @@ static usp_status make_sequence(bench *b, thing what, usp_sequence **sequence) {
     static const int64_t ends[] = {TOKENS / 3, TOKENS}, key_ends[] = {TOKENS, TOKENS + 5}, parents[] = {-1, 0};
     usp_sequence_config config = good_sequence();
     int64_t share = TOKENS / b->rank->size;
-    const usp_segment own = {b->rank->rank * share, share, 1};
+    const usp_segment own = {b->rank->rank * share, share, 1}, keys = {2 * own.start, 2 * share, 1};
     if (what == CROSS_SEQUENCE || what == PACKED_CROSS_SEQUENCE) config.key_tokens = TOKENS + 5;
     if (what == DOCUMENT_SEQUENCE) config.layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
     if (what >= DOCUMENT_SEQUENCE && what <= PACKED_CROSS_SEQUENCE) {
@@ -660,6 +687,9 @@ static usp_status make_sequence(bench *b, thing what, usp_sequence **sequence) {
         config.layout = USP_LAYOUT_CUSTOM;
         config.segments = 1;
         config.segment = &own;
+        config.key_tokens = 2 * TOKENS;
+        config.key_segments = 1;
+        config.key_segment = &keys;
     }
     return usp_sequence_create(b->mesh, &config, sequence);
 }

@@ -36,6 +36,7 @@ static const int64_t prefixes[] = {10, 0, 3, 8}, parents[] = {-1, 0, 1, 0};
 
 static const int64_t falling[] = {10, 9, 24, TOKENS}, negative[] = {-1, 10, 24, TOKENS}, beyond[] = {10, 10, 24, 33};
 static const int64_t behind[] = {10, 10, 24, 31}, keys_fall[] = {5, 9, 8, KEYS}, keys_beyond[] = {5, 9, 9, 21};
+static const int64_t keys_behind[] = {5, 9, 9, 19};
 static const int64_t longer[] = {10, 1, 3, 8}, less[] = {10, 0, -1, 8};
 static const int64_t itself[] = {-1, 1, 1, 0}, later[] = {1, 0, 1, 0}, nobody[] = {-1, -2, 1, 0};
 static const int64_t aside[] = {-1, 0, 0, 1}; /* 1 is no ancestor of 2 */
@@ -61,9 +62,9 @@ static const struct wrong {
     {"key_document_ends is NULL", USP_INVALID, {.count = 4, .ends = ends, .keys = KEYS}},
     {"key_document_ends[2] is 8", USP_INVALID, {.count = 4, .ends = ends, .key_ends = keys_fall, .keys = KEYS}},
     {"key_document_ends[3] is 21", USP_INVALID, {.count = 4, .ends = ends, .key_ends = keys_beyond, .keys = KEYS}},
-    {"key_tokens",
-     USP_UNSUPPORTED,
-     {.count = 4, .ends = ends, .key_ends = key_ends, .keys = KEYS, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT}},
+    {"the last end is 19",
+     USP_INVALID,
+     {.count = 4, .ends = ends, .key_ends = keys_behind, .keys = KEYS, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT}},
     {"prefixes", USP_UNSUPPORTED, {.count = 4, .ends = ends, .key_ends = key_ends, .prefixes = prefixes, .keys = KEYS}},
     {"parents", USP_UNSUPPORTED, {.count = 4, .ends = ends, .key_ends = key_ends, .parents = parents, .keys = KEYS}},
     {"prefixes[1] is 1", USP_INVALID, {.count = 4, .ends = ends, .prefixes = longer}},

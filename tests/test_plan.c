@@ -20,8 +20,8 @@ typedef struct subject {
     usp_route route;
     int max_documents, trees, prefixed;
     int64_t documents, ends[DOCUMENTS], key_ends[DOCUMENTS], prefixes[DOCUMENTS], parents[DOCUMENTS];
-    int64_t segments;
-    usp_segment segment[MOST];
+    int64_t segments, key_segments;
+    usp_segment segment[MOST], key_segment[MOST];
 } subject;
 
 static int below(uint64_t *state, int64_t n) {
@@ -44,7 +44,7 @@ static void draw_documents(uint64_t *state, subject *s) {
     int per_document = s->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
     s->documents = per_document || below(state, 3) ? 1 + below(state, DOCUMENTS) : 0;
     draw_ends(state, s->documents, s->tokens, per_document, s->ends);
-    draw_ends(state, s->documents, s->keys, 0, s->key_ends);
+    draw_ends(state, s->documents, s->keys, per_document, s->key_ends);
     for (int64_t d = 0; d < s->documents; d++) {
         int64_t length = s->ends[d] - (d ? s->ends[d - 1] : 0), ancestor = d - 1;
         s->prefixes[d] = below(state, length + 1);
@@ -53,27 +53,27 @@ static void draw_documents(uint64_t *state, subject *s) {
     }
 }
 
-/* The segments of rank p of n: runs of tokens dealt at random, in an order of its own. */
-static void draw_segments(uint64_t seed, subject *s, int p, int n) {
+/* Writes the segments of rank p of n: runs of tokens dealt at random, in an order of its own. */
+static int64_t draw_segments(uint64_t seed, int64_t tokens, int p, int n, usp_segment *segment) {
     uint64_t state = seed;
-    s->segments = 0;
-    for (int64_t begin = 0, length; begin < s->tokens; begin += length) {
+    int64_t segments = 0;
+    for (int64_t begin = 0, length; begin < tokens; begin += length) {
         length = 1 + below(&state, 9);
-        if (length > s->tokens - begin) length = s->tokens - begin;
+        if (length > tokens - begin) length = tokens - begin;
         int owner = below(&state, n), back = below(&state, 2);
         if (owner != p) continue;
-        int64_t at = back ? 0 : s->segments;
-        memmove(s->segment + at + 1, s->segment + at, (size_t)(s->segments - at) * sizeof *s->segment);
-        s->segment[at] = (usp_segment){begin, length, 1};
-        s->segments++;
+        int64_t at = back ? 0 : segments;
+        memmove(segment + at + 1, segment + at, (size_t)(segments - at) * sizeof *segment);
+        segment[at] = (usp_segment){begin, length, 1};
+        segments++;
     }
+    return segments;
 }
 
 static subject draw_subject(uint64_t seed, int p, int n) {
     uint64_t state = seed;
     subject s = {.layout = (usp_layout)below(&state, 5), .tokens = 1 + below(&state, MOST)};
-    int crosses = s.layout <= USP_LAYOUT_STRIPE && below(&state, 3) == 0;
-    if (crosses) s.keys = 1 + below(&state, MOST);
+    if (below(&state, 3) == 0) s.keys = 1 + below(&state, MOST);
     s.mask = below(&state, 3) ? USP_MASK_CAUSAL : USP_MASK_FULL;
     s.left = below(&state, 2) ? 0 : below(&state, 4) ? 1 + below(&state, 40) : USP_NO_KEYS;
     if (s.mask == USP_MASK_FULL) s.right = below(&state, 2) ? 0 : below(&state, 4) ? 1 + below(&state, 40) : -1;
@@ -87,7 +87,9 @@ static subject draw_subject(uint64_t seed, int p, int n) {
     if (s.trees) s.left = 0;
     if (s.documents && s.keys == s.tokens) s.keys = 0;
     s.max_documents = below(&state, 2) ? DOCUMENTS : 0;
-    if (s.layout == USP_LAYOUT_CUSTOM) draw_segments(seed, &s, p, n);
+    if (s.layout != USP_LAYOUT_CUSTOM) return s;
+    s.segments = draw_segments(seed, s.tokens, p, n, s.segment);
+    if (s.keys && s.keys != s.tokens) s.key_segments = draw_segments(seed + 1, s.keys, p, n, s.key_segment);
     return s;
 }
 
@@ -104,7 +106,9 @@ static usp_sequence_config config_of(const subject *s) {
                                  .segment = s->segments ? s->segment : NULL,
                                  .key_document_ends = documents && s->keys ? s->key_ends : NULL,
                                  .prefixes = s->prefixed ? s->prefixes : NULL,
-                                 .parents = s->trees ? s->parents : NULL};
+                                 .parents = s->trees ? s->parents : NULL,
+                                 .key_segments = s->key_segments,
+                                 .key_segment = s->key_segments ? s->key_segment : NULL};
 }
 
 /* ---- what is allowed, by the words of the header ----------------------------------------------------------------- */

@@ -4,6 +4,7 @@
 #include "error.h"
 #include "expect.h"
 #include "layer.h"
+#include "replans.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -25,15 +26,6 @@ typedef struct change {
     int64_t tokens;
     int pattern;
 } change;
-
-static usp_documents documents_of(const usp_case *c, const usp_case_document_list *list) {
-    return (usp_documents){sizeof(usp_documents),
-                           list->count,
-                           list->ends,
-                           c->key_tokens ? list->key_ends : NULL,
-                           c->prefixes ? list->prefixes : NULL,
-                           c->parents ? list->parents : NULL};
-}
 
 /* The same tokens as a sequence that was made with these documents. */
 static int compare_with_fresh(usp_rank *rank, usp_stage *stage, const usp_case *changed) {
@@ -59,11 +51,9 @@ static int replan_and_run(usp_rank *rank, const usp_case *c, const change *to, u
     usp_case_document_list list;
     changed.tokens = to->tokens;
     changed.documents = to->pattern;
-    usp_case_documents(&changed, &list);
-    usp_documents documents = documents_of(&changed, &list);
+    usp_documents documents = usp_documents_of(&changed, &list);
     if (usp_stage_open(rank, c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
-    if (usp_sequence_replan_documents(stage.sequence, &documents, rank->stream) != USP_OK)
-        return usp_say(rank, "replan: %s", usp_last_error());
+    if (usp_replan_stage(&stage, &documents) != USP_OK) return usp_say(rank, "replan: %s", usp_last_error());
     if (compare_with_fresh(rank, &stage, &changed)) return 1;
     stage.c = changed;
     stage.tokens = usp_sequence_local_tokens(stage.sequence, stage.p);
@@ -92,16 +82,17 @@ static int replan(usp_rank *rank, void *argument) {
         {.mask = USP_MASK_CAUSAL, .prefixes = 1, .route = USP_ROUTE_GATHERED},
         {.mask = USP_MASK_CAUSAL, .window_left = 20, .return_lse = 1},
         {.mask = USP_MASK_CAUSAL, .key_tokens = 61, .alignment = USP_ALIGN_BOTTOM_RIGHT},
+        {.layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT, .mask = USP_MASK_CAUSAL, .key_tokens = 61, .return_lse = 1},
         {.attention = USP_LINEAR, .mask = USP_MASK_CAUSAL, .decay = 1, .final_state = 1, .initial_state = 1}};
-    for (int i = 0; i < 35; i++) {
-        usp_case c = cases[i % 7];
+    for (int i = 0; i < 40; i++) {
+        usp_case c = cases[i % 8];
         c.tokens = 97;
         c.documents = 2;
         c.max_documents = USP_CASE_DOCUMENTS;
         c.ulysses = rank->size % 2 == 0 ? 2 : 1;
         c.ring = rank->size / c.ulysses;
         const change *changes = c.layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT ? moving : staying;
-        if (replan_and_run(rank, &c, &changes[i / 7], argument)) return 1;
+        if (replan_and_run(rank, &c, &changes[i / 8], argument)) return 1;
     }
     return 0;
 }
@@ -188,7 +179,7 @@ static int replan_often(usp_rank *rank, usp_sequence *s, usp_plan *const *plans,
     int failed = 0;
     for (int round = 0; round < rounds && !failed; round++) {
         int count = round == 0 ? most : 1 + usp_random_below(&state, most);
-        for (int64_t d = 0, left = s->max_tokens, end = 0; d < count; d++) {
+        for (int64_t d = 0, left = s->query.max_tokens, end = 0; d < count; d++) {
             int64_t even = left / (count - d),
                     length = round == 0 ? even : usp_random_below(&state, (int)(2 * even + 2));
             length = length < left ? length : left;

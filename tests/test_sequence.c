@@ -26,13 +26,35 @@ static usp_sequence *open_sequence(usp_rank *rank, const usp_mesh *mesh, usp_lay
 
 /* ---- ownership --------------------------------------------------------------------------------------------------- */
 
-/* The layouts' formulas, as the header gives them. -1: no formula here. */
-static int owner_by_formula(usp_layout layout, int64_t token, int64_t tokens, int n) {
-    if (layout == USP_LAYOUT_STRIPE) return (int)(token % n);
-    if (layout != USP_LAYOUT_ZIGZAG && layout != USP_LAYOUT_CONTIGUOUS) return -1;
-    int parts = layout == USP_LAYOUT_ZIGZAG ? 2 * n : n, part = 0;
+static int part_of(int64_t token, int64_t tokens, int parts) {
+    int part = 0;
     while (token >= (part + 1) * tokens / parts) part++;
-    return layout == USP_LAYOUT_ZIGZAG && part >= n ? 2 * n - 1 - part : part;
+    return part;
+}
+
+static int zigzag_owner(int64_t token, int64_t tokens, int n) {
+    int part = part_of(token, tokens, 2 * n);
+    return part < n ? part : 2 * n - 1 - part;
+}
+
+/* Documents of at least a rank's share alone, shorter ones together until they are as many tokens. */
+static int per_document_owner(const usp_case_configs *configs, int64_t token, int64_t tokens, int n) {
+    const int64_t *ends = configs->documents.ends;
+    int64_t begin = 0, end = 0, share = (tokens + n - 1) / n, d = 0;
+    while (end <= token) {
+        begin = end;
+        do end = ends[d++];
+        while (d < configs->documents.count && end - begin < share && ends[d] - end < share);
+    }
+    return zigzag_owner(token - begin, end - begin, n);
+}
+
+/* The layouts' formulas, as the header gives them. -1: no formula here. */
+static int owner_by_formula(usp_layout layout, const usp_case_configs *configs, int64_t token, int64_t tokens, int n) {
+    if (layout == USP_LAYOUT_STRIPE) return (int)(token % n);
+    if (layout == USP_LAYOUT_CONTIGUOUS) return part_of(token, tokens, n);
+    if (layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) return per_document_owner(configs, token, tokens, n);
+    return layout == USP_LAYOUT_ZIGZAG ? zigzag_owner(token, tokens, n) : -1;
 }
 
 static int document_of(const usp_case_configs *configs, int64_t token, int64_t *begin, int64_t *end) {
@@ -45,7 +67,8 @@ static int document_of(const usp_case_configs *configs, int64_t token, int64_t *
 }
 
 /* Every token has one owner, and all ways of asking agree. owners and locals are [tokens]. */
-static int check_partition(usp_rank *rank, const usp_sequence *s, usp_layout layout, int64_t tokens, int *owners) {
+static int check_partition(usp_rank *rank, const usp_sequence *s, usp_layout layout, int64_t tokens,
+                           const usp_case_configs *configs, int *owners) {
     int64_t owned = 0;
     for (int64_t i = 0; i < tokens; i++) owners[i] = -1;
     for (int p = 0; p < rank->size; p++) {
@@ -62,7 +85,7 @@ static int check_partition(usp_rank *rank, const usp_sequence *s, usp_layout lay
             if (status != USP_OK || owner != p || back != i)
                 return usp_say(rank, "%s %lld: token %lld is not found again", layout_names[layout], (long long)tokens,
                                (long long)token);
-            int expected = owner_by_formula(layout, token, tokens, rank->size);
+            int expected = owner_by_formula(layout, configs, token, tokens, rank->size);
             if (expected >= 0 && expected != p)
                 return usp_say(rank, "%s %lld: token %lld is on rank %d, not %d", layout_names[layout],
                                (long long)tokens, (long long)token, p, expected);
@@ -156,8 +179,8 @@ static int check_length(usp_rank *rank, usp_mesh *const *meshes, usp_layout layo
     usp_sequence *column = open_sequence(rank, meshes[0], layout, tokens, 0, configs);
     usp_sequence *row = column ? open_sequence(rank, meshes[1], layout, tokens, 0, configs) : NULL;
     if (!row) return 1;
-    int failed =
-        check_partition(rank, column, layout, tokens, owners) || check_helpers(rank, column, layout, tokens, configs);
+    int failed = check_partition(rank, column, layout, tokens, configs, owners) ||
+                 check_helpers(rank, column, layout, tokens, configs);
     for (int p = 0; p < rank->size && !failed; p++) failed = check_segments(rank, column, p);
     if (!failed) failed = same_owners(rank, column, row);
     if (!failed && tokens % 16 == 1) failed = check_scatter(rank, column, tokens);
@@ -190,7 +213,7 @@ static int cross_lengths(usp_rank *rank, void *argument) {
     usp_case_configs *configs = malloc(sizeof *configs);
     int failed = usp_mesh_create(rank->world, 1, rank->size, &mesh) != USP_OK;
     (void)argument;
-    for (int i = 0; i < 3 * 6 * 6 && !failed; i++) {
+    for (int i = 0; i < LAYOUTS * 6 * 6 && !failed; i++) {
         int64_t tokens = lengths[i / 6 % 6], keys = lengths[i % 6], sum = 0;
         if (keys == 0 || keys == tokens) continue;
         usp_sequence *s = open_sequence(rank, mesh, (usp_layout)(i / 36), tokens, keys, configs);
