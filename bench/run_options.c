@@ -137,6 +137,7 @@ static void choose_layout(struct argp_state *state, usp_run_options *o) {
         argp_error(state, "--layout documents needs --documents");
     int64_t lists = o->segments.lists;
     if (o->layout == USP_LAYOUT_CUSTOM && !lists) argp_error(state, "--layout custom needs --segments");
+    if (o->key_segments.lists && !lists) argp_error(state, "--key-segments needs --segments");
     if (lists && o->layout >= 0 && o->layout != USP_LAYOUT_CUSTOM)
         argp_error(state, "--segments excludes another --layout");
     if (o->layout < 0) o->layout = lists ? USP_LAYOUT_CUSTOM : USP_LAYOUT_ZIGZAG;

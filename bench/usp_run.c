@@ -43,11 +43,11 @@ static int64_t take_segments(const usp_rank_segments *all, int p, const usp_segm
 
 static usp_sequence_config sequence_config(const usp_part *p) {
     const usp_run_options *o = p->run->options;
-    int64_t tokens = p->run->tokens, keys = p->run->key_tokens;
+    int64_t tokens = p->run->tokens, keys = p->run->key_tokens, apart = o->key_ends.count || o->key_segments.lists;
     usp_sequence_config config = {.struct_size = sizeof config,
                                   .layout = (usp_layout)o->layout,
                                   .tokens = tokens ? tokens : USP_NO_TOKENS,
-                                  .key_tokens = keys == tokens && !o->key_ends.count ? 0 : keys,
+                                  .key_tokens = keys == tokens && !apart ? 0 : keys,
                                   .documents = o->ends.count,
                                   .document_ends = o->ends.item,
                                   .key_document_ends = o->key_ends.item,

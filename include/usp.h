@@ -282,7 +282,8 @@ typedef struct usp_sequence_config {
     int max_documents;  /* room for re-planning to so many documents; 0: never re-planned */
     int64_t tokens;     /* S: global query length, 1 .. 2^31 - 2, or USP_NO_TOKENS for none; the maximum where documents
                            are re-planned */
-    int64_t key_tokens; /* global key length where keys are another tensor (cross-attention); 0: as queries */
+    int64_t key_tokens; /* global key length where keys are another tensor (cross-attention); 0: as queries, and as many
+                           as tokens: the same, but with key_document_ends or on the custom layout */
     int64_t documents;  /* their number; 0: one, with max_documents for those to come */
     const int64_t *document_ends;     /* as usp_documents.ends; NULL: one document. Per-document layout: the last one =
                                          tokens (of keys: key_tokens); other layouts: tokens behind it belong to none

@@ -38,9 +38,11 @@ static usp_status check_extents(const usp_sequence_config *config) {
     return USP_OK;
 }
 
-/* Are the keys another tensor? One of as many tokens has documents of its own, or there is nothing to tell apart. */
+/* Are the keys another tensor? One of as many tokens has documents or segments of its own, or there is nothing to tell
+ * apart. */
 static int is_cross(const usp_sequence_config *config) {
-    return config->key_tokens && (config->key_tokens != config->tokens || config->key_document_ends);
+    int apart = config->key_document_ends || config->layout == USP_LAYOUT_CUSTOM;
+    return config->key_tokens && (config->key_tokens != config->tokens || apart);
 }
 
 /* Of the queries; of the keys of cross-attention. */
@@ -144,8 +146,8 @@ static uint64_t hash_segments(uint64_t seed, const usp_sharding *sharding) {
 }
 
 uint64_t usp_sequence_identity(const usp_sequence *sequence) {
-    const int64_t extents[] = {sequence->layout, sequence->query.max_tokens, sequence->documents.capacity,
-                               sequence->cross};
+    const int64_t extents[] = {sequence->layout, sequence->query.max_tokens, sequence->key.max_tokens,
+                               sequence->documents.capacity, sequence->cross};
     uint64_t hash = usp_documents_hash(usp_hash(0, extents, sizeof extents), &sequence->documents);
     return hash_segments(hash_segments(hash, &sequence->query), &sequence->key);
 }

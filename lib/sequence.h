@@ -31,9 +31,9 @@ static inline int usp_sequence_moves(const usp_sequence *sequence) {
     return sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT && sequence->replans;
 }
 
-/* The most zigzags of the per-document layout: 2N of a chunk of tokens or more, and as many and one that end sooner. */
+/* The most zigzags of the per-document layout: N of a rank's share of tokens or more, a shorter one between any two. */
 static inline int64_t usp_sequence_zigzags(const usp_sequence *sequence) {
-    return usp_least(sequence->documents.capacity, 4 * (int64_t)sequence->ranks + 1);
+    return usp_least(sequence->documents.capacity, 2 * (int64_t)sequence->ranks + 1);
 }
 
 /* The most tokens of one of so many equal parts, whatever the documents become: of each zigzag, two chunks, each

@@ -52,9 +52,9 @@ static int pads(const usp_case *c) {
     return c->documents == 5 || c->documents == 7;
 }
 
-/* As many keys as queries, and no ends of their own, are the queries' tokens. */
+/* As many keys as queries, and no ends or segments of their own, are the queries' tokens. */
 static int crosses(const usp_case *c) {
-    return c->key_tokens && (c->key_tokens != c->tokens || c->documents);
+    return c->key_tokens && (c->key_tokens != c->tokens || c->documents || c->layout == USP_LAYOUT_CUSTOM);
 }
 
 /* A linear layer follows the order of the tokens from rank to rank: where no rank holds runs of them it refuses. */

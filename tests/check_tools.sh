@@ -202,6 +202,11 @@ expect 0 "$run" -n 3 --q q.npy --k k2.npy --v v2.npy --out dealt.npy --device cp
 same dealt.npy cross_1.npy 1e-5
 expect 1 "$run" -n 3 --q q.npy --k k2.npy --v v2.npy --out dealt.npy --device cpu --mask full \
     --segments "40:13,0:10:2;1:10:2;20:20" --key-segments "0:16:2;1:15:2"
+expect 0 "$run" -n 2 --q k2.npy --k k2.npy --v v2.npy --out equal.npy --device cpu --segments "0:20;20:11" --key-segments "11:20;0:11"
+expect 0 "$run" --q k2.npy --k k2.npy --v v2.npy --out equal_1.npy --device cpu
+same equal.npy equal_1.npy 1e-5
+expect 1 "$run" -n 3 --q q.npy --k k2.npy --v v2.npy --out dealt.npy --device cpu --mask full \
+    --segments "40:13,0:10:2;1:10:2;20:20" --key-segments "0:16:2;1:15:2"
 grep -qF -e "--key-segments has 2 lists for 3 ranks" log || fail "$(cat log)"
 
 # ---- usp_run: files of other forms, against the same numbers in the plain one ------------------------------------------------

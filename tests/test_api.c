@@ -506,6 +506,38 @@ static int disagree_on_objects(bench *b, int odd) {
     return mesh || layer || check_unharmed(b, "object");
 }
 
+/* Sequences that have the same tokens now, but one of them room for more keys; or other owners of keys alone. */
+static int disagree_on_keys(bench *b, int odd) {
+    static const wrong what = {"sequence", 0, INT, 0, USP_MISMATCH, NULL};
+    static const int64_t ends[] = {TOKENS}, key_ends[] = {TOKENS - 3};
+    int me = b->rank->rank == odd, rank = b->rank->rank, last = b->rank->size - 1;
+    const usp_documents fewer = {sizeof fewer, 1, ends, key_ends, NULL, NULL};
+    const usp_segment own = {rank * TOKENS / (last + 1), TOKENS / (last + 1), 1};
+    const usp_segment keys = {2 * own.start, 2 * own.length, 1},
+                      mirrored = {(last - rank) * keys.length, keys.length, 1};
+    usp_layer_config config = good_softmax();
+    usp_layer *layer = NULL;
+    for (int custom = 0; custom < 2; custom++) {
+        usp_sequence *of[2] = {NULL, NULL};
+        for (int i = 0; i < 2; i++) {
+            usp_sequence_config c = good_sequence();
+            c.layout = custom ? USP_LAYOUT_CUSTOM : USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
+            c.key_tokens = custom ? 2 * TOKENS : (2 + i) * TOKENS;
+            c.max_documents = custom ? 0 : 4;
+            c.segments = c.key_segments = custom;
+            c.segment = custom ? &own : NULL;
+            c.key_segment = custom ? (i ? &mirrored : &keys) : NULL;
+            if (usp_sequence_create(b->mesh, &c, &of[i]) != USP_OK ||
+                (!custom && usp_sequence_replan_documents(of[i], &fewer, NULL) != USP_OK))
+                return usp_say(b->rank, "%s", usp_last_error());
+        }
+        judge(b->rank, &what, "layer", usp_layer_create(b->mesh, of[me], &config, &layer));
+        usp_sequence_destroy(of[0]);
+        usp_sequence_destroy(of[1]);
+    }
+    return layer || check_unharmed(b, "keys");
+}
+
 /* Data copies may hold other tokens, but must be the same copies for all ranks and take the same steps. */
 static int disagree_between_copies(bench *b) {
     static const wrong copies = {"mesh", 0, INT, 0, USP_MISMATCH, NULL};
@@ -559,8 +591,8 @@ static int disagree(usp_rank *rank, void *argument) {
                                            (int)(sizeof other_sequence / sizeof other_sequence[0]), odd) ||
                      disagree_on_sequences(&b, documents, other_documents,
                                            (int)(sizeof other_documents / sizeof other_documents[0]), odd) ||
-                     disagree_on_meshes(&b, odd) || disagree_on_objects(&b, odd) || disagree_between_copies(&b) ||
-                     disagree_on_gathers(&b, odd);
+                     disagree_on_meshes(&b, odd) || disagree_on_objects(&b, odd) || disagree_on_keys(&b, odd) ||
+                     disagree_between_copies(&b) || disagree_on_gathers(&b, odd);
         if (failed) return usp_say(rank, "cannot go on");
     }
     close_bench(&b);

@@ -99,7 +99,7 @@ static int few_launches(usp_rank *rank, void *argument) {
 }
 
 /* States are as many as chunks. Their number follows the documents on the per-document layout alone, and there too no
- * further than to 4N + 1 zigzags: more memory, and the same messages and launches. */
+ * further than to 2N + 1 zigzags: more memory, and the same messages and launches. */
 static int few_states(usp_rank *rank, void *argument) {
     const int *layout = argument;
     const usp_case c = {.attention = USP_LINEAR,
@@ -113,7 +113,7 @@ static int few_states(usp_rank *rank, void *argument) {
                         .head_dim = 32};
     counts one, many;
     if (count_one(rank, &c, 1, &one) || count_one(rank, &c, 512, &many)) return 1;
-    size_t tenths = c.layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT ? 20 : 12;
+    size_t tenths = c.layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT ? 16 : 12;
     if (many.messages != one.messages || many.launches != one.launches ||
         many.sizes.forward_workspace > one.sizes.forward_workspace * tenths / 10)
         usp_say(rank, "512 documents: %lld messages and %zu bytes, one: %lld and %zu", (long long)many.messages,

@@ -89,7 +89,7 @@ static subject draw_subject(uint64_t seed, int p, int n) {
     s.max_documents = below(&state, 2) ? DOCUMENTS : 0;
     if (s.layout != USP_LAYOUT_CUSTOM) return s;
     s.segments = draw_segments(seed, s.tokens, p, n, s.segment);
-    if (s.keys && s.keys != s.tokens) s.key_segments = draw_segments(seed + 1, s.keys, p, n, s.key_segment);
+    if (s.keys) s.key_segments = draw_segments(seed + 1, s.keys, p, n, s.key_segment);
     return s;
 }
 

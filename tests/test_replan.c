@@ -172,21 +172,31 @@ static void release_plans(usp_sequence *s, usp_plan *const *plans) {
     for (int i = 0; i < PLANS; i++) usp_plan_release(s, plans[i]);
 }
 
+/* The length of document d of `count`, of which `left` tokens are left: in the first round all alike, in the second one
+ * long ones that are a zigzag each between short ones that would share it, else any. */
+static int64_t draw_length(uint64_t *state, const usp_sequence *s, int round, int64_t d, int64_t count, int64_t left) {
+    int64_t even = left / (count - d), share = (s->query.max_tokens + s->ranks - 1) / s->ranks;
+    int64_t length = usp_random_below(state, (int)(2 * even + 2));
+    if (round == 0) length = even;
+    if (round == 1) length = d % 2 ? share : 2 * s->ranks;
+    return length < left ? length : left;
+}
+
 /* Re-plans `rounds` times with documents cut anywhere, the same on all ranks: many, few, empty ones. */
 static int replan_often(usp_rank *rank, usp_sequence *s, usp_plan *const *plans, int most, int rounds) {
     uint64_t state = 7;
     int64_t *ends = malloc((size_t)most * sizeof *ends);
     int failed = 0;
     for (int round = 0; round < rounds && !failed; round++) {
-        int count = round == 0 ? most : 1 + usp_random_below(&state, most);
+        int count = round < 2 ? most : 1 + usp_random_below(&state, most);
         for (int64_t d = 0, left = s->query.max_tokens, end = 0; d < count; d++) {
-            int64_t even = left / (count - d),
-                    length = round == 0 ? even : usp_random_below(&state, (int)(2 * even + 2));
-            length = length < left ? length : left;
+            int64_t length = draw_length(&state, s, round, d, count, left);
             left -= length;
             ends[d] = end += length;
         }
         if (usp_sequence_replan(s, count, ends, NULL) != USP_OK) failed = usp_say(rank, "%s", usp_last_error());
+        if (s->query.first[s->ranks] > s->query.capacity)
+            failed = usp_say(rank, "more segments than there is room for");
         for (int i = 0; i < PLANS && !failed; i++) failed = check_room(rank, plans[i]);
     }
     free(ends);
