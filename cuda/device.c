@@ -185,6 +185,10 @@ static usp_status cuda_softmax_peaks(usp_device *device, const usp_softmax *soft
     return usp_cuda_softmax_peaks(softmax, most, stream);
 }
 
+static int cuda_sums_queries(usp_device *device, const usp_kernel_shape *shape) {
+    return usp_cuda_softmax_sums_queries(usp_cuda_gpu(device), shape);
+}
+
 /* Tiles live in shared memory and registers. */
 static size_t cuda_scratch(usp_device *device, const usp_kernel_shape *shape) {
     (void)device, (void)shape;
@@ -249,6 +253,7 @@ static const usp_device_ops cuda_ops = {
     .capturing = cuda_capturing,
     .supports = cuda_supports,
     .scratch = cuda_scratch,
+    .sums_queries = cuda_sums_queries,
     .copy_rows = cuda_copy_rows,
     .softmax_forward = cuda_softmax_forward,
     .softmax_delta = cuda_softmax_delta,
@@ -265,6 +270,16 @@ static const usp_device_ops cuda_ops = {
 };
 
 /* The thread's GPU and its limits; UNSUPPORTED with the reason unless the kernels are built for it. */
+/* The driver's entry by its name, or NULL: the library does not link the driver. */
+static void *driver_entry(const char *name) {
+    enum cudaDriverEntryPointQueryResult found;
+    void *entry = NULL;
+    cudaError_t error = cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &found);
+    if (error == cudaSuccess && found == cudaDriverEntryPointSuccess) return entry;
+    cudaGetLastError();
+    return NULL;
+}
+
 static usp_status current_gpu(int *index, usp_gpu *gpu) {
     int major = 0, minor = 0, processors = 0, shared = 0;
     const struct {
@@ -281,7 +296,7 @@ static usp_status current_gpu(int *index, usp_gpu *gpu) {
         cudaGetLastError();
         return usp_fail(USP_UNSUPPORTED, "no usable GPU: %s", cudaGetErrorString(error));
     }
-    *gpu = (usp_gpu){10 * major + minor, processors, (size_t)shared};
+    *gpu = (usp_gpu){10 * major + minor, processors, (size_t)shared, driver_entry("cuTensorMapEncodeTiled")};
     if (usp_gpu_runs(gpu, USP_SM_80)) return USP_OK;
     return usp_fail(USP_UNSUPPORTED, "GPU %d has compute capability %d.%d; the kernels need 8.0", *index, major, minor);
 }

@@ -12,7 +12,8 @@ extern "C" {
 typedef struct usp_gpu {
     int capability; /* of its architecture, 10 x major + minor */
     int processors;
-    size_t shared; /* bytes of shared memory that one thread block may have */
+    size_t shared;    /* bytes of shared memory that one thread block may have */
+    void *encode_map; /* the driver's cuTensorMapEncodeTiled; NULL: it has none */
 } usp_gpu;
 
 const usp_gpu *usp_cuda_gpu(const usp_device *device);

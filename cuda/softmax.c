@@ -5,7 +5,7 @@
 #include "error.h"
 
 /* The first family that fits is taken; the last one fits everything that `supports` lets through. */
-static const usp_softmax_family *const families[] = {&usp_softmax_mma, &usp_softmax_any};
+static const usp_softmax_family *const families[] = {&usp_softmax_wgmma, &usp_softmax_mma, &usp_softmax_any};
 enum { FAMILIES = sizeof families / sizeof *families };
 
 /* Kernels count heads of all batch entries in an int. */
@@ -28,6 +28,12 @@ usp_status usp_cuda_softmax_supports(const usp_gpu *gpu, const usp_kernel_shape 
     return USP_OK;
 }
 
+int usp_cuda_softmax_sums_queries(const usp_gpu *gpu, const usp_kernel_shape *shape) {
+    int widest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
+    return usp_gpu_runs(gpu, usp_softmax_wgmma.target) && shape->attention == USP_SOFTMAX && shape->dtype != USP_F32 &&
+           widest <= USP_WGMMA_BACKWARD_DIM && !shape->deterministic;
+}
+
 static int serves(const usp_softmax_family *family, const usp_gpu *gpu, const usp_softmax *args,
                   usp_softmax_call call) {
     return usp_gpu_runs(gpu, family->target) && family->shared(args->dim, args->value_dim) <= gpu->shared &&
@@ -45,6 +51,5 @@ usp_status usp_cuda_softmax_forward(const usp_gpu *gpu, const usp_softmax *args,
 }
 
 usp_status usp_cuda_softmax_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
-    USP_TRY(choose(gpu, args, USP_CALL_BACKWARD_QUERY)->call[USP_CALL_BACKWARD_QUERY](gpu, args, stream));
-    return choose(gpu, args, USP_CALL_BACKWARD_KEY)->call[USP_CALL_BACKWARD_KEY](gpu, args, stream);
+    return choose(gpu, args, USP_CALL_BACKWARD)->call[USP_CALL_BACKWARD](gpu, args, stream);
 }

@@ -12,6 +12,8 @@ extern "C" {
 
 /* UNSUPPORTED with the reason, or OK. */
 usp_status usp_cuda_softmax_supports(const usp_gpu *gpu, const usp_kernel_shape *shape);
+/* May backward be one kernel, which wants sums of dq? */
+int usp_cuda_softmax_sums_queries(const usp_gpu *gpu, const usp_kernel_shape *shape);
 usp_status usp_cuda_softmax_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 usp_status usp_cuda_softmax_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 /* One kernel each, no family. */
@@ -21,8 +23,7 @@ usp_status usp_cuda_softmax_peaks(const usp_softmax *args, float *most, usp_stre
 
 /* ---- families ---------------------------------------------------------------------------------------------------- */
 
-/* Backward is two kernels: dq by work items of queries, dk and dv by work items of keys. */
-typedef enum usp_softmax_call { USP_CALL_FORWARD, USP_CALL_BACKWARD_QUERY, USP_CALL_BACKWARD_KEY } usp_softmax_call;
+typedef enum usp_softmax_call { USP_CALL_FORWARD, USP_CALL_BACKWARD } usp_softmax_call;
 
 /* Kernels that serve some arguments, on GPUs that run their target. `shared`: bytes of shared memory that they need of
  * a thread block; `fits` is asked only where the GPU has these. One call's families may differ from the next one's:
@@ -31,14 +32,22 @@ typedef struct usp_softmax_family {
     usp_cuda_target target;
     size_t (*shared)(int dim, int value_dim);
     int (*fits)(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call);
-    usp_status (*call[3])(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream); /* by usp_softmax_call */
+    usp_status (*call[2])(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream); /* by usp_softmax_call */
 } usp_softmax_family;
 
-/* Tensor cores by mma.sync, sm_80 and up: 16-bit elements, dims up to 128, rows on 16-byte boundaries. */
+/* Hopper: tensor cores by wgmma, tiles by the copy engine. 16-bit elements, rows on 16-byte boundaries, no extras; dims
+ * up to 256 forward, 128 backward, where it is one kernel with sums of dq in memory. */
+extern const usp_softmax_family usp_softmax_wgmma;
+/* Tensor cores by mma.sync, sm_80 and up: 16-bit elements, dims up to 128, rows on 16-byte boundaries. Backward is two
+ * kernels: dq by work items of queries, dk and dv by work items of keys. */
 extern const usp_softmax_family usp_softmax_mma;
+usp_status usp_softmax_mma_backward_query(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
+usp_status usp_softmax_mma_backward_key(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 /* Everything else, in plain fp32: any element, stride and alignment, dims up to USP_SOFTMAX_MAX_DIM. */
 extern const usp_softmax_family usp_softmax_any;
 enum {
+    USP_WGMMA_FORWARD_DIM = 256,
+    USP_WGMMA_BACKWARD_DIM = 128,
     USP_SOFTMAX_MAX_DIM = 512,
     USP_SOFTMAX_BUNDLE = 16 /* heads, of all batch entries, that are worked on side by side */
 };

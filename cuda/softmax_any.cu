@@ -386,5 +386,9 @@ static int fits(const usp_gpu *, const usp_softmax *, usp_softmax_call) {
     return 1;
 }
 
-extern "C" const usp_softmax_family usp_softmax_any = {
-    USP_SM_80, most_shared, fits, {launch_forward, launch_backward_query, launch_backward_key}};
+static usp_status launch_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    USP_TRY(launch_backward_query(gpu, args, stream));
+    return launch_backward_key(gpu, args, stream);
+}
+
+extern "C" const usp_softmax_family usp_softmax_any = {USP_SM_80, most_shared, fits, {launch_forward, launch_backward}};

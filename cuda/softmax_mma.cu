@@ -27,13 +27,14 @@ static int fits(const usp_gpu *, const usp_softmax *args, usp_softmax_call call)
         return 0;
     if (!usp_rows_aligned(a.q, 2) || !usp_rows_aligned(a.k, 2) || !usp_rows_aligned(a.v, 2)) return 0;
     if (call == USP_CALL_FORWARD) return sums_fit(a, usp_tensor{a.acc, 0, 0, 0}, a.out);
-    if (!usp_rows_aligned(a.dout, 2)) return 0;
-    if (call == USP_CALL_BACKWARD_QUERY) return sums_fit(a, a.dq_sum, a.dq);
-    return result_fits(a.dk, a.key_dtype) && result_fits(a.dv, a.key_dtype);
+    return usp_rows_aligned(a.dout, 2) && sums_fit(a, a.dq_sum, a.dq) && result_fits(a.dk, a.key_dtype) &&
+           result_fits(a.dv, a.key_dtype);
+}
+
+static usp_status backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    USP_TRY(usp_softmax_mma_backward_query(gpu, args, stream));
+    return usp_softmax_mma_backward_key(gpu, args, stream);
 }
 
 extern "C" const usp_softmax_family usp_softmax_mma = {
-    USP_SM_80,
-    most_shared,
-    fits,
-    {usp_softmax_mma_forward, usp_softmax_mma_backward_query, usp_softmax_mma_backward_key}};
+    USP_SM_80, most_shared, fits, {usp_softmax_mma_forward, backward}};

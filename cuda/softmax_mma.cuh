@@ -196,7 +196,21 @@ template <int M> struct online_softmax {
     /* Turns scores into weights, and brings `sums`, what was weighed so far, to the same base. */
     template <int N, int W>
     __device__ __forceinline__ void weigh(usp_sums<M, N> &scores, usp_sums<M, W> &sums, float unit) {
-        raise(scores, sums, unit);
+        float factor[M * 2];
+        if (raise(scores, unit, factor)) {
+#pragma unroll
+            for (int i = 0; i < M * 2; i++) multiply_row(i, sums, factor[i]);
+        }
+        weigh_rows(scores, unit);
+    }
+
+    /* The same, but what was weighed so far is left to be multiplied by factor[i]. */
+    template <int N> __device__ __forceinline__ void weigh(usp_sums<M, N> &scores, float unit, float (&factor)[M * 2]) {
+        raise(scores, unit, factor);
+        weigh_rows(scores, unit);
+    }
+
+    template <int N> __device__ __forceinline__ void weigh_rows(usp_sums<M, N> &scores, float unit) {
 #pragma unroll
         for (int i = 0; i < M * 2; i++) {
             float base = finite_base(top[i]);
@@ -211,26 +225,27 @@ template <int M> struct online_softmax {
     }
 
     /* Raises `top` where a score is far above it. Each row decides alone; the warp only agrees to look. */
-    template <int N, int W>
-    __device__ __forceinline__ void raise(const usp_sums<M, N> &scores, usp_sums<M, W> &sums, float unit) {
+    template <int N>
+    __device__ __forceinline__ bool raise(const usp_sums<M, N> &scores, float unit, float (&factor)[M * 2]) {
         float best[M * 2];
         bool grown = false;
 #pragma unroll
         for (int i = 0; i < M * 2; i++) {
+            factor[i] = 1;
             best[i] = row_max(lane_best(scores, i)) * unit;
             if (best[i] - top[i] > SLACK)
                 grown = true;
             else
                 best[i] = top[i];
         }
-        if (!__any_sync(~0u, grown)) return;
+        if (!__any_sync(~0u, grown)) return false;
 #pragma unroll
         for (int i = 0; i < M * 2; i++) {
-            float factor = best[i] == top[i] ? 1 : fast_exp2(top[i] - best[i]);
+            factor[i] = best[i] == top[i] ? 1 : fast_exp2(top[i] - best[i]);
             top[i] = best[i];
-            sum[i] *= factor;
-            multiply_row(i, sums, factor);
+            sum[i] *= factor[i];
         }
+        return true;
     }
 
     __device__ __forceinline__ row_state kept(int i) const {
@@ -251,19 +266,16 @@ static __device__ __forceinline__ void shield(usp_shared_rows<DIM> tile, int &sp
     __syncthreads();
 }
 
-/* Writes what is not finite in the columns of steps that need a mask to those rows of this block's job, in `result`
- * (fp32 if `wide`), that may pair with them. A thread has one element of all rows. */
-template <typename T, bool KEY_ROWS, typename Shape>
-static __device__ __noinline__ void mend(const usp_softmax &args, usp_tensor result, bool wide, usp_tensor columns,
-                                         int dim) {
-    static_assert(Shape::threads >= 128, "a thread for every element");
-    softmax_job job = take_job<KEY_ROWS>(args, Shape::rows);
-    int key_head = usp_mapped_head(args.kv, job.head), element = threadIdx.x;
+/* Writes what is not finite in the columns of steps that need a mask, or of `every` step, to those rows of a job, in
+ * `result` (fp32 if `wide`), that may pair with them. The rows have been written; a thread has one element of all. */
+template <typename T, bool KEY_ROWS>
+static __device__ __noinline__ void mend(const usp_softmax &args, softmax_job job, int step, bool every, int element,
+                                         usp_tensor result, bool wide, usp_tensor columns, int dim) {
+    int key_head = usp_mapped_head(args.kv, job.head);
     head_range heads = KEY_ROWS ? readers_of(args, job.head) : head_range{key_head, key_head + 1};
     tile_walk at(tiles_of(args, KEY_ROWS), *job.work, max(heads.end - heads.first, 0));
-    __syncthreads(); /* the rows are written */
-    for (; at.running() && element < dim; at.advance(Shape::step)) {
-        for (int j = at.column; j < min(at.column + Shape::step, at.end) && !at.full(Shape::step); j++) {
+    for (; at.running() && element < dim; at.advance(step)) {
+        for (int j = at.column; j < min(at.column + step, at.end) && (every || !at.full(step)); j++) {
             float x = usp_to_float(usp_row<T>(columns, j, job.batch, heads.first + at.round)[element]);
             for (int row = job.begin; row < job.begin + job.count && !isfinite(x); row++) {
                 if (!pair_allowed(args.pairs, KEY_ROWS ? j : row, KEY_ROWS ? row : j)) continue;
@@ -315,8 +327,6 @@ template <typename Launch> static usp_status start_any(const usp_gpu &gpu, const
 
 extern "C" {
 usp_status usp_softmax_mma_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
-usp_status usp_softmax_mma_backward_query(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
-usp_status usp_softmax_mma_backward_key(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 }
 
 #endif

@@ -163,7 +163,10 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         usp_scale_add(dq, 1, usp_row<float>(args.dq_sum, first_row, job.batch, job.head), args.dq_sum.stride_token,
                       rows, args.dim);
     store_rows<T>(dq, args.last ? args.dq : args.dq_sum, !args.last, first_row, job, rows, args.dim);
-    if (note.spoilt) mend<T, false, Shape>(args, args.last ? args.dq : args.dq_sum, !args.last, args.k, args.dim);
+    if (!note.spoilt) return;
+    __syncthreads();
+    mend<T, false>(args, note.job, Shape::step, false, threadIdx.x, args.last ? args.dq : args.dq_sum, !args.last,
+                   args.k, args.dim);
 }
 
 /* ---- dk, dv ------------------------------------------------------------------------------------------------------ */
@@ -288,8 +291,9 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     store_rows<T>(dk, args.dk, wide, first_row, job, rows, args.dim);
     store_rows<T>(dv, args.dv, wide, first_row, job, rows, args.value_dim);
     if (note.spoilt) {
-        mend<T, true, Shape>(args, args.dk, wide, args.q, args.dim);
-        mend<T, true, Shape>(args, args.dv, wide, args.dout, args.value_dim);
+        __syncthreads();
+        mend<T, true>(args, note.job, Shape::step, false, threadIdx.x, args.dk, wide, args.q, args.dim);
+        mend<T, true>(args, note.job, Shape::step, false, threadIdx.x, args.dv, wide, args.dout, args.value_dim);
     }
 }
 

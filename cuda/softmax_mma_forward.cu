@@ -127,7 +127,10 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
                   args.value_dim);
     else
         usp_store(out, usp_row<float>(acc, first_row, job.batch, job.head), acc.stride_token, rows, args.value_dim);
-    if (note.spoilt) mend<T, false, Shape>(args, args.last ? args.out : acc, !args.last, args.v, args.value_dim);
+    if (!note.spoilt) return;
+    __syncthreads();
+    mend<T, false>(args, note.job, Shape::step, false, threadIdx.x, args.last ? args.out : acc, !args.last, args.v,
+                   args.value_dim);
 }
 
 /* ---- launcher ---------------------------------------------------------------------------------------------------- */

@@ -61,9 +61,10 @@ static buffers carve(const usp_layer *layer, usp_pass pass, int exchanged, usp_a
     int backward = pass == USP_PASS_BACKWARD, numbers = layer->config.sinks || layer->config.max_logit;
     if (layer->config.max_logit && !backward) b.peak = carve_floats(query_lines(layer), arena);
     if (numbers) b.heads = carve_floats((int64_t)(layer->mesh.ring + 1) * usp_layer_own_heads(layer), arena);
-    if (route->stages == 1) return b;
-    if (!backward || !exchanged)
+    int several = route->stages > 1, alone = !several && backward && layer->sums_queries;
+    if (alone || (several && (!backward || !exchanged)))
         b.acc = carve_floats(query_lines(layer) * layer->dim[backward ? USP_QUERY : USP_OUT], arena);
+    if (!several) return b;
     if (layer->mesh.ulysses == 1) b.own = carve_keys(layer, layer->plan->key_limit, dtype, arena);
     b.packed = carve_keys(layer, route->pack_limit, dtype, arena);
     for (int i = 0; i < 2 && i < route->stages - 1; i++) b.stage[i] = carve_keys(layer, route->limit, dtype, arena);
@@ -263,7 +264,7 @@ static usp_status derive(usp_layer *layer, const usp_inner *own, int64_t tokens,
     return device->ops->softmax_delta(device, &rows, own->delta, own->stream);
 }
 
-/* dq is summed where it is wanted, if that is fp32, else in acc until the last stage. */
+/* dq is summed where it is wanted, if that is fp32, else in acc until the last stage, if there is acc. */
 static void set_query_sums(const usp_layer *layer, const usp_inner *inner, usp_softmax *stage, const buffers *b) {
     int64_t dim = layer->dim[USP_QUERY], row = dim * stage->heads;
     stage->dq_sum = inner->sum_queries ? inner->dq : (usp_tensor){b->acc, row, row * layer->config.batch, dim};

@@ -107,7 +107,8 @@ typedef struct usp_softmax {
     usp_tensor out;
     float *lse;
     /* backward: P = weight(score - top) / sum; dS = P (kept dout.v - delta); dq += scale dS k, to dq_sum (fp32, any
-     * strides) or, if last, to dq. dk = scale dS^T q and dv = (kept P)^T dout of this block alone, to key_dtype, which
+     * strides) or, if last, to dq; then dq_sum may be spoiled, and if first too it need not be given but where the
+     * device says `sums_queries`. dk = scale dS^T q and dv = (kept P)^T dout of this block alone, to key_dtype, which
      * is dtype or fp32. Rows with sum 0 contribute nothing. Fixed order, no atomics, if deterministic. */
     usp_tensor dout;    /* dtype */
     const float *delta; /* [batch, heads, queries] */
@@ -217,6 +218,8 @@ typedef struct usp_device_ops {
     usp_status (*supports)(usp_device *, const usp_kernel_shape *);
     /* Bytes of scratch that the layer's kernels take, one at a time; 0: they take none. */
     size_t (*scratch)(usp_device *, const usp_kernel_shape *);
+    /* May softmax_backward add to dq_sum in calls that are first and last too? Then it is given there. */
+    int (*sums_queries)(usp_device *, const usp_kernel_shape *);
     /* A list of copies, in any order or side by side: none reads or writes what another one writes. */
     usp_status (*copy_rows)(usp_device *, const usp_copy *copies, int count, usp_stream);
     usp_status (*softmax_forward)(usp_device *, const usp_softmax *, usp_stream);

@@ -230,7 +230,7 @@ static void check_gpu(usp_gpu_test *t) {
                    {89, USP_SM_90A, 0}, {90, USP_SM_90A, 1}, {100, USP_SM_90A, 0}};
     const usp_gpu *gpu = usp_cuda_gpu(t->gpu.device);
     usp_kernel_shape shape = {USP_SOFTMAX, USP_F32, 1, 1, 512, 512, 0};
-    usp_gpu small = {80, 1, 99 * 1024};
+    usp_gpu small = {80, 1, 99 * 1024, NULL};
     snprintf(t->name, sizeof t->name, "limits of the GPU");
     usp_gpu_expect(t, gpu->capability >= 80 && gpu->processors > 0 && gpu->shared >= small.shared, "limits");
     usp_gpu_expect(t, usp_cuda_softmax_supports(&small, &shape) == USP_UNSUPPORTED, "a GPU with less shared memory");

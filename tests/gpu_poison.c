@@ -193,12 +193,13 @@ static void poison_view(usp_gpu_test *t, softmax_pass *pass, const usp_gpu_view 
                                  i % 2 ? INFINITY : NAN, 0});
 }
 
-static void check_softmax(usp_gpu_test *t, const usp_gpu_softmax_case *c, int processors) {
+static void check_softmax(usp_gpu_test *t, const usp_gpu_softmax_case *c, int processors, int portable) {
     softmax_pass pass;
-    snprintf(t->name, sizeof t->name, "poison, softmax, %s, as if of %d processors", c->name, processors);
+    snprintf(t->name, sizeof t->name, "poison, softmax, %s, as if of %d processors%s", c->name, processors,
+             portable ? ", portable" : "");
     usp_gpu_begin_case(t, c->dtype);
     pass.s = usp_gpu_make_softmax(t, c);
-    pass.s.processors = processors;
+    pass.s.processors = processors, pass.s.portable = portable;
     memcpy(t->before, t->plain.base, t->used);
     poison_view(t, &pass, &pass.s.q);
     poison_view(t, &pass, &pass.s.dout);
@@ -310,6 +311,6 @@ static void check_linear(usp_gpu_test *t, const usp_gpu_linear_case *c) {
 /* A GPU of one processor is always full, so that softmax kernels run with all rows of a block; else with half. */
 void usp_gpu_check_poison(usp_gpu_test *t) {
     for (size_t i = 0; i < sizeof softmax_cases / sizeof *softmax_cases; i++)
-        for (int processors = 0; processors < 2; processors++) check_softmax(t, &softmax_cases[i], processors);
+        for (int way = 0; way < 4; way++) check_softmax(t, &softmax_cases[i], way % 2, way / 2);
     for (size_t i = 0; i < sizeof linear_cases / sizeof *linear_cases; i++) check_linear(t, &linear_cases[i]);
 }

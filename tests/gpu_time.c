@@ -23,12 +23,12 @@ static usp_status time_backward(const usp_gpu_world *w, const void *args) {
 
 static usp_status time_queries(const usp_gpu_world *w, const void *args) {
     usp_softmax a = usp_gpu_softmax_args(w, args, 0);
-    return usp_softmax_mma.call[USP_CALL_BACKWARD_QUERY](usp_cuda_gpu(w->device), &a, w->stream);
+    return usp_softmax_mma_backward_query(usp_cuda_gpu(w->device), &a, w->stream);
 }
 
 static usp_status time_keys(const usp_gpu_world *w, const void *args) {
     usp_softmax a = usp_gpu_softmax_args(w, args, 0);
-    return usp_softmax_mma.call[USP_CALL_BACKWARD_KEY](usp_cuda_gpu(w->device), &a, w->stream);
+    return usp_softmax_mma_backward_key(usp_cuda_gpu(w->device), &a, w->stream);
 }
 
 /* The tile of an item of rows at `begin`: a query sees keys up to its own, a key is seen from its own query on. */

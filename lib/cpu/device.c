@@ -100,6 +100,11 @@ static usp_status cpu_supports(usp_device *device, const usp_kernel_shape *shape
     return USP_OK;
 }
 
+static int cpu_sums_queries(usp_device *device, const usp_kernel_shape *shape) {
+    (void)device, (void)shape;
+    return 0;
+}
+
 static size_t cpu_scratch(usp_device *device, const usp_kernel_shape *shape) {
     (void)device;
     return usp_cpu_scratch(shape->dim, shape->value_dim);
@@ -141,6 +146,7 @@ static const usp_device_ops cpu_ops = {
     .capturing = cpu_capturing,
     .supports = cpu_supports,
     .scratch = cpu_scratch,
+    .sums_queries = cpu_sums_queries,
     .copy_rows = usp_cpu_copy_rows,
     .softmax_forward = usp_cpu_softmax_forward,
     .softmax_delta = usp_cpu_softmax_delta,

@@ -1,0 +1,160 @@
+/* hopper.cuh - what Hopper (sm_90a) does beside arithmetic, each as a verb: copies of tiles that arrive at a barrier,
+ * products that a warpgroup issues and waits for, barriers among some warps, registers given and taken. PTX ISA 8.0 and
+ * up, sections "mbarrier", "cp.async.bulk.tensor", "wgmma", "setmaxnreg". */
+#ifndef USP_CUDA_HOPPER_CUH
+#define USP_CUDA_HOPPER_CUH
+#include <cuda.h>
+
+#include "hopper_products.cuh"
+
+static __device__ __forceinline__ uint32_t shared_address(const void *memory) {
+    return (uint32_t)__cvta_generic_to_shared(memory);
+}
+
+/* ---- arrival barriers (mbarrier) --------------------------------------------------------------------------------- */
+
+/* A phase ends when `count` threads have arrived and all bytes that were announced are there. A wait names the phase by
+ * its parity: the first one is 0. */
+typedef uint64_t arrivals;
+
+static __device__ __forceinline__ void begin_arrivals(arrivals *at, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(at)), "r"(count) : "memory");
+}
+
+/* Between begin_arrivals and the first copy that names one of them; __syncthreads must follow. */
+static __device__ __forceinline__ void publish_arrivals() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+static __device__ __forceinline__ void arrive(arrivals *at) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(at)) : "memory");
+}
+
+/* Arrives, and announces bytes that copies will bring. */
+static __device__ __forceinline__ void arrive_with(arrivals *at, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)), "r"(bytes)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void await(arrivals *at, int parity) {
+    asm volatile("{ .reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again; }" ::"r"(shared_address(at)),
+                 "r"(parity)
+                 : "memory");
+}
+
+/* ---- copies of tiles (TMA) --------------------------------------------------------------------------------------- */
+
+/* A tensor as copies see it: [batch][head][token][dim], boxes of 64 elements of so many tokens. */
+typedef CUtensorMap tile_map;
+
+static __device__ __forceinline__ void prefetch_map(const tile_map *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/* Starts copying the box that begins at (element, token, head, batch); what lies outside of the tensor is zeros. Rows
+ * are 128 bytes, their 16-byte chunks swizzled by row & 7; `to` is at a multiple of 1024 bytes. */
+static __device__ __forceinline__ void copy_box(uint32_t to, const tile_map *map, int element, int token, int head,
+                                                int batch, arrivals *at) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+                 "l"(map), "r"(element), "r"(token), "r"(head), "r"(batch), "r"(shared_address(at))
+                 : "memory");
+}
+
+/* What this thread stored in shared memory is seen by copies and products; a barrier must follow. */
+static __device__ __forceinline__ void publish_stores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* ---- products of a warpgroup (wgmma) ----------------------------------------------------------------------------- */
+
+/* Describes a tile of swizzled rows of 128 bytes (64 elements) `offset` bytes behind a shared address. `slab`: bytes
+ * from these 64 columns to the next 64, where columns are what the product does not sum over; else it is not read. */
+static __device__ __forceinline__ uint64_t describe(uint32_t address, uint32_t slab, uint32_t offset) {
+    constexpr uint32_t swizzle_128 = 1u << 30, eight_rows = 1024 >> 4;
+    uint32_t low = (slab >> 4 << 16 | address >> 4) + (offset >> 4); /* an addition of what is known when compiled */
+    return (uint64_t)(swizzle_128 | eight_rows) << 32 | low;
+}
+
+/* Before the first product after registers that it reads were written. */
+static __device__ __forceinline__ void begin_products() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+/* Ends a group of products; groups complete in order. */
+static __device__ __forceinline__ void end_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+/* Waits until no more than LEFT groups are under way. */
+template <int LEFT> static __device__ __forceinline__ void await_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+/* The compiler must neither move nor copy these registers across here: products under way write them. */
+template <int N> static __device__ __forceinline__ void pin(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+template <int N> static __device__ __forceinline__ void pin(uint32_t (&a)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(a[i])::"memory");
+}
+
+/* ---- shared memory ----------------------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint4 load_shared(uint32_t address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+
+static __device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+}
+
+static __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+/* ---- global memory ----------------------------------------------------------------------------------------------- */
+
+/* Adds to two neighbours at an 8-byte boundary, in any order among threads. */
+static __device__ __forceinline__ void add_pair(float *to, float x, float y) {
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+}
+
+/* ---- warps ------------------------------------------------------------------------------------------------------- */
+
+/* Barrier `id` from 1 on among `threads` threads: waits for all, or arrives and goes on. */
+static __device__ __forceinline__ void meet(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+static __device__ __forceinline__ void pass(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/* A number that is the same in all lanes, and known to be. */
+static __device__ __forceinline__ int uniform(int x) {
+    return __shfl_sync(~0u, x, 0);
+}
+
+/* All warps of a warpgroup: each thread has so many registers from now on. */
+template <int COUNT> static __device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT> static __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+#endif

@@ -1,0 +1,46 @@
+/* softmax_wgmma.cu - softmax attention on Hopper (sm_90a) as a family: which calls it serves, and its table. The
+ * kernels are in softmax_wgmma_forward.cu and softmax_wgmma_backward.cu. */
+#include "softmax_wgmma.cuh"
+
+/* Each launcher knows what its shape takes, and asks no GPU but Hopper. */
+static size_t least_shared(int, int) {
+    return 227 * 1024;
+}
+
+/* Pairs of fp32 are written, or added to, at once. */
+static bool pairs_aligned(const usp_tensor &x) {
+    return x.data && (x.stride_token | x.stride_batch | x.stride_head) % 2 == 0 &&
+           reinterpret_cast<uintptr_t>(x.data) % 8 == 0;
+}
+
+static bool result_fits(const usp_tensor &x, usp_dtype dtype) {
+    return dtype == USP_F32 ? pairs_aligned(x) : usp_rows_aligned(x, 2);
+}
+
+/* The copy engine takes strides from 0 to 2^40 bytes. */
+static bool is_copied(const usp_tensor &x) {
+    const int64_t most = (int64_t)1 << 39;
+    bool near = x.stride_token < most && x.stride_batch < most && x.stride_head < most;
+    return usp_rows_aligned(x, 2) && near && x.stride_token >= 0 && x.stride_batch >= 0 && x.stride_head >= 0;
+}
+
+static bool has_extras(const usp_softmax &a) {
+    return a.soft_cap > 0 || a.slopes || a.dropout.rate > 0 || a.peak;
+}
+
+static int fits(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call) {
+    const usp_softmax &a = *args;
+    bool forward = call == USP_CALL_FORWARD;
+    int widest = max(a.dim, a.value_dim), most = forward ? USP_WGMMA_FORWARD_DIM : USP_WGMMA_BACKWARD_DIM;
+    if (!gpu->encode_map || a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || widest > most || !(a.scale > 0))
+        return 0;
+    if (has_extras(a) || !is_copied(a.q) || !is_copied(a.k) || !is_copied(a.v)) return 0;
+    if (forward)
+        return (!a.last || usp_rows_aligned(a.out, 2)) &&
+               ((a.first && a.last) || pairs_aligned(usp_tensor{a.acc, 0, 0, 0}));
+    return !a.deterministic && is_copied(a.dout) && pairs_aligned(a.dq_sum) &&
+           (!a.last || result_fits(a.dq, a.dtype)) && result_fits(a.dk, a.key_dtype) && result_fits(a.dv, a.key_dtype);
+}
+
+extern "C" const usp_softmax_family usp_softmax_wgmma = {
+    USP_SM_90A, least_shared, fits, {usp_softmax_wgmma_forward, usp_softmax_wgmma_backward}};

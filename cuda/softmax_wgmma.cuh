@@ -1,0 +1,222 @@
+/* softmax_wgmma.cuh - what the Hopper kernels of softmax attention share: tiles in shared memory and their products,
+ * the list of jobs of a block that stays, notes from the warp that copies to those that compute, masks on accumulators.
+ */
+#ifndef USP_CUDA_SOFTMAX_WGMMA_CUH
+#define USP_CUDA_SOFTMAX_WGMMA_CUH
+#include "hopper.cuh"
+#include "softmax_mma.cuh"
+
+/* ---- tiles ------------------------------------------------------------------------------------------------------- */
+
+/* ROWS rows of DIM elements as copies leave them: slab after slab of 64 columns, each of ROWS swizzled rows. */
+template <int ROWS, int DIM> struct slabs {
+    static constexpr int slab = ROWS * 128, bytes = ROWS * DIM * 2;
+    uint32_t address;
+
+    /* 16 columns from 16 k on, of the rows from `row` on, a multiple of 8, as what a product sums over. */
+    __device__ __forceinline__ uint64_t columns(int k, int row = 0) const {
+        return describe(address + row * 128, 16, k / 4 * slab + k % 4 * 32);
+    }
+    /* 16 rows from 16 k on, as what a product sums over; the columns from `first` on, a multiple of 8. */
+    __device__ __forceinline__ uint64_t rows(int k, int first = 0) const {
+        return describe(address + first / 64 * slab + first % 64 * 2, slab, k * 2048);
+    }
+
+    __device__ __forceinline__ void copy(const tile_map *map, int token, int head, int batch, arrivals *at) const {
+#pragma unroll
+        for (int s = 0; s < DIM / 64; s++) copy_box(address + s * slab, map, s * 64, token, head, batch, at);
+    }
+};
+
+/* The same sums as one list of registers. */
+template <int N> static __device__ __forceinline__ float (&list_of(usp_sums<1, N> &c))[N * 4] {
+    return reinterpret_cast<float(&)[N * 4]>(c);
+}
+
+/* c = a b^T for the 64 rows of a from `row` on. */
+template <typename T, int N, int ROWS, int STEP, int DIM>
+static __device__ __forceinline__ void issue_rows(usp_sums<1, N> &c, slabs<ROWS, DIM> a, int row, slabs<STEP, DIM> b) {
+#pragma unroll
+    for (int k = 0; k < DIM / 16; k++) issue_product<T, false>(list_of<N>(c), a.columns(k, row), b.columns(k), k > 0);
+}
+
+/* A left operand of K * 16 columns in registers. */
+template <int K> using left_operand = uint32_t[K][4];
+
+/* Rounds an accumulator of K * 16 columns to T. */
+template <typename T, int K>
+static __device__ __forceinline__ void round_sums(left_operand<K> &a, const usp_sums<1, 2 * K> &c) {
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float *pair = &c[0][2 * k + i / 2][i % 2 * 2];
+            a[k][i] = usp_pack<T>(pair[0], pair[1]);
+        }
+    }
+}
+
+/* c += a b. */
+template <typename T, int N, int K, int DIM>
+static __device__ __forceinline__ void issue_columns(usp_sums<1, N> &c, const left_operand<K> &a,
+                                                     slabs<K * 16, DIM> b) {
+#pragma unroll
+    for (int k = 0; k < K; k++) issue_product<T, true>(list_of<N>(c), a[k], b.rows(k), true);
+}
+
+/* One element of a tile. */
+template <typename T, int ROWS, int DIM>
+static __device__ __forceinline__ float element_of(slabs<ROWS, DIM> tile, int row, int column) {
+    uint32_t in_row = column % 64 * 2,
+             at = tile.address + column / 64 * tile.slab + row * 128 + (in_row ^ (row & 7) << 4);
+    float2 two = usp_unpack<T>(load_shared_word(at & ~3u));
+    return column % 2 ? two.y : two.x;
+}
+
+/* Is one of the eight elements at a shared address not finite? */
+template <typename T> static __device__ __forceinline__ bool is_spoilt(uint32_t address) {
+    uint4 eight = load_shared(address);
+    uint32_t taint = usp_taint<T>(usp_taint<T>(0, eight.x), eight.y);
+    return usp_taint<T>(usp_taint<T>(taint, eight.z), eight.w) != 0;
+}
+
+/* ---- online softmax ---------------------------------------------------------------------------------------------- */
+
+/* Row i times factor[i]; most often both factors are 1, and a warp looks once. */
+template <int N> static __device__ __forceinline__ void scale_rows(usp_sums<1, N> &c, const float (&factor)[2]) {
+    if (!__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) return;
+    multiply_row(0, c, factor[0]);
+    multiply_row(1, c, factor[1]);
+}
+
+/* ---- jobs -------------------------------------------------------------------------------------------------------- */
+
+/* The jobs of one block among all that stay: heaviest first inside a bundle of heads, dealt there and back, so that
+ * what the first blocks have more in one round they have less in the next. */
+struct job_list {
+    int works, heads, lines, round;
+
+    __device__ __forceinline__ job_list(const usp_softmax &args, bool key_rows)
+        : works(*tiles_of(args, key_rows).works), heads((int)heads_of(args, key_rows)),
+          lines((int)lines_of(args, key_rows)), round(0) {
+    }
+
+    /* `count` is 0 when there is none left. */
+    __device__ __forceinline__ softmax_job next(const usp_softmax &args, bool key_rows) {
+        const usp_tiles &tiles = tiles_of(args, key_rows);
+        for (;; round++) {
+            int64_t blocks = gridDim.x, back = round % 2 ? blocks - 1 - blockIdx.x : blockIdx.x;
+            int64_t index = round * blocks + back, bundle = index / ((int64_t)works * USP_SOFTMAX_BUNDLE);
+            if (round * blocks >= (int64_t)works * lines) return {nullptr, 0, 0, 0, 0};
+            if (index >= (int64_t)works * lines) continue;
+            int first = (int)bundle * USP_SOFTMAX_BUNDLE, width = min(USP_SOFTMAX_BUNDLE, lines - first);
+            int rest = (int)(index - bundle * works * USP_SOFTMAX_BUNDLE), line = first + rest % width;
+            const usp_work *work = tiles.work + rest / width;
+            if (!key_rows && !args.first && !args.last && work->tiles == 0) continue;
+            round++;
+            return {work, work->begin, work->count, line % heads, line / heads};
+        }
+    }
+};
+
+/* ---- pipelines --------------------------------------------------------------------------------------------------- */
+
+/* Which of STAGES places is next, and the parity of the phase in which it is filled. */
+template <int STAGES> struct turn {
+    int stage, parity;
+
+    __device__ __forceinline__ void advance() {
+        if (++stage < STAGES) return;
+        stage = 0;
+        parity ^= 1;
+    }
+};
+
+/* What computing warps are told of a step of columns beside its tile. */
+struct step_note {
+    int masked, last;
+};
+
+/* ---- pairs ------------------------------------------------------------------------------------------------------- */
+
+/* Fills in, by one warp, what usp_pairs says of the columns of a step that is not full. */
+template <int STEP>
+static __device__ __forceinline__ void note_keys(const usp_pairs &pairs, const tile_walk &at, int *key, int *last) {
+    for (int i = threadIdx.x & 31; i < STEP; i += 32) {
+        bool exists = i < at.columns();
+        key[i] = exists ? pairs.key[at.column + i] : NOWHERE;
+        if (pairs.last) last[i] = exists ? pairs.last[at.column + i] : 0;
+    }
+}
+
+/* What it says of a lane's two rows. */
+struct row_pairs {
+    int low[2], high[2], query[2];
+
+    __device__ __forceinline__ row_pairs(const usp_pairs &pairs, int first, int rows) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int i = usp_lane_row(0, r);
+            low[r] = max(load_or(pairs.low, first, i, rows, NOWHERE + 1), NOWHERE + 1);
+            high[r] = load_or(pairs.high, first, i, rows, NOWHERE);
+            query[r] = pairs.last ? load_or(pairs.query, first, i, rows, 0) : 0;
+        }
+    }
+
+    /* Sets the scores of pairs that are not allowed to -inf. `last` where trees make intervals two-sided, or NULL. */
+    template <int N> __device__ __forceinline__ void mask(usp_sums<1, N> &c, const int *key, const int *last) const {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            int2 two = *reinterpret_cast<const int2 *>(key + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float *pair = &c[0][n][r * 2];
+                pair[0] = two.x < low[r] || two.x > high[r] ? -INFINITY : pair[0];
+                pair[1] = two.y < low[r] || two.y > high[r] ? -INFINITY : pair[1];
+            }
+        }
+        if (last) mask_behind(c, last);
+    }
+
+    template <int N> __device__ __forceinline__ void mask_behind(usp_sums<1, N> &c, const int *last) const {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            int2 two = *reinterpret_cast<const int2 *>(last + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float *pair = &c[0][n][r * 2];
+                pair[0] = query[r] > two.x ? -INFINITY : pair[0];
+                pair[1] = query[r] > two.y ? -INFINITY : pair[1];
+            }
+        }
+    }
+};
+
+/* ---- the launchers of the family --------------------------------------------------------------------------------- */
+
+extern "C" {
+usp_status usp_softmax_wgmma_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
+usp_status usp_softmax_wgmma_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
+}
+
+/* ---- maps -------------------------------------------------------------------------------------------------------- */
+
+/* Boxes of `rows` tokens of a tensor whose rows begin on 16-byte boundaries. */
+static inline usp_status make_map(const usp_gpu *gpu, const usp_tensor &x, usp_dtype dtype, int dim, int64_t tokens,
+                                  int heads, int batch, int rows, tile_map *map) {
+    const cuuint64_t extent[4] = {(cuuint64_t)dim, (cuuint64_t)tokens, (cuuint64_t)heads, (cuuint64_t)batch};
+    const int64_t unused = 16; /* of an extent of 1, whose stride may be anything */
+    const cuuint64_t stride[3] = {(cuuint64_t)(tokens > 1 ? x.stride_token * 2 : unused),
+                                  (cuuint64_t)(heads > 1 ? x.stride_head * 2 : unused),
+                                  (cuuint64_t)(batch > 1 ? x.stride_batch * 2 : unused)};
+    const cuuint32_t box[4] = {64, (cuuint32_t)rows, 1, 1}, step[4] = {1, 1, 1, 1};
+    auto encode = (decltype(&cuTensorMapEncodeTiled))gpu->encode_map;
+    CUresult result =
+        encode(map, dtype == USP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, x.data,
+               extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result == CUDA_SUCCESS) return USP_OK;
+    return usp_fail(USP_DEVICE, "a tensor could not be described to the copy engine: error %d", (int)result);
+}
+
+#endif

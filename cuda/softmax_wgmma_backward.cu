@@ -1,0 +1,557 @@
+/* softmax_wgmma_backward.cu - backward softmax attention on Hopper (sm_90a), 16-bit elements, all five products in one
+ * kernel. A block stays and takes job after job of 128 keys: one warp copies, two warpgroups of 64 keys each go through
+ * all queries that see them, 64 at a time, and keep dk and dv in registers; dq is added to fp32 sums in memory, in any
+ * order. Rows of accumulators are keys. */
+#include "softmax_wgmma.cuh"
+
+/* ---- sizes ------------------------------------------------------------------------------------------------------- */
+
+/* STEP queries at a time. Sums of a thread: DIM / 2 of dk, VALUE_DIM / 2 of dv, STEP / 2 each of S and dP, of which
+ * dq's DIM / 4 take the place. */
+template <int DIM, int VALUE_DIM, int STEP> struct backward_shape {
+    static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
+    static constexpr int rows = USP_WORK_ROWS, groups = 2, stages = 2, threads = 128 * (1 + groups);
+    static constexpr int copying_registers = 24, computing_registers = 240;
+};
+
+/* ---- shared memory ----------------------------------------------------------------------------------------------- */
+
+/* What the computing warps need of each query of a step: P = 2^(x - base) * factor. */
+template <typename Shape> struct query_notes {
+    float base[Shape::step], factor[Shape::step], delta[Shape::step];
+    int2 interval[Shape::step]; /* low, high: of a masked step */
+    int position[Shape::step];
+};
+
+struct backward_job {
+    softmax_job job;
+    int steps;
+};
+
+struct backward_step {
+    int masked, last, column, columns, head;
+};
+
+template <typename Shape> struct backward_notes {
+    static constexpr int stages = Shape::stages;
+    arrivals job_full, job_empty;
+    arrivals q_full[stages], q_empty[stages], dout_full[stages], dout_empty[stages];
+    backward_job job;
+    int spoilt_keys[2],
+        spoilt[2]; /* the last job of this parity whose keys, or queries and dout, were not all finite */
+    backward_step step[stages];
+    query_notes<Shape> query[stages];
+};
+
+template <typename Shape> struct backward_memory {
+    using k_tile = slabs<Shape::rows, Shape::dim>;
+    using v_tile = slabs<Shape::rows, Shape::value_dim>;
+    using q_tile = slabs<Shape::step, Shape::dim>;
+    using dout_tile = slabs<Shape::step, Shape::value_dim>;
+    using ds_tile = slabs<Shape::rows, Shape::step>; /* rows are keys */
+    static constexpr int k = 0, v = k + k_tile::bytes, q = v + v_tile::bytes;
+    static constexpr int dout = q + Shape::stages * q_tile::bytes;
+    static constexpr int ds = dout + Shape::stages * dout_tile::bytes;
+    static constexpr int notes = ds + 2 * ds_tile::bytes;
+    static constexpr int bytes = notes + (int)sizeof(backward_notes<Shape>);
+
+    static __device__ __forceinline__ k_tile k_at() {
+        return {shared_base() + k};
+    }
+    static __device__ __forceinline__ v_tile v_at() {
+        return {shared_base() + v};
+    }
+    static __device__ __forceinline__ q_tile q_at(int stage) {
+        return {shared_base() + q + stage * q_tile::bytes};
+    }
+    static __device__ __forceinline__ dout_tile dout_at(int stage) {
+        return {shared_base() + dout + stage * dout_tile::bytes};
+    }
+    static __device__ __forceinline__ ds_tile ds_at(int turn) {
+        return {shared_base() + ds + turn * ds_tile::bytes};
+    }
+};
+
+struct backward_maps {
+    tile_map q, k, v, dout;
+};
+
+/* ---- the copying warps ------------------------------------------------------------------------------------------- */
+
+/* Two warps walk alike: the first one copies tiles, the second one notes what is kept of their queries. */
+template <typename Shape> struct backward_copying {
+    using memory = backward_memory<Shape>;
+    using notes_type = backward_notes<Shape>;
+    const usp_softmax &args;
+    const backward_maps &maps;
+    notes_type &notes;
+    turn<Shape::stages> at;
+    int job_parity;
+
+    __device__ __forceinline__ backward_copying(const usp_softmax &args_, const backward_maps &maps_,
+                                                notes_type &notes_)
+        : args(args_), maps(maps_), notes(notes_), at{0, 0}, job_parity(0) {
+    }
+
+    __device__ __forceinline__ void start(const softmax_job &job, bool steps) {
+        job_parity ^= 1;
+        if (threadIdx.x != 0) return;
+        await(&notes.job_empty, job_parity);
+        notes.job = {job, steps};
+        arrive_with(&notes.job_full, steps ? memory::k_tile::bytes + memory::v_tile::bytes : 0);
+        if (!steps) return;
+        memory::k_at().copy(&maps.k, job.begin, job.head, job.batch, &notes.job_full);
+        memory::v_at().copy(&maps.v, job.begin, job.head, job.batch, &notes.job_full);
+    }
+
+    __device__ __forceinline__ void copy_step(const tile_walk &walk, int head, int batch) {
+        arrivals *q_full = &notes.q_full[at.stage], *dout_full = &notes.dout_full[at.stage];
+        if (threadIdx.x != 0) return;
+        await(&notes.q_empty[at.stage], at.parity ^ 1);
+        arrive_with(q_full, memory::q_tile::bytes);
+        memory::q_at(at.stage).copy(&maps.q, walk.column, head, batch, q_full);
+        await(&notes.dout_empty[at.stage], at.parity ^ 1);
+        arrive_with(dout_full, memory::dout_tile::bytes);
+        memory::dout_at(at.stage).copy(&maps.dout, walk.column, head, batch, dout_full);
+    }
+
+    __device__ __forceinline__ void note_queries(const tile_walk &walk, bool masked, int head, int batch) {
+        query_notes<Shape> &to = notes.query[at.stage];
+        int64_t line = line_of(args, batch, head, walk.column);
+#pragma unroll
+        for (int i = threadIdx.x % 32; i < Shape::step; i += 32) {
+            bool exists = i < walk.columns();
+            row_state row = exists ? row_state{args.top[line + i], args.sum[line + i]} : row_state{-INFINITY, 0};
+            to.base[i] = base_of(row);
+            to.factor[i] = factor_of(row);
+            to.delta[i] = exists ? args.delta[line + i] : 0;
+            if (!masked) continue;
+            int query = walk.column + i;
+            to.interval[i] =
+                exists ? make_int2(max(args.pairs.low[query], NOWHERE + 1), args.pairs.high[query]) : make_int2(1, 0);
+            if (args.pairs.last) to.position[i] = exists ? args.pairs.query[query] : 0;
+        }
+    }
+
+    /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. */
+    __device__ __forceinline__ void note_step(const tile_walk &walk, const softmax_job &job, bool last, int head) {
+        bool masked = !walk.full(Shape::step) || job.count < Shape::rows;
+        await(&notes.q_empty[at.stage], at.parity ^ 1);
+        note_queries(walk, masked, head, job.batch);
+        __syncwarp();
+        if (threadIdx.x % 32 != 0) return;
+        notes.step[at.stage] = {masked, last, walk.column, min(walk.columns(), Shape::step), head};
+        arrive(&notes.q_full[at.stage]);
+    }
+
+    __device__ __forceinline__ void run() {
+        job_list jobs(args, true);
+        bool copies = threadIdx.x < 32;
+        for (;;) {
+            softmax_job job = jobs.next(args, true);
+            head_range heads = readers_of(args, job.head);
+            bool steps = job.count > 0 && job.work->tiles > 0 && heads.end > heads.first;
+            if (copies) start(job, steps);
+            if (job.count == 0) return;
+            if (!steps) continue;
+            for (tile_walk walk(args.by_key, *job.work, heads.end - heads.first); walk.running(); at.advance()) {
+                tile_walk now = walk;
+                walk.advance(Shape::step);
+                if (copies)
+                    copy_step(now, heads.first + now.round, job.batch);
+                else
+                    note_step(now, job, !walk.running(), heads.first + now.round);
+            }
+        }
+    }
+};
+
+/* ---- numbers that are not finite --------------------------------------------------------------------------------- */
+
+enum { MEET_BOTH = 1, MEET_GROUP = 2 }; /* barriers: of both groups, of each alone */
+
+/* dq of a step where keys are not finite, by both groups: only pairs that are allowed count. */
+template <typename T, typename Shape>
+static __device__ __noinline__ void add_one_by_one(const usp_softmax &args, const backward_notes<Shape> &notes,
+                                                   const backward_step &step, int ds_turn) {
+    const usp_pairs &pairs = args.pairs;
+    const softmax_job &job = notes.job.job;
+    auto ds = backward_memory<Shape>::ds_at(ds_turn);
+    auto k = backward_memory<Shape>::k_at();
+    for (int i = threadIdx.x - 128; i < step.columns * args.dim; i += 256) {
+        int q = i / args.dim, e = i % args.dim;
+        float sum = 0;
+        for (int j = 0; j < job.count; j++) {
+            if (step.masked && !pair_allowed(pairs, step.column + q, job.begin + j)) continue;
+            sum = fmaf(element_of<T>(ds, j, q), element_of<T>(k, j, e), sum);
+        }
+        atomicAdd(usp_row<float>(args.dq_sum, step.column + q, job.batch, step.head) + e, sum * args.scale);
+    }
+    meet(MEET_BOTH, 256);
+}
+
+/* ---- a computing warpgroup --------------------------------------------------------------------------------------- */
+
+template <typename T, typename Shape> struct backward_group {
+    static constexpr int N = Shape::step / 8, K = Shape::step / 16, D = Shape::dim / 8, E = Shape::value_dim / 8;
+    using memory = backward_memory<Shape>;
+    using notes_type = backward_notes<Shape>;
+    const usp_softmax &args;
+    notes_type &notes;
+    int group, warp_row; /* this warp's first row of the job */
+    turn<Shape::stages> at;
+    int job_parity, jobs, ds_turn;
+    usp_sums<1, D> dk;
+    usp_sums<1, E> dv;
+
+    __device__ __forceinline__ backward_group(const usp_softmax &args_, notes_type &notes_)
+        : args(args_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
+          warp_row((threadIdx.x / 32 - 4) * 16), at{0, 0}, job_parity(0), jobs(0), ds_turn(0) {
+    }
+
+    static __device__ __forceinline__ void leave(arrivals *of) {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(of);
+    }
+
+    /* ---- pairs */
+
+    struct key_pairs {
+        int key[2], last[2];
+
+        __device__ __forceinline__ key_pairs(const usp_pairs &pairs, int first, int rows) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                int i = usp_lane_row(0, r);
+                key[r] = load_or(pairs.key, first, i, rows, NOWHERE);
+                last[r] = pairs.last ? load_or(pairs.last, first, i, rows, 0) : 0;
+            }
+        }
+    };
+
+    /* Sets the elements of pairs that are not allowed to 0. */
+    __device__ __forceinline__ void mask(usp_sums<1, N> &c, const key_pairs &rows, const query_notes<Shape> &query) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            int4 two = *reinterpret_cast<const int4 *>(query.interval + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float *pair = &c[0][n][r * 2];
+                pair[0] = rows.key[r] < two.x || rows.key[r] > two.y ? 0 : pair[0];
+                pair[1] = rows.key[r] < two.z || rows.key[r] > two.w ? 0 : pair[1];
+            }
+        }
+        if (!args.pairs.last) return;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            int2 two = *reinterpret_cast<const int2 *>(query.position + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float *pair = &c[0][n][r * 2];
+                pair[0] = two.x > rows.last[r] ? 0 : pair[0];
+                pair[1] = two.y > rows.last[r] ? 0 : pair[1];
+            }
+        }
+    }
+
+    /* ---- numbers that are not finite */
+
+    /* Both groups: takes them out of a tile, and leaves word in `spoilt`. */
+    template <typename Tile> __device__ __forceinline__ void clean(Tile tile, int *spoilt) {
+        for (int i = (threadIdx.x - 128) * 16; i < Tile::bytes; i += 256 * 16) {
+            if (!is_spoilt<T>(tile.address + i)) continue;
+            *spoilt = jobs;
+            for (int j = 0; j < 16; j += 4) usp_clear_pair<T>(tile.address + i + j);
+        }
+    }
+
+    /* The keys of a job stay as they are: with such numbers among them dq is summed pair by pair. */
+    __device__ __forceinline__ void look_at_keys() {
+        auto tile = memory::k_at();
+        for (int i = (threadIdx.x - 128) * 16; i < memory::k_tile::bytes; i += 256 * 16)
+            if (is_spoilt<T>(tile.address + i)) notes.spoilt_keys[jobs % 2] = jobs;
+        meet(MEET_BOTH, 256);
+    }
+
+    /* ---- one step */
+
+    /* S^T to P^T; `dp`, dP^T, to dS^T. */
+    __device__ __forceinline__ void weigh(usp_sums<1, N> &s, const query_notes<Shape> &query, float unit) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float2 base = *reinterpret_cast<const float2 *>(query.base + usp_lane_column(n));
+            float2 factor = *reinterpret_cast<const float2 *>(query.factor + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float *pair = &s[0][n][r * 2];
+                pair[0] = fast_exp2(fmaf(pair[0], unit, -base.x)) * factor.x;
+                pair[1] = fast_exp2(fmaf(pair[1], unit, -base.y)) * factor.y;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void differ(usp_sums<1, N> &dp, const usp_sums<1, N> &p,
+                                           const query_notes<Shape> &query) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float2 delta = *reinterpret_cast<const float2 *>(query.delta + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                dp[0][n][r * 2] = p[0][n][r * 2] * (dp[0][n][r * 2] - delta.x);
+                dp[0][n][r * 2 + 1] = p[0][n][r * 2 + 1] * (dp[0][n][r * 2 + 1] - delta.y);
+            }
+        }
+    }
+
+    /* Writes the group's rows of dS^T, rounded. */
+    __device__ __forceinline__ void share(const left_operand<K> &ds) {
+        uint32_t tile = memory::ds_at(ds_turn).address;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                int row = warp_row + usp_lane_row(0, r), slab = n / 8 * memory::ds_tile::slab;
+                store_shared(tile + slab + row * 128 + ((n % 8 ^ (row & 7)) << 4) + (threadIdx.x & 3) * 4,
+                             ds[n / 2][n % 2 * 2 + r]);
+            }
+        }
+        publish_stores();
+    }
+
+    /* dq of the step: all its queries, this group's half of the columns. */
+    __device__ __forceinline__ void issue_queries(usp_sums<1, D / 2> &dq) {
+        auto ds = memory::ds_at(ds_turn);
+        auto k = memory::k_at();
+#pragma unroll
+        for (int i = 0; i < Shape::rows / 16; i++)
+            issue_product<T, true, true>(list_of<D / 2>(dq), ds.rows(i), k.rows(i, group * (Shape::dim / 2)), i > 0);
+        end_products();
+    }
+
+    __device__ __forceinline__ void add_queries(const usp_sums<1, D / 2> &dq, const backward_step &step, int batch) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = warp_row - group * 64 + usp_lane_row(0, r);
+            if (row >= step.columns) continue;
+            float *to = usp_row<float>(args.dq_sum, step.column + row, batch, step.head) + group * (Shape::dim / 2);
+#pragma unroll
+            for (int n = 0; n < D / 2; n++)
+                if (group * (Shape::dim / 2) + usp_lane_column(n) < args.dim)
+                    add_pair(to + usp_lane_column(n), dq[0][n][r * 2] * args.scale, dq[0][n][r * 2 + 1] * args.scale);
+        }
+    }
+
+    /* What a step is and whose stays in shared memory: registers are dear. */
+    template <bool MASKED> __device__ __forceinline__ void run_step(bool odd) {
+        const query_notes<Shape> &query = notes.query[at.stage];
+        const backward_step &step = notes.step[at.stage];
+        const softmax_job &job = notes.job.job;
+        left_operand<K> p, ds;
+        usp_sums<1, N> s, dp;
+        usp_sums<1, D / 2> dq;
+        begin_products();
+        issue_rows<T>(s, memory::k_at(), group * 64, memory::q_at(at.stage));
+        end_products();
+        await(&notes.dout_full[at.stage], at.parity);
+        begin_products();
+        issue_rows<T>(dp, memory::v_at(), group * 64, memory::dout_at(at.stage));
+        end_products();
+        await_products<1>();
+        pin(list_of<N>(s));
+        weigh(s, query, args.scale * LOG2E);
+        if constexpr (MASKED) {
+            mask(s, key_pairs(args.pairs, job.begin + warp_row, job.count - warp_row), query);
+            await_products<0>();
+            meet(MEET_BOTH, 256);
+            clean(memory::q_at(at.stage), &notes.spoilt[jobs % 2]);
+            clean(memory::dout_at(at.stage), &notes.spoilt[jobs % 2]);
+            publish_stores();
+            meet(MEET_BOTH, 256);
+        }
+        round_sums<T, K>(p, s);
+        begin_products();
+        issue_columns<T>(dv, p, memory::dout_at(at.stage));
+        end_products();
+        await_products<1>();
+        pin(list_of<N>(dp));
+        differ(dp, s, query);
+        if constexpr (MASKED) mask(dp, key_pairs(args.pairs, job.begin + warp_row, job.count - warp_row), query);
+        round_sums<T, K>(ds, dp);
+        share(ds);
+        meet(MEET_BOTH, 256);
+        begin_products();
+        issue_queries(dq);
+        issue_columns<T>(dk, ds, memory::q_at(at.stage));
+        end_products();
+        await_products<1>();
+        pin(list_of<E>(dv));
+        pin(list_of<D / 2>(dq));
+        leave(&notes.dout_empty[at.stage]);
+        if (!odd) add_queries(dq, step, job.batch);
+        await_products<0>();
+        pin(list_of<D>(dk));
+        ds_turn ^= 1;
+        if (odd) add_one_by_one<T, Shape>(args, notes, step, ds_turn ^ 1);
+        leave(&notes.q_empty[at.stage]);
+        at.advance();
+    }
+
+    /* ---- jobs */
+
+    __device__ __forceinline__ void run_steps() {
+        look_at_keys();
+        bool odd = notes.spoilt_keys[jobs % 2] == jobs, last;
+        do {
+            await(&notes.q_full[at.stage], at.parity);
+            last = notes.step[at.stage].last;
+            if (notes.step[at.stage].masked)
+                run_step<true>(odd);
+            else
+                run_step<false>(odd);
+        } while (!last);
+    }
+
+    template <int W> __device__ __forceinline__ void clear(usp_sums<1, W> &c) {
+#pragma unroll
+        for (int n = 0; n < W; n++) c[0][n][0] = c[0][n][1] = c[0][n][2] = c[0][n][3] = 0;
+    }
+
+    template <int W>
+    __device__ __forceinline__ void store(const usp_sums<1, W> &c, const usp_tensor &to, const softmax_job &job,
+                                          int dim) {
+        int rows = job.count - warp_row, first = job.begin + warp_row;
+        if (args.key_dtype == USP_F32)
+            usp_store(c, usp_row<float>(to, first, job.batch, job.head), to.stride_token, rows, dim);
+        else
+            usp_store(c, usp_row<T>(to, first, job.batch, job.head), to.stride_token, rows, dim);
+    }
+
+    /* Brings what was taken out of queries and dout to the rows that depend on it. */
+    __device__ __forceinline__ void mend_rows(softmax_job job) {
+        if (notes.spoilt[jobs % 2] != jobs) return;
+        bool wide = args.key_dtype == USP_F32, partial = job.count < Shape::rows;
+        meet(MEET_GROUP + group, 128); /* the rows are written */
+        job.begin += group * 64;
+        job.count = min(job.count - group * 64, 64);
+        for (int element = threadIdx.x % 128; element < max(args.dim, args.value_dim); element += 128) {
+            mend<T, true>(args, job, Shape::step, partial, element, args.dk, wide, args.q, args.dim);
+            mend<T, true>(args, job, Shape::step, partial, element, args.dv, wide, args.dout, args.value_dim);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        for (;;) {
+            await(&notes.job_full, job_parity);
+            job_parity ^= 1;
+            jobs++;
+            if (notes.job.job.count == 0) return;
+            clear(dk);
+            clear(dv);
+            if (notes.job.steps) run_steps();
+            backward_job now = notes.job;
+            leave(&notes.job_empty);
+            multiply_row(0, dk, args.scale);
+            multiply_row(1, dk, args.scale);
+            store(dk, args.dk, now.job, args.dim);
+            store(dv, args.dv, now.job, args.value_dim);
+            if (now.steps) mend_rows(now.job);
+        }
+    }
+};
+
+/* ---- kernel ------------------------------------------------------------------------------------------------------ */
+
+template <typename T, typename Shape>
+static __global__ void __launch_bounds__(Shape::threads, 1)
+    softmax_wgmma_backward_kernel(const __grid_constant__ usp_softmax args,
+                                  const __grid_constant__ backward_maps maps) {
+    auto &notes = *shared_at<backward_notes<Shape>>(backward_memory<Shape>::notes);
+    if (threadIdx.x == 0) {
+        constexpr int warps = 4 * Shape::groups;
+        begin_arrivals(&notes.job_full, 1);
+        begin_arrivals(&notes.job_empty, warps);
+        for (int s = 0; s < Shape::stages; s++) {
+            begin_arrivals(&notes.q_full[s], 2);
+            begin_arrivals(&notes.dout_full[s], 1);
+            begin_arrivals(&notes.q_empty[s], warps);
+            begin_arrivals(&notes.dout_empty[s], warps);
+        }
+        publish_arrivals();
+        for (int i = 0; i < 2; i++) notes.spoilt[i] = notes.spoilt_keys[i] = 0;
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        give_registers<Shape::copying_registers>();
+        if (threadIdx.x < 64) backward_copying<Shape>(args, maps, notes).run();
+    } else {
+        take_registers<Shape::computing_registers>();
+        backward_group<T, Shape>(args, notes).run();
+    }
+}
+
+/* ---- sums of dq -------------------------------------------------------------------------------------------------- */
+
+constexpr int SUM_THREADS = 256;
+
+/* A thread's pairs of elements of all rows: to 0, or from the sums to dq. */
+template <typename T, bool FINISH>
+static __global__ void __launch_bounds__(SUM_THREADS)
+    softmax_query_sums_kernel(const __grid_constant__ usp_softmax args) {
+    int64_t pairs = (int64_t)args.queries * args.batch * args.heads * (args.dim / 2);
+    for (int64_t i = (int64_t)blockIdx.x * SUM_THREADS + threadIdx.x; i < pairs;
+         i += (int64_t)gridDim.x * SUM_THREADS) {
+        int64_t row = i / (args.dim / 2), token = row / args.heads / args.batch;
+        int element = (int)(i % (args.dim / 2)) * 2, head = (int)(row % args.heads);
+        int batch = (int)(row / args.heads % args.batch);
+        float2 *sum = reinterpret_cast<float2 *>(usp_row<float>(args.dq_sum, token, batch, head) + element);
+        if (FINISH)
+            *reinterpret_cast<uint32_t *>(usp_row<T>(args.dq, token, batch, head) + element) =
+                usp_pack<T>(sum->x, sum->y);
+        else
+            *sum = make_float2(0, 0);
+    }
+}
+
+/* ---- launcher ---------------------------------------------------------------------------------------------------- */
+
+template <typename T, bool FINISH>
+static usp_status pass_sums(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    int64_t pairs = args->queries * args->batch * args->heads * (args->dim / 2), most = gpu->processors * 8;
+    int64_t blocks = (pairs + SUM_THREADS - 1) / SUM_THREADS;
+    if (blocks == 0) return USP_OK;
+    return usp_cuda_launch("softmax sums of dq", softmax_query_sums_kernel<T, FINISH>,
+                           dim3((unsigned)(blocks < most ? blocks : most)), dim3(SUM_THREADS), 0, stream, *args);
+}
+
+template <typename T, typename shape>
+static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    static_assert(backward_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
+    backward_maps maps;
+    USP_TRY(
+        make_map(gpu, args->q, args->dtype, args->dim, args->queries, args->heads, args->batch, shape::step, &maps.q));
+    USP_TRY(make_map(gpu, args->dout, args->dtype, args->value_dim, args->queries, args->heads, args->batch,
+                     shape::step, &maps.dout));
+    USP_TRY(
+        make_map(gpu, args->k, args->dtype, args->dim, args->keys, args->key_heads, args->batch, shape::rows, &maps.k));
+    USP_TRY(make_map(gpu, args->v, args->dtype, args->value_dim, args->keys, args->key_heads, args->batch, shape::rows,
+                     &maps.v));
+    int64_t jobs = count_jobs(*args, true, shape::rows);
+    dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
+    if (jobs == 0) return USP_OK;
+    return usp_cuda_launch("softmax backward", softmax_wgmma_backward_kernel<T, shape>, grid, dim3(shape::threads),
+                           backward_memory<shape>::bytes, stream, *args, maps);
+}
+
+/* Sums of dq begin with the first block of keys, and become dq with the last. */
+template <typename T> static usp_status start(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    if (args->first) USP_TRY((pass_sums<T, false>(gpu, args, stream)));
+    if (args->dim <= 64 && args->value_dim <= 64)
+        USP_TRY((start_shape<T, backward_shape<64, 64, 64>>(gpu, args, stream)));
+    else
+        USP_TRY((start_shape<T, backward_shape<128, 128, 64>>(gpu, args, stream)));
+    return args->last ? pass_sums<T, true>(gpu, args, stream) : USP_OK;
+}
+
+extern "C" usp_status usp_softmax_wgmma_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    return args->dtype == USP_F16 ? start<__half>(gpu, args, stream) : start<__nv_bfloat16>(gpu, args, stream);
+}
