@@ -8,7 +8,7 @@
 
 #include "common.cuh"
 
-/* ---- lists of sums, as operands and by their numbers --------------------------------------------------------------- */
+/* ---- lists of sums, as operands and by their numbers ------------------------------------------------------------- */
 
 /* clang-format off */
 #define USP_SUMS_16 \
@@ -57,7 +57,7 @@
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 /* clang-format on */
 
-/* ---- one product ---------------------------------------------------------------------------------------------------- */
+/* ---- one product ------------------------------------------------------------------------------------------------- */
 
 template <typename T, bool BY_COLUMNS, bool LEFT_BY_COLUMNS = false>
 static __device__ __forceinline__ void issue_product(float (&d)[16], uint64_t a, uint64_t b, bool add) {

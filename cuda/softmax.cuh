@@ -160,13 +160,18 @@ struct scoring {
         if (bent) unit = 1;
     }
 
+    /* tanh, to 2^-22 of 1. */
+    static __device__ __forceinline__ float bounded(float x) {
+        return 1 - __fdividef(2, 1 + exp2f(2 * LOG2E * x));
+    }
+
     /* `bend` becomes the gradient of the score by the product, over the scale. */
     __device__ __forceinline__ float score(float product, unsigned distance, float &bend) const {
         bend = 1;
         if (!bent) return product;
         float x = product * scale;
         if (cap > 0) {
-            float t = tanhf(product * into_cap);
+            float t = bounded(product * into_cap);
             bend = 1 - t * t;
             x = cap * t;
         }

@@ -35,34 +35,53 @@ static __device__ __forceinline__ void for_elements(const Load &load, const Visi
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
-/* Turns products, rows of queries, into scores. */
-template <int M, int N>
-static __device__ __forceinline__ void bend_scores(usp_sums<M, N> &c, const usp_softmax &args, const scoring &rule,
-                                                   const lane_place &at) {
+/* Turns products, rows of queries, into scores. `diagonal` gives a row's position (r < 2M), `key` a column's. */
+template <int M, int N, typename Diagonal, typename Key>
+static __device__ __forceinline__ void bend_scores(usp_sums<M, N> &c, const scoring &rule, const Diagonal &diagonal,
+                                                   const Key &key) {
     if (!rule.bent) return;
-    int diagonal[M * 2];
+    int from[M * 2];
 #pragma unroll
-    for (int r = 0; r < M * 2; r++)
-        diagonal[r] = bias_position(args, args.pairs.diagonal, at.row, usp_lane_row(r / 2, r % 2), at.rows);
-    for_elements<M, N>([&](int i) { return bias_position(args, args.pairs.key, at.column, i, at.columns); },
-                       [&](int r, int n, int j, int key) {
-                           float &x = c[r / 2][n][r % 2 * 2 + j], bend;
-                           x = rule.score(x, distance_of(diagonal[r], key), bend);
-                       });
+    for (int r = 0; r < M * 2; r++) from[r] = diagonal(r);
+    for_elements<M, N>(key, [&](int r, int n, int j, int position) {
+        float &x = c[r / 2][n][r % 2 * 2 + j], bend;
+        x = rule.score(x, distance_of(from[r], position), bend);
+    });
 }
 
-/* Takes dropped weights out; words[i] is what the pairs of the block's row i share. */
-template <int M, int N>
-static __device__ __forceinline__ void drop_weights(usp_sums<M, N> &c, const usp_softmax &args, const uint64_t *words,
-                                                    const lane_place &at) {
-    uint32_t limit = usp_dropout_limit(args.dropout.rate);
+/* Takes dropped weights out. `word` gives what the pairs of a row share, `key` a column's position. */
+template <int M, int N, typename Word, typename Key>
+static __device__ __forceinline__ void drop_weights(usp_sums<M, N> &c, float rate, const Word &word, const Key &key) {
+    uint32_t limit = usp_dropout_limit(rate);
     if (limit == 0) return;
-    for_elements<M, N>([&](int i) { return load_or(args.pairs.key, at.column, i, at.columns, 0); },
-                       [&](int r, int n, int j, int key) {
-                           uint64_t word = words[usp_lane_row(r / 2, r % 2)];
-                           if (usp_dropout_word(word, key) < limit) c[r / 2][n][r % 2 * 2 + j] = 0;
-                       });
+    for_elements<M, N>(key, [&](int r, int n, int j, int position) {
+        if (usp_dropout_word(word(r), position) < limit) c[r / 2][n][r % 2 * 2 + j] = 0;
+    });
 }
+
+/* Each lane's largest scores of its rows, before any scale. */
+template <int M> struct lane_peaks {
+    float best[M * 2];
+
+    __device__ __forceinline__ lane_peaks() {
+#pragma unroll
+        for (float &x : best) x = -INFINITY;
+    }
+    template <int N> __device__ __forceinline__ void look(const usp_sums<M, N> &scores) {
+#pragma unroll
+        for (int i = 0; i < M * 2; i++) best[i] = fmaxf(best[i], lane_best(scores, i));
+    }
+    /* All lanes take part. */
+    __device__ __forceinline__ void store(const usp_softmax &args, int64_t line, int rows, float unit) const {
+#pragma unroll
+        for (int i = 0; i < M * 2; i++) {
+            int row = usp_lane_row(i / 2, i % 2);
+            float peak = row_max(best[i]) * unit * LN2;
+            if (row >= rows || (threadIdx.x & 3) != 0) continue;
+            args.peak[line + row] = args.first ? peak : fmaxf(args.peak[line + row], peak);
+        }
+    }
+};
 
 /* The words of a block's queries, where there is dropout. A barrier must follow. */
 static __device__ __forceinline__ void load_words(uint64_t *words, const usp_softmax &args, const softmax_job &job) {

@@ -10,30 +10,6 @@ template <int DIM, typename Shape, bool EXTRAS> struct forward_memory {
     static constexpr int bytes = words + (EXTRAS ? Shape::rows * 8 : 0);
 };
 
-/* Each lane's largest scores of its rows, before any scale. */
-template <int M> struct lane_peaks {
-    float best[M * 2];
-
-    __device__ __forceinline__ lane_peaks() {
-#pragma unroll
-        for (float &x : best) x = -INFINITY;
-    }
-    template <int N> __device__ __forceinline__ void look(const usp_sums<M, N> &scores) {
-#pragma unroll
-        for (int i = 0; i < M * 2; i++) best[i] = fmaxf(best[i], lane_best(scores, i));
-    }
-    /* All lanes take part. */
-    __device__ __forceinline__ void store(const usp_softmax &args, int64_t line, int rows, float unit) const {
-#pragma unroll
-        for (int i = 0; i < M * 2; i++) {
-            int row = usp_lane_row(i / 2, i % 2);
-            float peak = row_max(best[i]) * unit * LN2;
-            if (row >= rows || (threadIdx.x & 3) != 0) continue;
-            args.peak[line + row] = args.first ? peak : fmaxf(args.peak[line + row], peak);
-        }
-    }
-};
-
 template <typename T, int DIM, typename Shape, bool EXTRAS>
 static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     softmax_forward_kernel(const __grid_constant__ usp_softmax args) {
@@ -93,7 +69,13 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         if (walk.running()) fetch(walk, buffer ^ 1); /* here its addresses are computed in the shade of the products */
         lane_place at = {};
         if (EXTRAS) at = {note.job.begin + warp_row, note.job.count - warp_row, column, columns};
-        if (EXTRAS) bend_scores(scores, args, rule, at);
+        if (EXTRAS)
+            bend_scores(
+                scores, rule,
+                [&](int r) {
+                    return bias_position(args, args.pairs.diagonal, at.row, usp_lane_row(r / 2, r % 2), at.rows);
+                },
+                [&](int i) { return bias_position(args, args.pairs.key, at.column, i, at.columns); });
         if (!full) {
             pairs::mask(scores, args.pairs, warp_row, -INFINITY);
             shield<T, Shape::step, threads>(v.rows_from(buffer * Shape::step), note.spoilt);
@@ -102,7 +84,11 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         if (!full && walk.running()) pairs::fetch_columns(args.pairs, walk);
         if (EXTRAS) peaks.look(scores);
         online.weigh(scores, out, rule.unit);
-        if (EXTRAS) drop_weights(scores, args, shared_at<uint64_t>(memory::words) + warp_row, at);
+        if (EXTRAS)
+            drop_weights(
+                scores, args.dropout.rate,
+                [&](int r) { return shared_at<uint64_t>(memory::words)[warp_row + usp_lane_row(r / 2, r % 2)]; },
+                [&](int i) { return load_or(args.pairs.key, at.column, i, at.columns, 0); });
         usp_multiply_columns<T>(out, scores, v.rows_from(buffer * Shape::step));
     }
     usp_fetched();

@@ -168,7 +168,7 @@ template <typename Shape> struct backward_copying {
 
 /* ---- numbers that are not finite --------------------------------------------------------------------------------- */
 
-enum { MEET_BOTH = 1, MEET_GROUP = 2 }; /* barriers: of both groups, of each alone */
+constexpr int MEET_BOTH = 1, MEET_GROUP = 2; /* barriers: of both groups, of each alone */
 
 /* dq of a step where keys are not finite, by both groups: only pairs that are allowed count. */
 template <typename T, typename Shape>

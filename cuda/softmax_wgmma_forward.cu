@@ -1,14 +1,19 @@
 /* softmax_wgmma_forward.cu - forward softmax attention on Hopper (sm_90a), 16-bit elements. A block stays and takes job
  * after job of 128 queries: one warp copies tiles, two warpgroups of 64 queries each compute, so that while one finds
  * weights the other multiplies, and within each the products of one step run under the softmax of the next. */
+#include "softmax_extras.cuh"
 #include "softmax_wgmma.cuh"
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
+/* What instances with extras do beside the plain ones: soft cap and slopes; dropout; largest scores come with both. */
+enum { BENDS = 1, DROPS = 2 };
+
 /* STEP columns at a time. Sums of a thread: STEP / 2 scores, as many weights in half the registers, VALUE_DIM / 2 of
  * out; with addresses and rows no more than 240 registers. Two stages of keys and values fill shared memory. */
-template <int DIM, int VALUE_DIM, int STEP> struct forward_shape {
+template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct forward_shape {
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
+    static constexpr bool bends = EXTRAS & BENDS, drops = EXTRAS & DROPS, extras = EXTRAS != 0;
     static constexpr int rows = USP_WORK_ROWS, groups = 2, stages = 2, threads = 128 * (1 + groups);
     /* Of 65536 / 384 = 168 a thread, what the copying warpgroup has to spare goes to the others. */
     static constexpr int copying_registers = 40, computing_registers = 232;
@@ -83,7 +88,7 @@ template <typename Shape> struct copying_warp {
     __device__ __forceinline__ void copy_keys(const tile_walk &at, bool last, int head, int batch) {
         bool full = at.full(Shape::step);
         await(&notes.k_empty[k.stage], k.parity ^ 1);
-        if (!full) note_keys<Shape::step>(args.pairs, at, notes.key[k.stage], notes.last[k.stage]);
+        if (!full || Shape::extras) note_keys<Shape::step>(args.pairs, at, notes.key[k.stage], notes.last[k.stage]);
         __syncwarp();
         if (leads) {
             notes.step[k.stage] = {!full, last};
@@ -126,7 +131,7 @@ template <typename Shape> struct copying_warp {
 
 /* ---- a computing warpgroup --------------------------------------------------------------------------------------- */
 
-enum { MEET_TURN = 1, MEET_GROUP = 3 }; /* barriers: of each group's turn to multiply, of each group alone */
+constexpr int MEET_TURN = 1, MEET_GROUP = 3; /* barriers: of each group's turn to multiply, of each group alone */
 
 template <typename T, typename Shape> struct computing_group {
     static constexpr int N = Shape::step / 8, K = Shape::step / 16, W = Shape::value_dim / 8;
@@ -142,6 +147,9 @@ template <typename T, typename Shape> struct computing_group {
     left_operand<K> weights;
     online_softmax<1> online;
     int jobs; /* so far */
+    lane_peaks<1> peaks;
+    int diagonal[2];  /* with extras: of this lane's rows */
+    uint64_t word[2];
 
     __device__ __forceinline__ computing_group(const usp_softmax &args_, notes_type &notes_)
         : args(args_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
@@ -166,18 +174,30 @@ template <typename T, typename Shape> struct computing_group {
             bool kept = !args.first && row < rows;
             online.begin(i, {kept ? args.top[line + row] : -INFINITY, kept ? args.sum[line + row] : 0});
         }
+        if constexpr (Shape::extras) begin_extras(job, rows);
+    }
+
+    __device__ __forceinline__ void begin_extras(const softmax_job &job, int rows) {
+        peaks = {};
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = usp_lane_row(0, r), query = job.begin + warp_row + row;
+            diagonal[r] = bias_position(args, args.pairs.diagonal, job.begin + warp_row, row, rows);
+            word[r] = Shape::drops && args.dropout.rate > 0 && row < rows ? dropout_row(args, job.batch, job.head, query) : 0;
+        }
     }
 
     __device__ __forceinline__ void end_rows(const softmax_job &job) {
         int rows = job.count - warp_row, first_row = job.begin + warp_row;
         int64_t line = line_of(args, job.batch, job.head, first_row);
-        float sink = sink_of(args, job.head);
+        float sink = sink_of(args, job.head), kept = Shape::drops ? 1 / (1 - args.dropout.rate) : 1;
+        if (Shape::bends && Shape::drops && args.peak) peaks.store(args, line, rows, scoring(args, job.head).unit);
         int own = threadIdx.x & 3, own_row = usp_lane_row(0, own % 2); /* one of four lanes writes a row's state */
         row_state own_state = {};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             row_state state = online.kept(i);
-            float factor = finish_row(state, sink, 1);
+            float factor = finish_row(state, sink, kept);
             multiply_row(i, out, args.last ? factor : 1);
             if (i == own) own_state = state;
         }
@@ -242,8 +262,43 @@ template <typename T, typename Shape> struct computing_group {
         if constexpr (MASKED) pairs.mask(scores, notes.key[stage], args.pairs.last ? notes.last[stage] : nullptr);
     }
 
+    /* Takes dropped weights out, a column block after the other: side by side they would not fit the registers. */
+    __device__ __forceinline__ void drop(usp_sums<1, N> &weights) {
+        uint32_t limit = usp_dropout_limit(args.dropout.rate), keys = shared_address(notes.key[k.stage]);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                int key = (int)load_shared_word(keys + (usp_lane_column(n) + j) * 4);
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+                    if (usp_dropout_word(word[r], key) < limit) weights[0][n][r * 2 + j] = 0;
+            }
+            pin(weights[0][n]);
+        }
+    }
+
+    /* Scores of the step at k to weights; the stage is left. */
+    template <bool MASKED>
+    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, const row_pairs &pairs, const scoring &rule,
+                                          float (&factor)[2]) {
+        if constexpr (!Shape::extras) {
+            mask_scores<MASKED>(scores, pairs, k.stage);
+            leave(&notes.k_empty[k.stage]);
+            online.weigh(scores, rule.unit, factor);
+        } else {
+            auto key = [&](int i) { return notes.key[k.stage][i]; };
+            if constexpr (Shape::bends) bend_scores(scores, rule, [&](int r) { return diagonal[r]; }, key);
+            mask_scores<MASKED>(scores, pairs, k.stage);
+            if constexpr (Shape::bends && Shape::drops) peaks.look(scores);
+            online.weigh(scores, rule.unit, factor);
+            if constexpr (Shape::drops) drop(scores);
+            leave(&notes.k_empty[k.stage]);
+        }
+    }
+
     /* While the values of the step before are multiplied. */
-    template <bool MASKED> __device__ __forceinline__ void go_on(const row_pairs &pairs, float unit) {
+    template <bool MASKED> __device__ __forceinline__ void go_on(const row_pairs &pairs, const scoring &rule) {
         usp_sums<1, N> scores;
         float factor[2];
         meet(MEET_TURN + group, 256);
@@ -255,9 +310,7 @@ template <typename T, typename Shape> struct computing_group {
         pass(MEET_TURN + (group ^ 1), 256);
         await_products<1>();
         pin(list_of<N>(scores));
-        mask_scores<MASKED>(scores, pairs, k.stage);
-        leave(&notes.k_empty[k.stage]);
-        online.weigh(scores, unit, factor);
+        weigh<MASKED>(scores, pairs, rule, factor);
         await_products<0>();
         pin(list_of<W>(out));
         leave(&notes.v_empty[v.stage]);
@@ -268,16 +321,14 @@ template <typename T, typename Shape> struct computing_group {
         if constexpr (MASKED) clean_values();
     }
 
-    template <bool MASKED> __device__ __forceinline__ void begin(const row_pairs &pairs, float unit) {
+    template <bool MASKED> __device__ __forceinline__ void begin(const row_pairs &pairs, const scoring &rule) {
         usp_sums<1, N> scores;
         float factor[2];
         begin_products();
         issue_scores(scores);
         await_products<0>();
         pin(list_of<N>(scores));
-        mask_scores<MASKED>(scores, pairs, k.stage);
-        leave(&notes.k_empty[k.stage]);
-        online.weigh(scores, unit, factor);
+        weigh<MASKED>(scores, pairs, rule, factor);
         k.advance();
         scale_rows(out, factor);
         round_sums<T, K>(weights, scores);
@@ -301,20 +352,20 @@ template <typename T, typename Shape> struct computing_group {
 
     __device__ __forceinline__ void run_steps(const softmax_job &job) {
         row_pairs pairs(args.pairs, job.begin + warp_row, job.count - warp_row);
-        float unit = args.scale * LOG2E;
+        scoring rule(args, job.head);
         step_note step = next_step();
         if (step.masked)
-            begin<true>(pairs, unit);
+            begin<true>(pairs, rule);
         else
-            begin<false>(pairs, unit);
+            begin<false>(pairs, rule);
         while (!step.last) {
             step = next_step();
             if (step.masked)
-                go_on<true>(pairs, unit);
+                go_on<true>(pairs, rule);
             else
-                go_on<false>(pairs, unit);
+                go_on<false>(pairs, rule);
         }
-        leave(&notes.job_empty); /* the queries are free */
+        leave(&notes.job_empty); /* the queries have been read */
         end_steps();
     }
 
@@ -384,11 +435,20 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
                            forward_memory<shape>::bytes, stream, *args, maps);
 }
 
+template <typename T, int DIM>
+static usp_status start_extras(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    bool drops = args->dropout.rate > 0, bends = args->soft_cap > 0 || args->slopes;
+    if (args->peak || (drops && bends))
+        return start_shape<T, forward_shape<DIM, DIM, 128, BENDS | DROPS>>(gpu, args, stream);
+    if (drops) return start_shape<T, forward_shape<DIM, DIM, 128, DROPS>>(gpu, args, stream);
+    if (bends) return start_shape<T, forward_shape<DIM, DIM, 128, BENDS>>(gpu, args, stream);
+    return start_shape<T, forward_shape<DIM, DIM, 128>>(gpu, args, stream);
+}
+
 /* The first shape that holds both dims; what is beyond them is zeros. */
 template <typename T> static usp_status start(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
-    if (args->dim <= 64 && args->value_dim <= 64) return start_shape<T, forward_shape<64, 64, 128>>(gpu, args, stream);
-    if (args->dim <= 128 && args->value_dim <= 128)
-        return start_shape<T, forward_shape<128, 128, 128>>(gpu, args, stream);
+    if (args->dim <= 64 && args->value_dim <= 64) return start_extras<T, 64>(gpu, args, stream);
+    if (args->dim <= 128 && args->value_dim <= 128) return start_extras<T, 128>(gpu, args, stream);
     if (args->dim <= 192 && args->value_dim <= 128)
         return start_shape<T, forward_shape<192, 128, 128>>(gpu, args, stream);
     return start_shape<T, forward_shape<256, 256, 80>>(gpu, args, stream);
