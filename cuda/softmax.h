@@ -35,8 +35,8 @@ typedef struct usp_softmax_family {
     usp_status (*call[2])(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream); /* by usp_softmax_call */
 } usp_softmax_family;
 
-/* Hopper: tensor cores by wgmma, tiles by the copy engine. 16-bit elements, rows on 16-byte boundaries, no extras; dims
- * up to 256 forward, 128 backward, where it is one kernel with sums of dq in memory. */
+/* Hopper: tensor cores by wgmma, tiles by the copy engine. 16-bit elements, rows on 16-byte boundaries; dims up
+ * to 256 forward, 128 with extras and backward, which is one kernel with sums of dq in memory. */
 extern const usp_softmax_family usp_softmax_wgmma;
 /* Tensor cores by mma.sync, sm_80 and up: 16-bit elements, dims up to 128, rows on 16-byte boundaries. Backward is two
  * kernels: dq by work items of queries, dk and dv by work items of keys. */

@@ -98,6 +98,16 @@ struct query_line {
     uint64_t word;
 };
 
+/* A product q.k becomes a kept weight, a product dout.v the gradient of the product q.k, over the scale. */
+static __device__ __forceinline__ void bend_pair(float &x, float &d, const scoring &rule, const query_line &line,
+                                                 int position, uint32_t limit, float keep) {
+    float bend, score = rule.score(x, distance_of(line.diagonal, position), bend);
+    bool kept = limit == 0 || usp_dropout_word(line.word, position) >= limit;
+    float weight = fast_exp2(fmaf(score, rule.unit, -line.base)) * line.factor;
+    d = weight * bend * ((kept ? d * keep : 0) - line.delta);
+    x = kept ? weight : 0;
+}
+
 /* Turns products q.k into kept weights and products dout.v into the gradients of products q.k, over the scale. `query`
  * and `key` give a query's line and a key's position by row (r < 2M) and column (index). */
 template <bool KEY_ROWS, int M, int N, typename Query, typename Key>
@@ -106,11 +116,7 @@ static __device__ __forceinline__ void bend_gradients(usp_sums<M, N> &p, usp_sum
     uint32_t limit = usp_dropout_limit(args.dropout.rate);
     float keep = 1 / (1 - args.dropout.rate);
     auto pair = [&](float &x, float &d, const query_line &line, int position) {
-        float bend, score = rule.score(x, distance_of(line.diagonal, position), bend);
-        bool kept = limit == 0 || usp_dropout_word(line.word, position) >= limit;
-        float weight = fast_exp2(fmaf(score, rule.unit, -line.base)) * line.factor;
-        d = weight * bend * ((kept ? d * keep : 0) - line.delta);
-        x = kept ? weight : 0;
+        bend_pair(x, d, rule, line, position, limit, keep);
     };
     if constexpr (KEY_ROWS) {
         for_elements<M, N>(query, [&](int r, int n, int j, const query_line &line) {

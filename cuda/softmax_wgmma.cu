@@ -24,8 +24,8 @@ static bool is_copied(const usp_tensor &x) {
     return usp_rows_aligned(x, 2) && near && x.stride_token >= 0 && x.stride_batch >= 0 && x.stride_head >= 0;
 }
 
-static bool has_extras(const usp_softmax &a) {
-    return a.soft_cap > 0 || a.slopes || a.dropout.rate > 0 || a.peak;
+static bool asks_extras(const usp_softmax &a, bool forward) {
+    return a.soft_cap > 0 || a.slopes || a.dropout.rate > 0 || (forward && a.peak);
 }
 
 static int fits(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call) {
@@ -34,7 +34,8 @@ static int fits(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call ca
     int widest = max(a.dim, a.value_dim), most = forward ? USP_WGMMA_FORWARD_DIM : USP_WGMMA_BACKWARD_DIM;
     if (!gpu->encode_map || a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || widest > most || !(a.scale > 0))
         return 0;
-    if (has_extras(a) || !is_copied(a.q) || !is_copied(a.k) || !is_copied(a.v)) return 0;
+    if (asks_extras(a, forward) && widest > USP_WGMMA_BACKWARD_DIM) return 0;
+    if (!is_copied(a.q) || !is_copied(a.k) || !is_copied(a.v)) return 0;
     if (forward)
         return (!a.last || usp_rows_aligned(a.out, 2)) &&
                ((a.first && a.last) || pairs_aligned(usp_tensor{a.acc, 0, 0, 0}));

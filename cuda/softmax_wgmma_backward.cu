@@ -2,14 +2,16 @@
  * kernel. A block stays and takes job after job of 128 keys: one warp copies, two warpgroups of 64 keys each go through
  * all queries that see them, 64 at a time, and keep dk and dv in registers; dq is added to fp32 sums in memory, in any
  * order. Rows of accumulators are keys. */
+#include "softmax_extras.cuh"
 #include "softmax_wgmma.cuh"
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
 /* STEP queries at a time. Sums of a thread: DIM / 2 of dk, VALUE_DIM / 2 of dv, STEP / 2 each of S and dP, of which
  * dq's DIM / 4 take the place. */
-template <int DIM, int VALUE_DIM, int STEP> struct backward_shape {
+template <int DIM, int VALUE_DIM, int STEP, bool EXTRAS = false> struct backward_shape {
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
+    static constexpr bool extras = EXTRAS; /* soft cap, slopes, dropout: decided at run time */
     static constexpr int rows = USP_WORK_ROWS, groups = 2, stages = 2, threads = 128 * (1 + groups);
     static constexpr int copying_registers = 24, computing_registers = 240;
 };
@@ -21,6 +23,8 @@ template <typename Shape> struct query_notes {
     float base[Shape::step], factor[Shape::step], delta[Shape::step];
     int2 interval[Shape::step]; /* low, high: of a masked step */
     int position[Shape::step];
+    int diagonal[Shape::step]; /* with extras */
+    uint64_t word[Shape::step];
 };
 
 struct backward_job {
@@ -125,6 +129,10 @@ template <typename Shape> struct backward_copying {
             to.base[i] = base_of(row);
             to.factor[i] = factor_of(row);
             to.delta[i] = exists ? args.delta[line + i] : 0;
+            if constexpr (Shape::extras) {
+                to.diagonal[i] = bias_position(args, args.pairs.diagonal, walk.column, i, walk.columns());
+                if (args.dropout.rate > 0 && exists) to.word[i] = dropout_row(args, batch, head, walk.column + i);
+            }
             if (!masked) continue;
             int query = walk.column + i;
             to.interval[i] =
@@ -273,7 +281,44 @@ template <typename T, typename Shape> struct backward_group {
         meet(MEET_BOTH, 256);
     }
 
+    __device__ __forceinline__ void clean_step() {
+        meet(MEET_BOTH, 256); /* the products that read them are done */
+        clean(memory::q_at(at.stage), &notes.spoilt[jobs % 2]);
+        clean(memory::dout_at(at.stage), &notes.spoilt[jobs % 2]);
+        publish_stores();
+        meet(MEET_BOTH, 256);
+    }
+
     /* ---- one step */
+
+    /* This warp's first row, and how many exist from there on. */
+    __device__ __forceinline__ int first_row() const {
+        return notes.job.job.begin + warp_row;
+    }
+    __device__ __forceinline__ int rows() const {
+        return notes.job.job.count - warp_row;
+    }
+
+    /* With extras: S^T to kept weights, dP^T to the gradients of products, over the scale; a column block after the
+     * other, since side by side they would not fit the registers. */
+    __device__ __forceinline__ void bend(usp_sums<1, N> &s, usp_sums<1, N> &dp, const query_notes<Shape> &query,
+                                         const scoring &rule, const key_pairs &keys) {
+        uint32_t limit = usp_dropout_limit(args.dropout.rate);
+        float keep = 1 / (1 - args.dropout.rate);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                int i = usp_lane_column(n) + j;
+                query_line line = {query.base[i], query.factor[i], query.delta[i], query.diagonal[i], query.word[i]};
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+                    bend_pair(s[0][n][r * 2 + j], dp[0][n][r * 2 + j], rule, line, keys.key[r], limit, keep);
+            }
+            pin(s[0][n]);
+            pin(dp[0][n]);
+        }
+    }
 
     /* S^T to P^T; `dp`, dP^T, to dS^T. */
     __device__ __forceinline__ void weigh(usp_sums<1, N> &s, const query_notes<Shape> &query, float unit) {
@@ -345,7 +390,6 @@ template <typename T, typename Shape> struct backward_group {
     template <bool MASKED> __device__ __forceinline__ void run_step(bool odd) {
         const query_notes<Shape> &query = notes.query[at.stage];
         const backward_step &step = notes.step[at.stage];
-        const softmax_job &job = notes.job.job;
         left_operand<K> p, ds;
         usp_sums<1, N> s, dp;
         usp_sums<1, D / 2> dq;
@@ -356,26 +400,29 @@ template <typename T, typename Shape> struct backward_group {
         begin_products();
         issue_rows<T>(dp, memory::v_at(), group * 64, memory::dout_at(at.stage));
         end_products();
-        await_products<1>();
+        await_products<Shape::extras ? 0 : 1>();
         pin(list_of<N>(s));
-        weigh(s, query, args.scale * LOG2E);
+        if constexpr (Shape::extras) {
+            pin(list_of<N>(dp));
+            bend(s, dp, query, scoring(args, step.head), key_pairs(args.pairs, first_row(), rows()));
+        } else {
+            weigh(s, query, args.scale * LOG2E);
+        }
         if constexpr (MASKED) {
-            mask(s, key_pairs(args.pairs, job.begin + warp_row, job.count - warp_row), query);
+            mask(s, key_pairs(args.pairs, first_row(), rows()), query);
             await_products<0>();
-            meet(MEET_BOTH, 256);
-            clean(memory::q_at(at.stage), &notes.spoilt[jobs % 2]);
-            clean(memory::dout_at(at.stage), &notes.spoilt[jobs % 2]);
-            publish_stores();
-            meet(MEET_BOTH, 256);
+            clean_step();
         }
         round_sums<T, K>(p, s);
         begin_products();
         issue_columns<T>(dv, p, memory::dout_at(at.stage));
         end_products();
-        await_products<1>();
-        pin(list_of<N>(dp));
-        differ(dp, s, query);
-        if constexpr (MASKED) mask(dp, key_pairs(args.pairs, job.begin + warp_row, job.count - warp_row), query);
+        if constexpr (!Shape::extras) {
+            await_products<1>();
+            pin(list_of<N>(dp));
+            differ(dp, s, query);
+        }
+        if constexpr (MASKED) mask(dp, key_pairs(args.pairs, first_row(), rows()), query);
         round_sums<T, K>(ds, dp);
         share(ds);
         meet(MEET_BOTH, 256);
@@ -387,7 +434,7 @@ template <typename T, typename Shape> struct backward_group {
         pin(list_of<E>(dv));
         pin(list_of<D / 2>(dq));
         leave(&notes.dout_empty[at.stage]);
-        if (!odd) add_queries(dq, step, job.batch);
+        if (!odd) add_queries(dq, step, notes.job.job.batch);
         await_products<0>();
         pin(list_of<D>(dk));
         ds_turn ^= 1;
@@ -450,8 +497,12 @@ template <typename T, typename Shape> struct backward_group {
             if (notes.job.steps) run_steps();
             backward_job now = notes.job;
             leave(&notes.job_empty);
-            multiply_row(0, dk, args.scale);
-            multiply_row(1, dk, args.scale);
+            float keep = Shape::extras ? 1 / (1 - args.dropout.rate) : 1;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                multiply_row(r, dk, args.scale);
+                if (Shape::extras) multiply_row(r, dv, keep);
+            }
             store(dk, args.dk, now.job, args.dim);
             store(dv, args.dv, now.job, args.value_dim);
             if (now.steps) mend_rows(now.job);
@@ -542,13 +593,19 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
                            backward_memory<shape>::bytes, stream, *args, maps);
 }
 
+template <typename T, int DIM>
+static usp_status start_extras(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    if (has_extras(*args)) return start_shape<T, backward_shape<DIM, DIM, 64, true>>(gpu, args, stream);
+    return start_shape<T, backward_shape<DIM, DIM, 64>>(gpu, args, stream);
+}
+
 /* Sums of dq begin with the first block of keys, and become dq with the last. */
 template <typename T> static usp_status start(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
     if (args->first) USP_TRY((pass_sums<T, false>(gpu, args, stream)));
     if (args->dim <= 64 && args->value_dim <= 64)
-        USP_TRY((start_shape<T, backward_shape<64, 64, 64>>(gpu, args, stream)));
+        USP_TRY((start_extras<T, 64>(gpu, args, stream)));
     else
-        USP_TRY((start_shape<T, backward_shape<128, 128, 64>>(gpu, args, stream)));
+        USP_TRY((start_extras<T, 128>(gpu, args, stream)));
     return args->last ? pass_sums<T, true>(gpu, args, stream) : USP_OK;
 }
 
