@@ -7,7 +7,7 @@
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
 /* What instances with extras do beside the plain ones: soft cap and slopes; dropout; largest scores come with both. */
-enum { BENDS = 1, DROPS = 2 };
+constexpr int BENDS = 1, DROPS = 2;
 
 /* STEP columns at a time. Sums of a thread: STEP / 2 scores, as many weights in half the registers, VALUE_DIM / 2 of
  * out; with addresses and rows no more than 240 registers. Two stages of keys and values fill shared memory. */
@@ -183,7 +183,9 @@ template <typename T, typename Shape> struct computing_group {
         for (int r = 0; r < 2; r++) {
             int row = usp_lane_row(0, r), query = job.begin + warp_row + row;
             diagonal[r] = bias_position(args, args.pairs.diagonal, job.begin + warp_row, row, rows);
-            word[r] = Shape::drops && args.dropout.rate > 0 && row < rows ? dropout_row(args, job.batch, job.head, query) : 0;
+            word[r] = 0;
+            if (Shape::drops && args.dropout.rate > 0 && row < rows)
+                word[r] = dropout_row(args, job.batch, job.head, query);
         }
     }
 
