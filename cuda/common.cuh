@@ -1,11 +1,10 @@
-/* common.cuh - what all kernels share: element types, rows of a tensor, sums of a warp, and a checked launch.
+/* common.cuh - what all kernels share: element types, rows of a tensor, sums of a warp.
  * It holds no kernel and knows no attention kind. */
 #ifndef USP_CUDA_COMMON_CUH
 #define USP_CUDA_COMMON_CUH
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <utility>
 
 extern "C" {
 #include "device.h"
@@ -86,32 +85,11 @@ static __device__ __forceinline__ float usp_warp_sum(float x) {
     return x;
 }
 
-/* ---- launch ------------------------------------------------------------------------------------------------------ */
+/* ---- choice ------------------------------------------------------------------------------------------------------ */
 
 /* The kernel among three that serves a dtype. */
 template <typename Kernel> static Kernel usp_of_dtype(usp_dtype dtype, Kernel f32, Kernel f16, Kernel bf16) {
     return dtype == USP_F32 ? f32 : dtype == USP_F16 ? f16 : bf16;
-}
-
-/* Launches and reports; more than 48 KB of shared memory is asked for. `what` names the kernel in the error. */
-template <typename... Parameters, typename... Arguments>
-static usp_status usp_cuda_launch(const char *what, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                                  usp_stream stream, Arguments &&...arguments) {
-    cudaError_t error = cudaSuccess;
-    if (shared > 48 * 1024) {
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    }
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    if (error == cudaSuccess) {
-        error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-    }
-    if (error == cudaSuccess) return USP_OK;
-    cudaGetLastError();
-    return usp_fail(USP_DEVICE, "%s did not start: %s", what, cudaGetErrorString(error));
 }
 
 #endif

@@ -1,7 +1,7 @@
 /* copy.cu - rows of tensors into others, with conversion between element types or addition to fp32 sums. Copies that
  * take the same kernel share a launch. Any strides and row maps; rows that both begin on 16 bytes and keep their type
  * move 16 bytes at a time. For sm_80 and up. */
-#include "common.cuh"
+#include "launch.cuh"
 #include "launch.h"
 
 static constexpr unsigned threads_per_block = 256, most_blocks = 132 * 16;

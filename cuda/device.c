@@ -185,14 +185,9 @@ static usp_status cuda_softmax_peaks(usp_device *device, const usp_softmax *soft
     return usp_cuda_softmax_peaks(softmax, most, stream);
 }
 
-static int cuda_sums_queries(usp_device *device, const usp_kernel_shape *shape) {
-    return usp_cuda_softmax_sums_queries(usp_cuda_gpu(device), shape);
-}
-
-/* Tiles live in shared memory and registers. */
-static size_t cuda_scratch(usp_device *device, const usp_kernel_shape *shape) {
-    (void)device, (void)shape;
-    return 0;
+/* No scratch: tiles live in shared memory and registers. */
+static usp_kernel_needs cuda_needs(usp_device *device, const usp_kernel_shape *shape) {
+    return (usp_kernel_needs){.query_sums = usp_cuda_softmax_sums_queries(usp_cuda_gpu(device), shape)};
 }
 
 /* Longer blocks move fewer states through memory, shorter ones give short inputs enough blocks to fill the GPU; the
@@ -252,8 +247,7 @@ static const usp_device_ops cuda_ops = {
     .event_query = cuda_event_query,
     .capturing = cuda_capturing,
     .supports = cuda_supports,
-    .scratch = cuda_scratch,
-    .sums_queries = cuda_sums_queries,
+    .needs = cuda_needs,
     .copy_rows = cuda_copy_rows,
     .softmax_forward = cuda_softmax_forward,
     .softmax_delta = cuda_softmax_delta,
@@ -269,7 +263,6 @@ static const usp_device_ops cuda_ops = {
     .destroy = cuda_destroy,
 };
 
-/* The thread's GPU and its limits; UNSUPPORTED with the reason unless the kernels are built for it. */
 /* The driver's entry by its name, or NULL: the library does not link the driver. */
 static void *driver_entry(const char *name) {
     enum cudaDriverEntryPointQueryResult found;
@@ -280,6 +273,7 @@ static void *driver_entry(const char *name) {
     return NULL;
 }
 
+/* The thread's GPU and its limits; UNSUPPORTED with the reason unless the kernels are built for it. */
 static usp_status current_gpu(int *index, usp_gpu *gpu) {
     int major = 0, minor = 0, processors = 0, shared = 0;
     const struct {

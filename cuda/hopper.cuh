@@ -6,10 +6,7 @@
 #include <cuda.h>
 
 #include "hopper_products.cuh"
-
-static __device__ __forceinline__ uint32_t shared_address(const void *memory) {
-    return (uint32_t)__cvta_generic_to_shared(memory);
-}
+#include "machine.cuh"
 
 /* ---- arrival barriers (mbarrier) --------------------------------------------------------------------------------- */
 
@@ -102,27 +99,6 @@ template <int N> static __device__ __forceinline__ void pin(float (&d)[N]) {
 template <int N> static __device__ __forceinline__ void pin(uint32_t (&a)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(a[i])::"memory");
-}
-
-/* ---- shared memory ----------------------------------------------------------------------------------------------- */
-
-static __device__ __forceinline__ uint4 load_shared(uint32_t address) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(address)
-                 : "memory");
-    return x;
-}
-
-static __device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
-    uint32_t x;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-    return x;
-}
-
-static __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
 /* ---- global memory ----------------------------------------------------------------------------------------------- */

@@ -2,7 +2,7 @@
  * documents, decay. It holds no kernel. */
 #ifndef USP_CUDA_LINEAR_CUH
 #define USP_CUDA_LINEAR_CUH
-#include "common.cuh"
+#include "launch.cuh"
 #include "linear.h"
 
 /* lambda^rows = exp2(rows * this). The bound keeps lambda = 0 from making 0 * infinity of no rows at all. */

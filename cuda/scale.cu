@@ -1,5 +1,5 @@
 /* scale.cu - numbers times one factor. For sm_80 and up. */
-#include "common.cuh"
+#include "launch.cuh"
 #include "launch.h"
 
 static constexpr unsigned threads_per_block = 128;

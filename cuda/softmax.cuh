@@ -9,6 +9,7 @@
 #ifndef USP_CUDA_SOFTMAX_CUH
 #define USP_CUDA_SOFTMAX_CUH
 #include "dropout.h"
+#include "launch.cuh"
 #include "softmax.h"
 #include "tiles.cuh"
 

@@ -11,7 +11,7 @@ template <typename T> static __device__ __forceinline__ T *shared_at(int offset)
 }
 
 static __device__ __forceinline__ uint32_t shared_base() {
-    return (uint32_t)__cvta_generic_to_shared(shared_at<char>(0));
+    return shared_address(shared_at<char>(0));
 }
 
 /* ---- the block's note -------------------------------------------------------------------------------------------- */
@@ -156,12 +156,6 @@ static __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-static __device__ __forceinline__ float fast_exp2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* The largest score of this lane in row i; -inf if there is none. */
 template <int M, int N> static __device__ __forceinline__ float lane_best(const usp_sums<M, N> &scores, int i) {
     float best = -INFINITY;
@@ -180,10 +174,10 @@ template <int M, int W> static __device__ __forceinline__ void multiply_row(int 
 
 /* The softmax of M * 16 rows of a warp, fed step by step. Weights are 2^(unit score - top); `top` follows a row's
  * largest score only when that has grown by more than a factor 2^SLACK of weight, so that the sums are rarely rescaled;
- * weights and sums stay far inside fp32 (and weights inside fp16) either way. `unit` must be positive. */
-constexpr int SLACK = 8;
-
-template <int M> struct online_softmax {
+ * weights and sums stay far inside fp32 (and weights inside fp16) either way. Without slack a row's largest weight is
+ * 1, which no dtype rounds: rows of which one key has nearly all weight are as exact as they can be. `unit` must be
+ * positive. */
+template <int M, int SLACK = 8> struct online_softmax {
     float top[M * 2];
     float sum[M * 2]; /* this lane's share of the row's weights */
 

@@ -145,10 +145,10 @@ template <typename T, typename Shape> struct computing_group {
 
     usp_sums<1, W> out;
     left_operand<K> weights;
-    online_softmax<1> online;
+    online_softmax<1, 0> online;
     int jobs; /* so far */
     lane_peaks<1> peaks;
-    int diagonal[2];  /* with extras: of this lane's rows */
+    int diagonal[2]; /* with extras: of this lane's rows */
     uint64_t word[2];
 
     __device__ __forceinline__ computing_group(const usp_softmax &args_, notes_type &notes_)
@@ -290,7 +290,9 @@ template <typename T, typename Shape> struct computing_group {
             online.weigh(scores, rule.unit, factor);
         } else {
             auto key = [&](int i) { return notes.key[k.stage][i]; };
-            if constexpr (Shape::bends) bend_scores(scores, rule, [&](int r) { return diagonal[r]; }, key);
+            if constexpr (Shape::bends)
+                bend_scores(
+                    scores, rule, [&](int r) { return diagonal[r]; }, key);
             mask_scores<MASKED>(scores, pairs, k.stage);
             if constexpr (Shape::bends && Shape::drops) peaks.look(scores);
             online.weigh(scores, rule.unit, factor);

@@ -4,7 +4,7 @@
 #define USP_CUDA_TILES_CUH
 #include <type_traits>
 
-#include "common.cuh"
+#include "machine.cuh"
 
 /* ---- shared memory ----------------------------------------------------------------------------------------------- */
 
@@ -86,8 +86,7 @@ static __device__ __forceinline__ void usp_fetch(usp_shared_rows<DIM> to, const 
 static __device__ __forceinline__ void usp_fetch_word(int32_t *to, const int32_t *from, bool exists,
                                                       int32_t otherwise) {
     if (exists) {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from)
-                     : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
     } else {
         *to = otherwise;
     }
@@ -230,43 +229,23 @@ static __device__ __forceinline__ void usp_store(const usp_sums<M, N> &c, T *to,
 /* A pair that must not count has weight 0, but 0 times a NaN or an infinity is a NaN: such numbers are kept out of
  * products with these weights, and reach the results that depend on them by another way. */
 
-/* taint + 0 * pair: stays 0 as long as pairs are finite. */
-template <typename T> static __device__ __forceinline__ uint32_t usp_taint(uint32_t taint, uint32_t pair);
-
-template <> __device__ __forceinline__ uint32_t usp_taint<__nv_bfloat16>(uint32_t taint, uint32_t pair) {
-    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(taint) : "r"(pair), "r"(0));
-    return taint;
-}
-
-template <> __device__ __forceinline__ uint32_t usp_taint<__half>(uint32_t taint, uint32_t pair) {
-    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(taint) : "r"(pair), "r"(0));
-    return taint;
-}
-
 /* Is there a NaN or an infinity in this thread's share of a tile of ROWS rows? */
 template <typename T, int ROWS, int THREADS, int DIM>
 static __device__ __forceinline__ bool usp_spoilt(usp_shared_rows<DIM> tile) {
     uint32_t taint = 0;
 #pragma unroll 4
     for (int at = threadIdx.x * 16; at < ROWS * tile.bytes; at += THREADS * 16) {
-        uint32_t pair[4];
-        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(pair[0]), "=r"(pair[1]), "=r"(pair[2]), "=r"(pair[3])
-                     : "r"(tile.base + at)
-                     : "memory");
-#pragma unroll
-        for (int i = 0; i < 4; i++) taint = usp_taint<T>(taint, pair[i]);
+        uint4 eight = load_shared(tile.base + at);
+        taint = usp_taint<T>(usp_taint<T>(taint, eight.x), eight.y);
+        taint = usp_taint<T>(usp_taint<T>(taint, eight.z), eight.w);
     }
     return taint != 0;
 }
 
 /* Makes it 0 in the two elements at an address. */
 template <typename T> static __device__ __forceinline__ void usp_clear_pair(uint32_t address) {
-    uint32_t pair;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(address) : "memory");
-    float2 x = usp_unpack<T>(pair);
-    pair = usp_pack<T>(isfinite(x.x) ? x.x : 0, isfinite(x.y) ? x.y : 0);
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(pair) : "memory");
+    float2 x = usp_unpack<T>(load_shared_word(address));
+    store_shared(address, usp_pack<T>(isfinite(x.x) ? x.x : 0, isfinite(x.y) ? x.y : 0));
 }
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */

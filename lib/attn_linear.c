@@ -48,7 +48,7 @@ static buffers carve(const usp_layer *layer, usp_pass pass, usp_arena *arena) {
     buffers b = {0};
     b.flow[0] = usp_flow_carve(layer, !layer->config.recompute_state, arena);
     if (pass == USP_PASS_BACKWARD) b.flow[1] = usp_flow_carve(layer, 0, arena);
-    b.scratch = usp_carve(arena, layer->scratch);
+    b.scratch = usp_carve(arena, layer->needs.scratch);
     b.acc = carve_rows(layer, arena);
     if (pass == USP_PASS_FORWARD) return b;
     b.keys = layer->config.recompute_state ? carve_rows(layer, arena) : b.acc; /* dq is done before dk begins */

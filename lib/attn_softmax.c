@@ -55,15 +55,14 @@ static int64_t query_lines(const usp_layer *layer) {
 
 /* Exchanged gradients are fp32 blocks, which need no running sums beside them. */
 static buffers carve(const usp_layer *layer, usp_pass pass, int exchanged, usp_arena *arena) {
-    buffers b = {.scratch = usp_carve(arena, layer->scratch)};
+    buffers b = {.scratch = usp_carve(arena, layer->needs.scratch)};
     const usp_route_plan *route = &layer->plan->route;
     usp_dtype dtype = layer->config.dtype;
     int backward = pass == USP_PASS_BACKWARD, numbers = layer->config.sinks || layer->config.max_logit;
     if (layer->config.max_logit && !backward) b.peak = carve_floats(query_lines(layer), arena);
     if (numbers) b.heads = carve_floats((int64_t)(layer->mesh.ring + 1) * usp_layer_own_heads(layer), arena);
-    int several = route->stages > 1, alone = !several && backward && layer->sums_queries;
-    if (alone || (several && (!backward || !exchanged)))
-        b.acc = carve_floats(query_lines(layer) * layer->dim[backward ? USP_QUERY : USP_OUT], arena);
+    int several = route->stages > 1, sums = several ? !backward || !exchanged : backward && layer->needs.query_sums;
+    if (sums) b.acc = carve_floats(query_lines(layer) * layer->dim[backward ? USP_QUERY : USP_OUT], arena);
     if (!several) return b;
     if (layer->mesh.ulysses == 1) b.own = carve_keys(layer, layer->plan->key_limit, dtype, arena);
     b.packed = carve_keys(layer, route->pack_limit, dtype, arena);

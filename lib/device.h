@@ -108,7 +108,7 @@ typedef struct usp_softmax {
     float *lse;
     /* backward: P = weight(score - top) / sum; dS = P (kept dout.v - delta); dq += scale dS k, to dq_sum (fp32, any
      * strides) or, if last, to dq; then dq_sum may be spoiled, and if first too it need not be given but where the
-     * device says `sums_queries`. dk = scale dS^T q and dv = (kept P)^T dout of this block alone, to key_dtype, which
+     * device needs it. dk = scale dS^T q and dv = (kept P)^T dout of this block alone, to key_dtype, which
      * is dtype or fp32. Rows with sum 0 contribute nothing. Fixed order, no atomics, if deterministic. */
     usp_tensor dout;    /* dtype */
     const float *delta; /* [batch, heads, queries] */
@@ -116,7 +116,7 @@ typedef struct usp_softmax {
     usp_dtype key_dtype;
     usp_tensor dk, dv;
     const float *dlse; /* of softmax_delta: [batch, heads, queries], the gradient of lse, or NULL */
-    void *scratch;     /* as the device's entry `scratch` says; contents free between kernels */
+    void *scratch;     /* as the device's entry `needs` says; contents free between kernels */
 } usp_softmax;
 
 /* Linear attention over chunks: runs of consecutive positions, in ascending order, a block at a time. Block i covers
@@ -188,6 +188,12 @@ typedef struct usp_kernel_shape {
     int deterministic; /* 1: no kernel whose result depends on timing */
 } usp_kernel_shape;
 
+/* What a layer's kernels need of it. */
+typedef struct usp_kernel_needs {
+    size_t scratch; /* bytes to work in, one kernel at a time */
+    int query_sums; /* softmax_backward may add to dq_sum in calls that are first and last too: it is given there */
+} usp_kernel_needs;
+
 typedef struct usp_device_ops {
     const char *name;
     usp_device_kind kind;
@@ -216,10 +222,7 @@ typedef struct usp_device_ops {
     /* kernels */
     /* UNSUPPORTED with the reason, or OK: then the entries below serve every call of the layer, of any size. */
     usp_status (*supports)(usp_device *, const usp_kernel_shape *);
-    /* Bytes of scratch that the layer's kernels take, one at a time; 0: they take none. */
-    size_t (*scratch)(usp_device *, const usp_kernel_shape *);
-    /* May softmax_backward add to dq_sum in calls that are first and last too? Then it is given there. */
-    int (*sums_queries)(usp_device *, const usp_kernel_shape *);
+    usp_kernel_needs (*needs)(usp_device *, const usp_kernel_shape *);
     /* A list of copies, in any order or side by side: none reads or writes what another one writes. */
     usp_status (*copy_rows)(usp_device *, const usp_copy *copies, int count, usp_stream);
     usp_status (*softmax_forward)(usp_device *, const usp_softmax *, usp_stream);

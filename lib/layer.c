@@ -148,8 +148,7 @@ static usp_status build(usp_layer *layer, const float *decay, const float *slope
     layer->attn = usp_attn_kinds[layer->config.attention - 1];
     usp_shape shape = shape_of(layer);
     USP_TRY(usp_plan_acquire(layer->sequence, &shape, &layer->plan));
-    layer->scratch = device->ops->scratch(device, &kernels);
-    layer->sums_queries = device->ops->sums_queries(device, &kernels);
+    layer->needs = device->ops->needs(device, &kernels);
     layer->sizes = usp_run_sizes(layer);
     USP_TRY(allocate_lists(layer, messages));
     USP_TRY(prepare_transport(layer, messages));

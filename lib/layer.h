@@ -39,8 +39,7 @@ struct usp_layer {
     int shared[USP_OPERANDS]; /* several ulysses ranks hold some head of it */
     const usp_attn_ops *attn;
     usp_sizes sizes;
-    size_t scratch;        /* bytes that its kernels work in */
-    int sums_queries;      /* backward's kernels may want fp32 sums of dq, even of one stage */
+    usp_kernel_needs needs;
     float *decay, *slopes; /* device, own heads; NULL: none */
     usp_messages messages;
     usp_copies copies;

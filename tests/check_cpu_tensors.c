@@ -220,7 +220,7 @@ enum { GUARD = 256 };
 
 static size_t scratch_bytes(check *c, usp_attention attention, usp_dtype dtype, int dim, int value_dim) {
     usp_kernel_shape shape = {attention, dtype, 1, 1, dim, value_dim, 0};
-    return c->device->ops->scratch(c->device, &shape);
+    return c->device->ops->needs(c->device, &shape).scratch;
 }
 
 void *usp_check_scratch(check *c, usp_attention attention, usp_dtype dtype, int dim, int value_dim) {

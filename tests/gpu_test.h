@@ -26,9 +26,10 @@ typedef struct usp_gpu_view {
     size_t at, bytes;
     int64_t tokens, first, stride_batch, stride_token, stride_head;
     int batch, heads, dim;
-    int wide;   /* fp32 in every world */
-    int own;    /* in a unit of each device: written, and not compared */
-    int strict; /* computed in fp32 all the way: no rounding of a 16-bit dtype is forgiven */
+    int wide;      /* fp32 in every world */
+    int own;       /* in a unit of each device: written, and not compared */
+    int unordered; /* summed in any order: two runs may differ */
+    int strict;    /* computed in fp32 all the way: no rounding of a 16-bit dtype is forgiven */
 } usp_gpu_view;
 
 typedef struct usp_gpu_test {

@@ -93,21 +93,16 @@ static usp_status cpu_supports(usp_device *device, const usp_kernel_shape *shape
     if (wide || shape->value_dim > USP_CPU_DIM)
         return usp_fail(USP_UNSUPPORTED, "%s is %d: the CPU kernels take up to %d", wide ? "head_dim" : "value_dim",
                         wide ? shape->dim : shape->value_dim, USP_CPU_DIM);
-    if (!usp_dtype_size(shape->dtype))
-        return usp_fail(USP_UNSUPPORTED, "the CPU has no kernels for dtype %d", (int)shape->dtype);
-    if (shape->attention != USP_SOFTMAX && shape->attention != USP_LINEAR)
-        return usp_fail(USP_UNSUPPORTED, "the CPU has no kernels for attention %d", (int)shape->attention);
     return USP_OK;
 }
 
-static int cpu_sums_queries(usp_device *device, const usp_kernel_shape *shape) {
-    (void)device, (void)shape;
-    return 0;
-}
-
-static size_t cpu_scratch(usp_device *device, const usp_kernel_shape *shape) {
+/* Scratch holds all tiles of one kernel: rows, columns and totals of both dims and three tiles of scores; linear ones
+ * have one total, two tiles of scores and some lines of a state less. */
+static usp_kernel_needs cpu_needs(usp_device *device, const usp_kernel_shape *shape) {
+    int block = usp_cpu_block(shape->dim, shape->value_dim);
+    int dims = usp_cpu_pad(shape->dim) + usp_cpu_pad(shape->value_dim);
     (void)device;
-    return usp_cpu_scratch(shape->dim, shape->value_dim);
+    return (usp_kernel_needs){.scratch = sizeof(float) * (size_t)(block * (3 * dims + 3 * block))};
 }
 
 /* Inside a block the CPU compares all pairs of rows: short blocks cost least. */
@@ -145,8 +140,7 @@ static const usp_device_ops cpu_ops = {
     .event_query = cpu_event_query,
     .capturing = cpu_capturing,
     .supports = cpu_supports,
-    .scratch = cpu_scratch,
-    .sums_queries = cpu_sums_queries,
+    .needs = cpu_needs,
     .copy_rows = usp_cpu_copy_rows,
     .softmax_forward = usp_cpu_softmax_forward,
     .softmax_delta = usp_cpu_softmax_delta,

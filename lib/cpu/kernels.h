@@ -97,13 +97,6 @@ static inline int usp_cpu_block(int dim, int value_dim) {
     return widest <= 128 ? 64 : widest <= 256 ? 32 : 16;
 }
 
-/* Bytes of all tiles of one kernel: rows, columns and totals of both dims and three tiles of scores; linear ones have
- * one total, two tiles of scores and some lines of a state less. */
-static inline size_t usp_cpu_scratch(int dim, int value_dim) {
-    int block = usp_cpu_block(dim, value_dim);
-    return sizeof(float) * (size_t)(block * (3 * (usp_cpu_pad(dim) + usp_cpu_pad(value_dim)) + 3 * block));
-}
-
 static inline void *usp_cpu_row(const usp_tensor *tensor, usp_dtype dtype, int64_t token, int batch, int head) {
     int64_t element = token * tensor->stride_token + batch * tensor->stride_batch + head * tensor->stride_head;
     return (char *)tensor->data + element * (int64_t)usp_dtype_size(dtype);

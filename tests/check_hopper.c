@@ -1,0 +1,113 @@
+/* check_hopper.c - the kernels for Hopper on an emulated one, against the CPU's, as gpu_kernels.c compares a GPU. What
+ * they do not serve the CPU computes on both sides. It needs no GPU; speed and what real memory does are not seen. */
+#include <cuda.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../cuda/softmax.h"
+#include "gpu_test.h"
+
+/* ---- the device -------------------------------------------------------------------------------------------------- */
+
+/* As tests/emulated/hopper.h reads it. */
+typedef struct map {
+    const char *data;
+    int64_t extent[4], stride[3], rows;
+} map;
+
+static CUresult encode(CUtensorMap *to, CUtensorMapDataType type, cuuint32_t rank, void *data, const cuuint64_t *extent,
+                       const cuuint64_t *stride, const cuuint32_t *box, const cuuint32_t *step,
+                       CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                       CUtensorMapFloatOOBfill fill) {
+    map m = {.data = data, .rows = box[1]};
+    (void)type, (void)step, (void)interleave, (void)promotion, (void)fill;
+    if (rank != 4 || box[0] != 64 || swizzle != CU_TENSOR_MAP_SWIZZLE_128B || (uintptr_t)data % 16)
+        return CUDA_ERROR_INVALID_VALUE;
+    for (int i = 0; i < 4; i++) m.extent[i] = (int64_t)extent[i];
+    for (int i = 0; i < 3; i++) {
+        m.stride[i] = (int64_t)stride[i];
+        if (stride[i] % 16 || stride[i] >> 40) return CUDA_ERROR_INVALID_VALUE;
+    }
+    memcpy(to, &m, sizeof m);
+    return CUDA_SUCCESS;
+}
+
+static usp_gpu hopper = {90, 2, 227 * 1024, NULL};
+static int calls;
+
+/* The two passes keep of a row what suits them: they come from one device. */
+static int serves(const usp_softmax *args) {
+    return usp_softmax_wgmma.fits(&hopper, args, USP_CALL_FORWARD) &&
+           usp_softmax_wgmma.fits(&hopper, args, USP_CALL_BACKWARD);
+}
+
+static usp_device *cpu;
+
+static usp_status forward(usp_device *device, const usp_softmax *args, usp_stream stream) {
+    (void)device;
+    if (!serves(args)) return cpu->ops->softmax_forward(cpu, args, stream);
+    calls++;
+    return usp_softmax_wgmma.call[USP_CALL_FORWARD](&hopper, args, stream);
+}
+
+static usp_status backward(usp_device *device, const usp_softmax *args, usp_stream stream) {
+    (void)device;
+    if (!serves(args)) return cpu->ops->softmax_backward(cpu, args, stream);
+    calls++;
+    return usp_softmax_wgmma.call[USP_CALL_BACKWARD](&hopper, args, stream);
+}
+
+/* The CPU keeps the same of a row in another unit: natural, not base 2. */
+static usp_status sinks(usp_device *device, const usp_softmax *args, float *gradient, usp_stream stream) {
+    usp_softmax natural = *args;
+    int64_t lines = args->batch * args->heads * args->queries;
+    float *top = malloc((size_t)lines * sizeof *top + 1);
+    (void)device;
+    if (!serves(args)) {
+        free(top);
+        return cpu->ops->softmax_sinks(cpu, args, gradient, stream);
+    }
+    for (int64_t i = 0; i < lines; i++) top[i] = args->top[i] * 0.6931471805599453f;
+    natural.top = top;
+    usp_status status = cpu->ops->softmax_sinks(cpu, &natural, gradient, stream);
+    free(top);
+    return status;
+}
+
+/* ---- program ----------------------------------------------------------------------------------------------------- */
+
+static char *host_slab(void) {
+    char *slab = calloc(1, USP_GPU_ROOM);
+    if (!slab) exit(1);
+    return slab;
+}
+
+/* Poison is for the suite `slow`. */
+int main(int argc, char **argv) {
+    usp_world_config defaults = {.struct_size = sizeof defaults};
+    usp_host host = usp_host_from_config(&defaults);
+    usp_gpu_test t = {.random = 314159265};
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    if (usp_device_create_cpu(&host, &cpu) != USP_OK || usp_device_create_cpu(&host, &t.gpu.device) != USP_OK) return 1;
+    usp_device_ops ops = *cpu->ops;
+    CUresult (*entry)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *,
+                      const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                      CUtensorMapL2promotion, CUtensorMapFloatOOBfill) = encode;
+    memcpy(&hopper.encode_map, &entry, sizeof entry);
+    ops.softmax_forward = forward;
+    ops.softmax_backward = backward;
+    ops.softmax_sinks = sinks;
+    t.exact.device = t.plain.device = cpu;
+    t.gpu.device->ops = &ops;
+    t.exact.base = host_slab(), t.plain.base = host_slab(), t.before = host_slab(), t.after = host_slab();
+    t.again = host_slab(), t.free_to_write = host_slab(), t.gpu.base = host_slab();
+    t.exact.scratch = t.plain.scratch = t.gpu.scratch = aligned_alloc(64, USP_GPU_SCRATCH);
+    if (argc > 1 && strcmp(argv[1], "poison") == 0)
+        usp_gpu_check_poison(&t);
+    else
+        usp_gpu_check_softmax(&t);
+    printf("%d checks, %d failed, largest error %.2f of its budget, %d emulated calls\n", t.checks, t.failures, t.worst,
+           calls);
+    return t.failures > 0 || calls == 0;
+}

@@ -1,0 +1,246 @@
+/* hopper.h - the verbs of cuda/hopper.cuh, cuda/hopper_products.cuh, cuda/machine.cuh and cuda/launch.cuh, and what a
+ * CUDA compiler knows by itself, on the emulated machine. A kernel's file is compiled behind it, for the CPU. */
+#ifndef USP_TESTS_EMULATED_HOPPER_H
+#define USP_TESTS_EMULATED_HOPPER_H
+#include <cmath>
+#include <cstring>
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <type_traits>
+
+#include "machine.h"
+
+/* The real ones are not read. */
+#define USP_CUDA_HOPPER_CUH
+#define USP_CUDA_HOPPER_PRODUCTS_CUH
+#define USP_CUDA_MACHINE_CUH
+#define USP_CUDA_LAUNCH_CUH
+
+/* ---- what a CUDA compiler knows ---------------------------------------------------------------------------------- */
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
+#define __noinline__
+
+#define __log2f log2f
+
+using std::isfinite;
+
+static inline int min(int a, int b) {
+    return a < b ? a : b;
+}
+static inline int max(int a, int b) {
+    return a > b ? a : b;
+}
+static inline unsigned min(unsigned a, unsigned b) {
+    return a < b ? a : b;
+}
+
+struct emulated_index {
+    unsigned x, y, z;
+};
+inline emulated_index blockIdx, gridDim, blockDim;
+
+/* threadIdx.x is asked of the machine. */
+struct emulated_thread {
+    struct {
+        operator unsigned() const {
+            return (unsigned)machine::thread();
+        }
+    } x;
+};
+static const emulated_thread threadIdx = {};
+
+static inline void __syncthreads() {
+    machine::barrier(0, (int)blockDim.x, true);
+}
+static inline int __syncthreads_or(int) {
+    machine::fail("__syncthreads_or is not emulated");
+}
+static inline void __syncwarp() {
+    machine::gather("its warp", 32, 0);
+}
+static inline bool __any_sync(unsigned, bool mine) {
+    for (uint64_t word : machine::gather("its warp", 32, mine))
+        if (word) return true;
+    return false;
+}
+template <typename T> static inline T emulated_shuffle(T mine, int lane) {
+    uint64_t word = 0;
+    T theirs;
+    memcpy(&word, &mine, sizeof mine);
+    memcpy(&theirs, &machine::gather("its warp", 32, word)[(size_t)lane], sizeof theirs);
+    return theirs;
+}
+template <typename T> static inline T __shfl_xor_sync(unsigned, T mine, int mask) {
+    return emulated_shuffle(mine, (machine::thread() % 32) ^ mask);
+}
+static inline void __threadfence_block() {
+    machine::maybe_yield();
+}
+static inline size_t __cvta_generic_to_shared(const void *memory) {
+    return machine::shared_address_of(memory);
+}
+static inline float __fdividef(float a, float b) {
+    return a / b;
+}
+static inline unsigned __sad(int a, int b, unsigned c) {
+    return (unsigned)abs(a - b) + c;
+}
+template <typename T> static inline T __ldg(const T *from) {
+    return *from;
+}
+static inline float atomicAdd(float *to, float x) {
+    float old = *to;
+    *to += x;
+    return old;
+}
+
+#include "../../cuda/common.cuh"
+
+/* ---- machine.cuh ------------------------------------------------------------------------------------------------- */
+
+static inline uint32_t shared_address(const void *memory) {
+    return machine::shared_address_of(memory);
+}
+static inline uint4 load_shared(uint32_t address) {
+    uint4 x;
+    memcpy(&x, machine::shared_memory() + address, sizeof x);
+    return x;
+}
+static inline uint32_t load_shared_word(uint32_t address) {
+    uint32_t x;
+    memcpy(&x, machine::shared_memory() + address, sizeof x);
+    return x;
+}
+static inline void store_shared(uint32_t address, uint32_t x) {
+    memcpy(machine::shared_memory() + address, &x, sizeof x);
+}
+static inline float fast_exp2(float x) {
+    return exp2f(x);
+}
+template <typename T> static inline uint32_t usp_taint(uint32_t taint, uint32_t pair) {
+    float2 x = usp_unpack<T>(pair);
+    return taint | !isfinite(x.x) | !isfinite(x.y);
+}
+
+/* ---- hopper.cuh -------------------------------------------------------------------------------------------------- */
+
+typedef uint64_t arrivals;
+
+static inline void begin_arrivals(arrivals *at, int count) {
+    machine::begin_arrivals(at, count);
+}
+static inline void publish_arrivals() {
+}
+static inline void arrive(arrivals *at) {
+    machine::arrive(at, 0);
+}
+static inline void arrive_with(arrivals *at, int bytes) {
+    machine::arrive(at, bytes);
+}
+static inline void await(arrivals *at, int parity) {
+    machine::await(at, parity);
+}
+
+/* What the emulated driver writes in the place of a CUtensorMap. */
+typedef struct emulated_map {
+    const char *data;
+    int64_t extent[4], stride[3], rows;
+} emulated_map;
+typedef CUtensorMap tile_map;
+static_assert(sizeof(emulated_map) <= sizeof(tile_map), "one has room for the other");
+
+static inline void prefetch_map(const tile_map *) {
+}
+static inline void copy_box(uint32_t to, const tile_map *map, int element, int token, int head, int batch,
+                            arrivals *at) {
+    emulated_map m;
+    memcpy(&m, map, sizeof m);
+    if (to % 1024) machine::fail("a box does not begin at a multiple of 1024 bytes");
+    machine::start_copy([=] {
+        for (int row = 0; row < m.rows; row++)
+            for (int column = 0; column < 64; column++) {
+                uint32_t place = to + (uint32_t)row * 128 + (uint32_t)column * 2;
+                uint16_t word = 0;
+                if (element + column < m.extent[0] && token + row < m.extent[1])
+                    memcpy(&word,
+                           m.data + (element + column) * 2 + (token + row) * m.stride[0] + head * m.stride[1] +
+                               batch * m.stride[2],
+                           2);
+                memcpy(machine::shared_memory() + (place ^ (place >> 7 & 7) << 4), &word, 2);
+            }
+        machine::bytes_arrived(at, (int)m.rows * 128);
+    });
+}
+static inline void publish_stores() {
+}
+
+static inline uint64_t describe(uint32_t address, uint32_t slab, uint32_t offset) {
+    constexpr uint32_t swizzle_128 = 1u << 30, eight_rows = 1024 >> 4;
+    uint32_t low = (slab >> 4 << 16 | address >> 4) + (offset >> 4);
+    return (uint64_t)(swizzle_128 | eight_rows) << 32 | low;
+}
+
+template <typename T> static float emulated_decode(uint16_t word) {
+    T x;
+    memcpy(&x, &word, 2);
+    return usp_to_float(x);
+}
+template <typename T, bool BY_COLUMNS, bool LEFT_BY_COLUMNS = false, int N>
+static inline void issue_product(float (&d)[N], uint64_t a, uint64_t b, bool add) {
+    machine::issue({N, d, nullptr, a, b, add, LEFT_BY_COLUMNS, BY_COLUMNS, emulated_decode<T>});
+}
+template <typename T, bool BY_COLUMNS, int N>
+static inline void issue_product(float (&d)[N], const uint32_t (&a)[4], uint64_t b, bool add) {
+    machine::issue({N, d, a, 0, b, add, false, BY_COLUMNS, emulated_decode<T>});
+}
+static inline void begin_products() {
+}
+static inline void end_products() {
+    machine::end_products();
+}
+template <int LEFT> static inline void await_products() {
+    machine::await_products(LEFT);
+}
+template <typename T, int N> static inline void pin(T (&)[N]) {
+}
+
+static inline void add_pair(float *to, float x, float y) {
+    if (reinterpret_cast<uintptr_t>(to) % 8) machine::fail("a pair is not at an 8-byte boundary");
+    to[0] += x, to[1] += y;
+}
+
+static inline void meet(int id, int threads) {
+    machine::barrier(id, threads, true);
+}
+static inline void pass(int id, int threads) {
+    machine::barrier(id, threads, false);
+}
+static inline int uniform(int x) {
+    return emulated_shuffle(x, 0);
+}
+template <int COUNT> static inline void give_registers() {
+}
+template <int COUNT> static inline void take_registers() {
+}
+
+/* ---- launch.cuh -------------------------------------------------------------------------------------------------- */
+
+/* One block after the other. */
+template <typename... Parameters, typename... Arguments>
+static usp_status usp_cuda_launch(const char *, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                                  usp_stream, Arguments &&...arguments) {
+    gridDim = {grid.x, grid.y, grid.z}, blockDim = {block.x, block.y, block.z};
+    for (unsigned i = 0; i < grid.x; i++) {
+        blockIdx = {i, 0, 0};
+        machine::run_block((int)block.x, shared, [&] { kernel(arguments...); });
+    }
+    return USP_OK;
+}
+
+#endif
