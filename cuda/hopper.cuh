@@ -46,10 +46,6 @@ static __device__ __forceinline__ void await(arrivals *at, int parity) {
 /* A tensor as copies see it: [batch][head][token][dim], boxes of 64 elements of so many tokens. */
 typedef CUtensorMap tile_map;
 
-static __device__ __forceinline__ void prefetch_map(const tile_map *map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 /* Starts copying the box that begins at (element, token, head, batch); what lies outside of the tensor is zeros. Rows
  * are 128 bytes, their 16-byte chunks swizzled by row & 7; `to` is at a multiple of 1024 bytes. */
 static __device__ __forceinline__ void copy_box(uint32_t to, const tile_map *map, int element, int token, int head,

@@ -1,5 +1,6 @@
 /* softmax_wgmma.cu - softmax attention on Hopper (sm_90a) as a family: which calls it serves, and its table. The
  * kernels are in softmax_wgmma_forward.cu and softmax_wgmma_backward.cu. */
+#include "softmax_extras.cuh"
 #include "softmax_wgmma.cuh"
 
 /* Each launcher knows what its shape takes, and asks no GPU but Hopper. */
@@ -24,17 +25,13 @@ static bool is_copied(const usp_tensor &x) {
     return usp_rows_aligned(x, 2) && near && x.stride_token >= 0 && x.stride_batch >= 0 && x.stride_head >= 0;
 }
 
-static bool asks_extras(const usp_softmax &a, bool forward) {
-    return a.soft_cap > 0 || a.slopes || a.dropout.rate > 0 || (forward && a.peak);
-}
-
 static int fits(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call) {
     const usp_softmax &a = *args;
     bool forward = call == USP_CALL_FORWARD;
     int widest = max(a.dim, a.value_dim), most = forward ? USP_WGMMA_FORWARD_DIM : USP_WGMMA_BACKWARD_DIM;
     if (!gpu->encode_map || a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || widest > most || !(a.scale > 0))
         return 0;
-    if (asks_extras(a, forward) && widest > USP_WGMMA_BACKWARD_DIM) return 0;
+    if ((has_extras(a) || (forward && a.peak)) && widest > USP_WGMMA_BACKWARD_DIM) return 0;
     if (!is_copied(a.q) || !is_copied(a.k) || !is_copied(a.v)) return 0;
     if (forward)
         return (!a.last || usp_rows_aligned(a.out, 2)) &&
