@@ -2,7 +2,7 @@
 #ifndef USP_TESTS_PORT_H
 #define USP_TESTS_PORT_H
 
-/* A port that was free a moment ago, with room for those behind it. Ends the program where there is none. */
+/* A port that was free a moment ago, as were the seven behind it. Ends the program where there is none. */
 int usp_free_port(void);
 
 #endif
