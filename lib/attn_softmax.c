@@ -149,15 +149,13 @@ static usp_status pack_own(usp_layer *layer, const usp_inner *inner, buffers *b)
     usp_bundle bundle = usp_parcels_bundle(layer);
     if (inner->keys) b->own = inner->keys;
     if (inner->packed || layer->plan->route.stages == 1) return USP_OK;
-    for (int part = 0; part < 2; part++)
-        usp_copies_add(layer, &(usp_copy){.tokens = usp_plan_keys(layer->plan),
-                                          .batch = layer->config.batch,
-                                          .heads = usp_layer_heads(layer, bundle.part[part].like, layer->mesh.u).count,
-                                          .dim = bundle.part[part].dim,
-                                          .from_dtype = layer->config.dtype,
-                                          .to_dtype = layer->config.dtype,
-                                          .from = part ? inner->v : inner->k,
-                                          .to = usp_bundle_block(layer, &bundle, b->own, layer->config.dtype, part)});
+    for (int part = 0; part < 2; part++) {
+        usp_copy copy = usp_bundle_copy(layer, &bundle, part, layer->mesh.u, usp_plan_keys(layer->plan));
+        copy.from_dtype = copy.to_dtype = layer->config.dtype;
+        copy.from = part ? inner->v : inner->k;
+        copy.to = usp_bundle_block(layer, &bundle, b->own, layer->config.dtype, part);
+        usp_copies_add(layer, copy);
+    }
     return usp_copies_run(layer, inner->stream);
 }
 
@@ -216,13 +214,13 @@ static usp_status sum_sinks(usp_layer *layer, const usp_inner *inner, const usp_
     USP_TRY(device->ops->softmax_sinks(device, stage, mine, inner->stream));
     USP_TRY(gather_heads(layer, inner, mine, b->heads));
     for (int r = 0; r < layer->mesh.ring; r++) {
-        usp_copies_add(layer, &(usp_copy){.tokens = 1,
-                                          .batch = 1,
-                                          .heads = 1,
-                                          .dim = (int)heads,
-                                          .from = {b->heads + r * heads, 0, 0, 0},
-                                          .to = {inner->dsinks, 0, 0, 0},
-                                          .accumulate = r > 0});
+        usp_copies_add(layer, (usp_copy){.tokens = 1,
+                                         .batch = 1,
+                                         .heads = 1,
+                                         .dim = (int)heads,
+                                         .from = {b->heads + r * heads, 0, 0, 0},
+                                         .to = {inner->dsinks, 0, 0, 0},
+                                         .accumulate = r > 0});
         USP_TRY(usp_copies_run(layer, inner->stream));
     }
     return USP_OK;
@@ -286,15 +284,14 @@ static int sums_at_home(const usp_layer *layer, const usp_inner *inner) {
 }
 
 static usp_status bring_home(usp_layer *layer, const usp_inner *inner, const usp_tensor home[2]) {
-    const usp_operand like[2] = {USP_KEY, USP_VALUE};
-    for (int part = 0; part < 2 && sums_at_home(layer, inner); part++)
-        usp_copies_add(layer, &(usp_copy){.tokens = usp_plan_keys(layer->plan),
-                                          .batch = layer->config.batch,
-                                          .heads = usp_layer_heads(layer, like[part], layer->mesh.u).count,
-                                          .dim = layer->dim[like[part]],
-                                          .to_dtype = layer->config.dtype,
-                                          .from = home[part],
-                                          .to = part ? inner->dv : inner->dk});
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    for (int part = 0; part < 2 && sums_at_home(layer, inner); part++) {
+        usp_copy copy = usp_bundle_copy(layer, &bundle, part, layer->mesh.u, usp_plan_keys(layer->plan));
+        copy.to_dtype = layer->config.dtype;
+        copy.from = home[part];
+        copy.to = part ? inner->dv : inner->dk;
+        usp_copies_add(layer, copy);
+    }
     return usp_copies_run(layer, inner->stream);
 }
 

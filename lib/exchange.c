@@ -107,7 +107,7 @@ static char *block_side_of(const usp_layer *layer, const usp_bundle *bundle, int
 
 /* ---- copies ------------------------------------------------------------------------------------------------------ */
 
-static usp_copy copy_of(const usp_layer *layer, const usp_bundle *bundle, int part, int u, int64_t tokens) {
+usp_copy usp_bundle_copy(const usp_layer *layer, const usp_bundle *bundle, int part, int u, int64_t tokens) {
     return (usp_copy){.tokens = tokens,
                       .batch = layer->config.batch,
                       .heads = usp_layer_heads(layer, bundle->part[part].like, u).count,
@@ -121,30 +121,19 @@ static usp_tensor heads_of(const usp_layer *layer, const usp_bundle_part *part, 
     return all;
 }
 
-/* Own tokens stay on this rank: straight from the tensor into the block, or back. */
-static usp_copy copy_own(const usp_layer *layer, const usp_bundle *bundle, int part, int to_block) {
+/* Between own tokens and what lies for peer u; those for the own heads go straight to the block, and come from it. */
+static usp_copy copy_tokens(const usp_layer *layer, const usp_bundle *bundle, int part, int u, int away) {
     const usp_bundle_part *p = &bundle->part[part];
-    int own = layer->mesh.u;
-    usp_copy copy = copy_of(layer, bundle, part, own, tokens_of(layer, bundle, own));
-    usp_tensor tokens = heads_of(layer, p, p->tokens, p->tokens_dtype, own);
-    copy.from = to_block ? tokens : p->block;
-    copy.to = to_block ? p->block : tokens;
-    copy.from_dtype = to_block ? p->tokens_dtype : p->block_dtype;
-    copy.to_dtype = to_block ? p->block_dtype : p->tokens_dtype;
-    *(to_block ? &copy.to_row : &copy.from_row) = landing_of(layer, bundle, own);
-    return copy;
-}
-
-/* Between own tokens and what lies for peer u. */
-static usp_copy copy_tokens(const usp_layer *layer, const usp_bundle *bundle, int part, int u, int to_wire) {
-    const usp_bundle_part *p = &bundle->part[part];
-    usp_copy copy = copy_of(layer, bundle, part, u, tokens_of(layer, bundle, layer->mesh.u));
-    usp_tensor tokens = heads_of(layer, p, p->tokens, p->tokens_dtype, u);
-    usp_tensor lying = view(layer, bundle, tokens_side_of(layer, bundle, u), bundle->wire, part, u);
-    copy.from = to_wire ? tokens : lying;
-    copy.to = to_wire ? lying : tokens;
-    copy.from_dtype = to_wire ? p->tokens_dtype : bundle->wire;
-    copy.to_dtype = to_wire ? bundle->wire : p->tokens_dtype;
+    int stays = u == layer->mesh.u;
+    usp_copy copy = usp_bundle_copy(layer, bundle, part, u, tokens_of(layer, bundle, layer->mesh.u));
+    usp_tensor tokens = heads_of(layer, p, p->tokens, p->tokens_dtype, u), there = p->block;
+    usp_dtype dtype = stays ? p->block_dtype : bundle->wire;
+    if (!stays) there = view(layer, bundle, tokens_side_of(layer, bundle, u), bundle->wire, part, u);
+    copy.from = away ? tokens : there;
+    copy.to = away ? there : tokens;
+    copy.from_dtype = away ? p->tokens_dtype : dtype;
+    copy.to_dtype = away ? dtype : p->tokens_dtype;
+    if (stays) *(away ? &copy.to_row : &copy.from_row) = landing_of(layer, bundle, u);
     return copy;
 }
 
@@ -153,7 +142,7 @@ static usp_copy copy_block(const usp_layer *layer, const usp_bundle *bundle, int
                            int to_block) {
     const usp_bundle_part *p = &bundle->part[part];
     int64_t rows = rows_before(layer, bundle, end) - rows_before(layer, bundle, begin);
-    usp_copy copy = copy_of(layer, bundle, part, layer->mesh.u, rows);
+    usp_copy copy = usp_bundle_copy(layer, bundle, part, layer->mesh.u, rows);
     usp_tensor lying = view(layer, bundle, block_side_of(layer, bundle, begin), bundle->wire, part, layer->mesh.u);
     copy.from = to_block ? lying : p->block;
     copy.to = to_block ? p->block : lying;
@@ -166,10 +155,8 @@ static usp_copy copy_block(const usp_layer *layer, const usp_bundle *bundle, int
 static void add_block_copies(usp_layer *layer, const usp_bundle *bundle, int to_block) {
     int own = layer->mesh.u, ulysses = layer->mesh.ulysses;
     for (int part = 0; part < bundle->parts; part++) {
-        usp_copy before = copy_block(layer, bundle, part, 0, own, to_block);
-        usp_copy behind = copy_block(layer, bundle, part, own + 1, ulysses, to_block);
-        usp_copies_add(layer, &before);
-        usp_copies_add(layer, &behind);
+        usp_copies_add(layer, copy_block(layer, bundle, part, 0, own, to_block));
+        usp_copies_add(layer, copy_block(layer, bundle, part, own + 1, ulysses, to_block));
     }
 }
 
@@ -193,11 +180,7 @@ void usp_bundle_post(const usp_layer *layer, const usp_bundle *bundle, usp_messa
 
 void usp_bundle_pack(usp_layer *layer, const usp_bundle *bundle) {
     for (int part = 0; part < bundle->parts; part++)
-        for (int u = 0; u < layer->mesh.ulysses; u++) {
-            usp_copy copy =
-                u == layer->mesh.u ? copy_own(layer, bundle, part, 1) : copy_tokens(layer, bundle, part, u, 1);
-            usp_copies_add(layer, &copy);
-        }
+        for (int u = 0; u < layer->mesh.ulysses; u++) usp_copies_add(layer, copy_tokens(layer, bundle, part, u, 1));
 }
 
 void usp_bundle_land(usp_layer *layer, const usp_bundle *bundle) {
@@ -208,10 +191,8 @@ void usp_bundle_land(usp_layer *layer, const usp_bundle *bundle) {
 
 void usp_bundle_lift(usp_layer *layer, const usp_bundle *bundle) {
     add_block_copies(layer, bundle, 0);
-    for (int part = 0; part < bundle->parts && !bundle->sums; part++) {
-        usp_copy copy = copy_own(layer, bundle, part, 0);
-        usp_copies_add(layer, &copy);
-    }
+    for (int part = 0; part < bundle->parts && !bundle->sums; part++)
+        usp_copies_add(layer, copy_tokens(layer, bundle, part, layer->mesh.u, 0));
 }
 
 /* The bundle whose tokens are the fp32 sums. */
@@ -236,22 +217,21 @@ static usp_status unpack_sums(usp_layer *layer, const usp_bundle *bundle, usp_st
     USP_TRY(device->ops->zero(device, bundle->sum, bytes, stream));
     for (int u = 0; u < layer->mesh.ulysses; u++) {
         for (int part = 0; part < bundle->parts; part++) {
-            usp_copy copy =
-                u == layer->mesh.u ? copy_own(layer, &sums, part, 0) : copy_tokens(layer, &sums, part, u, 0);
+            usp_copy copy = copy_tokens(layer, &sums, part, u, 0);
             copy.accumulate = 1;
-            usp_copies_add(layer, &copy);
+            usp_copies_add(layer, copy);
         }
         USP_TRY(usp_copies_run(layer, stream));
     }
     for (int part = 0; part < bundle->parts; part++) {
         const usp_bundle_part *p = &bundle->part[part];
-        usp_copies_add(layer, &(usp_copy){.tokens = tokens,
-                                          .batch = layer->config.batch,
-                                          .heads = layer->total[p->like],
-                                          .dim = p->dim,
-                                          .to_dtype = p->tokens_dtype,
-                                          .from = sums.part[part].tokens,
-                                          .to = p->tokens});
+        usp_copies_add(layer, (usp_copy){.tokens = tokens,
+                                         .batch = layer->config.batch,
+                                         .heads = layer->total[p->like],
+                                         .dim = p->dim,
+                                         .to_dtype = p->tokens_dtype,
+                                         .from = sums.part[part].tokens,
+                                         .to = p->tokens});
     }
     return usp_copies_run(layer, stream);
 }
@@ -259,9 +239,7 @@ static usp_status unpack_sums(usp_layer *layer, const usp_bundle *bundle, usp_st
 usp_status usp_bundle_unpack(usp_layer *layer, const usp_bundle *bundle, usp_stream stream) {
     if (bundle->sums) return unpack_sums(layer, bundle, stream);
     for (int part = 0; part < bundle->parts; part++)
-        for (int u = 0; u < layer->mesh.ulysses; u++) {
-            usp_copy copy = copy_tokens(layer, bundle, part, u, 0);
-            if (u != layer->mesh.u) usp_copies_add(layer, &copy);
-        }
+        for (int u = 0; u < layer->mesh.ulysses; u++)
+            if (u != layer->mesh.u) usp_copies_add(layer, copy_tokens(layer, bundle, part, u, 0));
     return USP_OK;
 }

@@ -31,6 +31,9 @@ int64_t usp_bundle_row(const usp_layer *layer, const usp_bundle *bundle, int u);
 int64_t usp_bundle_block_bytes(const usp_layer *layer, const usp_bundle *bundle, usp_dtype dtype);
 usp_tensor usp_bundle_block(const usp_layer *layer, const usp_bundle *bundle, void *block, usp_dtype dtype, int part);
 
+/* A copy of rank u's heads of a part, still without its ends. */
+usp_copy usp_bundle_copy(const usp_layer *layer, const usp_bundle *bundle, int part, int u, int64_t tokens);
+
 /* Carves what lies between the two ends. */
 void usp_bundle_carve(const usp_layer *layer, usp_bundle *bundle, usp_arena *arena);
 

@@ -25,9 +25,11 @@ size_t usp_exchange_alone_bytes(const usp_layer *layer) {
     return most;
 }
 
+/* With one ulysses rank everything stays: both ends have the same rows and heads. */
 static usp_status move_bundle(usp_layer *layer, const usp_bundle *bundle, int to_heads, usp_stream stream) {
     (to_heads ? usp_bundle_pack : usp_bundle_lift)(layer, bundle);
     USP_TRY(usp_copies_run(layer, stream));
+    if (layer->mesh.ulysses == 1) return USP_OK;
     usp_bundle_post(layer, bundle, usp_messages_begin(layer), to_heads);
     USP_TRY(usp_messages_run(layer, stream));
     USP_TRY(usp_messages_join(layer, stream));
@@ -38,22 +40,6 @@ static usp_status move_bundle(usp_layer *layer, const usp_bundle *bundle, int to
     return usp_copies_run(layer, stream);
 }
 
-/* With one ulysses rank both ends have the same rows and heads. */
-static usp_status copy_through(usp_layer *layer, usp_operand operand, const usp_tensor *from, const usp_tensor *to,
-                               usp_stream stream) {
-    usp_dtype dtype = layer->config.dtype;
-    int64_t rows = usp_is_key(operand) ? usp_plan_keys(layer->plan) : usp_plan_queries(layer->plan);
-    usp_copies_add(layer, &(usp_copy){.tokens = rows,
-                                      .batch = layer->config.batch,
-                                      .heads = layer->total[operand],
-                                      .dim = layer->dim[operand],
-                                      .from_dtype = dtype,
-                                      .to_dtype = dtype,
-                                      .from = *from,
-                                      .to = *to});
-    return usp_copies_run(layer, stream);
-}
-
 static usp_status move(usp_layer *layer, usp_operand operand, const usp_tensor *tokens, const usp_tensor *heads,
                        int to_heads, void *workspace, size_t bytes, usp_stream stream) {
     USP_TRY(usp_world_poll(layer->world));
@@ -61,9 +47,6 @@ static usp_status move(usp_layer *layer, usp_operand operand, const usp_tensor *
     USP_REQUIRE(tokens && heads, "tokens or heads is NULL");
     USP_TRY(usp_check_ends(layer, operand, tokens, heads, to_heads));
     USP_TRY(usp_check_workspace(workspace, bytes, layer->sizes.exchange_workspace));
-    if (layer->mesh.ulysses == 1)
-        return usp_world_conclude(layer->world, to_heads ? copy_through(layer, operand, tokens, heads, stream)
-                                                         : copy_through(layer, operand, heads, tokens, stream));
     usp_arena arena = {workspace, 0};
     usp_bundle bundle = open(layer, operand, tokens, heads, to_heads, &arena);
     return usp_world_conclude(layer->world, move_bundle(layer, &bundle, to_heads, stream));

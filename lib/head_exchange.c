@@ -12,9 +12,8 @@ static usp_copy copy_of(const usp_head_part *part, int heads, usp_tensor from, u
 
 void usp_heads_slice(usp_layer *layer, const usp_head_part *part) {
     usp_head_range own = usp_layer_heads(layer, USP_OUT, layer->mesh.u);
-    usp_copy copy = copy_of(part, own.count, tensor_of(part, part->all, layer->heads, own.first),
-                            tensor_of(part, part->own, own.count, 0));
-    usp_copies_add(layer, &copy);
+    usp_copies_add(layer, copy_of(part, own.count, tensor_of(part, part->all, layer->heads, own.first),
+                                  tensor_of(part, part->own, own.count, 0)));
 }
 
 /* Where rank u's heads arrive. */
@@ -37,8 +36,7 @@ void usp_heads_unpack(usp_layer *layer, const usp_head_part *part) {
     for (int u = 0; u < layer->mesh.ulysses; u++) {
         usp_head_range heads = usp_layer_heads(layer, USP_OUT, u);
         float *from = u == layer->mesh.u ? part->own : staging_of(layer, part, u);
-        usp_copy copy = copy_of(part, heads.count, tensor_of(part, from, heads.count, 0),
-                                tensor_of(part, part->all, layer->heads, heads.first));
-        usp_copies_add(layer, &copy);
+        usp_copies_add(layer, copy_of(part, heads.count, tensor_of(part, from, heads.count, 0),
+                                      tensor_of(part, part->all, layer->heads, heads.first)));
     }
 }

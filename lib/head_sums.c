@@ -22,13 +22,13 @@ static usp_status add_member(usp_layer *layer, const usp_head_sum *s, int m, usp
         copy.heads = 1;
         copy.from = every_head(s->sums, USP_F32, m, 1);
         copy.to = m ? s->sums : s->to;
-        usp_copies_add(layer, &copy);
+        usp_copies_add(layer, copy);
     }
     if (cut + m < own) {
         copy.heads = (own - cut - m + group - 1) / group;
         copy.from = every_head(s->sums, USP_F32, cut + m, group);
         copy.to = m ? every_head(s->sums, USP_F32, cut, group) : every_head(s->to, s->to_dtype, 1, 1);
-        usp_copies_add(layer, &copy);
+        usp_copies_add(layer, copy);
     }
     return usp_copies_run(layer, stream);
 }

@@ -78,7 +78,7 @@ usp_status usp_messages_run(usp_layer *layer, usp_stream stream);
 usp_status usp_messages_join(usp_layer *layer, usp_stream stream);
 
 /* Copy lists. add leaves out what has no elements; run launches and empties the list. */
-void usp_copies_add(usp_layer *layer, const usp_copy *copy);
+void usp_copies_add(usp_layer *layer, usp_copy copy);
 usp_status usp_copies_run(usp_layer *layer, usp_stream stream);
 
 #endif

@@ -2,12 +2,13 @@
 #include "layout.h"
 #include "search.h"
 
-usp_status usp_sharding_alloc(const usp_host *host, usp_sharding *sharding, int64_t segments) {
+usp_status usp_sharding_alloc(const usp_host *host, usp_sharding *sharding, int64_t segments, int64_t zigzags) {
     usp_status status = USP_OK;
     sharding->capacity = usp_least(segments, sharding->tokens);
     sharding->first = usp_host_array(host, sharding->ranks + 1, sizeof *sharding->first, "sequence", &status);
     sharding->local = usp_host_array(host, sharding->ranks, sizeof *sharding->local, "sequence", &status);
     sharding->segment = usp_host_array(host, sharding->capacity, sizeof *sharding->segment, "segments", &status);
+    sharding->zigzag = usp_host_array(host, zigzags, sizeof *sharding->zigzag, "sequence", &status);
     return status;
 }
 
@@ -15,6 +16,7 @@ void usp_sharding_free(const usp_host *host, usp_sharding *sharding) {
     usp_host_free(host, sharding->first);
     usp_host_free(host, sharding->local);
     usp_host_free(host, sharding->segment);
+    usp_host_free(host, sharding->zigzag);
 }
 
 void usp_sharding_begin(usp_sharding *sharding, int rank) {
@@ -38,13 +40,13 @@ static int64_t cut(int64_t part, int64_t parts, int64_t length) {
     return part * length / parts;
 }
 
-/* Chunks p and 2N-1-p of [start, start + length): the later one does less or more causal work than the earlier one by
- * as much as the other ranks' do, so the sum is the same everywhere. */
-void usp_sharding_add_zigzag(usp_sharding *sharding, int rank, int64_t start, int64_t length) {
+/* Chunks p and 2N-1-p: the later one does less or more causal work than the earlier one by as much as the other ranks'
+ * do, so the sum is the same everywhere. */
+static void add_zigzag(usp_sharding *sharding, int rank) {
     int64_t parts = 2 * (int64_t)sharding->ranks, chunks[] = {rank, parts - 1 - rank};
     for (int i = 0; i < 2; i++) {
-        int64_t begin = cut(chunks[i], parts, length);
-        usp_sharding_add(sharding, rank, start + begin, cut(chunks[i] + 1, parts, length) - begin, 1);
+        int64_t begin = cut(chunks[i], parts, sharding->tokens);
+        usp_sharding_add(sharding, rank, begin, cut(chunks[i] + 1, parts, sharding->tokens) - begin, 1);
     }
 }
 
@@ -53,7 +55,7 @@ void usp_sharding_fill(usp_sharding *sharding, usp_layout layout) {
     for (int rank = 0; rank < ranks; rank++) {
         int64_t begin = cut(rank, ranks, tokens);
         usp_sharding_begin(sharding, rank);
-        if (layout == USP_LAYOUT_ZIGZAG) usp_sharding_add_zigzag(sharding, rank, 0, tokens);
+        if (layout == USP_LAYOUT_ZIGZAG) add_zigzag(sharding, rank);
         if (layout == USP_LAYOUT_CONTIGUOUS)
             usp_sharding_add(sharding, rank, begin, cut(rank + 1, ranks, tokens) - begin, 1);
         if (layout == USP_LAYOUT_STRIPE)

@@ -35,8 +35,8 @@ usp_status usp_messages_join(usp_layer *layer, usp_stream stream) {
     return usp_world_fork(layer->world, layer->world->transfer, stream);
 }
 
-void usp_copies_add(usp_layer *layer, const usp_copy *copy) {
-    if (copy->tokens && copy->batch && copy->heads && copy->dim) layer->copies.copy[layer->copies.count++] = *copy;
+void usp_copies_add(usp_layer *layer, usp_copy copy) {
+    if (copy.tokens && copy.batch && copy.heads && copy.dim) layer->copies.copy[layer->copies.count++] = copy;
 }
 
 usp_status usp_copies_run(usp_layer *layer, usp_stream stream) {

@@ -38,15 +38,6 @@ static const usp_parcel *source_of(const usp_layer *layer, int t, int64_t i) {
     return &layer->plan->route.source[stage_of(layer, t)->source + i];
 }
 
-/* Between rows of the own block, which a parcel's map names, and rows that lie side by side. */
-static usp_copy copy_mapped(const usp_layer *layer, const usp_parcel *parcel, int part) {
-    usp_bundle bundle = usp_parcels_bundle(layer);
-    return (usp_copy){.tokens = parcel->rows,
-                      .batch = layer->config.batch,
-                      .heads = usp_layer_heads(layer, bundle.part[part].like, layer->mesh.u).count,
-                      .dim = bundle.part[part].dim};
-}
-
 static const int32_t *map_of(const usp_layer *layer, const usp_parcel *parcel) {
     return parcel->map >= 0 ? layer->plan->device.map + parcel->map : NULL;
 }
@@ -61,12 +52,12 @@ void usp_parcels_pack(usp_layer *layer, int t, const usp_key_memory *memory) {
         const usp_parcel *parcel = reader_of(layer, t, i);
         if (parcel->map < 0) continue;
         for (int part = 0; part < 2; part++) {
-            usp_copy copy = copy_mapped(layer, parcel, part);
+            usp_copy copy = usp_bundle_copy(layer, &bundle, part, layer->mesh.u, parcel->rows);
             copy.from_dtype = copy.to_dtype = dtype;
             copy.from = usp_bundle_block(layer, &bundle, memory->own, dtype, part);
             copy.to = usp_bundle_block(layer, &bundle, memory->packed + key_bytes(layer, done), dtype, part);
             copy.from_row = map_of(layer, parcel);
-            usp_copies_add(layer, &copy);
+            usp_copies_add(layer, copy);
         }
         done += parcel->rows;
     }
@@ -128,13 +119,13 @@ usp_status usp_parcels_add(usp_layer *layer, int t, char *arrived, const usp_ten
     for (int64_t i = 0; i < stage_of(layer, t)->readers; i++) {
         const usp_parcel *parcel = reader_of(layer, t, i);
         for (int part = 0; part < 2; part++) {
-            usp_copy copy = copy_mapped(layer, parcel, part);
+            usp_copy copy = usp_bundle_copy(layer, &bundle, part, layer->mesh.u, parcel->rows);
             copy.accumulate = 1;
             copy.from = usp_bundle_block(layer, &bundle, arrived + gradient_bytes(layer, done), USP_F32, part);
             copy.to = sums[part];
             copy.to_row = map_of(layer, parcel);
             if (parcel->map < 0) copy.to.data = (float *)copy.to.data + parcel->row * copy.to.stride_token;
-            usp_copies_add(layer, &copy);
+            usp_copies_add(layer, copy);
         }
         USP_TRY(usp_copies_run(layer, stream));
         done += parcel->rows;

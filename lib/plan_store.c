@@ -5,15 +5,6 @@
 
 /* ---- room -------------------------------------------------------------------------------------------------------- */
 
-/* The most rows of any ring rank. */
-static int64_t find_limit(const usp_sequence *sequence, const usp_sharding *sharding, const usp_ring_side *side,
-                          int ring) {
-    int64_t limit = 0;
-    if (usp_sequence_moves(sequence)) return usp_sequence_part_limit(sequence, sharding, ring);
-    for (int r = 0; r < ring; r++) limit = usp_most(limit, usp_ring_rows(side, r));
-    return limit;
-}
-
 static usp_status allocate_sides(usp_sequence *sequence, usp_plan *plan) {
     usp_status status = USP_OK;
     const usp_host *host = &sequence->world->host;
@@ -239,8 +230,8 @@ static void destroy(usp_sequence *sequence, usp_plan *plan) {
 static usp_status build(usp_sequence *sequence, usp_plan *plan) {
     USP_TRY(allocate_sides(sequence, plan));
     usp_plan_owners(sequence, plan);
-    plan->query_limit = find_limit(sequence, &sequence->query, &plan->query, plan->shape.grid.ring);
-    plan->key_limit = find_limit(sequence, &sequence->key, &plan->key, plan->shape.grid.ring);
+    plan->query_limit = usp_sequence_limit(sequence, &sequence->query, plan->shape.grid.ring);
+    plan->key_limit = usp_sequence_limit(sequence, &sequence->key, plan->shape.grid.ring);
     if (plan->shape.attention == USP_SOFTMAX) {
         USP_TRY(choose_route(sequence, plan));
         USP_TRY(allocate_scratch(sequence, plan));

@@ -170,16 +170,16 @@ static void set_extents(usp_sequence *sequence, const usp_sequence_config *confi
 static usp_status allocate_arrays(usp_sequence *sequence, int64_t most) {
     const usp_host *host = &sequence->world->host;
     int custom = sequence->layout == USP_LAYOUT_CUSTOM, moves = sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
-    int64_t segments = 0, capacity = sequence->documents.capacity;
-    int64_t each = custom ? most : moves ? 2 * usp_sequence_zigzags(sequence) : 2;
+    int64_t segments = 0, capacity = sequence->documents.capacity, zigzags = moves ? usp_sequence_zigzags(sequence) : 0;
+    int64_t each = custom ? most : moves ? 2 * zigzags : 2;
     void *documents = NULL;
     const usp_factor factors[] = {{"usp_sequence_config.segments", (uint64_t)each},
                                   {"ranks", (uint64_t)sequence->ranks}};
     USP_TRY(usp_size_add(&segments, factors, 2));
     USP_TRY(usp_host_alloc(host, (size_t)(capacity + 1) * sizeof(usp_document), "documents", &documents));
     sequence->documents.document = documents;
-    USP_TRY(usp_sharding_alloc(host, &sequence->query, segments));
-    if (sequence->cross) USP_TRY(usp_sharding_alloc(host, &sequence->key, segments));
+    USP_TRY(usp_sharding_alloc(host, &sequence->query, segments, zigzags));
+    if (sequence->cross) USP_TRY(usp_sharding_alloc(host, &sequence->key, segments, zigzags));
     usp_device *device = sequence->world->device;
     for (int i = 0; i < 2 && sequence->replans; i++) USP_TRY(device->ops->stream_create(device, &sequence->uploads[i]));
     return USP_OK;
@@ -194,44 +194,24 @@ static void set_documents(usp_sequence *sequence, const usp_documents *given) {
     usp_documents_set(&sequence->documents, given, query->tokens, sequence->cross ? key->tokens : query->tokens);
 }
 
-static int64_t end_of(const usp_document_list *list, int64_t d, int keys) {
-    return keys ? list->document[d].key_end : list->document[d].end;
-}
-
-/* Per document: one of a rank's share of tokens or more is a zigzag of its own, shorter ones share one until they are
- * as many tokens. Documents are cut into 2N only where that evens out work. Takes documents from *next, and moves it.
- */
-static int64_t zigzag_end(const usp_document_list *list, int keys, int64_t begin, int64_t share, int64_t *next) {
-    int64_t end = end_of(list, (*next)++, keys);
-    while (*next < list->count && end - begin < share && end_of(list, *next, keys) - end < share)
-        end = end_of(list, (*next)++, keys);
-    return end;
-}
-
-static void fill_per_document(usp_sharding *sharding, const usp_document_list *list, int keys) {
-    int64_t share = (sharding->tokens + sharding->ranks - 1) / sharding->ranks;
-    for (int rank = 0; rank < sharding->ranks; rank++) {
-        usp_sharding_begin(sharding, rank);
-        for (int64_t next = 0, begin = 0, end; next < list->count; begin = end) {
-            end = zigzag_end(list, keys, begin, share, &next);
-            usp_sharding_add_zigzag(sharding, rank, begin, end - begin);
-        }
-    }
-}
-
 /* Who owns what, by a formula. */
 static void fill(const usp_sequence *sequence, usp_sharding *sharding, int keys) {
     if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT)
-        fill_per_document(sharding, &sequence->documents, keys);
+        usp_sharding_fill_zigzags(sharding, &sequence->documents, keys);
     else
         usp_sharding_fill(sharding, sequence->layout);
 }
 
-/* The most tokens of any rank. */
-static int64_t find_limit(const usp_sequence *sequence, const usp_sharding *sharding) {
-    int64_t limit = 0;
-    if (usp_sequence_moves(sequence)) return usp_sequence_part_limit(sequence, sharding, sharding->ranks);
-    for (int rank = 0; rank < sharding->ranks; rank++) limit = usp_most(limit, sharding->local[rank]);
+/* Where owners follow documents each is at most a unit ahead of its share, and one has what is left of a unit. */
+int64_t usp_sequence_limit(const usp_sequence *sequence, const usp_sharding *sharding, int parts) {
+    int64_t limit = 0, each = sharding->ranks / parts, most = sharding->max_tokens;
+    if (usp_sequence_moves(sequence))
+        return usp_least(most / parts + (each + 1) * usp_sharding_unit(sharding, most), most);
+    for (int64_t part = 0, rank = 0; part < parts; part++) {
+        int64_t tokens = 0;
+        for (; rank < (part + 1) * each; rank++) tokens += sharding->local[rank];
+        limit = usp_most(limit, tokens);
+    }
     return limit;
 }
 
@@ -242,7 +222,7 @@ static usp_status share_out(usp_sequence *sequence, const usp_sequence_config *c
         USP_TRY(usp_sharding_gather(sequence->world, sharding, sequence->copy, &mine, most));
     else
         fill(sequence, sharding, keys);
-    sharding->limit = find_limit(sequence, sharding);
+    sharding->limit = usp_sequence_limit(sequence, sharding, sharding->ranks);
     return USP_OK;
 }
 

@@ -36,17 +36,14 @@ static inline int64_t usp_sequence_zigzags(const usp_sequence *sequence) {
     return usp_least(sequence->documents.capacity, 2 * (int64_t)sequence->ranks + 1);
 }
 
-/* The most tokens of one of so many equal parts, whatever the documents become: of each zigzag, two chunks, each
- * rounded up by less than one; a part of one holds them all. */
-static inline int64_t usp_sequence_part_limit(const usp_sequence *sequence, const usp_sharding *sharding, int parts) {
-    return usp_least(sharding->max_tokens / parts + 2 * usp_sequence_zigzags(sequence), sharding->max_tokens);
-}
-
 /* Is it one document of all tokens, whatever it becomes? */
 static inline int usp_sequence_is_whole(const usp_sequence *sequence) {
     int filled = !sequence->replans && sequence->documents.document[0].end == sequence->query.tokens;
     return sequence->documents.capacity == 1 && (filled || usp_sequence_moves(sequence));
 }
+
+/* The most tokens of one of so many equal parts of the ranks, whatever the documents become. */
+int64_t usp_sequence_limit(const usp_sequence *sequence, const usp_sharding *sharding, int parts);
 
 /* Takes over documents that were checked, and who owns what where that follows from them. */
 void usp_sequence_set_documents(usp_sequence *sequence, const usp_documents *documents);

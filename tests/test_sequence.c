@@ -37,24 +37,45 @@ static int zigzag_owner(int64_t token, int64_t tokens, int n) {
     return part < n ? part : 2 * n - 1 - part;
 }
 
-/* Documents of at least a rank's share alone, shorter ones together until they are as many tokens. */
-static int per_document_owner(const usp_case_configs *configs, int64_t token, int64_t tokens, int n) {
-    const int64_t *ends = configs->documents.ends;
-    int64_t begin = 0, end = 0, share = (tokens + n - 1) / n, d = 0;
-    while (end <= token) {
-        begin = end;
-        do end = ends[d++];
-        while (d < configs->documents.count && end - begin < share && ends[d] - end < share);
-    }
-    return zigzag_owner(token - begin, end - begin, n);
-}
-
 /* The layouts' formulas, as the header gives them. -1: no formula here. */
-static int owner_by_formula(usp_layout layout, const usp_case_configs *configs, int64_t token, int64_t tokens, int n) {
+static int owner_by_formula(usp_layout layout, int64_t token, int64_t tokens, int n) {
     if (layout == USP_LAYOUT_STRIPE) return (int)(token % n);
     if (layout == USP_LAYOUT_CONTIGUOUS) return part_of(token, tokens, n);
-    if (layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) return per_document_owner(configs, token, tokens, n);
     return layout == USP_LAYOUT_ZIGZAG ? zigzag_owner(token, tokens, n) : -1;
+}
+
+/* The end of the zigzag that begins with document *d: of at least a rank's share alone, shorter ones together until
+ * they are as many tokens. */
+static int64_t zigzag_end(const usp_case_configs *configs, int64_t begin, int64_t share, int64_t *d) {
+    const int64_t *ends = configs->documents.ends;
+    int64_t end;
+    do end = ends[(*d)++];
+    while (*d < configs->documents.count && end - begin < share && ends[*d] - end < share);
+    return end;
+}
+
+/* Per document: owners change at whole units alone, ascend and then descend in each zigzag, and have their share. */
+static int check_zigzags(usp_rank *rank, const usp_case_configs *configs, int64_t tokens, const int *owners) {
+    int64_t unit = 1, share = (tokens + rank->size - 1) / rank->size, d = 0, begin = 0, owned[8] = {0};
+    while (16 * unit * rank->size <= tokens && unit < 128) unit *= 2;
+    for (int64_t i = 0; i < tokens; i++) owned[owners[i]]++;
+    for (int p = 0; p < rank->size; p++)
+        if (owned[p] > share + unit + (p ? 0 : tokens % unit))
+            return usp_say(rank, "rank %d has %lld of %lld tokens", p, (long long)owned[p], (long long)tokens);
+    for (int64_t i = tokens / unit * unit; i < tokens; i++)
+        if (owners[i] != 0) return usp_say(rank, "%lld: rank %d has the rest", (long long)tokens, owners[i]);
+    while (d < configs->documents.count) {
+        int64_t end = zigzag_end(configs, begin, share, &d), low = (begin + unit / 2) / unit * unit;
+        int falls = 0;
+        for (int64_t i = low + 1; i < (end + unit / 2) / unit * unit && i < tokens / unit * unit; i++) {
+            falls |= owners[i] < owners[i - 1];
+            if ((owners[i] != owners[i - 1] && i % unit) || (falls && owners[i] > owners[i - 1]))
+                return usp_say(rank, "%lld: rank %d has %lld behind rank %d's", (long long)tokens, owners[i],
+                               (long long)i, owners[i - 1]);
+        }
+        begin = end;
+    }
+    return 0;
 }
 
 static int document_of(const usp_case_configs *configs, int64_t token, int64_t *begin, int64_t *end) {
@@ -85,7 +106,7 @@ static int check_partition(usp_rank *rank, const usp_sequence *s, usp_layout lay
             if (status != USP_OK || owner != p || back != i)
                 return usp_say(rank, "%s %lld: token %lld is not found again", layout_names[layout], (long long)tokens,
                                (long long)token);
-            int expected = owner_by_formula(layout, configs, token, tokens, rank->size);
+            int expected = owner_by_formula(layout, token, tokens, rank->size);
             if (expected >= 0 && expected != p)
                 return usp_say(rank, "%s %lld: token %lld is on rank %d, not %d", layout_names[layout],
                                (long long)tokens, (long long)token, p, expected);
@@ -93,7 +114,8 @@ static int check_partition(usp_rank *rank, const usp_sequence *s, usp_layout lay
         if (usp_sequence_to_global(s, p, local) != -1)
             return usp_say(rank, "a token beyond the last has a global index");
     }
-    return owned == tokens ? 0 : usp_say(rank, "%lld of %lld tokens are owned", (long long)owned, (long long)tokens);
+    if (owned != tokens) return usp_say(rank, "%lld of %lld tokens are owned", (long long)owned, (long long)tokens);
+    return layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT ? check_zigzags(rank, configs, tokens, owners) : 0;
 }
 
 /* The segments of a rank are its tokens in local order. */
@@ -229,6 +251,46 @@ static int cross_lengths(usp_rank *rank, void *argument) {
     return failed;
 }
 
+static int by_number(const void *a, const void *b) {
+    const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Per document, long enough for units of 64 and 128 tokens: re-plans to any documents, within the room for them. */
+static int large_units(usp_rank *rank, void *argument) {
+    enum { TOKENS = 5000, MANY = 40, TIMES = 20 };
+    usp_mesh *mesh = NULL;
+    usp_sequence *s = NULL;
+    const usp_sequence_config config = {.struct_size = sizeof config,
+                                        .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
+                                        .max_documents = MANY,
+                                        .tokens = TOKENS};
+    usp_case_configs *configs = calloc(1, sizeof *configs);
+    int *owners = malloc(TOKENS * sizeof *owners);
+    int64_t *ends = configs->documents.ends;
+    uint64_t state = 5;
+    int failed = usp_mesh_create(rank->world, 1, rank->size, &mesh) != USP_OK ||
+                 usp_sequence_create(mesh, &config, &s) != USP_OK;
+    (void)argument;
+    for (int time = 0; time < TIMES && !failed; time++) {
+        int64_t tokens = 1 + usp_random_below(&state, TOKENS), count = 1 + usp_random_below(&state, MANY);
+        for (int64_t d = 0; d < count; d++) ends[d] = usp_random_below(&state, (int)tokens + 1);
+        ends[0] = tokens;
+        usp_sort(ends, (size_t)count, sizeof *ends, by_number);
+        configs->documents.count = count;
+        failed = usp_sequence_replan(s, count, ends, NULL) != USP_OK ||
+                 check_partition(rank, s, USP_LAYOUT_ZIGZAG_PER_DOCUMENT, tokens, configs, owners);
+        for (int p = 0; p < rank->size && !failed; p++)
+            if (s->query.local[p] > s->query.limit) failed = usp_say(rank, "rank %d has no room for its tokens", p);
+    }
+    usp_sequence_destroy(s);
+    usp_mesh_destroy(mesh);
+    free(configs);
+    free(owners);
+    usp_count(rank);
+    return failed;
+}
+
 /* Causal work of the busiest rank over the mean, for each layout; argument: double[LAYOUTS]. */
 static int measure_balance(usp_rank *rank, void *argument) {
     double *balance = argument, *all = calloc((size_t)rank->size, sizeof *all);
@@ -256,11 +318,6 @@ static int measure_balance(usp_rank *rank, void *argument) {
 
 /* ---- sorting ----------------------------------------------------------------------------------------------------- */
 
-static int by_number(const void *a, const void *b) {
-    const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
-    return x < y ? -1 : x > y;
-}
-
 Test(sequence, sorting_in_place) {
     enum { ITEMS = 200 };
     int64_t ours[ITEMS][2], theirs[ITEMS][2];
@@ -278,6 +335,11 @@ Test(sequence, sorting_in_place) {
 
 Test(sequence, partition_and_coverage) {
     for (int size = 1; size <= 8; size++) usp_expect_ranks(size, SECONDS, all_lengths, NULL);
+}
+
+Test(sequence, owners_of_large_units) {
+    const int sizes[] = {1, 2, 3, 5, 8};
+    for (int i = 0; i < 5; i++) usp_expect_ranks(sizes[i], SECONDS, large_units, NULL);
 }
 
 Test(sequence, cross_coverage) {
