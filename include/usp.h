@@ -250,9 +250,9 @@ typedef enum usp_layout {
     USP_LAYOUT_CONTIGUOUS = 1,          /* rank p owns [p S / N, (p+1) S / N) */
     USP_LAYOUT_STRIPE = 2,              /* rank p owns p, p + N, p + 2N, ... */
     USP_LAYOUT_ZIGZAG_PER_DOCUMENT = 3, /* a zigzag of each document of S / N tokens or more; shorter ones that follow
-                                           each other share one until they are as many: even work for long ones. Cut at
-                                           multiples of a power of two of tokens, at most 128 and S / 8N: by so many
-                                           a rank may be ahead of S / N, and rank 0 has what is left of one */
+                                           each other share one until they are as many: even work for long ones. All
+                                           cuts lie on multiples of a unit, the largest power of two of at most 128 and
+                                           S / 8N tokens, or 1: no rank owns more than S / N and a unit */
     USP_LAYOUT_CUSTOM = 4               /* each rank brings its segments */
 } usp_layout;
 

@@ -27,10 +27,11 @@ static int64_t rows_before(const usp_layer *layer, const usp_bundle *bundle, int
     return u ? side->landing_end[u - 1] : 0;
 }
 
-/* Where the rows of rank u's tokens are in the block. */
+/* Where the rows of rank u's tokens are in the block; NULL: where the tokens are. */
 static const int32_t *landing_of(const usp_layer *layer, const usp_bundle *bundle, int u) {
     const usp_plan_arrays *device = &layer->plan->device;
-    return (bundle->keys ? device->key_landing : device->query_landing) + rows_before(layer, bundle, u);
+    const int32_t *landing = bundle->keys ? device->key_landing : device->query_landing;
+    return landing ? landing + rows_before(layer, bundle, u) : NULL;
 }
 
 int64_t usp_bundle_row(const usp_layer *layer, const usp_bundle *bundle, int u) {
@@ -124,16 +125,19 @@ static usp_tensor heads_of(const usp_layer *layer, const usp_bundle_part *part, 
 /* Between own tokens and what lies for peer u; those for the own heads go straight to the block, and come from it. */
 static usp_copy copy_tokens(const usp_layer *layer, const usp_bundle *bundle, int part, int u, int away) {
     const usp_bundle_part *p = &bundle->part[part];
-    int stays = u == layer->mesh.u;
     usp_copy copy = usp_bundle_copy(layer, bundle, part, u, tokens_of(layer, bundle, layer->mesh.u));
     usp_tensor tokens = heads_of(layer, p, p->tokens, p->tokens_dtype, u), there = p->block;
-    usp_dtype dtype = stays ? p->block_dtype : bundle->wire;
-    if (!stays) there = view(layer, bundle, tokens_side_of(layer, bundle, u), bundle->wire, part, u);
+    usp_dtype dtype = p->block_dtype;
+    if (u == layer->mesh.u) {
+        *(away ? &copy.to_row : &copy.from_row) = landing_of(layer, bundle, u);
+    } else {
+        there = view(layer, bundle, tokens_side_of(layer, bundle, u), bundle->wire, part, u);
+        dtype = bundle->wire;
+    }
     copy.from = away ? tokens : there;
     copy.to = away ? there : tokens;
     copy.from_dtype = away ? p->tokens_dtype : dtype;
     copy.to_dtype = away ? dtype : p->tokens_dtype;
-    if (stays) *(away ? &copy.to_row : &copy.from_row) = landing_of(layer, bundle, u);
     return copy;
 }
 

@@ -41,7 +41,7 @@ void usp_sharding_add(usp_sharding *sharding, int rank, int64_t start, int64_t l
 void usp_sharding_fill(usp_sharding *sharding, usp_layout layout);
 
 /* The per-document layout of so many tokens is cut at multiples of a unit: the largest power of two of at most 128 and
- * an eighth of a rank's share. */
+ * an eighth of a rank's share, or 1. */
 int64_t usp_sharding_unit(const usp_sharding *sharding, int64_t tokens);
 
 /* Fills the per-document layout, of documents' queries or keys. */

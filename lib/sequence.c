@@ -202,11 +202,10 @@ static void fill(const usp_sequence *sequence, usp_sharding *sharding, int keys)
         usp_sharding_fill(sharding, sequence->layout);
 }
 
-/* Where owners follow documents each is at most a unit ahead of its share, and one has what is left of a unit. */
+/* Where owners follow documents each is at most a unit ahead of its share. */
 int64_t usp_sequence_limit(const usp_sequence *sequence, const usp_sharding *sharding, int parts) {
     int64_t limit = 0, each = sharding->ranks / parts, most = sharding->max_tokens;
-    if (usp_sequence_moves(sequence))
-        return usp_least(most / parts + (each + 1) * usp_sharding_unit(sharding, most), most);
+    if (usp_sequence_moves(sequence)) return usp_least(most / parts + each * usp_sharding_unit(sharding, most), most);
     for (int64_t part = 0, rank = 0; part < parts; part++) {
         int64_t tokens = 0;
         for (; rank < (part + 1) * each; rank++) tokens += sharding->local[rank];

@@ -54,22 +54,20 @@ static int64_t zigzag_end(const usp_case_configs *configs, int64_t begin, int64_
     return end;
 }
 
-/* Per document: owners change at whole units alone, ascend and then descend in each zigzag, and have their share. */
+/* Per document: owners change at whole units alone, ascend and then descend in each zigzag. */
 static int check_zigzags(usp_rank *rank, const usp_case_configs *configs, int64_t tokens, const int *owners) {
-    int64_t unit = 1, share = (tokens + rank->size - 1) / rank->size, d = 0, begin = 0, owned[8] = {0};
+    int64_t unit = 1, share = (tokens + rank->size - 1) / rank->size, d = 0, begin = 0;
     while (16 * unit * rank->size <= tokens && unit < 128) unit *= 2;
-    for (int64_t i = 0; i < tokens; i++) owned[owners[i]]++;
-    for (int p = 0; p < rank->size; p++)
-        if (owned[p] > share + unit + (p ? 0 : tokens % unit))
-            return usp_say(rank, "rank %d has %lld of %lld tokens", p, (long long)owned[p], (long long)tokens);
-    for (int64_t i = tokens / unit * unit; i < tokens; i++)
-        if (owners[i] != 0) return usp_say(rank, "%lld: rank %d has the rest", (long long)tokens, owners[i]);
-    while (d < configs->documents.count) {
+    int64_t whole = (tokens + unit / 2) / unit * unit;
+    for (int64_t i = 1; i < tokens; i++)
+        if ((i % unit && owners[i] != owners[i - 1]) || (i >= whole && owners[i] != 0))
+            return usp_say(rank, "%lld: rank %d has %lld", (long long)tokens, owners[i], (long long)i);
+    while (tokens && d < configs->documents.count) {
         int64_t end = zigzag_end(configs, begin, share, &d), low = (begin + unit / 2) / unit * unit;
         int falls = 0;
-        for (int64_t i = low + 1; i < (end + unit / 2) / unit * unit && i < tokens / unit * unit; i++) {
+        for (int64_t i = low + 1; i < (end + unit / 2) / unit * unit && i < tokens; i++) {
             falls |= owners[i] < owners[i - 1];
-            if ((owners[i] != owners[i - 1] && i % unit) || (falls && owners[i] > owners[i - 1]))
+            if (falls && owners[i] > owners[i - 1])
                 return usp_say(rank, "%lld: rank %d has %lld behind rank %d's", (long long)tokens, owners[i],
                                (long long)i, owners[i - 1]);
         }
@@ -256,37 +254,53 @@ static int by_number(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
-/* Per document, long enough for units of 64 and 128 tokens: re-plans to any documents, within the room for them. */
-static int large_units(usp_rank *rank, void *argument) {
-    enum { TOKENS = 5000, MANY = 40, TIMES = 20 };
-    usp_mesh *mesh = NULL;
+/* Whatever the documents become there is room for the tokens of every part of the ranks. */
+static int check_room(usp_rank *rank, const usp_sequence *s) {
+    for (int parts = 1; parts <= rank->size; parts++) {
+        int64_t tokens = 0, each = rank->size / parts;
+        for (int p = 0; p < rank->size && rank->size % parts == 0; p++) {
+            tokens = p % each ? tokens + s->query.local[p] : s->query.local[p];
+            if (tokens > usp_sequence_limit(s, &s->query, parts))
+                return usp_say(rank, "no room for %lld of %lld tokens in a part of %lld ranks", (long long)tokens,
+                               (long long)s->query.tokens, (long long)each);
+        }
+    }
+    return 0;
+}
+
+/* A sequence of any length that is re-planned, first to all of its tokens, then to fewer, then to none. */
+static int replan_zigzags(usp_rank *rank, const usp_mesh *mesh, uint64_t *state, usp_case_configs *configs) {
+    enum { LONGEST = 4000, MANY = 40 };
+    int owners[LONGEST];
+    int64_t *ends = configs->documents.ends, tokens = 1 + usp_random_below(state, LONGEST);
     usp_sequence *s = NULL;
     const usp_sequence_config config = {.struct_size = sizeof config,
                                         .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
                                         .max_documents = MANY,
-                                        .tokens = TOKENS};
-    usp_case_configs *configs = calloc(1, sizeof *configs);
-    int *owners = malloc(TOKENS * sizeof *owners);
-    int64_t *ends = configs->documents.ends;
-    uint64_t state = 5;
-    int failed = usp_mesh_create(rank->world, 1, rank->size, &mesh) != USP_OK ||
-                 usp_sequence_create(mesh, &config, &s) != USP_OK;
-    (void)argument;
-    for (int time = 0; time < TIMES && !failed; time++) {
-        int64_t tokens = 1 + usp_random_below(&state, TOKENS), count = 1 + usp_random_below(&state, MANY);
-        for (int64_t d = 0; d < count; d++) ends[d] = usp_random_below(&state, (int)tokens + 1);
+                                        .tokens = tokens};
+    int failed = usp_sequence_create(mesh, &config, &s) != USP_OK;
+    for (int time = 0; time < 3 && !failed; time++, tokens = time < 2 ? usp_random_below(state, (int)tokens) : 0) {
+        int64_t count = configs->documents.count = time < 2 ? 1 + usp_random_below(state, MANY) : MANY;
+        for (int64_t d = 0; d < count; d++) ends[d] = usp_random_below(state, (int)tokens + 1);
         ends[0] = tokens;
         usp_sort(ends, (size_t)count, sizeof *ends, by_number);
-        configs->documents.count = count;
         failed = usp_sequence_replan(s, count, ends, NULL) != USP_OK ||
-                 check_partition(rank, s, USP_LAYOUT_ZIGZAG_PER_DOCUMENT, tokens, configs, owners);
-        for (int p = 0; p < rank->size && !failed; p++)
-            if (s->query.local[p] > s->query.limit) failed = usp_say(rank, "rank %d has no room for its tokens", p);
+                 check_partition(rank, s, USP_LAYOUT_ZIGZAG_PER_DOCUMENT, tokens, configs, owners) ||
+                 check_room(rank, s);
     }
     usp_sequence_destroy(s);
+    return failed ? usp_say(rank, "%s", usp_last_error()) : 0;
+}
+
+static int many_zigzags(usp_rank *rank, void *argument) {
+    usp_mesh *mesh = NULL;
+    usp_case_configs *configs = calloc(1, sizeof *configs);
+    uint64_t state = 5;
+    int failed = usp_mesh_create(rank->world, 1, rank->size, &mesh) != USP_OK;
+    (void)argument;
+    for (int time = 0; time < 40 && !failed; time++) failed = replan_zigzags(rank, mesh, &state, configs);
     usp_mesh_destroy(mesh);
     free(configs);
-    free(owners);
     usp_count(rank);
     return failed;
 }
@@ -337,9 +351,9 @@ Test(sequence, partition_and_coverage) {
     for (int size = 1; size <= 8; size++) usp_expect_ranks(size, SECONDS, all_lengths, NULL);
 }
 
-Test(sequence, owners_of_large_units) {
-    const int sizes[] = {1, 2, 3, 5, 8};
-    for (int i = 0; i < 5; i++) usp_expect_ranks(sizes[i], SECONDS, large_units, NULL);
+Test(sequence, zigzags_of_any_documents) {
+    const int sizes[] = {1, 2, 3, 4, 6, 8};
+    for (int i = 0; i < 6; i++) usp_expect_ranks(sizes[i], SECONDS, many_zigzags, NULL);
 }
 
 Test(sequence, cross_coverage) {
