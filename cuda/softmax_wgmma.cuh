@@ -201,9 +201,11 @@ usp_status usp_softmax_wgmma_backward(const usp_gpu *gpu, const usp_softmax *arg
 
 /* ---- maps -------------------------------------------------------------------------------------------------------- */
 
-/* Boxes of `rows` tokens of a tensor whose rows begin on 16-byte boundaries. */
-static inline usp_status make_map(const usp_gpu *gpu, const usp_tensor &x, usp_dtype dtype, int dim, int64_t tokens,
-                                  int heads, int batch, int rows, tile_map *map) {
+/* Boxes of `rows` tokens of a tensor of the keys, or the queries, whose rows begin on 16-byte boundaries. */
+static inline usp_status make_map(const usp_gpu *gpu, const usp_softmax &args, bool of_keys, const usp_tensor &x,
+                                  int dim, int rows, tile_map *map) {
+    int64_t tokens = of_keys ? args.keys : args.queries;
+    int heads = of_keys ? args.key_heads : args.heads, batch = args.batch;
     const cuuint64_t extent[4] = {(cuuint64_t)dim, (cuuint64_t)tokens, (cuuint64_t)heads, (cuuint64_t)batch};
     const int64_t unused = 16; /* of an extent of 1, whose stride may be anything */
     const cuuint64_t stride[3] = {(cuuint64_t)(tokens > 1 ? x.stride_token * 2 : unused),
@@ -212,8 +214,8 @@ static inline usp_status make_map(const usp_gpu *gpu, const usp_tensor &x, usp_d
     const cuuint32_t box[4] = {64, (cuuint32_t)rows, 1, 1}, step[4] = {1, 1, 1, 1};
     auto encode = (decltype(&cuTensorMapEncodeTiled))gpu->encode_map;
     CUresult result =
-        encode(map, dtype == USP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, x.data,
-               extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        encode(map, args.dtype == USP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+               x.data, extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result == CUDA_SUCCESS) return USP_OK;
     return usp_fail(USP_DEVICE, "a tensor could not be described to the copy engine: error %d", (int)result);

@@ -353,14 +353,10 @@ template <typename T, typename shape>
 static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
     static_assert(backward_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
     backward_maps maps;
-    USP_TRY(
-        make_map(gpu, args->q, args->dtype, args->dim, args->queries, args->heads, args->batch, shape::step, &maps.q));
-    USP_TRY(make_map(gpu, args->dout, args->dtype, args->value_dim, args->queries, args->heads, args->batch,
-                     shape::step, &maps.dout));
-    USP_TRY(
-        make_map(gpu, args->k, args->dtype, args->dim, args->keys, args->key_heads, args->batch, shape::rows, &maps.k));
-    USP_TRY(make_map(gpu, args->v, args->dtype, args->value_dim, args->keys, args->key_heads, args->batch, shape::rows,
-                     &maps.v));
+    USP_TRY(make_map(gpu, *args, false, args->q, args->dim, shape::step, &maps.q));
+    USP_TRY(make_map(gpu, *args, false, args->dout, args->value_dim, shape::step, &maps.dout));
+    USP_TRY(make_map(gpu, *args, true, args->k, args->dim, shape::rows, &maps.k));
+    USP_TRY(make_map(gpu, *args, true, args->v, args->value_dim, shape::rows, &maps.v));
     int64_t jobs = count_jobs(*args, true, shape::rows);
     dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
     if (jobs == 0) return USP_OK;

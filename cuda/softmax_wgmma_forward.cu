@@ -300,12 +300,9 @@ template <typename T, typename shape>
 static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
     static_assert(forward_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
     forward_maps maps;
-    USP_TRY(
-        make_map(gpu, args->q, args->dtype, args->dim, args->queries, args->heads, args->batch, shape::rows, &maps.q));
-    USP_TRY(
-        make_map(gpu, args->k, args->dtype, args->dim, args->keys, args->key_heads, args->batch, shape::step, &maps.k));
-    USP_TRY(make_map(gpu, args->v, args->dtype, args->value_dim, args->keys, args->key_heads, args->batch, shape::step,
-                     &maps.v));
+    USP_TRY(make_map(gpu, *args, false, args->q, args->dim, shape::rows, &maps.q));
+    USP_TRY(make_map(gpu, *args, true, args->k, args->dim, shape::step, &maps.k));
+    USP_TRY(make_map(gpu, *args, true, args->v, args->value_dim, shape::step, &maps.v));
     int64_t jobs = count_jobs(*args, false, shape::rows);
     if (jobs == 0) return USP_OK;
     dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));

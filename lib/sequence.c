@@ -169,10 +169,10 @@ static void set_extents(usp_sequence *sequence, const usp_sequence_config *confi
 
 static usp_status allocate_arrays(usp_sequence *sequence, int64_t most) {
     const usp_host *host = &sequence->world->host;
-    int custom = sequence->layout == USP_LAYOUT_CUSTOM, moves = sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT;
-    int64_t segments = 0, capacity = sequence->documents.capacity, zigzags = moves ? usp_sequence_zigzags(sequence) : 0;
-    int64_t each = custom ? most : moves ? 2 * zigzags : 2;
+    int64_t segments = 0, zigzags = 0, capacity = sequence->documents.capacity;
     void *documents = NULL;
+    if (sequence->layout == USP_LAYOUT_ZIGZAG_PER_DOCUMENT) zigzags = usp_sequence_zigzags(sequence);
+    int64_t each = sequence->layout == USP_LAYOUT_CUSTOM ? most : 2 * usp_most(zigzags, 1);
     const usp_factor factors[] = {{"usp_sequence_config.segments", (uint64_t)each},
                                   {"ranks", (uint64_t)sequence->ranks}};
     USP_TRY(usp_size_add(&segments, factors, 2));
