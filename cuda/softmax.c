@@ -4,9 +4,8 @@
 
 #include "error.h"
 
-/* The first family that fits is taken; the last one fits everything that `supports` lets through. usp_softmax_wgmma
- * joins in front when it has run on a GPU: so far tests alone call it, on an emulated one. */
-static const usp_softmax_family *const families[] = {&usp_softmax_mma, &usp_softmax_any};
+/* The first family that fits is taken; the last one fits everything that `supports` lets through. */
+static const usp_softmax_family *const families[] = {&usp_softmax_wgmma, &usp_softmax_mma, &usp_softmax_any};
 enum { FAMILIES = sizeof families / sizeof *families };
 
 /* Kernels count heads of all batch entries in an int. */
@@ -31,8 +30,7 @@ usp_status usp_cuda_softmax_supports(const usp_gpu *gpu, const usp_kernel_shape 
 
 int usp_cuda_softmax_sums_queries(const usp_gpu *gpu, const usp_kernel_shape *shape) {
     int widest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
-    int listed = families[0] == &usp_softmax_wgmma && usp_gpu_runs(gpu, usp_softmax_wgmma.target);
-    return listed && shape->attention == USP_SOFTMAX && shape->dtype != USP_F32 && widest <= USP_WGMMA_BACKWARD_DIM &&
+    return usp_gpu_runs(gpu, usp_softmax_wgmma.target) && shape->attention == USP_SOFTMAX && shape->dtype != USP_F32 && widest <= USP_WGMMA_BACKWARD_DIM &&
            !shape->deterministic;
 }
 

@@ -21,7 +21,7 @@ template <int DIM, int VALUE_DIM, int STEP, bool EXTRAS = false> struct backward
 /* What the computing warps need of each query of a step: P = 2^(x - base) * factor. */
 template <typename Shape> struct query_notes {
     float base[Shape::step], factor[Shape::step], delta[Shape::step];
-    int2 interval[Shape::step]; /* low, high: of a masked step */
+    alignas(16) int2 interval[Shape::step]; /* low, high: of a masked step; read two at a time */
     int position[Shape::step];
     int diagonal[Shape::step]; /* with extras */
     uint64_t word[Shape::step];
