@@ -56,6 +56,31 @@ static __device__ __forceinline__ void copy_box(uint32_t to, const tile_map *map
                  : "memory");
 }
 
+/* Starts adding a box of fp32 sums in shared memory, of 32 elements of so many tokens, swizzled as copy_box does, to
+ * the tensor, in any order among blocks; what lies outside of the tensor is left out. */
+static __device__ __forceinline__ void add_box(const tile_map *map, int element, int token, int head, int batch,
+                                               uint32_t from) {
+    asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group"
+                 " [%0, {%1, %2, %3, %4}], [%5];" ::"l"(map),
+                 "r"(element), "r"(token), "r"(head), "r"(batch), "r"(from)
+                 : "memory");
+}
+
+/* Ends a group of boxes that this thread adds; groups are read, and complete, in order. */
+static __device__ __forceinline__ void end_boxes() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+/* Waits until no more than LEFT groups of this thread are still to be read from shared memory. */
+template <int LEFT> static __device__ __forceinline__ void await_reads() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
+}
+
+/* Waits until all boxes of this thread have been added. */
+static __device__ __forceinline__ void await_boxes() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 /* What this thread stored in shared memory is seen by copies and products; a barrier must follow. */
 static __device__ __forceinline__ void publish_stores() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -97,11 +122,9 @@ template <int N> static __device__ __forceinline__ void pin(uint32_t (&a)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(a[i])::"memory");
 }
 
-/* ---- global memory ----------------------------------------------------------------------------------------------- */
-
-/* Adds to two neighbours at an 8-byte boundary, in any order among threads. */
-static __device__ __forceinline__ void add_pair(float *to, float x, float y) {
-    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+/* What follows from x is computed anew behind here, rather than kept in registers. */
+static __device__ __forceinline__ void pin(uint32_t &x) {
+    asm volatile("" : "+r"(x));
 }
 
 /* ---- warps ------------------------------------------------------------------------------------------------------- */

@@ -28,6 +28,10 @@ static __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
+static __device__ __forceinline__ void store_shared_pair(uint32_t address, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+
 /* ---- arithmetic -------------------------------------------------------------------------------------------------- */
 
 static __device__ __forceinline__ float fast_exp2(float x) {

@@ -19,10 +19,10 @@ static bool result_fits(const usp_tensor &x, usp_dtype dtype) {
 }
 
 /* The copy engine takes strides from 0 to 2^40 bytes. */
-static bool is_copied(const usp_tensor &x) {
-    const int64_t most = (int64_t)1 << 39;
+static bool is_copied(const usp_tensor &x, size_t element = 2) {
+    const int64_t most = (int64_t)1 << 38;
     bool near = x.stride_token < most && x.stride_batch < most && x.stride_head < most;
-    return usp_rows_aligned(x, 2) && near && x.stride_token >= 0 && x.stride_batch >= 0 && x.stride_head >= 0;
+    return usp_rows_aligned(x, element) && near && x.stride_token >= 0 && x.stride_batch >= 0 && x.stride_head >= 0;
 }
 
 static int fits(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call) {
@@ -36,7 +36,7 @@ static int fits(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call ca
     if (forward)
         return (!a.last || usp_rows_aligned(a.out, 2)) &&
                ((a.first && a.last) || pairs_aligned(usp_tensor{a.acc, 0, 0, 0}));
-    return !a.deterministic && is_copied(a.dout) && pairs_aligned(a.dq_sum) &&
+    return !a.deterministic && is_copied(a.dout) && a.dq_sum.data && is_copied(a.dq_sum, 4) &&
            (!a.last || result_fits(a.dq, a.dtype)) && result_fits(a.dk, a.key_dtype) && result_fits(a.dv, a.key_dtype);
 }
 

@@ -201,22 +201,25 @@ usp_status usp_softmax_wgmma_backward(const usp_gpu *gpu, const usp_softmax *arg
 
 /* ---- maps -------------------------------------------------------------------------------------------------------- */
 
-/* Boxes of `rows` tokens of a tensor of the keys, or the queries, whose rows begin on 16-byte boundaries. */
-static inline usp_status make_map(const usp_gpu *gpu, const usp_softmax &args, bool of_keys, const usp_tensor &x,
-                                  int dim, int rows, tile_map *map) {
-    int64_t tokens = of_keys ? args.keys : args.queries;
+/* Boxes of `rows` tokens and 128 bytes of a tensor of the keys, or the queries, whose rows begin on 16-byte boundaries.
+ * One without tokens is in no tile, and has no map. */
+static inline usp_status make_map(const usp_gpu *gpu, const usp_softmax &args, usp_dtype dtype, bool of_keys,
+                                  const usp_tensor &x, int dim, int rows, tile_map *map) {
+    const CUtensorMapDataType types[] = {CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                                         CU_TENSOR_MAP_DATA_TYPE_BFLOAT16}; /* by usp_dtype */
+    int64_t tokens = of_keys ? args.keys : args.queries, bytes = dtype == USP_F32 ? 4 : 2;
     int heads = of_keys ? args.key_heads : args.heads, batch = args.batch;
+    if (tokens == 0) return USP_OK;
     const cuuint64_t extent[4] = {(cuuint64_t)dim, (cuuint64_t)tokens, (cuuint64_t)heads, (cuuint64_t)batch};
     const int64_t unused = 16; /* of an extent of 1, whose stride may be anything */
-    const cuuint64_t stride[3] = {(cuuint64_t)(tokens > 1 ? x.stride_token * 2 : unused),
-                                  (cuuint64_t)(heads > 1 ? x.stride_head * 2 : unused),
-                                  (cuuint64_t)(batch > 1 ? x.stride_batch * 2 : unused)};
-    const cuuint32_t box[4] = {64, (cuuint32_t)rows, 1, 1}, step[4] = {1, 1, 1, 1};
+    const cuuint64_t stride[3] = {(cuuint64_t)(tokens > 1 ? x.stride_token * bytes : unused),
+                                  (cuuint64_t)(heads > 1 ? x.stride_head * bytes : unused),
+                                  (cuuint64_t)(batch > 1 ? x.stride_batch * bytes : unused)};
+    const cuuint32_t box[4] = {(cuuint32_t)(128 / bytes), (cuuint32_t)rows, 1, 1}, step[4] = {1, 1, 1, 1};
     auto encode = (decltype(&cuTensorMapEncodeTiled))gpu->encode_map;
     CUresult result =
-        encode(map, args.dtype == USP_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-               x.data, extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        encode(map, types[dtype], 4, x.data, extent, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result == CUDA_SUCCESS) return USP_OK;
     return usp_fail(USP_DEVICE, "a tensor could not be described to the copy engine: error %d", (int)result);
 }

@@ -15,13 +15,13 @@ template <typename T, typename Shape> struct backward_group {
     notes_type &notes;
     int group, warp_row; /* this warp's first row of the job */
     turn<Shape::stages> at;
-    int job_parity, jobs, ds_turn;
+    int job_parity, dq_parity, jobs, ds_turn;
     usp_sums<1, D> dk;
     usp_sums<1, E> dv;
 
     __device__ __forceinline__ backward_group(const usp_softmax &args_, notes_type &notes_)
         : args(args_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
-          warp_row((threadIdx.x / 32 - 4) * 16), at{0, 0}, job_parity(0), jobs(0), ds_turn(0) {
+          warp_row((threadIdx.x / 32 - 4) * 16), at{0, 0}, job_parity(0), dq_parity(0), jobs(0), ds_turn(0) {
     }
 
     static __device__ __forceinline__ void leave(arrivals *of) {
@@ -155,17 +155,17 @@ template <typename T, typename Shape> struct backward_group {
         }
     }
 
-    /* Writes the group's rows of dS^T, rounded. */
+    /* Writes the group's rows of dS^T, rounded. Chunks of 16 bytes are swizzled by row & 7, so the chunk of another
+     * column block is an exclusive or away. */
     __device__ __forceinline__ void share(const left_operand<K> &ds) {
-        uint32_t tile = memory::ds_at(ds_turn).address;
+        int row = warp_row + usp_lane_row(0, 0);
+        uint32_t to = memory::ds_at(ds_turn).address + row * 128 + ((row & 7) << 4) + (threadIdx.x & 3) * 4;
+        pin(to);
 #pragma unroll
         for (int n = 0; n < N; n++) {
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                int row = warp_row + usp_lane_row(0, r), slab = n / 8 * memory::ds_tile::slab;
-                store_shared(tile + slab + row * 128 + ((n % 8 ^ (row & 7)) << 4) + (threadIdx.x & 3) * 4,
-                             ds[n / 2][n % 2 * 2 + r]);
-            }
+            for (int r = 0; r < 2; r++)
+                store_shared((to ^ n % 8 << 4) + n / 8 * memory::ds_tile::slab + r * 1024, ds[n / 2][n % 2 * 2 + r]);
         }
         publish_stores();
     }
@@ -180,38 +180,58 @@ template <typename T, typename Shape> struct backward_group {
         end_products();
     }
 
-    __device__ __forceinline__ void add_queries(const usp_sums<1, D / 2> &dq, const backward_step &step, int batch) {
+    /* Leaves dq of the step to be added to the sums. */
+    __device__ __forceinline__ void leave_queries(const usp_sums<1, D / 2> &dq) {
+        await(&notes.dq_empty[group], dq_parity ^ 1);
+        dq_parity ^= 1;
+        int row = warp_row - group * 64 + usp_lane_row(0, 0), half = (threadIdx.x & 3) / 2;
+        uint32_t to = memory::dq_at(group) + row * 128 + ((half ^ (row & 7)) << 4) + (threadIdx.x & 1) * 8;
+        pin(to);
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int row = warp_row - group * 64 + usp_lane_row(0, r);
-            if (row >= step.columns) continue;
-            float *to = usp_row<float>(args.dq_sum, step.column + row, batch, step.head) + group * (Shape::dim / 2);
+        for (int n = 0; n < D / 2; n++) {
 #pragma unroll
-            for (int n = 0; n < D / 2; n++)
-                if (group * (Shape::dim / 2) + usp_lane_column(n) < args.dim)
-                    add_pair(to + usp_lane_column(n), dq[0][n][r * 2] * args.scale, dq[0][n][r * 2 + 1] * args.scale);
+            for (int r = 0; r < 2; r++)
+                store_shared_pair((to ^ n % 4 << 5) + n / 4 * memory::dq_box + r * 1024, dq[0][n][r * 2] * args.scale,
+                                  dq[0][n][r * 2 + 1] * args.scale);
+        }
+        publish_stores();
+        leave(&notes.dq_full[group]);
+    }
+
+    template <int W> __device__ __forceinline__ void clear(usp_sums<1, W> &c) {
+#pragma unroll
+        for (int n = 0; n < W; n++) c[0][n][0] = c[0][n][1] = c[0][n][2] = c[0][n][3] = 0;
+    }
+
+    template <int W> static __device__ __forceinline__ void copy_sums(usp_sums<1, W> &to, const usp_sums<1, W> &from) {
+#pragma unroll
+        for (int n = 0; n < W; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) to[0][n][i] = from[0][n][i];
         }
     }
 
-    /* What a step is and whose stays in shared memory: registers are dear. */
-    template <bool MASKED> __device__ __forceinline__ void run_step(bool odd) {
-        const query_notes<Shape> &query = notes.query[at.stage];
-        const backward_step &step = notes.step[at.stage];
-        left_operand<K> p, ds;
-        usp_sums<1, N> s, dp;
-        usp_sums<1, D / 2> dq;
-        begin_products();
+    __device__ __forceinline__ void issue_scores(usp_sums<1, N> &s) {
         issue_rows<T>(s, memory::k_at(), group * 64, memory::q_at(at.stage));
         end_products();
-        await(&notes.dout_full[at.stage], at.parity);
+    }
+
+    /* From S^T of a step to that of the next one, if there is one, whose product runs under the end of this one. What a
+     * step is stays in shared memory: registers are dear. */
+    template <bool MASKED> __device__ __forceinline__ void run_step(usp_sums<1, N> &s, bool last, bool odd) {
+        const query_notes<Shape> &query = notes.query[at.stage];
+        int stage = at.stage;
+        left_operand<K> p, ds;
+        usp_sums<1, N> dp;
+        usp_sums<1, D / 2> dq;
+        await(&notes.dout_full[stage], at.parity);
         begin_products();
-        issue_rows<T>(dp, memory::v_at(), group * 64, memory::dout_at(at.stage));
+        issue_rows<T>(dp, memory::v_at(), group * 64, memory::dout_at(stage));
         end_products();
-        await_products<Shape::extras ? 0 : 1>();
-        pin(list_of<N>(s));
         if constexpr (Shape::extras) {
+            await_products<0>();
             pin(list_of<N>(dp));
-            bend(s, dp, query, scoring(args, step.head), key_pairs(args.pairs, first_row(), rows()));
+            bend(s, dp, query, scoring(args, notes.step[stage].head), key_pairs(args.pairs, first_row(), rows()));
         } else {
             weigh(s, query, args.scale * LOG2E);
         }
@@ -222,7 +242,7 @@ template <typename T, typename Shape> struct backward_group {
         }
         round_sums<T, K>(p, s);
         begin_products();
-        issue_columns<T>(dv, p, memory::dout_at(at.stage));
+        issue_columns<T>(dv, p, memory::dout_at(stage));
         end_products();
         if constexpr (!Shape::extras) {
             await_products<1>();
@@ -235,39 +255,49 @@ template <typename T, typename Shape> struct backward_group {
         meet(MEET_BOTH, 256);
         begin_products();
         issue_queries(dq);
-        issue_columns<T>(dk, ds, memory::q_at(at.stage));
-        end_products();
         await_products<1>();
         pin(list_of<E>(dv));
+        leave(&notes.dout_empty[stage]);
+        begin_products();
+        issue_columns<T>(dk, ds, memory::q_at(stage));
+        end_products();
+        await_products<1>();
         pin(list_of<D / 2>(dq));
-        leave(&notes.dout_empty[at.stage]);
-        if (!odd) add_queries(dq, step, notes.job.job.batch);
-        await_products<0>();
-        pin(list_of<D>(dk));
-        ds_turn ^= 1;
-        if (odd) add_one_by_one<T, Shape>(args, notes, step, ds_turn ^ 1);
-        leave(&notes.q_empty[at.stage]);
+        if (odd) clear(dq); /* it is added one by one */
+        leave_queries(dq);
         at.advance();
+        if (!last) await(&notes.q_full[at.stage], at.parity);
+        usp_sums<1, N> next; /* what s held is not kept for it */
+        begin_products();
+        issue_scores(next);
+        await_products<1>();
+        pin(list_of<D>(dk));
+        if (odd) add_one_by_one<T, Shape>(args, notes, notes.step[stage], ds_turn);
+        ds_turn ^= 1;
+        leave(&notes.q_empty[stage]);
+        await_products<0>();
+        pin(list_of<N>(next));
+        copy_sums(s, next);
     }
 
     /* ---- jobs */
 
     __device__ __forceinline__ void run_steps() {
+        usp_sums<1, N> s;
         look_at_keys();
         bool odd = notes.spoilt_keys[jobs % 2] == jobs, last;
+        await(&notes.q_full[at.stage], at.parity);
+        begin_products();
+        issue_scores(s);
+        await_products<0>();
+        pin(list_of<N>(s));
         do {
-            await(&notes.q_full[at.stage], at.parity);
             last = notes.step[at.stage].last;
             if (notes.step[at.stage].masked)
-                run_step<true>(odd);
+                run_step<true>(s, last, odd);
             else
-                run_step<false>(odd);
+                run_step<false>(s, last, odd);
         } while (!last);
-    }
-
-    template <int W> __device__ __forceinline__ void clear(usp_sums<1, W> &c) {
-#pragma unroll
-        for (int n = 0; n < W; n++) c[0][n][0] = c[0][n][1] = c[0][n][2] = c[0][n][3] = 0;
     }
 
     template <int W>
@@ -329,10 +359,14 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
         begin_arrivals(&notes.job_full, 1);
         begin_arrivals(&notes.job_empty, warps);
         for (int s = 0; s < Shape::stages; s++) {
-            begin_arrivals(&notes.q_full[s], 2);
+            begin_arrivals(&notes.q_full[s], 3); /* the copy, two of notes */
             begin_arrivals(&notes.dout_full[s], 1);
             begin_arrivals(&notes.q_empty[s], warps);
             begin_arrivals(&notes.dout_empty[s], warps);
+        }
+        for (int g = 0; g < Shape::groups; g++) {
+            begin_arrivals(&notes.dq_full[g], 4);
+            begin_arrivals(&notes.dq_empty[g], 1);
         }
         publish_arrivals();
         for (int i = 0; i < 2; i++) notes.spoilt[i] = notes.spoilt_keys[i] = 0;
@@ -340,7 +374,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<Shape::copying_registers>();
-        if (threadIdx.x < 64) backward_copying<Shape>(args, maps, notes).run();
+        run_copying<Shape>(args, maps, notes);
     } else {
         take_registers<Shape::computing_registers>();
         backward_group<T, Shape>(args, notes).run();
@@ -353,13 +387,14 @@ template <typename T, typename shape>
 static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
     static_assert(backward_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
     backward_maps maps;
-    USP_TRY(make_map(gpu, *args, false, args->q, args->dim, shape::step, &maps.q));
-    USP_TRY(make_map(gpu, *args, false, args->dout, args->value_dim, shape::step, &maps.dout));
-    USP_TRY(make_map(gpu, *args, true, args->k, args->dim, shape::rows, &maps.k));
-    USP_TRY(make_map(gpu, *args, true, args->v, args->value_dim, shape::rows, &maps.v));
     int64_t jobs = count_jobs(*args, true, shape::rows);
     dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
     if (jobs == 0) return USP_OK;
+    USP_TRY(make_map(gpu, *args, args->dtype, false, args->q, args->dim, shape::step, &maps.q));
+    USP_TRY(make_map(gpu, *args, args->dtype, false, args->dout, args->value_dim, shape::step, &maps.dout));
+    USP_TRY(make_map(gpu, *args, args->dtype, true, args->k, args->dim, shape::rows, &maps.k));
+    USP_TRY(make_map(gpu, *args, args->dtype, true, args->v, args->value_dim, shape::rows, &maps.v));
+    USP_TRY(make_map(gpu, *args, USP_F32, false, args->dq_sum, args->dim, shape::step, &maps.dq_sum));
     return usp_cuda_launch("softmax backward", softmax_wgmma_backward_kernel<T, shape>, grid, dim3(shape::threads),
                            backward_memory<shape>::bytes, stream, *args, maps);
 }

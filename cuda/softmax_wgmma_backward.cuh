@@ -1,5 +1,6 @@
 /* softmax_wgmma_backward.cuh - backward softmax attention on Hopper: sizes of tiles, what lies in shared memory, and
- * two warps that bring there what the computing ones want; dq where keys are not finite. */
+ * the warps that bring there what the computing ones want and take away what they leave; dq where keys are not finite.
+ */
 #ifndef USP_CUDA_SOFTMAX_WGMMA_BACKWARD_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_BACKWARD_CUH
 #include "softmax_extras.cuh"
@@ -13,6 +14,7 @@ template <int DIM, int VALUE_DIM, int STEP, bool EXTRAS = false> struct backward
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
     static constexpr bool extras = EXTRAS; /* soft cap, slopes, dropout: decided at run time */
     static constexpr int rows = USP_WORK_ROWS, groups = 2, stages = 2, threads = 128 * (1 + groups);
+    static constexpr int share = DIM / groups; /* columns of dq that one group has */
     static constexpr int copying_registers = 24, computing_registers = 240;
 };
 
@@ -40,6 +42,7 @@ template <typename Shape> struct backward_notes {
     static constexpr int stages = Shape::stages;
     arrivals job_full, job_empty;
     arrivals q_full[stages], q_empty[stages], dout_full[stages], dout_empty[stages];
+    arrivals dq_full[Shape::groups], dq_empty[Shape::groups];
     backward_job job;
     int spoilt_keys[2],
         spoilt[2]; /* the last job of this parity whose keys, or queries and dout, were not all finite */
@@ -52,11 +55,13 @@ template <typename Shape> struct backward_memory {
     using v_tile = slabs<Shape::rows, Shape::value_dim>;
     using q_tile = slabs<Shape::step, Shape::dim>;
     using dout_tile = slabs<Shape::step, Shape::value_dim>;
-    using ds_tile = slabs<Shape::rows, Shape::step>; /* rows are keys */
+    using ds_tile = slabs<Shape::rows, Shape::step>;                                        /* rows are keys */
+    static constexpr int dq_box = Shape::step * 128, dq_bytes = Shape::share / 32 * dq_box; /* of one group, fp32 */
     static constexpr int k = 0, v = k + k_tile::bytes, q = v + v_tile::bytes;
     static constexpr int dout = q + Shape::stages * q_tile::bytes;
     static constexpr int ds = dout + Shape::stages * dout_tile::bytes;
-    static constexpr int notes = ds + 2 * ds_tile::bytes;
+    static constexpr int dq = ds + 2 * ds_tile::bytes;
+    static constexpr int notes = dq + Shape::groups * dq_bytes;
     static constexpr int bytes = notes + (int)sizeof(backward_notes<Shape>);
 
     static __device__ __forceinline__ k_tile k_at() {
@@ -74,33 +79,50 @@ template <typename Shape> struct backward_memory {
     static __device__ __forceinline__ ds_tile ds_at(int turn) {
         return {shared_base() + ds + turn * ds_tile::bytes};
     }
+    static __device__ __forceinline__ uint32_t dq_at(int group) {
+        return shared_base() + dq + group * dq_bytes;
+    }
 };
 
 struct backward_maps {
-    tile_map q, k, v, dout;
+    tile_map q, k, v, dout, dq_sum;
 };
 
 /* ---- the copying warps ------------------------------------------------------------------------------------------- */
 
-/* Two warps walk alike: the first one copies tiles, the second one notes what is kept of their queries. */
-template <typename Shape> struct backward_copying {
+/* Four warps walk alike: one copies tiles, two note what is kept of 32 queries each, one adds dq of each step to the
+ * sums. */
+enum backward_duty { COPIES, NOTES_FIRST, NOTES_SECOND, ADDS };
+
+/* What is kept of a lane's query, on its way to shared memory. */
+struct query_line_notes {
+    row_state row;
+    float delta;
+    int2 interval;
+    int position, diagonal;
+    uint64_t word;
+};
+
+template <typename Shape, backward_duty DUTY> struct backward_copying {
     using memory = backward_memory<Shape>;
     using notes_type = backward_notes<Shape>;
     const usp_softmax &args;
     const backward_maps &maps;
     notes_type &notes;
     turn<Shape::stages> at;
-    int job_parity;
+    int parity; /* of jobs, or of dq */
+    int lane;
 
     __device__ __forceinline__ backward_copying(const usp_softmax &args_, const backward_maps &maps_,
                                                 notes_type &notes_)
-        : args(args_), maps(maps_), notes(notes_), at{0, 0}, job_parity(0) {
+        : args(args_), maps(maps_), notes(notes_), at{0, 0}, parity(0), lane(threadIdx.x % 32) {
+        static_assert(Shape::step == 64, "two warps note 32 queries each");
     }
 
     __device__ __forceinline__ void start(const softmax_job &job, bool steps) {
-        job_parity ^= 1;
-        if (threadIdx.x != 0) return;
-        await(&notes.job_empty, job_parity);
+        parity ^= 1;
+        if (lane != 0) return;
+        await(&notes.job_empty, parity);
         notes.job = {job, steps};
         arrive_with(&notes.job_full, steps ? memory::k_tile::bytes + memory::v_tile::bytes : 0);
         if (!steps) return;
@@ -110,7 +132,7 @@ template <typename Shape> struct backward_copying {
 
     __device__ __forceinline__ void copy_step(const tile_walk &walk, int head, int batch) {
         arrivals *q_full = &notes.q_full[at.stage], *dout_full = &notes.dout_full[at.stage];
-        if (threadIdx.x != 0) return;
+        if (lane != 0) return;
         await(&notes.q_empty[at.stage], at.parity ^ 1);
         arrive_with(q_full, memory::q_tile::bytes);
         memory::q_at(at.stage).copy(&maps.q, walk.column, head, batch, q_full);
@@ -119,60 +141,107 @@ template <typename Shape> struct backward_copying {
         memory::dout_at(at.stage).copy(&maps.dout, walk.column, head, batch, dout_full);
     }
 
-    __device__ __forceinline__ void note_queries(const tile_walk &walk, bool masked, int head, int batch) {
-        query_notes<Shape> &to = notes.query[at.stage];
-        int64_t line = line_of(args, batch, head, walk.column);
-#pragma unroll
-        for (int i = threadIdx.x % 32; i < Shape::step; i += 32) {
-            bool exists = i < walk.columns();
-            row_state row = exists ? row_state{args.top[line + i], args.sum[line + i]} : row_state{-INFINITY, 0};
-            to.base[i] = base_of(row);
-            to.factor[i] = factor_of(row);
-            to.delta[i] = exists ? args.delta[line + i] : 0;
-            if constexpr (Shape::extras) {
-                to.diagonal[i] = bias_position(args, args.pairs.diagonal, walk.column, i, walk.columns());
-                if (args.dropout.rate > 0 && exists) to.word[i] = dropout_row(args, batch, head, walk.column + i);
-            }
-            if (!masked) continue;
-            int query = walk.column + i;
-            to.interval[i] =
-                exists ? make_int2(max(args.pairs.low[query], NOWHERE + 1), args.pairs.high[query]) : make_int2(1, 0);
-            if (args.pairs.last) to.position[i] = exists ? args.pairs.query[query] : 0;
+    __device__ __forceinline__ query_line_notes load_query(const tile_walk &walk, int i, bool masked, int head,
+                                                           int batch) {
+        query_line_notes to = {{-INFINITY, 0}, 0, {1, 0}, 0, 0, 0};
+        int query = walk.column + i;
+        if (i >= walk.columns()) return to;
+        int64_t line = line_of(args, batch, head, query);
+        to.row = {args.top[line], args.sum[line]};
+        to.delta = args.delta[line];
+        if (masked) to.interval = {max(args.pairs.low[query], NOWHERE + 1), args.pairs.high[query]};
+        if (masked && args.pairs.last) to.position = args.pairs.query[query];
+        if constexpr (Shape::extras) {
+            if (args.slopes) to.diagonal = args.pairs.diagonal[query];
+            if (args.dropout.rate > 0) to.word = dropout_row(args, batch, head, query);
         }
+        return to;
     }
 
-    /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. */
+    /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. What is
+     * noted is on its way while the place for it is awaited. */
     __device__ __forceinline__ void note_step(const tile_walk &walk, const softmax_job &job, bool last, int head) {
         bool masked = !walk.full(Shape::step) || job.count < Shape::rows;
+        int i = (DUTY - NOTES_FIRST) * 32 + lane;
+        query_line_notes line = load_query(walk, i, masked, head, job.batch);
+        query_notes<Shape> &to = notes.query[at.stage];
         await(&notes.q_empty[at.stage], at.parity ^ 1);
-        note_queries(walk, masked, head, job.batch);
+        to.base[i] = base_of(line.row);
+        to.factor[i] = factor_of(line.row);
+        to.delta[i] = line.delta;
+        if (masked) to.interval[i] = line.interval;
+        if (masked) to.position[i] = line.position;
+        if constexpr (Shape::extras) {
+            to.diagonal[i] = line.diagonal;
+            to.word[i] = line.word;
+        }
         __syncwarp();
-        if (threadIdx.x % 32 != 0) return;
-        notes.step[at.stage] = {masked, last, walk.column, min(walk.columns(), Shape::step), head};
+        if (lane != 0) return;
+        if (DUTY == NOTES_FIRST)
+            notes.step[at.stage] = {masked, last, walk.column, min(walk.columns(), Shape::step), head};
         arrive(&notes.q_full[at.stage]);
+    }
+
+    /* A group's sums are free again when they have been read. */
+    __device__ __forceinline__ void add_step(const tile_walk &walk, int head, int batch) {
+        if (lane != 0) return;
+#pragma unroll
+        for (int group = 0; group < Shape::groups; group++) {
+            await(&notes.dq_full[group], parity);
+#pragma unroll
+            for (int box = 0; box < Shape::share / 32; box++)
+                add_box(&maps.dq_sum, group * Shape::share + box * 32, walk.column, head, batch,
+                        memory::dq_at(group) + box * memory::dq_box);
+            end_boxes();
+        }
+        await_reads<1>();
+        arrive(&notes.dq_empty[0]);
+        await_reads<0>();
+        arrive(&notes.dq_empty[1]);
+        parity ^= 1;
+    }
+
+    __device__ __forceinline__ void run_steps(const softmax_job &job, const head_range &heads) {
+        for (tile_walk walk(args.by_key, *job.work, heads.end - heads.first); walk.running(); at.advance()) {
+            tile_walk now = walk;
+            int head = heads.first + now.round;
+            walk.advance(Shape::step);
+            if constexpr (DUTY == COPIES)
+                copy_step(now, head, job.batch);
+            else if constexpr (DUTY == ADDS)
+                add_step(now, head, job.batch);
+            else
+                note_step(now, job, !walk.running(), head);
+        }
     }
 
     __device__ __forceinline__ void run() {
         job_list jobs(args, true);
-        bool copies = threadIdx.x < 32;
         for (;;) {
             softmax_job job = jobs.next(args, true);
             head_range heads = readers_of(args, job.head);
             bool steps = job.count > 0 && job.work->tiles > 0 && heads.end > heads.first;
-            if (copies) start(job, steps);
-            if (job.count == 0) return;
-            if (!steps) continue;
-            for (tile_walk walk(args.by_key, *job.work, heads.end - heads.first); walk.running(); at.advance()) {
-                tile_walk now = walk;
-                walk.advance(Shape::step);
-                if (copies)
-                    copy_step(now, heads.first + now.round, job.batch);
-                else
-                    note_step(now, job, !walk.running(), heads.first + now.round);
-            }
+            if (DUTY == COPIES) start(job, steps);
+            if (job.count == 0) break;
+            if (steps) run_steps(job, heads);
         }
+        if (DUTY == ADDS) await_boxes();
     }
 };
+
+template <typename Shape>
+static __device__ __forceinline__ void run_copying(const usp_softmax &args, const backward_maps &maps,
+                                                   backward_notes<Shape> &notes) {
+    int duty = uniform(threadIdx.x / 32);
+    if (duty == COPIES)
+        backward_copying<Shape, COPIES>(args, maps, notes).run();
+    else if (duty == NOTES_FIRST)
+        backward_copying<Shape, NOTES_FIRST>(args, maps, notes).run();
+    else if (duty == NOTES_SECOND)
+        backward_copying<Shape, NOTES_SECOND>(args, maps, notes).run();
+    else
+        backward_copying<Shape, ADDS>(args, maps, notes).run();
+}
 
 /* ---- numbers that are not finite --------------------------------------------------------------------------------- */
 

@@ -300,11 +300,11 @@ template <typename T, typename shape>
 static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
     static_assert(forward_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
     forward_maps maps;
-    USP_TRY(make_map(gpu, *args, false, args->q, args->dim, shape::rows, &maps.q));
-    USP_TRY(make_map(gpu, *args, true, args->k, args->dim, shape::step, &maps.k));
-    USP_TRY(make_map(gpu, *args, true, args->v, args->value_dim, shape::step, &maps.v));
     int64_t jobs = count_jobs(*args, false, shape::rows);
     if (jobs == 0) return USP_OK;
+    USP_TRY(make_map(gpu, *args, args->dtype, false, args->q, args->dim, shape::rows, &maps.q));
+    USP_TRY(make_map(gpu, *args, args->dtype, true, args->k, args->dim, shape::step, &maps.k));
+    USP_TRY(make_map(gpu, *args, args->dtype, true, args->v, args->value_dim, shape::step, &maps.v));
     dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
     return usp_cuda_launch("softmax forward", softmax_wgmma_forward_kernel<T, shape>, grid, dim3(shape::threads),
                            forward_memory<shape>::bytes, stream, *args, maps);

@@ -21,10 +21,14 @@ static CUresult encode(CUtensorMap *to, CUtensorMapDataType type, cuuint32_t ran
                        CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                        CUtensorMapFloatOOBfill fill) {
     map m = {.data = data, .rows = box[1]};
-    (void)type, (void)step, (void)interleave, (void)promotion, (void)fill;
-    if (rank != 4 || box[0] != 64 || swizzle != CU_TENSOR_MAP_SWIZZLE_128B || (uintptr_t)data % 16)
+    cuuint32_t columns = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 32 : 64;
+    (void)step, (void)interleave, (void)promotion, (void)fill;
+    if (rank != 4 || box[0] != columns || swizzle != CU_TENSOR_MAP_SWIZZLE_128B || (uintptr_t)data % 16)
         return CUDA_ERROR_INVALID_VALUE;
-    for (int i = 0; i < 4; i++) m.extent[i] = (int64_t)extent[i];
+    for (int i = 0; i < 4; i++) {
+        m.extent[i] = (int64_t)extent[i];
+        if (extent[i] == 0) return CUDA_ERROR_INVALID_VALUE;
+    }
     for (int i = 0; i < 3; i++) {
         m.stride[i] = (int64_t)stride[i];
         if (stride[i] % 16 || stride[i] >> 40) return CUDA_ERROR_INVALID_VALUE;

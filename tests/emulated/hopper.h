@@ -8,7 +8,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <deque>
+#include <functional>
 #include <type_traits>
+#include <vector>
 
 #include "machine.h"
 
@@ -120,6 +123,11 @@ static inline uint32_t load_shared_word(uint32_t address) {
 static inline void store_shared(uint32_t address, uint32_t x) {
     memcpy(machine::shared_memory() + address, &x, sizeof x);
 }
+static inline void store_shared_pair(uint32_t address, float x, float y) {
+    if (address % 8) machine::fail("a pair is not at an 8-byte boundary");
+    memcpy(machine::shared_memory() + address, &x, sizeof x);
+    memcpy(machine::shared_memory() + address + 4, &y, sizeof y);
+}
 static inline float fast_exp2(float x) {
     return exp2f(x);
 }
@@ -209,10 +217,36 @@ template <int LEFT> static inline void await_products() {
 }
 template <typename T, int N> static inline void pin(T (&)[N]) {
 }
+static inline void pin(uint32_t &) {
+}
 
-static inline void add_pair(float *to, float x, float y) {
-    if (reinterpret_cast<uintptr_t>(to) % 8) machine::fail("a pair is not at an 8-byte boundary");
-    to[0] += x, to[1] += y;
+/* Boxes are read from shared memory as late as may be: when their thread waits for it. */
+static std::deque<std::vector<std::function<void()>>> boxes_added(1);
+
+static inline void add_box(const tile_map *map, int element, int token, int head, int batch, uint32_t from) {
+    emulated_map m;
+    memcpy(&m, map, sizeof m);
+    if (from % 1024) machine::fail("a box does not begin at a multiple of 1024 bytes");
+    boxes_added.back().push_back([=] {
+        for (int row = 0; row < m.rows && token + row < m.extent[1]; row++)
+            for (int column = 0; column < 32 && element + column < m.extent[0]; column++) {
+                uint32_t place = from + (uint32_t)row * 128 + (uint32_t)column * 4;
+                float x, *to = (float *)(m.data + (element + column) * 4 + (token + row) * m.stride[0] +
+                                         head * m.stride[1] + batch * m.stride[2]);
+                memcpy(&x, machine::shared_memory() + (place ^ (place >> 7 & 7) << 4), 4);
+                *to += x;
+            }
+    });
+}
+static inline void end_boxes() {
+    boxes_added.emplace_back();
+}
+template <int LEFT> static inline void await_reads() {
+    for (; boxes_added.size() > LEFT + 1; boxes_added.pop_front())
+        for (auto &add : boxes_added.front()) add();
+}
+static inline void await_boxes() {
+    await_reads<0>();
 }
 
 static inline void meet(int id, int threads) {
@@ -236,8 +270,8 @@ template <typename... Parameters, typename... Arguments>
 static usp_status usp_cuda_launch(const char *, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
                                   usp_stream, Arguments &&...arguments) {
     gridDim = {grid.x, grid.y, grid.z}, blockDim = {block.x, block.y, block.z};
-    for (unsigned i = 0; i < grid.x; i++) {
-        blockIdx = {i, 0, 0};
+    for (unsigned i = 0; i < grid.x * grid.y; i++) {
+        blockIdx = {i % grid.x, i / grid.x, 0};
         machine::run_block((int)block.x, shared, [&] { kernel(arguments...); });
     }
     return USP_OK;
