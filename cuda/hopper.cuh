@@ -66,7 +66,16 @@ static __device__ __forceinline__ void add_box(const tile_map *map, int element,
                  : "memory");
 }
 
-/* Ends a group of boxes that this thread adds; groups are read, and complete, in order. */
+/* Starts writing a box of 64 elements of so many tokens to the tensor, as add_box does. */
+static __device__ __forceinline__ void store_box(const tile_map *map, int element, int token, int head, int batch,
+                                                 uint32_t from) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group"
+                 " [%0, {%1, %2, %3, %4}], [%5];" ::"l"(map),
+                 "r"(element), "r"(token), "r"(head), "r"(batch), "r"(from)
+                 : "memory");
+}
+
+/* Ends a group of boxes that this thread adds or writes; groups are read, and complete, in order. */
 static __device__ __forceinline__ void end_boxes() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -76,7 +85,7 @@ template <int LEFT> static __device__ __forceinline__ void await_reads() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
 }
 
-/* Waits until all boxes of this thread have been added. */
+/* Waits until all boxes of this thread have been added or written. */
 static __device__ __forceinline__ void await_boxes() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }

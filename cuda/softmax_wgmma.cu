@@ -18,13 +18,6 @@ static bool result_fits(const usp_tensor &x, usp_dtype dtype) {
     return dtype == USP_F32 ? pairs_aligned(x) : usp_rows_aligned(x, 2);
 }
 
-/* The copy engine takes strides from 0 to 2^40 bytes. */
-static bool is_copied(const usp_tensor &x, size_t element = 2) {
-    const int64_t most = (int64_t)1 << 38;
-    bool near = x.stride_token < most && x.stride_batch < most && x.stride_head < most;
-    return usp_rows_aligned(x, element) && near && x.stride_token >= 0 && x.stride_batch >= 0 && x.stride_head >= 0;
-}
-
 static int fits(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call) {
     const usp_softmax &a = *args;
     bool forward = call == USP_CALL_FORWARD;

@@ -73,11 +73,15 @@ static __device__ __forceinline__ float element_of(slabs<ROWS, DIM> tile, int ro
     return column % 2 ? two.y : two.x;
 }
 
-/* Is one of the eight elements at a shared address not finite? */
-template <typename T> static __device__ __forceinline__ bool is_spoilt(uint32_t address) {
+/* taint, not 0 from the first element on that is not finite, over the eight at a shared address. */
+template <typename T> static __device__ __forceinline__ uint32_t taint_of(uint32_t taint, uint32_t address) {
     uint4 eight = load_shared(address);
-    uint32_t taint = usp_taint<T>(usp_taint<T>(0, eight.x), eight.y);
-    return usp_taint<T>(usp_taint<T>(taint, eight.z), eight.w) != 0;
+    taint = usp_taint<T>(usp_taint<T>(taint, eight.x), eight.y);
+    return usp_taint<T>(usp_taint<T>(taint, eight.z), eight.w);
+}
+
+template <typename T> static __device__ __forceinline__ bool is_spoilt(uint32_t address) {
+    return taint_of<T>(0, address) != 0;
 }
 
 /* ---- online softmax ---------------------------------------------------------------------------------------------- */
@@ -149,17 +153,15 @@ static __device__ __forceinline__ void note_keys(const usp_pairs &pairs, const t
     }
 }
 
-/* What it says of a lane's two rows. */
+/* What it says of a lane's two rows, the warp's first one being `first`, as noted. */
 struct row_pairs {
     int low[2], high[2], query[2];
 
-    __device__ __forceinline__ row_pairs(const usp_pairs &pairs, int first, int rows) {
+    __device__ __forceinline__ row_pairs(const int *low_, const int *high_, const int *query_, int first) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            int i = usp_lane_row(0, r);
-            low[r] = max(load_or(pairs.low, first, i, rows, NOWHERE + 1), NOWHERE + 1);
-            high[r] = load_or(pairs.high, first, i, rows, NOWHERE);
-            query[r] = pairs.last ? load_or(pairs.query, first, i, rows, 0) : 0;
+            int i = first + usp_lane_row(0, r);
+            low[r] = low_[i], high[r] = high_[i], query[r] = query_[i];
         }
     }
 
@@ -200,6 +202,13 @@ usp_status usp_softmax_wgmma_backward(const usp_gpu *gpu, const usp_softmax *arg
 }
 
 /* ---- maps -------------------------------------------------------------------------------------------------------- */
+
+/* The copy engine takes strides from 0 to 2^40 bytes. */
+static inline bool is_copied(const usp_tensor &x, size_t element = 2) {
+    const int64_t most = (int64_t)1 << 38;
+    bool near = x.stride_token < most && x.stride_batch < most && x.stride_head < most;
+    return usp_rows_aligned(x, element) && near && x.stride_token >= 0 && x.stride_batch >= 0 && x.stride_head >= 0;
+}
 
 /* Boxes of `rows` tokens and 128 bytes of a tensor of the keys, or the queries, whose rows begin on 16-byte boundaries.
  * One without tokens is in no tile, and has no map. */

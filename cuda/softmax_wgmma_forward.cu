@@ -12,10 +12,12 @@ template <typename T, typename Shape> struct computing_group {
     using memory = forward_memory<Shape>;
     using notes_type = forward_notes<Shape>;
     const usp_softmax &args;
+    const forward_maps &maps;
     notes_type &notes;
     int group, warp_row; /* this warp's first row of the job */
     turn<Shape::stages> k, v;
-    int job_parity;
+    int job_parity, clean_parity; /* of v_clean: a bit a stage */
+    bool unclean;                 /* the values that come next are of a masked step */
 
     usp_sums<1, W> out;
     left_operand<K> weights;
@@ -25,9 +27,10 @@ template <typename T, typename Shape> struct computing_group {
     int diagonal[2]; /* with extras: of this lane's rows */
     uint64_t word[2];
 
-    __device__ __forceinline__ computing_group(const usp_softmax &args_, notes_type &notes_)
-        : args(args_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
-          warp_row((threadIdx.x / 32 - 4) * 16), k{0, 0}, v{0, 0}, job_parity(0), jobs(0) {
+    __device__ __forceinline__ computing_group(const usp_softmax &args_, const forward_maps &maps_, notes_type &notes_)
+        : args(args_), maps(maps_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
+          warp_row((threadIdx.x / 32 - 4) * 16), k{0, 0}, v{0, 0}, job_parity(0), clean_parity(0), unclean(false),
+          jobs(0) {
         if (group == 1) pass(MEET_TURN, 256);
     }
 
@@ -78,7 +81,9 @@ template <typename T, typename Shape> struct computing_group {
             if (i == own) own_state = state;
         }
         if (own < 2 && own_row < rows) store_state(args, line + own_row, own_state);
-        if (args.last) {
+        if (Shape::boxes_out && args.last && maps.has_out && job.count == Shape::rows) {
+            store_out(job);
+        } else if (args.last) {
             usp_store(out, usp_row<T>(args.out, first_row, job.batch, job.head), args.out.stride_token, rows,
                       args.value_dim);
         } else {
@@ -87,9 +92,33 @@ template <typename T, typename Shape> struct computing_group {
         }
     }
 
+    /* The group's rows, by way of shared memory, where chunks of 16 bytes are swizzled by row & 7. */
+    __device__ __forceinline__ void store_out(const softmax_job &job) {
+        bool leads = threadIdx.x % 128 == 0;
+        int row = warp_row - group * 64 + usp_lane_row(0, 0);
+        uint32_t to = memory::out_at(group).address + row * 128 + ((row & 7) << 4) + (threadIdx.x & 3) * 4;
+        if (leads) await_reads<0>(); /* of the last job's */
+        meet(MEET_GROUP + group, 128);
+#pragma unroll
+        for (int n = 0; n < W; n++) {
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                store_shared((to ^ n % 8 << 4) + n / 8 * memory::out_tile::slab + r * 1024,
+                             usp_pack<T>(out[0][n][r * 2], out[0][n][r * 2 + 1]));
+        }
+        publish_stores();
+        meet(MEET_GROUP + group, 128);
+        if (!leads) return;
+#pragma unroll
+        for (int s = 0; s < Shape::value_dim / 64; s++)
+            store_box(&maps.out, s * 64, job.begin + group * 64, job.head, job.batch,
+                      memory::out_at(group).address + s * memory::out_tile::slab);
+        end_boxes();
+    }
+
     /* Brings what was taken out of values to the rows that depend on it. */
     __device__ __forceinline__ void mend_rows(softmax_job job) {
-        if (notes.spoilt[jobs % 2] != jobs) return;
+        await_boxes();
         meet(MEET_GROUP + group, 128); /* the rows are written */
         job.begin += group * 64;
         job.count = min(job.count - group * 64, 64);
@@ -116,20 +145,11 @@ template <typename T, typename Shape> struct computing_group {
         end_products();
     }
 
-    /* Takes what is not finite out of the values of a step that has pairs of weight 0, if the other group has not, and
-     * leaves word for both. */
-    __device__ __forceinline__ void clean_values() {
-        constexpr int bytes = memory::v_tile::bytes;
-        uint32_t tile = memory::v_at(v.stage).address;
+    __device__ __forceinline__ void await_values() {
         await(&notes.v_full[v.stage], v.parity);
-        for (int at = threadIdx.x % 128 * 16; at < bytes; at += 128 * 16) {
-            if (!is_spoilt<T>(tile + at)) continue;
-            notes.spoilt[jobs % 2] = jobs;
-            __threadfence_block();
-            for (int i = 0; i < 16; i += 4) usp_clear_pair<T>(tile + at + i);
-        }
-        publish_stores();
-        meet(MEET_GROUP + group, 128);
+        if (!unclean) return;
+        await(&notes.v_clean[v.stage], clean_parity >> v.stage & 1);
+        clean_parity ^= 1 << v.stage;
     }
 
     /* Scores of the step at k, of stage `stage` before it was left, to weights. MASKED is notes' word. */
@@ -182,11 +202,12 @@ template <typename T, typename Shape> struct computing_group {
         meet(MEET_TURN + group, 256);
         begin_products();
         issue_scores(scores);
-        await(&notes.v_full[v.stage], v.parity);
+        await_values();
         begin_products();
         issue_values();
-        pass(MEET_TURN + (group ^ 1), 256);
+        if (!Shape::long_turns) pass(MEET_TURN + (group ^ 1), 256);
         await_products<1>();
+        if (Shape::long_turns) pass(MEET_TURN + (group ^ 1), 256);
         pin(list_of<N>(scores));
         weigh<MASKED>(scores, pairs, rule, factor);
         await_products<0>();
@@ -196,7 +217,7 @@ template <typename T, typename Shape> struct computing_group {
         v.advance();
         scale_rows(out, factor);
         round_sums<T, K>(weights, scores);
-        if constexpr (MASKED) clean_values();
+        unclean = MASKED;
     }
 
     template <bool MASKED> __device__ __forceinline__ void begin(const row_pairs &pairs, const scoring &rule) {
@@ -210,15 +231,17 @@ template <typename T, typename Shape> struct computing_group {
         k.advance();
         scale_rows(out, factor);
         round_sums<T, K>(weights, scores);
-        if constexpr (MASKED) clean_values();
+        unclean = MASKED;
     }
 
-    __device__ __forceinline__ void end_steps() {
-        await(&notes.v_full[v.stage], v.parity);
+    /* Whether values were not finite is asked before the place may be filled again. */
+    __device__ __forceinline__ void end_steps(bool &spoilt) {
+        await_values();
         begin_products();
         issue_values();
         await_products<0>();
         pin(list_of<W>(out));
+        spoilt = notes.spoilt[jobs % 2] == jobs;
         leave(&notes.v_empty[v.stage]);
         v.advance();
     }
@@ -228,8 +251,8 @@ template <typename T, typename Shape> struct computing_group {
         return notes.step[k.stage];
     }
 
-    __device__ __forceinline__ void run_steps(const softmax_job &job) {
-        row_pairs pairs(args.pairs, job.begin + warp_row, job.count - warp_row);
+    __device__ __forceinline__ void run_steps(const softmax_job &job, bool &spoilt) {
+        row_pairs pairs(notes.low, notes.high, notes.query, warp_row);
         scoring rule(args, job.head);
         step_note step = next_step();
         if (step.masked)
@@ -244,7 +267,7 @@ template <typename T, typename Shape> struct computing_group {
                 go_on<false>(pairs, rule);
         }
         leave(&notes.job_empty); /* the queries have been read */
-        end_steps();
+        end_steps(spoilt);
     }
 
     __device__ __forceinline__ void run() {
@@ -253,15 +276,17 @@ template <typename T, typename Shape> struct computing_group {
             job_parity ^= 1;
             jobs++;
             forward_job now = notes.job;
-            if (now.job.count == 0) return;
+            if (now.job.count == 0) break;
+            bool spoilt = false;
             begin_rows(now.job);
             if (now.steps)
-                run_steps(now.job);
+                run_steps(now.job, spoilt);
             else
                 leave(&notes.job_empty);
             end_rows(now.job);
-            if (now.steps) mend_rows(now.job);
+            if (spoilt) mend_rows(now.job);
         }
+        await_boxes();
     }
 };
 
@@ -273,13 +298,14 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
     auto &notes = *shared_at<forward_notes<Shape>>(forward_memory<Shape>::notes);
     if (threadIdx.x == 0) {
         constexpr int warps = 4 * Shape::groups;
-        begin_arrivals(&notes.job_full, 1);
+        begin_arrivals(&notes.job_full, 4); /* warps that bring */
         begin_arrivals(&notes.job_empty, warps);
         for (int s = 0; s < Shape::stages; s++) {
             begin_arrivals(&notes.k_full[s], 1);
             begin_arrivals(&notes.v_full[s], 1);
             begin_arrivals(&notes.k_empty[s], warps);
             begin_arrivals(&notes.v_empty[s], warps);
+            begin_arrivals(&notes.v_clean[s], 3); /* watching warps */
         }
         publish_arrivals();
         for (int &spoilt : notes.spoilt) spoilt = 0;
@@ -287,10 +313,13 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<Shape::copying_registers>();
-        if (threadIdx.x < 32) copying_warp<Shape>(args, maps, notes).run();
+        if (uniform(threadIdx.x / 32) == 0)
+            copying_warp<Shape>(args, maps, notes).run();
+        else
+            watching_warps<T, Shape>(args, notes).run();
     } else {
         take_registers<Shape::computing_registers>();
-        computing_group<T, Shape>(args, notes).run();
+        computing_group<T, Shape>(args, maps, notes).run();
     }
 }
 
@@ -305,6 +334,8 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     USP_TRY(make_map(gpu, *args, args->dtype, false, args->q, args->dim, shape::rows, &maps.q));
     USP_TRY(make_map(gpu, *args, args->dtype, true, args->k, args->dim, shape::step, &maps.k));
     USP_TRY(make_map(gpu, *args, args->dtype, true, args->v, args->value_dim, shape::step, &maps.v));
+    maps.has_out = shape::boxes_out && args->last && is_copied(args->out);
+    if (maps.has_out) USP_TRY(make_map(gpu, *args, args->dtype, false, args->out, args->value_dim, 64, &maps.out));
     dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
     return usp_cuda_launch("softmax forward", softmax_wgmma_forward_kernel<T, shape>, grid, dim3(shape::threads),
                            forward_memory<shape>::bytes, stream, *args, maps);

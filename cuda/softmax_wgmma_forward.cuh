@@ -1,5 +1,5 @@
 /* softmax_wgmma_forward.cuh - forward softmax attention on Hopper: sizes of tiles, what lies in shared memory, and the
- * warp that copies there what the computing ones want. */
+ * warps that bring there what the computing ones want. */
 #ifndef USP_CUDA_SOFTMAX_WGMMA_FORWARD_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_FORWARD_CUH
 #include "softmax_extras.cuh"
@@ -16,6 +16,11 @@ template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct forward_shape
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
     static constexpr bool bends = EXTRAS & BENDS, drops = EXTRAS & DROPS, extras = EXTRAS != 0;
     static constexpr int rows = USP_WORK_ROWS, groups = 2, stages = 2, threads = 128 * (1 + groups);
+    /* Where exponentials take as long as products, a group's turn to multiply ends with its scores, not with its issue.
+     */
+    static constexpr bool long_turns = DIM <= 64;
+    /* Results leave by way of shared memory, where there is room for them. */
+    static constexpr bool boxes_out = DIM <= 128 && VALUE_DIM <= 128;
     /* Of 65536 / 384 = 168 a thread, what the copying warpgroup has to spare goes to the others. */
     static constexpr int copying_registers = 40, computing_registers = 232;
 };
@@ -31,10 +36,12 @@ template <typename Shape> struct forward_notes {
     static constexpr int stages = Shape::stages;
     arrivals job_full, job_empty;
     arrivals k_full[stages], k_empty[stages], v_full[stages], v_empty[stages];
+    arrivals v_clean[stages]; /* of masked steps: the values are finite, or were made so */
     forward_job job;
     int spoilt[2]; /* the last job of this parity whose values were not all finite */
     step_note step[stages];
     int key[stages][Shape::step], last[stages][Shape::step];
+    int low[Shape::rows], high[Shape::rows], query[Shape::rows]; /* of the job's rows */
 };
 
 template <typename Shape> struct forward_memory {
@@ -42,7 +49,9 @@ template <typename Shape> struct forward_memory {
     using k_tile = slabs<Shape::step, Shape::dim>;
     using v_tile = slabs<Shape::step, Shape::value_dim>;
     static constexpr int q = 0, k = q + q_tile::bytes, v = k + Shape::stages * k_tile::bytes;
-    static constexpr int notes = v + Shape::stages * v_tile::bytes;
+    static constexpr int out = v + Shape::stages * v_tile::bytes;
+    using out_tile = slabs<64, Shape::value_dim>; /* of one group */
+    static constexpr int notes = out + (Shape::boxes_out ? Shape::groups * out_tile::bytes : 0);
     static constexpr int bytes = notes + (int)sizeof(forward_notes<Shape>);
 
     static __device__ __forceinline__ q_tile q_at() {
@@ -54,10 +63,14 @@ template <typename Shape> struct forward_memory {
     static __device__ __forceinline__ v_tile v_at(int stage) {
         return {shared_base() + v + stage * v_tile::bytes};
     }
+    static __device__ __forceinline__ out_tile out_at(int group) {
+        return {shared_base() + out + group * out_tile::bytes};
+    }
 };
 
 struct forward_maps {
-    tile_map q, k, v;
+    tile_map q, k, v, out;
+    bool has_out; /* results may leave in boxes */
 };
 
 /* ---- the copying warp -------------------------------------------------------------------------------------------- */
@@ -126,6 +139,82 @@ template <typename Shape> struct copying_warp {
                 values = now.column;
             }
             if (values >= 0) copy_values(values, head, job.batch);
+        }
+    }
+};
+
+/* ---- the watching warps ------------------------------------------------------------------------------------------ */
+
+/* Three warps that walk as the copying one does: they note what usp_pairs says of a job's rows, and take what is not
+ * finite out of the values of masked steps, which have pairs of weight 0. */
+template <typename T, typename Shape> struct watching_warps {
+    using memory = forward_memory<Shape>;
+    using notes_type = forward_notes<Shape>;
+    static constexpr int threads = 96, most = (Shape::rows + threads - 1) / threads;
+    const usp_softmax &args;
+    notes_type &notes;
+    turn<Shape::stages> v;
+    int job_parity, jobs, thread;
+
+    __device__ __forceinline__ watching_warps(const usp_softmax &args_, notes_type &notes_)
+        : args(args_), notes(notes_), v{0, 0}, job_parity(0), jobs(0), thread(threadIdx.x - 32) {
+    }
+
+    static __device__ __forceinline__ void done(arrivals *at) {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(at);
+    }
+
+    /* What is noted is on its way while the place for it is awaited. */
+    __device__ __forceinline__ void start(const softmax_job &job) {
+        int low[most], high[most], query[most];
+        job_parity ^= 1;
+        jobs++;
+#pragma unroll
+        for (int n = 0; n < most; n++) {
+            int i = thread + n * threads;
+            low[n] = max(load_or(args.pairs.low, job.begin, i, job.count, NOWHERE + 1), NOWHERE + 1);
+            high[n] = load_or(args.pairs.high, job.begin, i, job.count, NOWHERE);
+            query[n] = args.pairs.last ? load_or(args.pairs.query, job.begin, i, job.count, 0) : 0;
+        }
+        await(&notes.job_empty, job_parity);
+#pragma unroll
+        for (int n = 0; n < most; n++) {
+            int i = thread + n * threads;
+            if (i >= Shape::rows) break;
+            notes.low[i] = low[n], notes.high[i] = high[n], notes.query[i] = query[n];
+        }
+        done(&notes.job_full);
+    }
+
+    __device__ __forceinline__ void clean(uint32_t tile) {
+        notes.spoilt[jobs % 2] = jobs;
+        for (int at = thread * 16; at < memory::v_tile::bytes; at += threads * 16)
+            for (int i = 0; i < 16; i += 4) usp_clear_pair<T>(tile + at + i);
+        publish_stores();
+    }
+
+    __device__ __forceinline__ void look(uint32_t tile) {
+        uint32_t taint = 0;
+#pragma unroll 4
+        for (int at = thread * 16; at < memory::v_tile::bytes; at += threads * 16)
+            taint = taint_of<T>(taint, tile + at);
+        if (taint != 0) clean(tile);
+    }
+
+    __device__ __forceinline__ void run() {
+        job_list jobs_left(args, false);
+        for (;;) {
+            softmax_job job = jobs_left.next(args, false);
+            start(job);
+            if (job.count == 0) return;
+            if (job.work->tiles == 0) continue;
+            for (tile_walk at(args.by_query, *job.work, 1); at.running(); at.advance(Shape::step), v.advance()) {
+                await(&notes.v_full[v.stage], v.parity);
+                if (at.full(Shape::step)) continue;
+                look(memory::v_at(v.stage).address);
+                done(&notes.v_clean[v.stage]);
+            }
         }
     }
 };

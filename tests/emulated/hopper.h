@@ -10,6 +10,7 @@
 #include <cuda_runtime.h>
 #include <deque>
 #include <functional>
+#include <map>
 #include <type_traits>
 #include <vector>
 
@@ -221,29 +222,48 @@ static inline void pin(uint32_t &) {
 }
 
 /* Boxes are read from shared memory as late as may be: when their thread waits for it. */
-static std::deque<std::vector<std::function<void()>>> boxes_added(1);
+typedef std::deque<std::vector<std::function<void()>>> emulated_boxes;
+static std::map<int, emulated_boxes> boxes_of; /* by thread */
 
-static inline void add_box(const tile_map *map, int element, int token, int head, int batch, uint32_t from) {
+static inline emulated_boxes &own_boxes() {
+    emulated_boxes &own = boxes_of[machine::thread()];
+    if (own.empty()) own.emplace_back();
+    return own;
+}
+/* Calls visit(element in memory, its address in shared memory) for each of a box whose rows are 128 bytes. */
+template <typename T, typename Visit>
+static inline void emulated_box(const tile_map *map, int element, int token, int head, int batch, uint32_t from,
+                                const Visit &visit) {
     emulated_map m;
     memcpy(&m, map, sizeof m);
     if (from % 1024) machine::fail("a box does not begin at a multiple of 1024 bytes");
-    boxes_added.back().push_back([=] {
+    own_boxes().back().push_back([=] {
         for (int row = 0; row < m.rows && token + row < m.extent[1]; row++)
-            for (int column = 0; column < 32 && element + column < m.extent[0]; column++) {
-                uint32_t place = from + (uint32_t)row * 128 + (uint32_t)column * 4;
-                float x, *to = (float *)(m.data + (element + column) * 4 + (token + row) * m.stride[0] +
-                                         head * m.stride[1] + batch * m.stride[2]);
-                memcpy(&x, machine::shared_memory() + (place ^ (place >> 7 & 7) << 4), 4);
-                *to += x;
+            for (int column = 0; column < 128 / (int)sizeof(T) && element + column < m.extent[0]; column++) {
+                uint32_t place = from + (uint32_t)row * 128 + (uint32_t)(column * (int)sizeof(T));
+                visit((T *)(m.data + (element + column) * (int)sizeof(T) + (token + row) * m.stride[0] +
+                            head * m.stride[1] + batch * m.stride[2]),
+                      machine::shared_memory() + (place ^ (place >> 7 & 7) << 4));
             }
     });
 }
+static inline void add_box(const tile_map *map, int element, int token, int head, int batch, uint32_t from) {
+    emulated_box<float>(map, element, token, head, batch, from, [](float *to, const unsigned char *at) {
+        float x;
+        memcpy(&x, at, 4);
+        *to += x;
+    });
+}
+static inline void store_box(const tile_map *map, int element, int token, int head, int batch, uint32_t from) {
+    emulated_box<uint16_t>(map, element, token, head, batch, from,
+                           [](uint16_t *to, const unsigned char *at) { memcpy(to, at, 2); });
+}
 static inline void end_boxes() {
-    boxes_added.emplace_back();
+    own_boxes().emplace_back();
 }
 template <int LEFT> static inline void await_reads() {
-    for (; boxes_added.size() > LEFT + 1; boxes_added.pop_front())
-        for (auto &add : boxes_added.front()) add();
+    for (emulated_boxes &own = own_boxes(); own.size() > LEFT + 1; own.pop_front())
+        for (auto &write : own.front()) write();
 }
 static inline void await_boxes() {
     await_reads<0>();
