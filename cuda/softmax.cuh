@@ -153,6 +153,7 @@ struct scoring {
     float scale, cap, into_cap, slope, unit;
     bool bent;
 
+    scoring() = default;
     __device__ __forceinline__ scoring(const usp_softmax &args, int head)
         : scale(args.scale * LOG2E), cap(args.soft_cap * LOG2E), into_cap(0), slope(0), unit(scale), bent(false) {
         if (args.soft_cap > 0) into_cap = args.scale / args.soft_cap;

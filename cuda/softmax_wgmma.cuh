@@ -33,6 +33,14 @@ template <int N> static __device__ __forceinline__ float (&list_of(usp_sums<1, N
     return reinterpret_cast<float(&)[N * 4]>(c);
 }
 
+template <int W> static __device__ __forceinline__ void copy_sums(usp_sums<1, W> &to, const usp_sums<1, W> &from) {
+#pragma unroll
+    for (int n = 0; n < W; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[0][n][i] = from[0][n][i];
+    }
+}
+
 /* c = a b^T for the 64 rows of a from `row` on. */
 template <typename T, int N, int ROWS, int STEP, int DIM>
 static __device__ __forceinline__ void issue_rows(usp_sums<1, N> &c, slabs<ROWS, DIM> a, int row, slabs<STEP, DIM> b) {
@@ -157,7 +165,7 @@ static __device__ __forceinline__ void note_keys(const usp_pairs &pairs, const t
 struct row_pairs {
     int low[2], high[2], query[2];
 
-    __device__ __forceinline__ row_pairs(const int *low_, const int *high_, const int *query_, int first) {
+    __device__ __forceinline__ void read(const int *low_, const int *high_, const int *query_, int first) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int i = first + usp_lane_row(0, r);

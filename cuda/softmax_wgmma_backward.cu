@@ -180,19 +180,24 @@ template <typename T, typename Shape> struct backward_group {
         end_products();
     }
 
-    /* Leaves dq of the step to be added to the sums. */
+    /* Leaves dq of the step to be added to the sums. Chunks of 16 bytes are swizzled by row & 7; neighbouring rows
+     * would meet in the same banks, so odd ones write their column blocks in another order. */
     __device__ __forceinline__ void leave_queries(const usp_sums<1, D / 2> &dq) {
         await(&notes.dq_empty[group], dq_parity ^ 1);
         dq_parity ^= 1;
         int row = warp_row - group * 64 + usp_lane_row(0, 0), half = (threadIdx.x & 3) / 2;
-        uint32_t to = memory::dq_at(group) + row * 128 + ((half ^ (row & 7)) << 4) + (threadIdx.x & 1) * 8;
+        bool odd = row & 1;
+        uint32_t to = memory::dq_at(group) + row * 128 + ((half ^ (row & 7) ^ odd << 2) << 4) + (threadIdx.x & 1) * 8;
         pin(to);
 #pragma unroll
         for (int n = 0; n < D / 2; n++) {
 #pragma unroll
-            for (int r = 0; r < 2; r++)
-                store_shared_pair((to ^ n % 4 << 5) + n / 4 * memory::dq_box + r * 1024, dq[0][n][r * 2] * args.scale,
-                                  dq[0][n][r * 2 + 1] * args.scale);
+            for (int r = 0; r < 2; r++) {
+                float x = odd ? dq[0][n ^ 2][r * 2] : dq[0][n][r * 2];
+                float y = odd ? dq[0][n ^ 2][r * 2 + 1] : dq[0][n][r * 2 + 1];
+                store_shared_pair((to ^ n % 4 << 5) + n / 4 * memory::dq_box + r * 1024, x * args.scale,
+                                  y * args.scale);
+            }
         }
         publish_stores();
         leave(&notes.dq_full[group]);
@@ -201,14 +206,6 @@ template <typename T, typename Shape> struct backward_group {
     template <int W> __device__ __forceinline__ void clear(usp_sums<1, W> &c) {
 #pragma unroll
         for (int n = 0; n < W; n++) c[0][n][0] = c[0][n][1] = c[0][n][2] = c[0][n][3] = 0;
-    }
-
-    template <int W> static __device__ __forceinline__ void copy_sums(usp_sums<1, W> &to, const usp_sums<1, W> &from) {
-#pragma unroll
-        for (int n = 0; n < W; n++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) to[0][n][i] = from[0][n][i];
-        }
     }
 
     __device__ __forceinline__ void issue_scores(usp_sums<1, N> &s) {

@@ -16,73 +16,88 @@ template <typename T, typename Shape> struct computing_group {
     notes_type &notes;
     int group, warp_row; /* this warp's first row of the job */
     turn<Shape::stages> k, v;
-    int job_parity, clean_parity; /* of v_clean: a bit a stage */
-    bool unclean;                 /* the values that come next are of a masked step */
+    turn<Shape::slots> slot; /* of the next job */
+    int clean_parity;        /* of v_clean: a bit a stage */
+    bool unclean;            /* the values that come next are of a masked step */
+    bool held;               /* the place of the job before */
 
     usp_sums<1, W> out;
     left_operand<K> weights;
-    online_softmax<1, 0> online;
-    int jobs; /* so far */
-    lane_peaks<1> peaks;
-    int diagonal[2]; /* with extras: of this lane's rows */
-    uint64_t word[2];
+    int jobs; /* with steps, so far */
+
+    /* What is kept of this lane's rows of a job, beside out. */
+    struct job_rows {
+        online_softmax<1, 0> online;
+        row_pairs pairs;
+        scoring rule;
+        lane_peaks<1> peaks; /* with extras, as what follows */
+        int diagonal[2];
+        uint64_t word[2];
+    };
 
     __device__ __forceinline__ computing_group(const usp_softmax &args_, const forward_maps &maps_, notes_type &notes_)
         : args(args_), maps(maps_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
-          warp_row((threadIdx.x / 32 - 4) * 16), k{0, 0}, v{0, 0}, job_parity(0), clean_parity(0), unclean(false),
-          jobs(0) {
+          warp_row((threadIdx.x / 32 - 4) * 16), k{0, 0}, v{0, 0}, slot{0, 0}, clean_parity(0), unclean(false),
+          held(false), jobs(0) {
         if (group == 1) pass(MEET_TURN, 256);
     }
 
     /* ---- rows */
 
-    __device__ __forceinline__ void begin_rows(const softmax_job &job) {
-        int rows = job.count - warp_row;
+    __device__ __forceinline__ void begin_rows(job_rows &to, const softmax_job &job) {
+        int place = slot.stage, rows = job.count - warp_row;
         int64_t line = line_of(args, job.batch, job.head, job.begin + warp_row);
-        usp_tensor acc = acc_tensor(args);
-#pragma unroll
-        for (int n = 0; n < W; n++) out[0][n][0] = out[0][n][1] = out[0][n][2] = out[0][n][3] = 0;
-        if (!args.first)
-            usp_scale_add(out, 1, usp_row<float>(acc, job.begin + warp_row, job.batch, job.head), acc.stride_token,
-                          rows, args.value_dim);
+        to.pairs.read(notes.low[place], notes.high[place], notes.query[place], warp_row);
+        to.rule = scoring(args, job.head);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int row = usp_lane_row(0, i);
             bool kept = !args.first && row < rows;
-            online.begin(i, {kept ? args.top[line + row] : -INFINITY, kept ? args.sum[line + row] : 0});
+            to.online.begin(i, {kept ? args.top[line + row] : -INFINITY, kept ? args.sum[line + row] : 0});
         }
-        if constexpr (Shape::extras) begin_extras(job, rows);
+        if constexpr (Shape::extras) begin_extras(to, job, rows);
     }
 
-    __device__ __forceinline__ void begin_extras(const softmax_job &job, int rows) {
-        peaks = {};
+    __device__ __forceinline__ void begin_extras(job_rows &to, const softmax_job &job, int rows) {
+        to.peaks = {};
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int row = usp_lane_row(0, r), query = job.begin + warp_row + row;
-            diagonal[r] = bias_position(args, args.pairs.diagonal, job.begin + warp_row, row, rows);
-            word[r] = 0;
+            to.diagonal[r] = bias_position(args, args.pairs.diagonal, job.begin + warp_row, row, rows);
+            to.word[r] = 0;
             if (Shape::drops && args.dropout.rate > 0 && row < rows)
-                word[r] = dropout_row(args, job.batch, job.head, query);
+                to.word[r] = dropout_row(args, job.batch, job.head, query);
         }
     }
 
-    __device__ __forceinline__ void end_rows(const softmax_job &job) {
+    __device__ __forceinline__ void begin_out(const softmax_job &job, const float (&factor)[2]) {
+        int rows = job.count - warp_row;
+        usp_tensor acc = acc_tensor(args);
+#pragma unroll
+        for (int n = 0; n < W; n++) out[0][n][0] = out[0][n][1] = out[0][n][2] = out[0][n][3] = 0;
+        if (args.first) return;
+        usp_scale_add(out, 1, usp_row<float>(acc, job.begin + warp_row, job.batch, job.head), acc.stride_token, rows,
+                      args.value_dim);
+        scale_rows(out, factor);
+    }
+
+    __device__ __forceinline__ void end_rows(const job_rows &from, const softmax_job &job, int place) {
         int rows = job.count - warp_row, first_row = job.begin + warp_row;
         int64_t line = line_of(args, job.batch, job.head, first_row);
         float sink = sink_of(args, job.head), kept = Shape::drops ? 1 / (1 - args.dropout.rate) : 1;
-        if (Shape::bends && Shape::drops && args.peak) peaks.store(args, line, rows, scoring(args, job.head).unit);
+        if (Shape::bends && Shape::drops && args.peak) from.peaks.store(args, line, rows, scoring(args, job.head).unit);
         int own = threadIdx.x & 3, own_row = usp_lane_row(0, own % 2); /* one of four lanes writes a row's state */
         row_state own_state = {};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            row_state state = online.kept(i);
+            row_state state = from.online.kept(i);
             float factor = finish_row(state, sink, kept);
             multiply_row(i, out, args.last ? factor : 1);
             if (i == own) own_state = state;
         }
         if (own < 2 && own_row < rows) store_state(args, line + own_row, own_state);
         if (Shape::boxes_out && args.last && maps.has_out && job.count == Shape::rows) {
-            store_out(job);
+            store_out(job, place);
         } else if (args.last) {
             usp_store(out, usp_row<T>(args.out, first_row, job.batch, job.head), args.out.stride_token, rows,
                       args.value_dim);
@@ -92,13 +107,11 @@ template <typename T, typename Shape> struct computing_group {
         }
     }
 
-    /* The group's rows, by way of shared memory, where chunks of 16 bytes are swizzled by row & 7. */
-    __device__ __forceinline__ void store_out(const softmax_job &job) {
+    /* The group's rows, by way of where its queries lay; chunks of 16 bytes are swizzled by row & 7. */
+    __device__ __forceinline__ void store_out(const softmax_job &job, int place) {
         bool leads = threadIdx.x % 128 == 0;
-        int row = warp_row - group * 64 + usp_lane_row(0, 0);
-        uint32_t to = memory::out_at(group).address + row * 128 + ((row & 7) << 4) + (threadIdx.x & 3) * 4;
-        if (leads) await_reads<0>(); /* of the last job's */
-        meet(MEET_GROUP + group, 128);
+        int row = warp_row + usp_lane_row(0, 0);
+        uint32_t to = memory::out_at(place).address + row * 128 + ((row & 7) << 4) + (threadIdx.x & 3) * 4;
 #pragma unroll
         for (int n = 0; n < W; n++) {
 #pragma unroll
@@ -112,7 +125,7 @@ template <typename T, typename Shape> struct computing_group {
 #pragma unroll
         for (int s = 0; s < Shape::value_dim / 64; s++)
             store_box(&maps.out, s * 64, job.begin + group * 64, job.head, job.batch,
-                      memory::out_at(group).address + s * memory::out_tile::slab);
+                      memory::out_at(place).address + s * memory::out_tile::slab + group * 64 * 128);
         end_boxes();
     }
 
@@ -135,8 +148,8 @@ template <typename T, typename Shape> struct computing_group {
         if (threadIdx.x % 32 == 0) arrive(at);
     }
 
-    __device__ __forceinline__ void issue_scores(usp_sums<1, N> &scores) {
-        issue_rows<T>(scores, memory::q_at(), group * 64, memory::k_at(k.stage));
+    __device__ __forceinline__ void issue_scores(usp_sums<1, N> &scores, int place) {
+        issue_rows<T>(scores, memory::q_at(place), group * 64, memory::k_at(k.stage));
         end_products();
     }
 
@@ -159,7 +172,7 @@ template <typename T, typename Shape> struct computing_group {
     }
 
     /* Takes dropped weights out, a column block after the other: side by side they would not fit the registers. */
-    __device__ __forceinline__ void drop(usp_sums<1, N> &weights) {
+    __device__ __forceinline__ void drop(usp_sums<1, N> &weights, const uint64_t (&word)[2]) {
         uint32_t limit = usp_dropout_limit(args.dropout.rate), keys = shared_address(notes.key[k.stage]);
 #pragma unroll
         for (int n = 0; n < N; n++) {
@@ -176,32 +189,36 @@ template <typename T, typename Shape> struct computing_group {
 
     /* Scores of the step at k to weights; the stage is left. */
     template <bool MASKED>
-    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, const row_pairs &pairs, const scoring &rule,
-                                          float (&factor)[2]) {
+    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows, float (&factor)[2]) {
         if constexpr (!Shape::extras) {
-            mask_scores<MASKED>(scores, pairs, k.stage);
+            mask_scores<MASKED>(scores, rows.pairs, k.stage);
             leave(&notes.k_empty[k.stage]);
-            online.weigh(scores, rule.unit, factor);
+            rows.online.weigh(scores, rows.rule.unit, factor);
         } else {
             auto key = [&](int i) { return notes.key[k.stage][i]; };
             if constexpr (Shape::bends)
                 bend_scores(
-                    scores, rule, [&](int r) { return diagonal[r]; }, key);
-            mask_scores<MASKED>(scores, pairs, k.stage);
-            if constexpr (Shape::bends && Shape::drops) peaks.look(scores);
-            online.weigh(scores, rule.unit, factor);
-            if constexpr (Shape::drops) drop(scores);
+                    scores, rows.rule, [&](int r) { return rows.diagonal[r]; }, key);
+            mask_scores<MASKED>(scores, rows.pairs, k.stage);
+            if constexpr (Shape::bends && Shape::drops) rows.peaks.look(scores);
+            rows.online.weigh(scores, rows.rule.unit, factor);
+            if constexpr (Shape::drops) drop(scores, rows.word);
             leave(&notes.k_empty[k.stage]);
         }
     }
 
-    /* While the values of the step before are multiplied. */
-    template <bool MASKED> __device__ __forceinline__ void go_on(const row_pairs &pairs, const scoring &rule) {
-        usp_sums<1, N> scores;
-        float factor[2];
+    /* The compiler would find weights behind the wait for the values, which it takes to be free of them; what is stored
+     * before the wait it has found before. */
+    __device__ __forceinline__ void settle(const job_rows &rows) {
+        uint32_t word = shared_address(&notes.settled[threadIdx.x / 32 - 4]);
+        if (threadIdx.x % 32 == 0) store_shared(word, __float_as_uint(rows.online.sum[0] + rows.online.sum[1]));
+    }
+
+    /* Scores of the step at k, and under their softmax the values of the step before. */
+    __device__ __forceinline__ void issue_both(usp_sums<1, N> &scores, int place) {
         meet(MEET_TURN + group, 256);
         begin_products();
-        issue_scores(scores);
+        issue_scores(scores, place);
         await_values();
         begin_products();
         issue_values();
@@ -209,41 +226,58 @@ template <typename T, typename Shape> struct computing_group {
         await_products<1>();
         if (Shape::long_turns) pass(MEET_TURN + (group ^ 1), 256);
         pin(list_of<N>(scores));
-        weigh<MASKED>(scores, pairs, rule, factor);
+    }
+
+    __device__ __forceinline__ void leave_values() {
         await_products<0>();
         pin(list_of<W>(out));
         leave(&notes.v_empty[v.stage]);
-        k.advance();
         v.advance();
-        scale_rows(out, factor);
+    }
+
+    template <bool MASKED> __device__ __forceinline__ void end_step(usp_sums<1, N> &scores) {
+        k.advance();
         round_sums<T, K>(weights, scores);
         unclean = MASKED;
     }
 
-    template <bool MASKED> __device__ __forceinline__ void begin(const row_pairs &pairs, const scoring &rule) {
+    template <bool MASKED> __device__ __forceinline__ void go_on(job_rows &rows, int place) {
         usp_sums<1, N> scores;
         float factor[2];
-        begin_products();
-        issue_scores(scores);
-        await_products<0>();
-        pin(list_of<N>(scores));
-        weigh<MASKED>(scores, pairs, rule, factor);
-        k.advance();
+        issue_both(scores, place);
+        weigh<MASKED>(scores, rows, factor);
+        settle(rows);
+        leave_values();
         scale_rows(out, factor);
-        round_sums<T, K>(weights, scores);
-        unclean = MASKED;
+        end_step<MASKED>(scores);
     }
 
-    /* Whether values were not finite is asked before the place may be filled again. */
-    __device__ __forceinline__ void end_steps(bool &spoilt) {
+    /* A job's first step, nothing being under way. */
+    template <bool MASKED> __device__ __forceinline__ void begin(job_rows &rows, int place, float (&factor)[2]) {
+        usp_sums<1, N> scores;
+        begin_products();
+        issue_scores(scores, place);
+        await_products<0>();
+        pin(list_of<N>(scores));
+        weigh<MASKED>(scores, rows, factor);
+        end_step<MASKED>(scores);
+    }
+
+    /* A job's first step, while the last values of the job before are multiplied. */
+    template <bool MASKED> __device__ __forceinline__ void follow(job_rows &rows, int place, float (&factor)[2]) {
+        usp_sums<1, N> scores;
+        issue_both(scores, place);
+        weigh<MASKED>(scores, rows, factor);
+        settle(rows);
+        leave_values();
+        end_step<MASKED>(scores);
+    }
+
+    __device__ __forceinline__ void end_steps() {
         await_values();
         begin_products();
         issue_values();
-        await_products<0>();
-        pin(list_of<W>(out));
-        spoilt = notes.spoilt[jobs % 2] == jobs;
-        leave(&notes.v_empty[v.stage]);
-        v.advance();
+        leave_values();
     }
 
     __device__ __forceinline__ step_note next_step() {
@@ -251,40 +285,88 @@ template <typename T, typename Shape> struct computing_group {
         return notes.step[k.stage];
     }
 
-    __device__ __forceinline__ void run_steps(const softmax_job &job, bool &spoilt) {
-        row_pairs pairs(notes.low, notes.high, notes.query, warp_row);
-        scoring rule(args, job.head);
+    /* ---- jobs */
+
+    /* A job whose first step is done, if it has steps. */
+    struct begun_job {
+        forward_job what;
+        job_rows rows;
+        float factor[2]; /* of what was summed before */
+        bool goes_on;    /* there are more steps */
+        int place;
+    };
+
+    /* FOLLOWS: under the last values of the job before. */
+    template <bool FOLLOWS> __device__ __forceinline__ void begin_steps(begun_job &to) {
         step_note step = next_step();
-        if (step.masked)
-            begin<true>(pairs, rule);
+        to.goes_on = !step.last;
+        if (FOLLOWS && step.masked)
+            follow<true>(to.rows, to.place, to.factor);
+        else if (FOLLOWS)
+            follow<false>(to.rows, to.place, to.factor);
+        else if (step.masked)
+            begin<true>(to.rows, to.place, to.factor);
         else
-            begin<false>(pairs, rule);
-        while (!step.last) {
-            step = next_step();
+            begin<false>(to.rows, to.place, to.factor);
+    }
+
+    /* The next job; `pending`: the last values of the job before are still to be multiplied. */
+    __device__ __forceinline__ void begin_job(begun_job &to, bool pending) {
+        await(&notes.job_full[slot.stage], slot.parity);
+        to.what = notes.job[slot.stage];
+        to.place = slot.stage;
+        to.goes_on = false;
+        to.factor[0] = to.factor[1] = 1;
+        begin_rows(to.rows, to.what.job);
+        if (pending && to.what.steps)
+            begin_steps<true>(to);
+        else if (pending)
+            end_steps();
+        else if (to.what.steps)
+            begin_steps<false>(to);
+        slot.advance();
+    }
+
+    /* The place of the job before, whose results have been read by now. */
+    __device__ __forceinline__ void leave_last(int place) {
+        if (!held) return;
+        held = false;
+        if (threadIdx.x % 128 == 0) await_reads<0>();
+        leave(&notes.job_empty[place ^ 1]);
+    }
+
+    __device__ __forceinline__ void run_job(begun_job &now) {
+        begin_out(now.what.job, now.factor);
+        leave_last(now.place);
+        while (now.goes_on) {
+            step_note step = next_step();
+            now.goes_on = !step.last;
             if (step.masked)
-                go_on<true>(pairs, rule);
+                go_on<true>(now.rows, now.place);
             else
-                go_on<false>(pairs, rule);
+                go_on<false>(now.rows, now.place);
         }
-        leave(&notes.job_empty); /* the queries have been read */
-        end_steps(spoilt);
+        if (!Shape::overlaps) leave(&notes.job_empty[0]); /* the queries have been read */
+    }
+
+    __device__ __forceinline__ void end_job(const begun_job &now) {
+        jobs += now.what.steps;
+        bool spoilt = now.what.steps && notes.spoilt[jobs % 4] == jobs;
+        end_rows(now.rows, now.what.job, now.place);
+        if (spoilt) mend_rows(now.what.job);
+        held = Shape::overlaps;
     }
 
     __device__ __forceinline__ void run() {
-        for (;;) {
-            await(&notes.job_full, job_parity);
-            job_parity ^= 1;
-            jobs++;
-            forward_job now = notes.job;
-            if (now.job.count == 0) break;
-            bool spoilt = false;
-            begin_rows(now.job);
-            if (now.steps)
-                run_steps(now.job, spoilt);
-            else
-                leave(&notes.job_empty);
-            end_rows(now.job);
-            if (spoilt) mend_rows(now.job);
+        begun_job now, next;
+        for (begin_job(now, false); now.what.job.count > 0; now = next) {
+            run_job(now);
+            if (Shape::overlaps)
+                begin_job(next, now.what.steps);
+            else if (now.what.steps)
+                end_steps();
+            end_job(now);
+            if (!Shape::overlaps) begin_job(next, false);
         }
         await_boxes();
     }
@@ -298,14 +380,16 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
     auto &notes = *shared_at<forward_notes<Shape>>(forward_memory<Shape>::notes);
     if (threadIdx.x == 0) {
         constexpr int warps = 4 * Shape::groups;
-        begin_arrivals(&notes.job_full, 4); /* warps that bring */
-        begin_arrivals(&notes.job_empty, warps);
+        for (int s = 0; s < Shape::slots; s++) {
+            begin_arrivals(&notes.job_full[s], 2); /* the copying warp, the one that notes rows */
+            begin_arrivals(&notes.job_empty[s], warps);
+        }
         for (int s = 0; s < Shape::stages; s++) {
             begin_arrivals(&notes.k_full[s], 1);
             begin_arrivals(&notes.v_full[s], 1);
             begin_arrivals(&notes.k_empty[s], warps);
             begin_arrivals(&notes.v_empty[s], warps);
-            begin_arrivals(&notes.v_clean[s], 3); /* watching warps */
+            begin_arrivals(&notes.v_clean[s], 2); /* watching warps */
         }
         publish_arrivals();
         for (int &spoilt : notes.spoilt) spoilt = 0;
@@ -313,8 +397,11 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<Shape::copying_registers>();
-        if (uniform(threadIdx.x / 32) == 0)
+        int warp = uniform(threadIdx.x / 32);
+        if (warp == 0)
             copying_warp<Shape>(args, maps, notes).run();
+        else if (warp == 1)
+            note_rows<Shape>(args, notes);
         else
             watching_warps<T, Shape>(args, notes).run();
     } else {

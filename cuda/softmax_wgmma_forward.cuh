@@ -19,8 +19,10 @@ template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct forward_shape
     /* Where exponentials take as long as products, a group's turn to multiply ends with its scores, not with its issue.
      */
     static constexpr bool long_turns = DIM <= 64;
-    /* Results leave by way of shared memory, where there is room for them. */
-    static constexpr bool boxes_out = DIM <= 128 && VALUE_DIM <= 128;
+    /* Two jobs at a time, where their queries fit: the next one's first scores run under the last values of this one,
+     * whose results leave from where its queries lay. */
+    static constexpr int slots = DIM <= 128 ? 2 : 1;
+    static constexpr bool overlaps = slots > 1, boxes_out = overlaps && VALUE_DIM <= DIM;
     /* Of 65536 / 384 = 168 a thread, what the copying warpgroup has to spare goes to the others. */
     static constexpr int copying_registers = 40, computing_registers = 232;
 };
@@ -33,29 +35,30 @@ struct forward_job {
 };
 
 template <typename Shape> struct forward_notes {
-    static constexpr int stages = Shape::stages;
-    arrivals job_full, job_empty;
+    static constexpr int stages = Shape::stages, slots = Shape::slots;
+    arrivals job_full[slots], job_empty[slots];
     arrivals k_full[stages], k_empty[stages], v_full[stages], v_empty[stages];
     arrivals v_clean[stages]; /* of masked steps: the values are finite, or were made so */
-    forward_job job;
-    int spoilt[2]; /* the last job of this parity whose values were not all finite */
+    forward_job job[slots];
+    int spoilt[4]; /* the last job of this number mod 4 whose values were not all finite; jobs without steps have none
+                    */
+    uint32_t settled[4 * Shape::groups]; /* of each computing warp; nobody reads it */
     step_note step[stages];
     int key[stages][Shape::step], last[stages][Shape::step];
-    int low[Shape::rows], high[Shape::rows], query[Shape::rows]; /* of the job's rows */
+    int low[slots][Shape::rows], high[slots][Shape::rows], query[slots][Shape::rows]; /* of a job's rows */
 };
 
 template <typename Shape> struct forward_memory {
     using q_tile = slabs<Shape::rows, Shape::dim>;
     using k_tile = slabs<Shape::step, Shape::dim>;
     using v_tile = slabs<Shape::step, Shape::value_dim>;
-    static constexpr int q = 0, k = q + q_tile::bytes, v = k + Shape::stages * k_tile::bytes;
-    static constexpr int out = v + Shape::stages * v_tile::bytes;
-    using out_tile = slabs<64, Shape::value_dim>; /* of one group */
-    static constexpr int notes = out + (Shape::boxes_out ? Shape::groups * out_tile::bytes : 0);
+    static constexpr int q = 0, k = q + Shape::slots * q_tile::bytes, v = k + Shape::stages * k_tile::bytes;
+    using out_tile = slabs<Shape::rows, Shape::value_dim>;
+    static constexpr int notes = v + Shape::stages * v_tile::bytes;
     static constexpr int bytes = notes + (int)sizeof(forward_notes<Shape>);
 
-    static __device__ __forceinline__ q_tile q_at() {
-        return {shared_base() + q};
+    static __device__ __forceinline__ q_tile q_at(int slot) {
+        return {shared_base() + q + slot * q_tile::bytes};
     }
     static __device__ __forceinline__ k_tile k_at(int stage) {
         return {shared_base() + k + stage * k_tile::bytes};
@@ -63,8 +66,9 @@ template <typename Shape> struct forward_memory {
     static __device__ __forceinline__ v_tile v_at(int stage) {
         return {shared_base() + v + stage * v_tile::bytes};
     }
-    static __device__ __forceinline__ out_tile out_at(int group) {
-        return {shared_base() + out + group * out_tile::bytes};
+    /* In the place of the queries: each group's results in that of its own. */
+    static __device__ __forceinline__ out_tile out_at(int slot) {
+        return {shared_base() + q + slot * q_tile::bytes};
     }
 };
 
@@ -82,21 +86,23 @@ template <typename Shape> struct copying_warp {
     const forward_maps &maps;
     notes_type &notes;
     turn<Shape::stages> k, v;
-    int job_parity;
+    turn<Shape::slots> slot;
     bool leads;
 
     __device__ __forceinline__ copying_warp(const usp_softmax &args_, const forward_maps &maps_, notes_type &notes_)
-        : args(args_), maps(maps_), notes(notes_), k{0, 0}, v{0, 0}, job_parity(0), leads(threadIdx.x % 32 == 0) {
+        : args(args_), maps(maps_), notes(notes_), k{0, 0}, v{0, 0}, slot{0, 0}, leads(threadIdx.x % 32 == 0) {
     }
 
     /* The queries of a job, and what it is. */
     __device__ __forceinline__ void start(const softmax_job &job, bool steps) {
-        job_parity ^= 1;
-        if (!leads) return;
-        await(&notes.job_empty, job_parity);
-        notes.job = {job, steps};
-        arrive_with(&notes.job_full, steps ? memory::q_tile::bytes : 0);
-        if (steps) memory::q_at().copy(&maps.q, job.begin, job.head, job.batch, &notes.job_full);
+        arrivals *full = &notes.job_full[slot.stage];
+        if (leads) {
+            await(&notes.job_empty[slot.stage], slot.parity ^ 1);
+            notes.job[slot.stage] = {job, steps};
+            arrive_with(full, steps ? memory::q_tile::bytes : 0);
+            if (steps) memory::q_at(slot.stage).copy(&maps.q, job.begin, job.head, job.batch, full);
+        }
+        slot.advance();
     }
 
     __device__ __forceinline__ void copy_keys(const tile_walk &at, bool last, int head, int batch) {
@@ -143,52 +149,56 @@ template <typename Shape> struct copying_warp {
     }
 };
 
-/* ---- the watching warps ------------------------------------------------------------------------------------------ */
+/* ---- warps beside the copying one -------------------------------------------------------------------------------- */
 
-/* Three warps that walk as the copying one does: they note what usp_pairs says of a job's rows, and take what is not
- * finite out of the values of masked steps, which have pairs of weight 0. */
-template <typename T, typename Shape> struct watching_warps {
-    using memory = forward_memory<Shape>;
-    using notes_type = forward_notes<Shape>;
-    static constexpr int threads = 96, most = (Shape::rows + threads - 1) / threads;
-    const usp_softmax &args;
-    notes_type &notes;
-    turn<Shape::stages> v;
-    int job_parity, jobs, thread;
+static __device__ __forceinline__ void warp_done(arrivals *at) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(at);
+}
 
-    __device__ __forceinline__ watching_warps(const usp_softmax &args_, notes_type &notes_)
-        : args(args_), notes(notes_), v{0, 0}, job_parity(0), jobs(0), thread(threadIdx.x - 32) {
-    }
-
-    static __device__ __forceinline__ void done(arrivals *at) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(at);
-    }
-
-    /* What is noted is on its way while the place for it is awaited. */
-    __device__ __forceinline__ void start(const softmax_job &job) {
-        int low[most], high[most], query[most];
-        job_parity ^= 1;
-        jobs++;
+/* A warp that notes what usp_pairs says of a job's rows. It is on its way while the place for it is awaited. */
+template <typename Shape>
+static __device__ __forceinline__ void note_rows(const usp_softmax &args, forward_notes<Shape> &notes) {
+    constexpr int most = Shape::rows / 32;
+    turn<Shape::slots> slot = {0, 0};
+    job_list list(args, false);
+    for (softmax_job job = {nullptr, 0, 1, 0, 0}; job.count > 0; slot.advance()) {
+        int low[most], high[most], query[most], lane = threadIdx.x % 32;
+        job = list.next(args, false);
 #pragma unroll
         for (int n = 0; n < most; n++) {
-            int i = thread + n * threads;
+            int i = lane + n * 32;
             low[n] = max(load_or(args.pairs.low, job.begin, i, job.count, NOWHERE + 1), NOWHERE + 1);
             high[n] = load_or(args.pairs.high, job.begin, i, job.count, NOWHERE);
             query[n] = args.pairs.last ? load_or(args.pairs.query, job.begin, i, job.count, 0) : 0;
         }
-        await(&notes.job_empty, job_parity);
+        await(&notes.job_empty[slot.stage], slot.parity ^ 1);
 #pragma unroll
         for (int n = 0; n < most; n++) {
-            int i = thread + n * threads;
-            if (i >= Shape::rows) break;
-            notes.low[i] = low[n], notes.high[i] = high[n], notes.query[i] = query[n];
+            notes.low[slot.stage][lane + n * 32] = low[n];
+            notes.high[slot.stage][lane + n * 32] = high[n];
+            notes.query[slot.stage][lane + n * 32] = query[n];
         }
-        done(&notes.job_full);
+        warp_done(&notes.job_full[slot.stage]);
+    }
+}
+
+/* Two warps that walk as the copying one does, and take what is not finite out of the values of masked steps, which
+ * have pairs of weight 0. */
+template <typename T, typename Shape> struct watching_warps {
+    using memory = forward_memory<Shape>;
+    static constexpr int threads = 64;
+    const usp_softmax &args;
+    forward_notes<Shape> &notes;
+    turn<Shape::stages> v;
+    int jobs, thread;
+
+    __device__ __forceinline__ watching_warps(const usp_softmax &args_, forward_notes<Shape> &notes_)
+        : args(args_), notes(notes_), v{0, 0}, jobs(0), thread(threadIdx.x - 64) {
     }
 
     __device__ __forceinline__ void clean(uint32_t tile) {
-        notes.spoilt[jobs % 2] = jobs;
+        notes.spoilt[jobs % 4] = jobs;
         for (int at = thread * 16; at < memory::v_tile::bytes; at += threads * 16)
             for (int i = 0; i < 16; i += 4) usp_clear_pair<T>(tile + at + i);
         publish_stores();
@@ -203,17 +213,17 @@ template <typename T, typename Shape> struct watching_warps {
     }
 
     __device__ __forceinline__ void run() {
-        job_list jobs_left(args, false);
+        job_list list(args, false);
         for (;;) {
-            softmax_job job = jobs_left.next(args, false);
-            start(job);
+            softmax_job job = list.next(args, false);
             if (job.count == 0) return;
             if (job.work->tiles == 0) continue;
+            jobs++;
             for (tile_walk at(args.by_query, *job.work, 1); at.running(); at.advance(Shape::step), v.advance()) {
                 await(&notes.v_full[v.stage], v.parity);
                 if (at.full(Shape::step)) continue;
                 look(memory::v_at(v.stage).address);
-                done(&notes.v_clean[v.stage]);
+                warp_done(&notes.v_clean[v.stage]);
             }
         }
     }

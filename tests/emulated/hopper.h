@@ -34,6 +34,12 @@
 
 using std::isfinite;
 
+static inline uint32_t __float_as_uint(float x) {
+    uint32_t word;
+    memcpy(&word, &x, sizeof word);
+    return word;
+}
+
 static inline int min(int a, int b) {
     return a < b ? a : b;
 }
