@@ -95,6 +95,13 @@ static __device__ __forceinline__ void publish_stores() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/* ---- sums in memory ---------------------------------------------------------------------------------------------- */
+
+/* Adds two fp32 numbers at an 8-byte boundary, each by itself, in any order among blocks. */
+static __device__ __forceinline__ void add_pair(float *to, float x, float y) {
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+}
+
 /* ---- products of a warpgroup (wgmma) ----------------------------------------------------------------------------- */
 
 /* Describes a tile of swizzled rows of 128 bytes (64 elements) `offset` bytes behind a shared address. `slab`: bytes
@@ -134,6 +141,11 @@ template <int N> static __device__ __forceinline__ void pin(uint32_t (&a)[N]) {
 /* What follows from x is computed anew behind here, rather than kept in registers. */
 static __device__ __forceinline__ void pin(uint32_t &x) {
     asm volatile("" : "+r"(x));
+}
+
+/* The other way round: behind here a pointer is kept, rather than computed anew. */
+static __device__ __forceinline__ void pin(float *&x) {
+    asm volatile("" : "+l"(x));
 }
 
 /* ---- warps ------------------------------------------------------------------------------------------------------- */

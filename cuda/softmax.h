@@ -36,7 +36,7 @@ typedef struct usp_softmax_family {
 } usp_softmax_family;
 
 /* Hopper: tensor cores by wgmma, tiles by the copy engine. 16-bit elements, rows on 16-byte boundaries; dims up
- * to 256 forward, 128 with extras and backward, which is one kernel with sums of dq in memory. */
+ * to 256, 128 with extras. Backward is one kernel with sums of dq in memory. */
 extern const usp_softmax_family usp_softmax_wgmma;
 /* Tensor cores by mma.sync, sm_80 and up: 16-bit elements, dims up to 128, rows on 16-byte boundaries. Backward is two
  * kernels: dq by work items of queries, dk and dv by work items of keys. */
@@ -46,8 +46,8 @@ usp_status usp_softmax_mma_backward_key(const usp_gpu *gpu, const usp_softmax *a
 /* Everything else, in plain fp32: any element, stride and alignment, dims up to USP_SOFTMAX_MAX_DIM. */
 extern const usp_softmax_family usp_softmax_any;
 enum {
-    USP_WGMMA_FORWARD_DIM = 256,
-    USP_WGMMA_BACKWARD_DIM = 128,
+    USP_WGMMA_DIM = 256,
+    USP_WGMMA_EXTRAS_DIM = 128,
     USP_SOFTMAX_MAX_DIM = 512,
     USP_SOFTMAX_BUNDLE = 16 /* heads, of all batch entries, that are worked on side by side */
 };

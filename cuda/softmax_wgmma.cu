@@ -1,5 +1,5 @@
 /* softmax_wgmma.cu - softmax attention on Hopper (sm_90a) as a family: which calls it serves, and its table. The
- * kernels are in softmax_wgmma_forward.cu and softmax_wgmma_backward.cu. */
+ * kernels are in softmax_wgmma_forward.cu, softmax_wgmma_backward.cu and, for wide heads, softmax_wgmma_wide.cu. */
 #include "softmax_extras.cuh"
 #include "softmax_wgmma.cuh"
 
@@ -21,10 +21,10 @@ static bool result_fits(const usp_tensor &x, usp_dtype dtype) {
 static int fits(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call) {
     const usp_softmax &a = *args;
     bool forward = call == USP_CALL_FORWARD;
-    int widest = max(a.dim, a.value_dim), most = forward ? USP_WGMMA_FORWARD_DIM : USP_WGMMA_BACKWARD_DIM;
+    bool extras = has_extras(a) || (forward && a.peak);
+    int widest = max(a.dim, a.value_dim), most = extras ? USP_WGMMA_EXTRAS_DIM : USP_WGMMA_DIM;
     if (!gpu->encode_map || a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || widest > most || !(a.scale > 0))
         return 0;
-    if ((has_extras(a) || (forward && a.peak)) && widest > USP_WGMMA_BACKWARD_DIM) return 0;
     if (!is_copied(a.q) || !is_copied(a.k) || !is_copied(a.v)) return 0;
     if (forward)
         return (!a.last || usp_rows_aligned(a.out, 2)) &&

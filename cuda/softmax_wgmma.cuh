@@ -33,19 +33,13 @@ template <int N> static __device__ __forceinline__ float (&list_of(usp_sums<1, N
     return reinterpret_cast<float(&)[N * 4]>(c);
 }
 
-template <int W> static __device__ __forceinline__ void copy_sums(usp_sums<1, W> &to, const usp_sums<1, W> &from) {
-#pragma unroll
-    for (int n = 0; n < W; n++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) to[0][n][i] = from[0][n][i];
-    }
-}
-
-/* c = a b^T for the 64 rows of a from `row` on. */
+/* c = a b^T for the 64 rows of a from `row` on and the N * 8 rows of b from `first` on. */
 template <typename T, int N, int ROWS, int STEP, int DIM>
-static __device__ __forceinline__ void issue_rows(usp_sums<1, N> &c, slabs<ROWS, DIM> a, int row, slabs<STEP, DIM> b) {
+static __device__ __forceinline__ void issue_rows(usp_sums<1, N> &c, slabs<ROWS, DIM> a, int row, slabs<STEP, DIM> b,
+                                                  int first = 0) {
 #pragma unroll
-    for (int k = 0; k < DIM / 16; k++) issue_product<T, false>(list_of<N>(c), a.columns(k, row), b.columns(k), k > 0);
+    for (int k = 0; k < DIM / 16; k++)
+        issue_product<T, false>(list_of<N>(c), a.columns(k, row), b.columns(k, first), k > 0);
 }
 
 /* A left operand of K * 16 columns in registers. */
@@ -103,13 +97,14 @@ template <int N> static __device__ __forceinline__ void scale_rows(usp_sums<1, N
 
 /* ---- jobs -------------------------------------------------------------------------------------------------------- */
 
-/* The jobs of one block among all that stay: heaviest first inside a bundle of heads, dealt there and back, so that
- * what the first blocks have more in one round they have less in the next. */
-struct job_list {
-    int works, heads, lines, round;
+/* The jobs of one block among all that stay, of ROWS rows of a work item at most: heaviest first inside a bundle of
+ * heads, dealt there and back, so that what the first blocks have more in one round they have less in the next. */
+template <int ROWS> struct job_list {
+    static constexpr int parts = USP_WORK_ROWS / ROWS; /* of a work item */
+    int items, heads, lines, round;
 
     __device__ __forceinline__ job_list(const usp_softmax &args, bool key_rows)
-        : works(*tiles_of(args, key_rows).works), heads((int)heads_of(args, key_rows)),
+        : items(*tiles_of(args, key_rows).works * parts), heads((int)heads_of(args, key_rows)),
           lines((int)lines_of(args, key_rows)), round(0) {
     }
 
@@ -118,15 +113,18 @@ struct job_list {
         const usp_tiles &tiles = tiles_of(args, key_rows);
         for (;; round++) {
             int64_t blocks = gridDim.x, back = round % 2 ? blocks - 1 - blockIdx.x : blockIdx.x;
-            int64_t index = round * blocks + back, bundle = index / ((int64_t)works * USP_SOFTMAX_BUNDLE);
-            if (round * blocks >= (int64_t)works * lines) return {nullptr, 0, 0, 0, 0};
-            if (index >= (int64_t)works * lines) continue;
+            int64_t index = round * blocks + back, bundle = index / ((int64_t)items * USP_SOFTMAX_BUNDLE);
+            if (round * blocks >= (int64_t)items * lines) return {nullptr, 0, 0, 0, 0};
+            if (index >= (int64_t)items * lines) continue;
             int first = (int)bundle * USP_SOFTMAX_BUNDLE, width = min(USP_SOFTMAX_BUNDLE, lines - first);
-            int rest = (int)(index - bundle * works * USP_SOFTMAX_BUNDLE), line = first + rest % width;
-            const usp_work *work = tiles.work + rest / width;
+            int rest = (int)(index - bundle * items * USP_SOFTMAX_BUNDLE), line = first + rest % width;
+            int item = rest / width, skipped = item % parts * ROWS;
+            const usp_work *work = tiles.work + item / parts;
             if (!key_rows && !args.first && !args.last && work->tiles == 0) continue;
+            if (parts > 1 && work->count <= skipped) continue;
             round++;
-            return {work, work->begin, work->count, line % heads, line / heads};
+            int count = parts > 1 ? min(work->count - skipped, ROWS) : work->count;
+            return {work, work->begin + skipped, count, line % heads, line / heads};
         }
     }
 };
@@ -207,6 +205,8 @@ struct row_pairs {
 extern "C" {
 usp_status usp_softmax_wgmma_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 usp_status usp_softmax_wgmma_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
+/* Called by that above for wide heads, between the passes over the sums of dq. */
+usp_status usp_softmax_wgmma_wide_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 }
 
 /* ---- maps -------------------------------------------------------------------------------------------------------- */

@@ -24,78 +24,6 @@ template <typename T, typename Shape> struct backward_group {
           warp_row((threadIdx.x / 32 - 4) * 16), at{0, 0}, job_parity(0), dq_parity(0), jobs(0), ds_turn(0) {
     }
 
-    static __device__ __forceinline__ void leave(arrivals *of) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(of);
-    }
-
-    /* ---- pairs */
-
-    struct key_pairs {
-        int key[2], last[2];
-
-        __device__ __forceinline__ key_pairs(const usp_pairs &pairs, int first, int rows) {
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                int i = usp_lane_row(0, r);
-                key[r] = load_or(pairs.key, first, i, rows, NOWHERE);
-                last[r] = pairs.last ? load_or(pairs.last, first, i, rows, 0) : 0;
-            }
-        }
-    };
-
-    /* Sets the elements of pairs that are not allowed to 0. */
-    __device__ __forceinline__ void mask(usp_sums<1, N> &c, const key_pairs &rows, const query_notes<Shape> &query) {
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            int4 two = *reinterpret_cast<const int4 *>(query.interval + usp_lane_column(n));
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float *pair = &c[0][n][r * 2];
-                pair[0] = rows.key[r] < two.x || rows.key[r] > two.y ? 0 : pair[0];
-                pair[1] = rows.key[r] < two.z || rows.key[r] > two.w ? 0 : pair[1];
-            }
-        }
-        if (!args.pairs.last) return;
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            int2 two = *reinterpret_cast<const int2 *>(query.position + usp_lane_column(n));
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float *pair = &c[0][n][r * 2];
-                pair[0] = two.x > rows.last[r] ? 0 : pair[0];
-                pair[1] = two.y > rows.last[r] ? 0 : pair[1];
-            }
-        }
-    }
-
-    /* ---- numbers that are not finite */
-
-    /* Both groups: takes them out of a tile, and leaves word in `spoilt`. */
-    template <typename Tile> __device__ __forceinline__ void clean(Tile tile, int *spoilt) {
-        for (int i = (threadIdx.x - 128) * 16; i < Tile::bytes; i += 256 * 16) {
-            if (!is_spoilt<T>(tile.address + i)) continue;
-            *spoilt = jobs;
-            for (int j = 0; j < 16; j += 4) usp_clear_pair<T>(tile.address + i + j);
-        }
-    }
-
-    /* The keys of a job stay as they are: with such numbers among them dq is summed pair by pair. */
-    __device__ __forceinline__ void look_at_keys() {
-        auto tile = memory::k_at();
-        for (int i = (threadIdx.x - 128) * 16; i < memory::k_tile::bytes; i += 256 * 16)
-            if (is_spoilt<T>(tile.address + i)) notes.spoilt_keys[jobs % 2] = jobs;
-        meet(MEET_BOTH, 256);
-    }
-
-    __device__ __forceinline__ void clean_step() {
-        meet(MEET_BOTH, 256); /* the products that read them are done */
-        clean(memory::q_at(at.stage), &notes.spoilt[jobs % 2]);
-        clean(memory::dout_at(at.stage), &notes.spoilt[jobs % 2]);
-        publish_stores();
-        meet(MEET_BOTH, 256);
-    }
-
     /* ---- one step */
 
     /* This warp's first row, and how many exist from there on. */
@@ -125,49 +53,6 @@ template <typename T, typename Shape> struct backward_group {
             pin(s[0][n]);
             pin(dp[0][n]);
         }
-    }
-
-    /* S^T to P^T; `dp`, dP^T, to dS^T. */
-    __device__ __forceinline__ void weigh(usp_sums<1, N> &s, const query_notes<Shape> &query, float unit) {
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            float2 base = *reinterpret_cast<const float2 *>(query.base + usp_lane_column(n));
-            float2 factor = *reinterpret_cast<const float2 *>(query.factor + usp_lane_column(n));
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float *pair = &s[0][n][r * 2];
-                pair[0] = fast_exp2(fmaf(pair[0], unit, -base.x)) * factor.x;
-                pair[1] = fast_exp2(fmaf(pair[1], unit, -base.y)) * factor.y;
-            }
-        }
-    }
-
-    __device__ __forceinline__ void differ(usp_sums<1, N> &dp, const usp_sums<1, N> &p,
-                                           const query_notes<Shape> &query) {
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            float2 delta = *reinterpret_cast<const float2 *>(query.delta + usp_lane_column(n));
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                dp[0][n][r * 2] = p[0][n][r * 2] * (dp[0][n][r * 2] - delta.x);
-                dp[0][n][r * 2 + 1] = p[0][n][r * 2 + 1] * (dp[0][n][r * 2 + 1] - delta.y);
-            }
-        }
-    }
-
-    /* Writes the group's rows of dS^T, rounded. Chunks of 16 bytes are swizzled by row & 7, so the chunk of another
-     * column block is an exclusive or away. */
-    __device__ __forceinline__ void share(const left_operand<K> &ds) {
-        int row = warp_row + usp_lane_row(0, 0);
-        uint32_t to = memory::ds_at(ds_turn).address + row * 128 + ((row & 7) << 4) + (threadIdx.x & 3) * 4;
-        pin(to);
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-#pragma unroll
-            for (int r = 0; r < 2; r++)
-                store_shared((to ^ n % 8 << 4) + n / 8 * memory::ds_tile::slab + r * 1024, ds[n / 2][n % 2 * 2 + r]);
-        }
-        publish_stores();
     }
 
     /* dq of the step: all its queries, this group's half of the columns. */
@@ -203,11 +88,6 @@ template <typename T, typename Shape> struct backward_group {
         leave(&notes.dq_full[group]);
     }
 
-    template <int W> __device__ __forceinline__ void clear(usp_sums<1, W> &c) {
-#pragma unroll
-        for (int n = 0; n < W; n++) c[0][n][0] = c[0][n][1] = c[0][n][2] = c[0][n][3] = 0;
-    }
-
     __device__ __forceinline__ void issue_scores(usp_sums<1, N> &s) {
         issue_rows<T>(s, memory::k_at(), group * 64, memory::q_at(at.stage));
         end_products();
@@ -233,9 +113,9 @@ template <typename T, typename Shape> struct backward_group {
             weigh(s, query, args.scale * LOG2E);
         }
         if constexpr (MASKED) {
-            mask(s, key_pairs(args.pairs, first_row(), rows()), query);
+            key_pairs(args.pairs, first_row(), rows()).mask(s, query, args.pairs.last);
             await_products<0>();
-            clean_step();
+            clean_step<T>(notes, stage, jobs);
         }
         round_sums<T, K>(p, s);
         begin_products();
@@ -246,9 +126,9 @@ template <typename T, typename Shape> struct backward_group {
             pin(list_of<N>(dp));
             differ(dp, s, query);
         }
-        if constexpr (MASKED) mask(dp, key_pairs(args.pairs, first_row(), rows()), query);
+        if constexpr (MASKED) key_pairs(args.pairs, first_row(), rows()).mask(dp, query, args.pairs.last);
         round_sums<T, K>(ds, dp);
-        share(ds);
+        share<K>(ds, memory::ds_at(ds_turn), warp_row);
         meet(MEET_BOTH, 256);
         begin_products();
         issue_queries(dq);
@@ -269,7 +149,7 @@ template <typename T, typename Shape> struct backward_group {
         issue_scores(next);
         await_products<1>();
         pin(list_of<D>(dk));
-        if (odd) add_one_by_one<T, Shape>(args, notes, notes.step[stage], ds_turn);
+        if (odd) add_one_by_one<T, Shape>(args, notes, notes.step[stage], memory::ds_at(ds_turn));
         ds_turn ^= 1;
         leave(&notes.q_empty[stage]);
         await_products<0>();
@@ -281,7 +161,7 @@ template <typename T, typename Shape> struct backward_group {
 
     __device__ __forceinline__ void run_steps() {
         usp_sums<1, N> s;
-        look_at_keys();
+        look_at_keys<T>(notes, jobs);
         bool odd = notes.spoilt_keys[jobs % 2] == jobs, last;
         await(&notes.q_full[at.stage], at.parity);
         begin_products();
@@ -351,23 +231,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
     softmax_wgmma_backward_kernel(const __grid_constant__ usp_softmax args,
                                   const __grid_constant__ backward_maps maps) {
     auto &notes = *shared_at<backward_notes<Shape>>(backward_memory<Shape>::notes);
-    if (threadIdx.x == 0) {
-        constexpr int warps = 4 * Shape::groups;
-        begin_arrivals(&notes.job_full, 1);
-        begin_arrivals(&notes.job_empty, warps);
-        for (int s = 0; s < Shape::stages; s++) {
-            begin_arrivals(&notes.q_full[s], 3); /* the copy, two of notes */
-            begin_arrivals(&notes.dout_full[s], 1);
-            begin_arrivals(&notes.q_empty[s], warps);
-            begin_arrivals(&notes.dout_empty[s], warps);
-        }
-        for (int g = 0; g < Shape::groups; g++) {
-            begin_arrivals(&notes.dq_full[g], 4);
-            begin_arrivals(&notes.dq_empty[g], 1);
-        }
-        publish_arrivals();
-        for (int i = 0; i < 2; i++) notes.spoilt[i] = notes.spoilt_keys[i] = 0;
-    }
+    if (threadIdx.x == 0) begin_notes(notes);
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<Shape::copying_registers>();
@@ -387,11 +251,7 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     int64_t jobs = count_jobs(*args, true, shape::rows);
     dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
     if (jobs == 0) return USP_OK;
-    USP_TRY(make_map(gpu, *args, args->dtype, false, args->q, args->dim, shape::step, &maps.q));
-    USP_TRY(make_map(gpu, *args, args->dtype, false, args->dout, args->value_dim, shape::step, &maps.dout));
-    USP_TRY(make_map(gpu, *args, args->dtype, true, args->k, args->dim, shape::rows, &maps.k));
-    USP_TRY(make_map(gpu, *args, args->dtype, true, args->v, args->value_dim, shape::rows, &maps.v));
-    USP_TRY(make_map(gpu, *args, USP_F32, false, args->dq_sum, args->dim, shape::step, &maps.dq_sum));
+    USP_TRY(make_backward_maps<shape>(gpu, *args, &maps));
     return usp_cuda_launch("softmax backward", softmax_wgmma_backward_kernel<T, shape>, grid, dim3(shape::threads),
                            backward_memory<shape>::bytes, stream, *args, maps);
 }
@@ -407,8 +267,10 @@ template <typename T> static usp_status start(const usp_gpu *gpu, const usp_soft
     if (args->first) USP_TRY((pass_sums<T, false>(gpu, args, stream)));
     if (args->dim <= 64 && args->value_dim <= 64)
         USP_TRY((start_extras<T, 64>(gpu, args, stream)));
-    else
+    else if (args->dim <= 128 && args->value_dim <= 128)
         USP_TRY((start_extras<T, 128>(gpu, args, stream)));
+    else
+        USP_TRY(usp_softmax_wgmma_wide_backward(gpu, args, stream));
     return args->last ? pass_sums<T, true>(gpu, args, stream) : USP_OK;
 }
 

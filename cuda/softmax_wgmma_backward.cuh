@@ -1,5 +1,6 @@
 /* softmax_wgmma_backward.cuh - backward softmax attention on Hopper: sizes of tiles, what lies in shared memory, and
- * the warps that bring there what the computing ones want and take away what they leave; dq where keys are not finite.
+ * the warps that bring there what the computing ones want and take away what they leave; what computing warps do with
+ * scores and their gradients; numbers that are not finite. Two kernels share it: that for wide heads has its own sizes.
  */
 #ifndef USP_CUDA_SOFTMAX_WGMMA_BACKWARD_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_BACKWARD_CUH
@@ -13,6 +14,7 @@
 template <int DIM, int VALUE_DIM, int STEP, bool EXTRAS = false> struct backward_shape {
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
     static constexpr bool extras = EXTRAS; /* soft cap, slopes, dropout: decided at run time */
+    static constexpr bool adds = true;     /* dq reaches its sums by way of shared memory */
     static constexpr int rows = USP_WORK_ROWS, groups = 2, stages = 2, threads = 128 * (1 + groups);
     static constexpr int share = DIM / groups; /* columns of dq that one group has */
     static constexpr int copying_registers = 24, computing_registers = 240;
@@ -42,7 +44,7 @@ template <typename Shape> struct backward_notes {
     static constexpr int stages = Shape::stages;
     arrivals job_full, job_empty;
     arrivals q_full[stages], q_empty[stages], dout_full[stages], dout_empty[stages];
-    arrivals dq_full[Shape::groups], dq_empty[Shape::groups];
+    arrivals dq_full[Shape::groups], dq_empty[Shape::groups]; /* where a warp adds dq */
     backward_job job;
     int spoilt_keys[2],
         spoilt[2]; /* the last job of this parity whose keys, or queries and dout, were not all finite */
@@ -50,19 +52,34 @@ template <typename Shape> struct backward_notes {
     query_notes<Shape> query[stages];
 };
 
-template <typename Shape> struct backward_memory {
+/* Before anything is awaited; __syncthreads must follow. */
+template <typename Shape> static __device__ __forceinline__ void begin_notes(backward_notes<Shape> &notes) {
+    constexpr int warps = 4 * Shape::groups;
+    begin_arrivals(&notes.job_full, 1);
+    begin_arrivals(&notes.job_empty, warps);
+    for (int s = 0; s < Shape::stages; s++) {
+        begin_arrivals(&notes.q_full[s], 3); /* the copy, two of notes */
+        begin_arrivals(&notes.dout_full[s], 1);
+        begin_arrivals(&notes.q_empty[s], warps);
+        begin_arrivals(&notes.dout_empty[s], warps);
+    }
+    for (int g = 0; g < Shape::groups && Shape::adds; g++) {
+        begin_arrivals(&notes.dq_full[g], 4);
+        begin_arrivals(&notes.dq_empty[g], 1);
+    }
+    publish_arrivals();
+    for (int i = 0; i < 2; i++) notes.spoilt[i] = notes.spoilt_keys[i] = 0;
+}
+
+/* What is copied. */
+template <typename Shape> struct backward_tiles {
     using k_tile = slabs<Shape::rows, Shape::dim>;
     using v_tile = slabs<Shape::rows, Shape::value_dim>;
     using q_tile = slabs<Shape::step, Shape::dim>;
     using dout_tile = slabs<Shape::step, Shape::value_dim>;
-    using ds_tile = slabs<Shape::rows, Shape::step>;                                        /* rows are keys */
-    static constexpr int dq_box = Shape::step * 128, dq_bytes = Shape::share / 32 * dq_box; /* of one group, fp32 */
     static constexpr int k = 0, v = k + k_tile::bytes, q = v + v_tile::bytes;
     static constexpr int dout = q + Shape::stages * q_tile::bytes;
-    static constexpr int ds = dout + Shape::stages * dout_tile::bytes;
-    static constexpr int dq = ds + 2 * ds_tile::bytes;
-    static constexpr int notes = dq + Shape::groups * dq_bytes;
-    static constexpr int bytes = notes + (int)sizeof(backward_notes<Shape>);
+    static constexpr int end = dout + Shape::stages * dout_tile::bytes;
 
     static __device__ __forceinline__ k_tile k_at() {
         return {shared_base() + k};
@@ -76,6 +93,18 @@ template <typename Shape> struct backward_memory {
     static __device__ __forceinline__ dout_tile dout_at(int stage) {
         return {shared_base() + dout + stage * dout_tile::bytes};
     }
+};
+
+/* P^T or dS^T of a step: rows are keys. */
+template <typename Shape> using pairs_tile = slabs<Shape::rows, Shape::step>;
+
+template <typename Shape> struct backward_memory : backward_tiles<Shape> {
+    using ds_tile = pairs_tile<Shape>;
+    static constexpr int dq_box = Shape::step * 128, dq_bytes = Shape::share / 32 * dq_box; /* of one group, fp32 */
+    static constexpr int ds = backward_tiles<Shape>::end, dq = ds + 2 * ds_tile::bytes;
+    static constexpr int notes = dq + Shape::groups * dq_bytes;
+    static constexpr int bytes = notes + (int)sizeof(backward_notes<Shape>);
+
     static __device__ __forceinline__ ds_tile ds_at(int turn) {
         return {shared_base() + ds + turn * ds_tile::bytes};
     }
@@ -91,7 +120,7 @@ struct backward_maps {
 /* ---- the copying warps ------------------------------------------------------------------------------------------- */
 
 /* Four warps walk alike: one copies tiles, two note what is kept of 32 queries each, one adds dq of each step to the
- * sums. */
+ * sums, where that lies in shared memory. */
 enum backward_duty { COPIES, NOTES_FIRST, NOTES_SECOND, ADDS };
 
 /* What is kept of a lane's query, on its way to shared memory. */
@@ -104,7 +133,7 @@ struct query_line_notes {
 };
 
 template <typename Shape, backward_duty DUTY> struct backward_copying {
-    using memory = backward_memory<Shape>;
+    using memory = backward_tiles<Shape>;
     using notes_type = backward_notes<Shape>;
     const usp_softmax &args;
     const backward_maps &maps;
@@ -184,6 +213,7 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
 
     /* A group's sums are free again when they have been read. */
     __device__ __forceinline__ void add_step(const tile_walk &walk, int head, int batch) {
+        using sums = backward_memory<Shape>;
         if (lane != 0) return;
 #pragma unroll
         for (int group = 0; group < Shape::groups; group++) {
@@ -191,7 +221,7 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
 #pragma unroll
             for (int box = 0; box < Shape::share / 32; box++)
                 add_box(&maps.dq_sum, group * Shape::share + box * 32, walk.column, head, batch,
-                        memory::dq_at(group) + box * memory::dq_box);
+                        sums::dq_at(group) + box * sums::dq_box);
             end_boxes();
         }
         await_reads<1>();
@@ -216,7 +246,7 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
     }
 
     __device__ __forceinline__ void run() {
-        job_list jobs(args, true);
+        job_list<Shape::rows> jobs(args, true);
         for (;;) {
             softmax_job job = jobs.next(args, true);
             head_range heads = readers_of(args, job.head);
@@ -239,22 +269,161 @@ static __device__ __forceinline__ void run_copying(const usp_softmax &args, cons
         backward_copying<Shape, NOTES_FIRST>(args, maps, notes).run();
     else if (duty == NOTES_SECOND)
         backward_copying<Shape, NOTES_SECOND>(args, maps, notes).run();
-    else
+    else if constexpr (Shape::adds)
         backward_copying<Shape, ADDS>(args, maps, notes).run();
+}
+
+/* ---- scores and their gradients ---------------------------------------------------------------------------------- */
+
+/* Accumulators here have keys for rows; their columns are the queries of a step from `first` on. */
+
+/* What usp_pairs says of a lane's two keys. */
+struct key_pairs {
+    int key[2], last[2];
+
+    __device__ __forceinline__ key_pairs(const usp_pairs &pairs, int first, int rows) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int i = usp_lane_row(0, r);
+            key[r] = load_or(pairs.key, first, i, rows, NOWHERE);
+            last[r] = pairs.last ? load_or(pairs.last, first, i, rows, 0) : 0;
+        }
+    }
+
+    /* Sets the elements of pairs that are not allowed to 0; `tree`: intervals are two-sided. */
+    template <typename Shape, int N>
+    __device__ __forceinline__ void mask(usp_sums<1, N> &c, const query_notes<Shape> &query, bool tree,
+                                         int first = 0) const {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            int4 two = *reinterpret_cast<const int4 *>(query.interval + first + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float *pair = &c[0][n][r * 2];
+                pair[0] = key[r] < two.x || key[r] > two.y ? 0 : pair[0];
+                pair[1] = key[r] < two.z || key[r] > two.w ? 0 : pair[1];
+            }
+        }
+        if (!tree) return;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            int2 two = *reinterpret_cast<const int2 *>(query.position + first + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float *pair = &c[0][n][r * 2];
+                pair[0] = two.x > last[r] ? 0 : pair[0];
+                pair[1] = two.y > last[r] ? 0 : pair[1];
+            }
+        }
+    }
+};
+
+/* S^T to P^T. */
+template <typename Shape, int N>
+static __device__ __forceinline__ void weigh(usp_sums<1, N> &s, const query_notes<Shape> &query, float unit,
+                                             int first = 0) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        float2 base = *reinterpret_cast<const float2 *>(query.base + first + usp_lane_column(n));
+        float2 factor = *reinterpret_cast<const float2 *>(query.factor + first + usp_lane_column(n));
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float *pair = &s[0][n][r * 2];
+            pair[0] = fast_exp2(fmaf(pair[0], unit, -base.x)) * factor.x;
+            pair[1] = fast_exp2(fmaf(pair[1], unit, -base.y)) * factor.y;
+        }
+    }
+}
+
+/* `dp`, dP^T, to dS^T. */
+template <typename Shape, int N>
+static __device__ __forceinline__ void differ(usp_sums<1, N> &dp, const usp_sums<1, N> &p,
+                                              const query_notes<Shape> &query, int first = 0) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        float2 delta = *reinterpret_cast<const float2 *>(query.delta + first + usp_lane_column(n));
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            dp[0][n][r * 2] = p[0][n][r * 2] * (dp[0][n][r * 2] - delta.x);
+            dp[0][n][r * 2 + 1] = p[0][n][r * 2 + 1] * (dp[0][n][r * 2 + 1] - delta.y);
+        }
+    }
+}
+
+/* Writes a warp's rows of a tile from `row` on, rounded, and of them the columns from `first` on, which is a multiple
+ * of 8 before 64. Chunks of 16 bytes are swizzled by row & 7, so the chunk of another column block is an exclusive or
+ * away. */
+template <int K, typename Tile>
+static __device__ __forceinline__ void share(const left_operand<K> &a, Tile tile, int row, int first = 0) {
+    row += usp_lane_row(0, 0);
+    uint32_t to = tile.address + row * 128 + (((row & 7) ^ first / 8) << 4) + (threadIdx.x & 3) * 4;
+    pin(to);
+#pragma unroll
+    for (int n = 0; n < 2 * K; n++) {
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            store_shared((to ^ n % 8 << 4) + n / 8 * Tile::slab + r * 1024, a[n / 2][n % 2 * 2 + r]);
+    }
+    publish_stores();
+}
+
+template <int N> static __device__ __forceinline__ void clear(usp_sums<1, N> &c) {
+#pragma unroll
+    for (int n = 0; n < N; n++) c[0][n][0] = c[0][n][1] = c[0][n][2] = c[0][n][3] = 0;
+}
+
+template <int N> static __device__ __forceinline__ void copy_sums(usp_sums<1, N> &to, const usp_sums<1, N> &from) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[0][n][i] = from[0][n][i];
+    }
+}
+
+/* Each warp of those that read something lets it go. */
+static __device__ __forceinline__ void leave(arrivals *of) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(of);
 }
 
 /* ---- numbers that are not finite --------------------------------------------------------------------------------- */
 
 constexpr int MEET_BOTH = 1, MEET_GROUP = 2; /* barriers: of both groups, of each alone */
 
+/* Both groups: takes them out of a tile, and leaves `job`, its number, in `spoilt`. */
+template <typename T, typename Tile> static __device__ __forceinline__ void clean(Tile tile, int job, int *spoilt) {
+    for (int i = (threadIdx.x - 128) * 16; i < Tile::bytes; i += 256 * 16) {
+        if (!is_spoilt<T>(tile.address + i)) continue;
+        *spoilt = job;
+        for (int j = 0; j < 16; j += 4) usp_clear_pair<T>(tile.address + i + j);
+    }
+}
+
+template <typename T, typename Shape>
+static __device__ __forceinline__ void clean_step(backward_notes<Shape> &notes, int stage, int job) {
+    meet(MEET_BOTH, 256); /* the products that read them are done */
+    clean<T>(backward_tiles<Shape>::q_at(stage), job, &notes.spoilt[job % 2]);
+    clean<T>(backward_tiles<Shape>::dout_at(stage), job, &notes.spoilt[job % 2]);
+    publish_stores();
+    meet(MEET_BOTH, 256);
+}
+
+/* The keys of a job stay as they are: with such numbers among them dq is summed pair by pair. */
+template <typename T, typename Shape>
+static __device__ __forceinline__ void look_at_keys(backward_notes<Shape> &notes, int job) {
+    auto tile = backward_tiles<Shape>::k_at();
+    for (int i = (threadIdx.x - 128) * 16; i < tile.bytes; i += 256 * 16)
+        if (is_spoilt<T>(tile.address + i)) notes.spoilt_keys[job % 2] = job;
+    meet(MEET_BOTH, 256);
+}
+
 /* dq of a step where keys are not finite, by both groups: only pairs that are allowed count. */
 template <typename T, typename Shape>
 static __device__ __noinline__ void add_one_by_one(const usp_softmax &args, const backward_notes<Shape> &notes,
-                                                   const backward_step &step, int ds_turn) {
+                                                   const backward_step &step, pairs_tile<Shape> ds) {
     const usp_pairs &pairs = args.pairs;
     const softmax_job &job = notes.job.job;
-    auto ds = backward_memory<Shape>::ds_at(ds_turn);
-    auto k = backward_memory<Shape>::k_at();
+    auto k = backward_tiles<Shape>::k_at();
     for (int i = threadIdx.x - 128; i < step.columns * args.dim; i += 256) {
         int q = i / args.dim, e = i % args.dim;
         float sum = 0;
@@ -265,6 +434,18 @@ static __device__ __noinline__ void add_one_by_one(const usp_softmax &args, cons
         atomicAdd(usp_row<float>(args.dq_sum, step.column + q, job.batch, step.head) + e, sum * args.scale);
     }
     meet(MEET_BOTH, 256);
+}
+
+/* ---- launch ------------------------------------------------------------------------------------------------------ */
+
+template <typename Shape>
+static usp_status make_backward_maps(const usp_gpu *gpu, const usp_softmax &args, backward_maps *maps) {
+    USP_TRY(make_map(gpu, args, args.dtype, false, args.q, args.dim, Shape::step, &maps->q));
+    USP_TRY(make_map(gpu, args, args.dtype, false, args.dout, args.value_dim, Shape::step, &maps->dout));
+    USP_TRY(make_map(gpu, args, args.dtype, true, args.k, args.dim, Shape::rows, &maps->k));
+    USP_TRY(make_map(gpu, args, args.dtype, true, args.v, args.value_dim, Shape::rows, &maps->v));
+    if (!Shape::adds) return USP_OK;
+    return make_map(gpu, args, USP_F32, false, args.dq_sum, args.dim, Shape::step, &maps->dq_sum);
 }
 
 #endif

@@ -129,7 +129,7 @@ template <typename Shape> struct copying_warp {
 
     /* Values of a step are wanted when the products with the next step's keys have begun. */
     __device__ __forceinline__ void run() {
-        job_list jobs(args, false);
+        job_list<Shape::rows> jobs(args, false);
         for (;;) {
             softmax_job job = jobs.next(args, false);
             bool steps = job.count > 0 && job.work->tiles > 0;

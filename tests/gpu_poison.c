@@ -144,6 +144,8 @@ static const usp_gpu_softmax_case softmax_cases[] = {
     {"causal", USP_BF16, BSHD, 2, 2, 2, 1, 0, 128, 128, 300, {300}, CAUSAL},
     {"causal, f16", USP_F16, BHSD, 1, 2, 1, 2, 0, 64, 64, 257, {257}, CAUSAL},
     {"d 64, e 96", USP_BF16, BSHD, 1, 3, 2, 2, 1, 64, 96, 150, {150}, CAUSAL},
+    {"d 192, e 128", USP_BF16, BSHD, 1, 2, 1, 2, 0, 192, 128, 150, {150}, CAUSAL},
+    {"d 256", USP_F16, BSHD, 1, 2, 2, 1, 0, 256, 256, 120, {130}, .left = 40, .right = 30},
     {"f32", USP_F32, BSHD, 1, 2, 2, 1, 0, 20, 36, 130, {130}, CAUSAL},
     {"odd rows", USP_BF16, ODD, 1, 2, 1, 2, 0, 128, 128, 130, {130}, CAUSAL},
     {"full", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, 70, {90}, FULL},

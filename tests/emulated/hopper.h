@@ -195,6 +195,12 @@ static inline void copy_box(uint32_t to, const tile_map *map, int element, int t
 static inline void publish_stores() {
 }
 
+static inline void add_pair(float *to, float x, float y) {
+    if ((uintptr_t)to % 8) machine::fail("a pair is not at an 8-byte boundary");
+    to[0] += x;
+    to[1] += y;
+}
+
 static inline uint64_t describe(uint32_t address, uint32_t slab, uint32_t offset) {
     constexpr uint32_t swizzle_128 = 1u << 30, eight_rows = 1024 >> 4;
     uint32_t low = (slab >> 4 << 16 | address >> 4) + (offset >> 4);
@@ -225,6 +231,8 @@ template <int LEFT> static inline void await_products() {
 template <typename T, int N> static inline void pin(T (&)[N]) {
 }
 static inline void pin(uint32_t &) {
+}
+static inline void pin(float *&) {
 }
 
 /* Boxes are read from shared memory as late as may be: when their thread waits for it. */

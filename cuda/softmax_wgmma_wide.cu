@@ -1,0 +1,270 @@
+/* softmax_wgmma_wide.cu - backward softmax attention on Hopper (sm_90a) for wide heads, 16-bit elements, all five
+ * products in one kernel. As softmax_wgmma_backward.cu, but dk and dv of 128 keys would not fit the registers: a job is
+ * 64 keys, and two warpgroups share the work of a step. Each has S^T and dP^T of half its queries, writes P^T and dS^T
+ * to shared memory, and then has half the columns of dv, dk and dq. Rows of accumulators are keys; of dq's, queries. */
+#include "softmax_wgmma_wide.cuh"
+
+/* ---- a computing warpgroup --------------------------------------------------------------------------------------- */
+
+template <typename T, typename Shape> struct wide_group {
+    static constexpr int N = Shape::share / 8, K = Shape::share / 16;
+    using memory = wide_memory<Shape>;
+    using notes_type = backward_notes<Shape>;
+    using dim_half = half_columns<Shape::dim>;
+    using value_half = half_columns<Shape::value_dim>;
+    const usp_softmax &args;
+    notes_type &notes;
+    int group, warp_row; /* this warp's first row of the job, or of dq of a step */
+    turn<Shape::stages> at;
+    int job_parity, jobs;
+    typename dim_half::sums dk;
+    typename value_half::sums dv;
+
+    __device__ __forceinline__ wide_group(const usp_softmax &args_, notes_type &notes_)
+        : args(args_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
+          warp_row(threadIdx.x / 32 % 4 * 16), at{0, 0}, job_parity(0), jobs(0) {
+    }
+
+    /* ---- one step */
+
+    /* The first of the step's queries whose scores this group has. */
+    __device__ __forceinline__ int first_query() const {
+        return group * Shape::share;
+    }
+
+    __device__ __forceinline__ key_pairs keys() const {
+        const softmax_job &job = notes.job.job;
+        return key_pairs(args.pairs, job.begin + warp_row, job.count - warp_row);
+    }
+
+    __device__ __forceinline__ void issue_scores(usp_sums<1, N> &s) {
+        auto k = memory::k_at();
+        pin(k.address); /* no descriptors of keys are kept in registers */
+        begin_products();
+        issue_rows<T>(s, k, 0, memory::q_at(at.stage), first_query());
+        end_products();
+    }
+
+    /* Writes this group's columns of P^T or dS^T; both groups have written theirs when it returns. */
+    __device__ __forceinline__ void share_pairs(const usp_sums<1, N> &c, typename memory::tile to) {
+        left_operand<K> rounded;
+        round_sums<T, K>(rounded, c);
+        share<K>(rounded, to, warp_row, first_query());
+        meet(MEET_BOTH, 256);
+    }
+
+    __device__ __forceinline__ void issue_values(int stage) {
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < Shape::step / 16; k++)
+            value_half::template issue<T, false>(dv, memory::p_at(stage).columns(k), memory::dout_at(stage), k, group,
+                                                 true);
+        end_products();
+    }
+
+    __device__ __forceinline__ void issue_queries(typename dim_half::sums &dq) {
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < Shape::rows / 16; k++)
+            dim_half::template issue<T, true>(dq, memory::ds_at().rows(k), memory::k_at(), k, group, k > 0);
+        end_products();
+    }
+
+    __device__ __forceinline__ void issue_keys(int stage) {
+        begin_products();
+#pragma unroll
+        for (int k = 0; k < Shape::step / 16; k++)
+            dim_half::template issue<T, false>(dk, memory::ds_at().columns(k), memory::q_at(stage), k, group, true);
+        end_products();
+    }
+
+    /* Adds BLOCKS column blocks of dq from BEGIN on to one row of the sums, where columns begin at `first`, as far as
+     * there are columns. */
+    template <int BEGIN, int BLOCKS>
+    __device__ __forceinline__ void add_columns(const typename dim_half::sums &dq, int r, float *row, int first) {
+        int columns = args.dim - first;
+        row += first;
+        pin(row);
+#pragma unroll
+        for (int n = 0; n < BLOCKS; n++) {
+            const float *pair = &dq[0][BEGIN + n][r * 2];
+            if (n * 8 < columns) add_pair(row + n * 8, pair[0] * args.scale, pair[1] * args.scale);
+        }
+    }
+
+    /* Adds dq of the step to the sums. */
+    __device__ __forceinline__ void add_queries(const typename dim_half::sums &dq, const backward_step &step,
+                                                bool odd) {
+        uint32_t row = warp_row + usp_lane_row(0, 0);
+        pin(row); /* addresses are computed here, not before the products: these need the registers */
+        int rows = (odd ? 0 : step.columns) - (int)row; /* odd: it is added one by one */
+        float *to = usp_row<float>(args.dq_sum, step.column + (int)row, notes.job.job.batch, step.head);
+        to += usp_lane_column(0);
+#pragma unroll
+        for (int r = 0; r < 2; r++, to += args.dq_sum.stride_token * 8) {
+            if (r * 8 >= rows) continue;
+            add_columns<0, dim_half::whole / 8>(dq, r, to, dim_half::first_whole(group));
+            if constexpr (dim_half::rest > 0)
+                add_columns<dim_half::whole / 8, dim_half::rest / 8>(dq, r, to, dim_half::first_rest(group));
+        }
+    }
+
+    /* From S^T of a step to that of the next one, if there is one, whose product runs under the end of this one. dS^T
+     * is written when both groups have met over P^T: then both are done with the last step's. */
+    template <bool MASKED> __device__ __forceinline__ void run_step(usp_sums<1, N> &s, bool last, bool odd) {
+        const query_notes<Shape> &query = notes.query[at.stage];
+        int stage = at.stage;
+        usp_sums<1, N> dp;
+        typename dim_half::sums dq;
+        await(&notes.dout_full[stage], at.parity);
+        begin_products();
+        issue_rows<T>(dp, memory::v_at(), 0, memory::dout_at(stage), first_query());
+        end_products();
+        weigh(s, query, args.scale * LOG2E, first_query());
+        if constexpr (MASKED) {
+            keys().mask(s, query, args.pairs.last, first_query());
+            await_products<0>();
+            clean_step<T>(notes, stage, jobs);
+        }
+        share_pairs(s, memory::p_at(stage));
+        issue_values(stage);
+        await_products<1>();
+        pin(list_of<N>(dp));
+        differ(dp, s, query, first_query());
+        if constexpr (MASKED) keys().mask(dp, query, args.pairs.last, first_query());
+        share_pairs(dp, memory::ds_at());
+        issue_queries(dq);
+        issue_keys(stage);
+        await_products<2>();
+        pin(list_of<Shape::value_dim / 16>(dv));
+        leave(&notes.dout_empty[stage]);
+        at.advance();
+        if (!last) await(&notes.q_full[at.stage], at.parity);
+        usp_sums<1, N> next; /* what s held is not kept for it */
+        issue_scores(next);
+        await_products<2>();
+        pin(list_of<Shape::dim / 16>(dq));
+        add_queries(dq, notes.step[stage], odd);
+        await_products<1>();
+        pin(list_of<Shape::dim / 16>(dk));
+        if (odd) {
+            await_products<0>(); /* a call may use their registers */
+            add_one_by_one<T, Shape>(args, notes, notes.step[stage], memory::ds_at());
+        }
+        leave(&notes.q_empty[stage]);
+        await_products<0>();
+        pin(list_of<N>(next));
+        copy_sums(s, next);
+    }
+
+    /* ---- jobs */
+
+    __device__ __forceinline__ void run_steps() {
+        usp_sums<1, N> s;
+        look_at_keys<T>(notes, jobs);
+        bool odd = notes.spoilt_keys[jobs % 2] == jobs, last;
+        await(&notes.q_full[at.stage], at.parity);
+        issue_scores(s);
+        await_products<0>();
+        pin(list_of<N>(s));
+        do {
+            last = notes.step[at.stage].last;
+            if (notes.step[at.stage].masked)
+                run_step<true>(s, last, odd);
+            else
+                run_step<false>(s, last, odd);
+        } while (!last);
+    }
+
+    template <typename Half, typename To>
+    __device__ __forceinline__ void store_as(const typename Half::sums &c, const usp_tensor &to, const softmax_job &job,
+                                             int dim) {
+        int rows = job.count - warp_row;
+        To *first = usp_row<To>(to, job.begin + warp_row, job.batch, job.head);
+#pragma unroll
+        for (int n = 0; n < Half::whole / 8 + Half::rest / 8; n++) {
+            int column = Half::first_of(group, n);
+            usp_store(reinterpret_cast<const usp_sums<1, 1> &>(c[0][n]), first + column, to.stride_token, rows,
+                      dim - column);
+        }
+    }
+
+    template <typename Half>
+    __device__ __forceinline__ void store(const typename Half::sums &c, const usp_tensor &to, const softmax_job &job,
+                                          int dim) {
+        if (args.key_dtype == USP_F32)
+            store_as<Half, float>(c, to, job, dim);
+        else
+            store_as<Half, T>(c, to, job, dim);
+    }
+
+    /* Brings what was taken out of queries and dout to the rows that depend on it. */
+    __device__ __forceinline__ void mend_rows(const softmax_job &job) {
+        if (notes.spoilt[jobs % 2] != jobs) return;
+        bool fp32 = args.key_dtype == USP_F32, partial = job.count < Shape::rows;
+        meet(MEET_BOTH, 256); /* the rows are written */
+        for (int element = threadIdx.x - 128; element < max(args.dim, args.value_dim); element += 256) {
+            mend<T, true>(args, job, Shape::step, partial, element, args.dk, fp32, args.q, args.dim);
+            mend<T, true>(args, job, Shape::step, partial, element, args.dv, fp32, args.dout, args.value_dim);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        for (;;) {
+            await(&notes.job_full, job_parity);
+            job_parity ^= 1;
+            jobs++;
+            if (notes.job.job.count == 0) return;
+            clear(dk);
+            clear(dv);
+            if (notes.job.steps) run_steps();
+            backward_job now = notes.job;
+            leave(&notes.job_empty);
+            multiply_row(0, dk, args.scale);
+            multiply_row(1, dk, args.scale);
+            store<dim_half>(dk, args.dk, now.job, args.dim);
+            store<value_half>(dv, args.dv, now.job, args.value_dim);
+            if (now.steps) mend_rows(now.job);
+        }
+    }
+};
+
+/* ---- kernel ------------------------------------------------------------------------------------------------------ */
+
+template <typename T, typename Shape>
+static __global__ void __launch_bounds__(Shape::threads, 1)
+    softmax_wgmma_wide_kernel(const __grid_constant__ usp_softmax args, const __grid_constant__ backward_maps maps) {
+    auto &notes = *shared_at<backward_notes<Shape>>(wide_memory<Shape>::notes);
+    if (threadIdx.x == 0) begin_notes(notes);
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        give_registers<Shape::copying_registers>();
+        run_copying<Shape>(args, maps, notes);
+    } else {
+        take_registers<Shape::computing_registers>();
+        wide_group<T, Shape>(args, notes).run();
+    }
+}
+
+/* ---- launcher ---------------------------------------------------------------------------------------------------- */
+
+template <typename T, typename shape>
+static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    static_assert(wide_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
+    backward_maps maps;
+    int64_t jobs = count_jobs(*args, true, shape::rows);
+    dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
+    if (jobs == 0) return USP_OK;
+    USP_TRY(make_backward_maps<shape>(gpu, *args, &maps));
+    return usp_cuda_launch("softmax backward", softmax_wgmma_wide_kernel<T, shape>, grid, dim3(shape::threads),
+                           wide_memory<shape>::bytes, stream, *args, maps);
+}
+
+template <typename T> static usp_status start(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    if (args->dim <= 192 && args->value_dim <= 128) return start_shape<T, wide_shape<192, 128>>(gpu, args, stream);
+    return start_shape<T, wide_shape<256, 256>>(gpu, args, stream);
+}
+
+extern "C" usp_status usp_softmax_wgmma_wide_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    return args->dtype == USP_F16 ? start<__half>(gpu, args, stream) : start<__nv_bfloat16>(gpu, args, stream);
+}
