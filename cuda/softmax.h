@@ -48,6 +48,7 @@ extern const usp_softmax_family usp_softmax_any;
 enum {
     USP_WGMMA_DIM = 256,
     USP_WGMMA_EXTRAS_DIM = 128,
+    USP_WGMMA_SCRATCH = 16, /* bytes of usp_softmax.scratch: blocks ask there for jobs */
     USP_SOFTMAX_MAX_DIM = 512,
     USP_SOFTMAX_BUNDLE = 16 /* heads, of all batch entries, that are worked on side by side */
 };

@@ -95,40 +95,6 @@ template <int N> static __device__ __forceinline__ void scale_rows(usp_sums<1, N
     multiply_row(1, c, factor[1]);
 }
 
-/* ---- jobs -------------------------------------------------------------------------------------------------------- */
-
-/* The jobs of one block among all that stay, of ROWS rows of a work item at most: heaviest first inside a bundle of
- * heads, dealt there and back, so that what the first blocks have more in one round they have less in the next. */
-template <int ROWS> struct job_list {
-    static constexpr int parts = USP_WORK_ROWS / ROWS; /* of a work item */
-    int items, heads, lines, round;
-
-    __device__ __forceinline__ job_list(const usp_softmax &args, bool key_rows)
-        : items(*tiles_of(args, key_rows).works * parts), heads((int)heads_of(args, key_rows)),
-          lines((int)lines_of(args, key_rows)), round(0) {
-    }
-
-    /* `count` is 0 when there is none left. */
-    __device__ __forceinline__ softmax_job next(const usp_softmax &args, bool key_rows) {
-        const usp_tiles &tiles = tiles_of(args, key_rows);
-        for (;; round++) {
-            int64_t blocks = gridDim.x, back = round % 2 ? blocks - 1 - blockIdx.x : blockIdx.x;
-            int64_t index = round * blocks + back, bundle = index / ((int64_t)items * USP_SOFTMAX_BUNDLE);
-            if (round * blocks >= (int64_t)items * lines) return {nullptr, 0, 0, 0, 0};
-            if (index >= (int64_t)items * lines) continue;
-            int first = (int)bundle * USP_SOFTMAX_BUNDLE, width = min(USP_SOFTMAX_BUNDLE, lines - first);
-            int rest = (int)(index - bundle * items * USP_SOFTMAX_BUNDLE), line = first + rest % width;
-            int item = rest / width, skipped = item % parts * ROWS;
-            const usp_work *work = tiles.work + item / parts;
-            if (!key_rows && !args.first && !args.last && work->tiles == 0) continue;
-            if (parts > 1 && work->count <= skipped) continue;
-            round++;
-            int count = parts > 1 ? min(work->count - skipped, ROWS) : work->count;
-            return {work, work->begin + skipped, count, line % heads, line / heads};
-        }
-    }
-};
-
 /* ---- pipelines --------------------------------------------------------------------------------------------------- */
 
 /* Which of STAGES places is next, and the parity of the phase in which it is filled. */
@@ -139,6 +105,82 @@ template <int STAGES> struct turn {
         if (++stage < STAGES) return;
         stage = 0;
         parity ^= 1;
+    }
+};
+
+/* ---- jobs -------------------------------------------------------------------------------------------------------- */
+
+/* The jobs of all blocks are numbered, heaviest first inside a bundle of heads, whose columns the cache holds. A block
+ * has the job of its own number, and then asks for one after the other: with jobs of such different weights no fixed
+ * order keeps all blocks busy. Its first warp asks, ahead of time, and deals the numbers to the warps that walk with
+ * it. */
+constexpr int DEALS = 2;
+
+struct job_deals {
+    arrivals full[DEALS], empty[DEALS];
+    int64_t number[DEALS];
+};
+
+static __device__ __forceinline__ void begin_deals(job_deals &deals, int readers) {
+    for (int i = 0; i < DEALS; i++) {
+        begin_arrivals(&deals.full[i], 1);
+        begin_arrivals(&deals.empty[i], readers);
+    }
+}
+
+/* Jobs of ROWS rows of a work item at most. `count` is 0 when there is none left. */
+template <int ROWS, bool KEY_ROWS> struct job_list {
+    static constexpr int parts = USP_WORK_ROWS / ROWS; /* of a work item */
+    const usp_softmax &args;
+    job_deals &deals;
+    turn<DEALS> at;
+    int items, lines;
+    int64_t asked; /* by the first thread: the number to come */
+
+    __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_)
+        : args(args_), deals(deals_), at{0, 0}, items(*tiles_of(args, KEY_ROWS).works * parts),
+          lines((int)lines_of(args, KEY_ROWS)), asked(blockIdx.x) {
+    }
+
+    /* By the first warp. */
+    __device__ __forceinline__ softmax_job deal() {
+        for (;;) {
+            if (threadIdx.x == 0) {
+                await(&deals.empty[at.stage], at.parity ^ 1);
+                deals.number[at.stage] = asked;
+                asked = (int64_t)gridDim.x + atomicAdd(static_cast<unsigned *>(args.scratch), 1u);
+                arrive(&deals.full[at.stage]);
+            }
+            __syncwarp();
+            softmax_job job = job_of(deals.number[at.stage]);
+            at.advance();
+            if (job.count >= 0) return job;
+        }
+    }
+
+    /* By the others. */
+    __device__ __forceinline__ softmax_job take() {
+        for (;;) {
+            await(&deals.full[at.stage], at.parity);
+            softmax_job job = job_of(deals.number[at.stage]);
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) arrive(&deals.empty[at.stage]);
+            at.advance();
+            if (job.count >= 0) return job;
+        }
+    }
+
+    /* count is negative if there is nothing to do. */
+    __device__ __forceinline__ softmax_job job_of(int64_t number) const {
+        int64_t bundle = number / ((int64_t)items * USP_SOFTMAX_BUNDLE);
+        if (number >= (int64_t)items * lines) return {nullptr, 0, 0, 0, 0};
+        int first = (int)bundle * USP_SOFTMAX_BUNDLE, width = min(USP_SOFTMAX_BUNDLE, lines - first);
+        int rest = (int)(number - bundle * items * USP_SOFTMAX_BUNDLE), line = first + rest % width;
+        int item = rest / width, skipped = item % parts * ROWS, heads = (int)heads_of(args, KEY_ROWS);
+        const usp_work *work = tiles_of(args, KEY_ROWS).work + item / parts;
+        bool idle = !KEY_ROWS && !args.first && !args.last && work->tiles == 0;
+        if (idle || work->count <= skipped) return {nullptr, 0, -1, 0, 0};
+        return {work, work->begin + skipped, min(work->count - skipped, ROWS), line % heads, line / heads};
     }
 };
 

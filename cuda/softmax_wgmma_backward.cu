@@ -252,6 +252,7 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
     if (jobs == 0) return USP_OK;
     USP_TRY(make_backward_maps<shape>(gpu, *args, &maps));
+    USP_TRY(usp_cuda_clear("softmax backward", args->scratch, USP_WGMMA_SCRATCH, stream));
     return usp_cuda_launch("softmax backward", softmax_wgmma_backward_kernel<T, shape>, grid, dim3(shape::threads),
                            backward_memory<shape>::bytes, stream, *args, maps);
 }

@@ -43,6 +43,7 @@ struct backward_step {
 template <typename Shape> struct backward_notes {
     static constexpr int stages = Shape::stages;
     arrivals job_full, job_empty;
+    job_deals deals;
     arrivals q_full[stages], q_empty[stages], dout_full[stages], dout_empty[stages];
     arrivals dq_full[Shape::groups], dq_empty[Shape::groups]; /* where a warp adds dq */
     backward_job job;
@@ -67,6 +68,7 @@ template <typename Shape> static __device__ __forceinline__ void begin_notes(bac
         begin_arrivals(&notes.dq_full[g], 4);
         begin_arrivals(&notes.dq_empty[g], 1);
     }
+    begin_deals(notes.deals, Shape::adds ? 3 : 2); /* the warps beside the copying one */
     publish_arrivals();
     for (int i = 0; i < 2; i++) notes.spoilt[i] = notes.spoilt_keys[i] = 0;
 }
@@ -246,9 +248,9 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
     }
 
     __device__ __forceinline__ void run() {
-        job_list<Shape::rows> jobs(args, true);
+        job_list<Shape::rows, true> list(args, notes.deals);
         for (;;) {
-            softmax_job job = jobs.next(args, true);
+            softmax_job job = DUTY == COPIES ? list.deal() : list.take();
             head_range heads = readers_of(args, job.head);
             bool steps = job.count > 0 && job.work->tiles > 0 && heads.end > heads.first;
             if (DUTY == COPIES) start(job, steps);

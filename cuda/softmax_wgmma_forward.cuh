@@ -37,6 +37,7 @@ struct forward_job {
 template <typename Shape> struct forward_notes {
     static constexpr int stages = Shape::stages, slots = Shape::slots;
     arrivals job_full[slots], job_empty[slots];
+    job_deals deals;
     arrivals k_full[stages], k_empty[stages], v_full[stages], v_empty[stages];
     arrivals v_clean[stages]; /* of masked steps: the values are finite, or were made so */
     forward_job job[slots];
@@ -129,9 +130,9 @@ template <typename Shape> struct copying_warp {
 
     /* Values of a step are wanted when the products with the next step's keys have begun. */
     __device__ __forceinline__ void run() {
-        job_list<Shape::rows> jobs(args, false);
+        job_list<Shape::rows, false> list(args, notes.deals);
         for (;;) {
-            softmax_job job = jobs.next(args, false);
+            softmax_job job = list.deal();
             bool steps = job.count > 0 && job.work->tiles > 0;
             start(job, steps);
             if (job.count == 0) return;
@@ -161,10 +162,10 @@ template <typename Shape>
 static __device__ __forceinline__ void note_rows(const usp_softmax &args, forward_notes<Shape> &notes) {
     constexpr int most = Shape::rows / 32;
     turn<Shape::slots> slot = {0, 0};
-    job_list list(args, false);
+    job_list<Shape::rows, false> list(args, notes.deals);
     for (softmax_job job = {nullptr, 0, 1, 0, 0}; job.count > 0; slot.advance()) {
         int low[most], high[most], query[most], lane = threadIdx.x % 32;
-        job = list.next(args, false);
+        job = list.take();
 #pragma unroll
         for (int n = 0; n < most; n++) {
             int i = lane + n * 32;
@@ -213,9 +214,9 @@ template <typename T, typename Shape> struct watching_warps {
     }
 
     __device__ __forceinline__ void run() {
-        job_list list(args, false);
+        job_list<Shape::rows, false> list(args, notes.deals);
         for (;;) {
-            softmax_job job = list.next(args, false);
+            softmax_job job = list.take();
             if (job.count == 0) return;
             if (job.work->tiles == 0) continue;
             jobs++;

@@ -332,6 +332,7 @@ static int run_tests(usp_gpu_test *t, const chosen_tests *chosen) {
     const usp_device_ops *ops = t->gpu.device->ops;
     size_t gpu_bytes = chosen->time ? (size_t)8 << 30 : USP_GPU_ROOM;
     if (ops->alloc(t->gpu.device, gpu_bytes, (void **)&t->gpu.base) != USP_OK ||
+        ops->alloc(t->gpu.device, USP_GPU_SCRATCH, &t->gpu.scratch) != USP_OK ||
         ops->stream_create(t->gpu.device, &t->gpu.stream) != USP_OK) {
         fprintf(stderr, "%s\n", usp_last_error());
         return 1;
@@ -344,7 +345,7 @@ static int run_tests(usp_gpu_test *t, const chosen_tests *chosen) {
     free(t->exact.scratch);
     free(t->exact.base), free(t->plain.base), free(t->before), free(t->after), free(t->again), free(t->free_to_write);
     ops->stream_destroy(t->gpu.device, t->gpu.stream);
-    ops->free(t->gpu.device, t->gpu.base);
+    ops->free(t->gpu.device, t->gpu.scratch), ops->free(t->gpu.device, t->gpu.base);
     return t->failures > 0;
 }
 

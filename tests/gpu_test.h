@@ -16,7 +16,7 @@ typedef struct usp_gpu_world {
     usp_stream stream;
     char *base;
     usp_dtype dtype;
-    void *scratch; /* USP_GPU_SCRATCH bytes that kernels of the CPU work in */
+    void *scratch; /* USP_GPU_SCRATCH bytes that kernels work in */
 } usp_gpu_world;
 
 /* Element [b, t, h, x] is number first + b stride_batch + t stride_token + h stride_head + x from `at`. Every element

@@ -104,8 +104,8 @@ static inline unsigned __sad(int a, int b, unsigned c) {
 template <typename T> static inline T __ldg(const T *from) {
     return *from;
 }
-static inline float atomicAdd(float *to, float x) {
-    float old = *to;
+template <typename T> static inline T atomicAdd(T *to, T x) {
+    T old = *to;
     *to += x;
     return old;
 }
@@ -308,6 +308,11 @@ static usp_status usp_cuda_launch(const char *, void (*kernel)(Parameters...), d
         blockIdx = {i % grid.x, i / grid.x, 0};
         machine::run_block((int)block.x, shared, [&] { kernel(arguments...); });
     }
+    return USP_OK;
+}
+
+static inline usp_status usp_cuda_clear(const char *, void *memory, size_t bytes, usp_stream) {
+    memset(memory, 0, bytes);
     return USP_OK;
 }
 
