@@ -128,24 +128,38 @@ template <typename Shape> struct copying_warp {
         v.advance();
     }
 
-    /* Values of a step are wanted when the products with the next step's keys have begun. */
+    static __device__ __forceinline__ bool has_steps(const softmax_job &job) {
+        return job.count > 0 && job.work->tiles > 0;
+    }
+
+    /* Values of a step are wanted when the products with the next step's keys have begun; the next job's queries, where
+     * jobs overlap, as soon as there is room for them, which is after the first step. */
+    __device__ __forceinline__ void copy_steps(const softmax_job &job, const softmax_job &next, bool &started) {
+        int head = usp_mapped_head(args.kv, job.head), values = -1, steps = 0;
+        for (tile_walk at(args.by_query, *job.work, 1); at.running(); steps++) {
+            tile_walk now = at;
+            at.advance(Shape::step);
+            copy_keys(now, !at.running(), head, job.batch);
+            if (values >= 0) copy_values(values, head, job.batch);
+            if (Shape::overlaps && steps == 2) {
+                start(next, has_steps(next));
+                started = true;
+            }
+            values = now.column;
+        }
+        if (values >= 0) copy_values(values, head, job.batch);
+    }
+
     __device__ __forceinline__ void run() {
         job_list<Shape::rows, false> list(args, notes.deals);
-        for (;;) {
-            softmax_job job = list.deal();
-            bool steps = job.count > 0 && job.work->tiles > 0;
-            start(job, steps);
-            if (job.count == 0) return;
-            if (!steps) continue;
-            int head = usp_mapped_head(args.kv, job.head), values = -1;
-            for (tile_walk at(args.by_query, *job.work, 1); at.running();) {
-                tile_walk now = at;
-                at.advance(Shape::step);
-                copy_keys(now, !at.running(), head, job.batch);
-                if (values >= 0) copy_values(values, head, job.batch);
-                values = now.column;
-            }
-            if (values >= 0) copy_values(values, head, job.batch);
+        softmax_job job = list.deal();
+        start(job, has_steps(job));
+        while (job.count > 0) {
+            softmax_job next = list.deal();
+            bool started = false;
+            if (job.work->tiles > 0) copy_steps(job, next, started);
+            if (!started) start(next, has_steps(next));
+            job = next;
         }
     }
 };

@@ -195,13 +195,13 @@ static void poison_view(usp_gpu_test *t, softmax_pass *pass, const usp_gpu_view 
                                  i % 2 ? INFINITY : NAN, 0});
 }
 
-static void check_softmax(usp_gpu_test *t, const usp_gpu_softmax_case *c, int processors, int hopper) {
+static void check_softmax(usp_gpu_test *t, const usp_gpu_softmax_case *c, int processors, int portable) {
     softmax_pass pass;
     snprintf(t->name, sizeof t->name, "poison, softmax, %s, as if of %d processors%s", c->name, processors,
-             hopper ? ", Hopper" : "");
+             portable ? ", portable" : "");
     usp_gpu_begin_case(t, c->dtype);
     pass.s = usp_gpu_make_softmax(t, c);
-    pass.s.processors = processors, pass.s.hopper = hopper;
+    pass.s.processors = processors, pass.s.portable = portable;
     memcpy(t->before, t->plain.base, t->used);
     poison_view(t, &pass, &pass.s.q);
     poison_view(t, &pass, &pass.s.dout);

@@ -243,22 +243,14 @@ usp_softmax usp_gpu_softmax_args(const usp_gpu_world *w, const usp_gpu_softmax *
     return a;
 }
 
-/* Both passes: what they keep of a row may suit one family alone. */
-static int suits_hopper(const usp_gpu *gpu, const usp_softmax *a) {
-    const usp_softmax_family *family = &usp_softmax_wgmma;
-    return usp_gpu_runs(gpu, family->target) && family->fits(gpu, a, USP_CALL_FORWARD) &&
-           family->fits(gpu, a, USP_CALL_BACKWARD);
-}
-
-/* On a GPU as if it had other processors, or by the kernels for Hopper: what the device's entry calls. */
+/* On a GPU as if it had other processors, or none of Hopper's own instructions: what the device's entry calls. */
 static usp_status attend(const usp_gpu_world *w, const usp_gpu_softmax *s, const usp_softmax *a, int backward) {
     const usp_device_ops *ops = w->device->ops;
-    if (ops->kind != USP_DEVICE_CUDA || (!s->processors && !s->hopper))
+    if (ops->kind != USP_DEVICE_CUDA || (!s->processors && !s->portable))
         return (backward ? ops->softmax_backward : ops->softmax_forward)(w->device, a, w->stream);
     usp_gpu gpu = *usp_cuda_gpu(w->device);
     if (s->processors) gpu.processors = s->processors;
-    if (s->hopper && suits_hopper(&gpu, a))
-        return usp_softmax_wgmma.call[backward ? USP_CALL_BACKWARD : USP_CALL_FORWARD](&gpu, a, w->stream);
+    if (s->portable) gpu.capability = 80;
     return (backward ? usp_cuda_softmax_backward : usp_cuda_softmax_forward)(&gpu, a, w->stream);
 }
 
@@ -363,15 +355,15 @@ usp_gpu_softmax usp_gpu_make_softmax(usp_gpu_test *t, const usp_gpu_softmax_case
 
 /* ---- checks ------------------------------------------------------------------------------------------------------ */
 
-static void check_pass(usp_gpu_test *t, const usp_gpu_softmax_case *c, int processors, int hopper) {
+static void check_pass(usp_gpu_test *t, const usp_gpu_softmax_case *c, int processors, int portable) {
     snprintf(t->name, sizeof t->name, "softmax, %s, d %d, dtype %d, as if of %d processors%s", c->name, c->dim,
-             c->dtype, processors, hopper ? ", Hopper" : "");
+             c->dtype, processors, portable ? ", portable" : "");
     usp_gpu_begin_case(t, c->dtype);
     usp_gpu_softmax s = usp_gpu_make_softmax(t, c);
     const usp_gpu_view *outputs[USP_GPU_OUTPUTS + 1] = {&s.out, &s.lse, &s.delta, &s.dq, &s.top, &s.sum, &s.dq_sum};
     int count = 7;
-    s.processors = processors, s.hopper = hopper;
-    s.dq.unordered = s.dq_sum.unordered = hopper;
+    s.processors = processors, s.portable = portable;
+    s.dq.unordered = s.dq_sum.unordered = !portable;
     if (s.blocks > 1) outputs[count++] = &s.acc;
     if (c->peaks) outputs[count++] = &s.peak, outputs[count++] = &s.most;
     if (c->sinks) outputs[count++] = &s.dsinks;

@@ -44,7 +44,7 @@ typedef struct usp_gpu_softmax {
     const usp_gpu_softmax_case *c;
     int blocks;     /* of keys */
     int processors; /* that kernels are told the GPU has; 0: the truth */
-    int hopper;     /* its own kernels, where GPU and case suit them */
+    int portable;   /* kernels that run on every GPU, and sum in one order */
     usp_gpu_pairs pairs;
     size_t query_at, low_at, high_at, diagonal_at, key_at[USP_GPU_KEY_BLOCKS], last_at[USP_GPU_KEY_BLOCKS];
     size_t slopes_at, sinks_at, state_at;
