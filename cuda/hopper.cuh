@@ -160,7 +160,7 @@ static __device__ __forceinline__ void pass(int id, int threads) {
 }
 
 /* A number that is the same in all lanes, and known to be. */
-static __device__ __forceinline__ int uniform(int x) {
+template <typename Number> static __device__ __forceinline__ Number uniform(Number x) {
     return __shfl_sync(~0u, x, 0);
 }
 

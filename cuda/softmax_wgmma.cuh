@@ -142,32 +142,31 @@ template <int ROWS, bool KEY_ROWS> struct job_list {
           lines((int)lines_of(args, KEY_ROWS)), asked(blockIdx.x) {
     }
 
-    /* By the first warp. */
+    /* By the first warp. Numbers without a job are not dealt. */
     __device__ __forceinline__ softmax_job deal() {
         for (;;) {
+            int64_t number = uniform(asked);
+            softmax_job job = job_of(number);
+            if (threadIdx.x == 0) asked = (int64_t)gridDim.x + atomicAdd(static_cast<unsigned *>(args.scratch), 1u);
+            if (job.count < 0) continue;
             if (threadIdx.x == 0) {
                 await(&deals.empty[at.stage], at.parity ^ 1);
-                deals.number[at.stage] = asked;
-                asked = (int64_t)gridDim.x + atomicAdd(static_cast<unsigned *>(args.scratch), 1u);
+                deals.number[at.stage] = number;
                 arrive(&deals.full[at.stage]);
             }
-            __syncwarp();
-            softmax_job job = job_of(deals.number[at.stage]);
             at.advance();
-            if (job.count >= 0) return job;
+            return job;
         }
     }
 
     /* By the others. */
     __device__ __forceinline__ softmax_job take() {
-        for (;;) {
-            await(&deals.full[at.stage], at.parity);
-            softmax_job job = job_of(deals.number[at.stage]);
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) arrive(&deals.empty[at.stage]);
-            at.advance();
-            if (job.count >= 0) return job;
-        }
+        await(&deals.full[at.stage], at.parity);
+        softmax_job job = job_of(deals.number[at.stage]);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(&deals.empty[at.stage]);
+        at.advance();
+        return job;
     }
 
     /* count is negative if there is nothing to do. */

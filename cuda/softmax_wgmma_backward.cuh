@@ -233,7 +233,9 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
         parity ^= 1;
     }
 
+    /* The first step's queries are copied before the job's keys, which wait for the end of the job before. */
     __device__ __forceinline__ void run_steps(const softmax_job &job, const head_range &heads) {
+        bool first = true;
         for (tile_walk walk(args.by_key, *job.work, heads.end - heads.first); walk.running(); at.advance()) {
             tile_walk now = walk;
             int head = heads.first + now.round;
@@ -244,19 +246,24 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
                 add_step(now, head, job.batch);
             else
                 note_step(now, job, !walk.running(), head);
+            if (DUTY == COPIES && first) start(job, true);
+            first = false;
         }
     }
 
     __device__ __forceinline__ void run() {
         job_list<Shape::rows, true> list(args, notes.deals);
-        for (;;) {
-            softmax_job job = DUTY == COPIES ? list.deal() : list.take();
+        softmax_job job = DUTY == COPIES ? list.deal() : list.take();
+        while (job.count > 0) {
+            softmax_job next = DUTY == COPIES ? list.deal() : job;
             head_range heads = readers_of(args, job.head);
-            bool steps = job.count > 0 && job.work->tiles > 0 && heads.end > heads.first;
-            if (DUTY == COPIES) start(job, steps);
-            if (job.count == 0) break;
-            if (steps) run_steps(job, heads);
+            if (job.work->tiles > 0 && heads.end > heads.first)
+                run_steps(job, heads);
+            else if (DUTY == COPIES)
+                start(job, false);
+            job = DUTY == COPIES ? next : list.take();
         }
+        if (DUTY == COPIES) start(job, false);
         if (DUTY == ADDS) await_boxes();
     }
 };

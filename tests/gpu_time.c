@@ -83,7 +83,8 @@ static void place_softmax(usp_gpu_test *t, usp_gpu_softmax *s, int tokens, int c
     s->dv[0] = usp_gpu_timed_view(t, tokens, c->key_heads, c->dim, 0);
     s->top = usp_gpu_timed_view(t, tokens, c->heads, 1, 1), s->sum = usp_gpu_timed_view(t, tokens, c->heads, 1, 1);
     s->delta = usp_gpu_timed_view(t, tokens, c->heads, 1, 1);
-    s->acc = s->dq_sum = s->lse = s->peak = usp_gpu_timed_view(t, 0, c->heads, c->dim, 1);
+    s->dq_sum = usp_gpu_timed_view(t, tokens, c->heads, c->dim, 1);
+    s->acc = s->lse = s->peak = usp_gpu_timed_view(t, 0, c->heads, c->dim, 1);
     plain_pairs(t, s, tokens, causal);
     s->query_plan[0] = plain_plan(t, tokens, causal, 0), s->key_plan[0] = plain_plan(t, tokens, causal, 1);
 }

@@ -289,7 +289,7 @@ static inline void meet(int id, int threads) {
 static inline void pass(int id, int threads) {
     machine::barrier(id, threads, false);
 }
-static inline int uniform(int x) {
+template <typename Number> static inline Number uniform(Number x) {
     return emulated_shuffle(x, 0);
 }
 template <int COUNT> static inline void give_registers() {
