@@ -12,6 +12,7 @@ template <typename T, typename Shape> struct computing_group {
     using memory = forward_memory<Shape>;
     using notes_type = forward_notes<Shape>;
     const usp_softmax &args;
+    const soft_cap &cap;
     notes_type &notes;
     int group, warp_row; /* this warp's first row of the job */
     turn<Shape::stages> k, v;
@@ -22,11 +23,11 @@ template <typename T, typename Shape> struct computing_group {
     online_softmax<1, 0> online;
     int jobs; /* so far */
     lane_peaks<1> peaks;
-    int diagonal[2]; /* with extras: of this lane's rows */
+    float place[2]; /* with slopes: of this lane's rows, as those of keys are noted */
     uint64_t word[2];
 
-    __device__ __forceinline__ computing_group(const usp_softmax &args_, notes_type &notes_)
-        : args(args_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
+    __device__ __forceinline__ computing_group(const usp_softmax &args_, const soft_cap &cap_, notes_type &notes_)
+        : args(args_), cap(cap_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
           warp_row((threadIdx.x / 32 - 4) * 16), k{0, 0}, v{0, 0}, job_parity(0), jobs(0) {
         if (group == 1) pass(MEET_TURN, 256);
     }
@@ -56,7 +57,9 @@ template <typename T, typename Shape> struct computing_group {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int row = usp_lane_row(0, r), query = job.begin + warp_row + row;
-            diagonal[r] = bias_position(args, args.pairs.diagonal, job.begin + warp_row, row, rows);
+            place[r] = 0;
+            if (Shape::slopes && args.slopes && row < rows)
+                place[r] = (float)(args.pairs.diagonal[query] - args.pairs.diagonal[job.begin]);
             word[r] = 0;
             if (Shape::drops && args.dropout.rate > 0 && row < rows)
                 word[r] = dropout_row(args, job.batch, job.head, query);
@@ -67,7 +70,7 @@ template <typename T, typename Shape> struct computing_group {
         int rows = job.count - warp_row, first_row = job.begin + warp_row;
         int64_t line = line_of(args, job.batch, job.head, first_row);
         float sink = sink_of(args, job.head), kept = Shape::drops ? 1 / (1 - args.dropout.rate) : 1;
-        if (Shape::bends && Shape::drops && args.peak) peaks.store(args, line, rows, scoring(args, job.head).unit);
+        if (Shape::more && args.peak) peaks.store(args, line, rows, cap.unit);
         int own = threadIdx.x & 3, own_row = usp_lane_row(0, own % 2); /* one of four lanes writes a row's state */
         row_state own_state = {};
 #pragma unroll
@@ -138,19 +141,32 @@ template <typename T, typename Shape> struct computing_group {
         if constexpr (MASKED) pairs.mask(scores, notes.key[stage], args.pairs.last ? notes.last[stage] : nullptr);
     }
 
-    /* Takes dropped weights out, a column block after the other: side by side they would not fit the registers. */
+    /* Takes dropped weights out. */
     __device__ __forceinline__ void drop(usp_sums<1, N> &weights) {
-        uint32_t limit = usp_dropout_limit(args.dropout.rate), keys = shared_address(notes.key[k.stage]);
+        uint32_t limit = notes.limit;
 #pragma unroll
         for (int n = 0; n < N; n++) {
+            uint2 draw = *reinterpret_cast<const uint2 *>(notes.draw[k.stage] + usp_lane_column(n));
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                int key = (int)load_shared_word(keys + (usp_lane_column(n) + j) * 4);
-#pragma unroll
-                for (int r = 0; r < 2; r++)
-                    if (usp_dropout_word(word[r], key) < limit) weights[0][n][r * 2 + j] = 0;
+            for (int r = 0; r < 2; r++) {
+                float *pair = &weights[0][n][r * 2];
+                pair[0] = usp_dropout_pair(word[r], draw.x) < limit ? 0 : pair[0];
+                pair[1] = usp_dropout_pair(word[r], draw.y) < limit ? 0 : pair[1];
             }
-            pin(weights[0][n]);
+        }
+    }
+
+    /* Subtracts slopes times distances. */
+    __device__ __forceinline__ void add_biases(usp_sums<1, N> &scores, const scoring &rule) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float2 key = *reinterpret_cast<const float2 *>(notes.place[k.stage] + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float *pair = &scores[0][n][r * 2];
+                pair[0] = rule.biased(pair[0], fabsf(place[r] - key.x));
+                pair[1] = rule.biased(pair[1], fabsf(place[r] - key.y));
+            }
         }
     }
 
@@ -163,12 +179,10 @@ template <typename T, typename Shape> struct computing_group {
             leave(&notes.k_empty[k.stage]);
             online.weigh(scores, rule.unit, factor);
         } else {
-            auto key = [&](int i) { return notes.key[k.stage][i]; };
-            if constexpr (Shape::bends)
-                bend_scores(
-                    scores, rule, [&](int r) { return diagonal[r]; }, key);
+            if constexpr (Shape::caps) cap_scores<4>(scores, rule);
+            if constexpr (Shape::slopes) add_biases(scores, rule);
             mask_scores<MASKED>(scores, pairs, k.stage);
-            if constexpr (Shape::bends && Shape::drops) peaks.look(scores);
+            if constexpr (Shape::more) peaks.look(scores);
             online.weigh(scores, rule.unit, factor);
             if constexpr (Shape::drops) drop(scores);
             leave(&notes.k_empty[k.stage]);
@@ -230,7 +244,7 @@ template <typename T, typename Shape> struct computing_group {
 
     __device__ __forceinline__ void run_steps(const softmax_job &job) {
         row_pairs pairs(args.pairs, job.begin + warp_row, job.count - warp_row);
-        scoring rule(args, job.head);
+        scoring rule(args, job.head, cap);
         step_note step = next_step();
         if (step.masked)
             begin<true>(pairs, rule);
@@ -269,7 +283,8 @@ template <typename T, typename Shape> struct computing_group {
 
 template <typename T, typename Shape>
 static __global__ void __launch_bounds__(Shape::threads, 1)
-    softmax_wgmma_forward_kernel(const __grid_constant__ usp_softmax args, const __grid_constant__ forward_maps maps) {
+    softmax_wgmma_forward_kernel(const __grid_constant__ usp_softmax args, const __grid_constant__ forward_maps maps,
+                                 const __grid_constant__ soft_cap cap) {
     auto &notes = *shared_at<forward_notes<Shape>>(forward_memory<Shape>::notes);
     if (threadIdx.x == 0) {
         constexpr int warps = 4 * Shape::groups;
@@ -283,6 +298,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
         }
         publish_arrivals();
         for (int &spoilt : notes.spoilt) spoilt = 0;
+        notes.limit = usp_dropout_limit(args.dropout.rate);
     }
     __syncthreads();
     if (threadIdx.x < 128) {
@@ -290,7 +306,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
         if (threadIdx.x < 32) copying_warp<Shape>(args, maps, notes).run();
     } else {
         take_registers<Shape::computing_registers>();
-        computing_group<T, Shape>(args, notes).run();
+        computing_group<T, Shape>(args, cap, notes).run();
     }
 }
 
@@ -307,17 +323,14 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     USP_TRY(make_map(gpu, *args, args->dtype, true, args->v, args->value_dim, shape::step, &maps.v));
     dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
     return usp_cuda_launch("softmax forward", softmax_wgmma_forward_kernel<T, shape>, grid, dim3(shape::threads),
-                           forward_memory<shape>::bytes, stream, *args, maps);
+                           forward_memory<shape>::bytes, stream, *args, maps, soft_cap_of(*args));
 }
 
 template <typename T, int DIM>
 static usp_status start_extras(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
-    bool drops = args->dropout.rate > 0, bends = args->soft_cap > 0 || args->slopes;
-    if (args->peak || (drops && bends))
-        return start_shape<T, forward_shape<DIM, DIM, 128, BENDS | DROPS>>(gpu, args, stream);
-    if (drops) return start_shape<T, forward_shape<DIM, DIM, 128, DROPS>>(gpu, args, stream);
-    if (bends) return start_shape<T, forward_shape<DIM, DIM, 128, BENDS>>(gpu, args, stream);
-    return start_shape<T, forward_shape<DIM, DIM, 128>>(gpu, args, stream);
+    return start_with_extras(*args, [&](auto extras) {
+        return start_shape<T, forward_shape<DIM, DIM, 128, decltype(extras)::value>>(gpu, args, stream);
+    });
 }
 
 /* The first shape that holds both dims; what is beyond them is zeros. */

@@ -72,6 +72,11 @@ static inline bool __any_sync(unsigned, bool mine) {
         if (word) return true;
     return false;
 }
+static inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
 template <typename T> static inline T emulated_shuffle(T mine, int lane) {
     uint64_t word = 0;
     T theirs;
@@ -130,6 +135,12 @@ static inline void store_shared_pair(uint32_t address, float x, float y) {
 }
 static inline float fast_exp2(float x) {
     return exp2f(x);
+}
+static inline float fast_reciprocal(float x) {
+    return 1 / x;
+}
+template <typename T> static inline uint32_t pack_positive(float low, float high) {
+    return usp_pack<T>(low < 0 ? 0 : low, high < 0 ? 0 : high);
 }
 template <typename T> static inline uint32_t usp_taint(uint32_t taint, uint32_t pair) {
     float2 x = usp_unpack<T>(pair);
