@@ -40,6 +40,27 @@ static __device__ __forceinline__ float fast_exp2(float x) {
     return y;
 }
 
+static __device__ __forceinline__ float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* A pair rounded to T; what is below 0 becomes 0. */
+template <typename T> static __device__ __forceinline__ uint32_t pack_positive(float low, float high);
+
+template <> __device__ __forceinline__ uint32_t pack_positive<__nv_bfloat16>(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+template <> __device__ __forceinline__ uint32_t pack_positive<__half>(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
 /* taint + 0 * pair: stays 0 as long as pairs are finite. */
 template <typename T> static __device__ __forceinline__ uint32_t usp_taint(uint32_t taint, uint32_t pair);
 

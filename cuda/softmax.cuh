@@ -147,37 +147,86 @@ static __device__ __forceinline__ bool pair_allowed(const usp_pairs &pairs, int 
 
 /* ---- scores ------------------------------------------------------------------------------------------------------ */
 
-/* How a product q.k becomes a score in base 2, for one head. A straight score is the product itself times `unit`, which
- * is left to the weight's multiplication; a bent one has unit 1. Every kernel of a pass computes the same bits. */
+/* The soft cap as all heads have it. A capped score is GROWN times the product as long as that is small; far from 0 it
+ * is tanh(scale product / cap) times `far`. Near 0, |scale product / cap| up to 0.4, tanh(x) / x is a polynomial of
+ * x^2, to 10^-7: no instruction of the special unit, which the weights keep busy. `near` is that polynomial of the
+ * product's square, times -GROWN, and GROWN is such that near 0 its value is -2 or less, a matter of two bits: the
+ * upper ones of all values of a warp are looked at as one. */
+struct soft_cap {
+    static constexpr float GROWN = 2 / 0.94987231f;
+    float unit, into, far, near[4], tangent;
+    bool used;
+};
+
+static __host__ __device__ __forceinline__ soft_cap soft_cap_of(const usp_softmax &args) {
+    soft_cap cap = {args.scale * LOG2E, 0, 0, {}, 0, args.soft_cap > 0};
+    if (!cap.used) return cap;
+    cap.unit = args.scale * (LOG2E / soft_cap::GROWN);
+    float into = args.scale / args.soft_cap, square = into * into;
+    cap.into = 2 * LOG2E * into;
+    cap.tangent = into / soft_cap::GROWN;
+    cap.far = soft_cap::GROWN / into;
+    cap.near[0] = -soft_cap::GROWN * 0.9999999f;
+    cap.near[1] = soft_cap::GROWN * 0.33331363f * square;
+    cap.near[2] = -soft_cap::GROWN * 0.13270977f * square * square;
+    cap.near[3] = soft_cap::GROWN * 0.047553603f * square * square * square;
+    return cap;
+}
+
+/* How a product q.k becomes a score, for one head; the score times `unit` is in base 2, which is left to the weight's
+ * multiplication. Every kernel of a pass computes the same bits: a score depends on its pair alone. */
 struct scoring {
-    float scale, cap, into_cap, slope, unit;
-    bool bent;
+    soft_cap cap;
+    float slope, unit;
 
     scoring() = default;
-    __device__ __forceinline__ scoring(const usp_softmax &args, int head)
-        : scale(args.scale * LOG2E), cap(args.soft_cap * LOG2E), into_cap(0), slope(0), unit(scale), bent(false) {
-        if (args.soft_cap > 0) into_cap = args.scale / args.soft_cap;
-        if (args.slopes) slope = args.slopes[head] * LOG2E;
-        bent = args.soft_cap > 0 || args.slopes;
-        if (bent) unit = 1;
+    __device__ __forceinline__ scoring(const soft_cap &cap_, float slope_) : cap(cap_), slope(slope_), unit(cap.unit) {
+    }
+    __device__ __forceinline__ scoring(const usp_softmax &args, int head, const soft_cap &cap_)
+        : scoring(cap_, slope_of(args, head, cap_)) {
+    }
+    __device__ __forceinline__ scoring(const usp_softmax &args, int head) : scoring(args, head, soft_cap_of(args)) {
     }
 
-    /* tanh, to 2^-22 of 1. */
-    static __device__ __forceinline__ float bounded(float x) {
-        return 1 - __fdividef(2, 1 + exp2f(2 * LOG2E * x));
+    static __device__ __forceinline__ float slope_of(const usp_softmax &args, int head, const soft_cap &cap) {
+        return args.slopes ? args.slopes[head] * LOG2E / cap.unit : 0;
     }
 
-    /* `bend` becomes the gradient of the score by the product, over the scale. */
-    __device__ __forceinline__ float score(float product, unsigned distance, float &bend) const {
-        bend = 1;
-        if (!bent) return product;
-        float x = product * scale;
-        if (cap > 0) {
-            float t = bounded(product * into_cap);
-            bend = 1 - t * t;
-            x = cap * t;
-        }
-        return fmaf(-slope, (float)distance, x);
+    /* Far from 0: tanh x = 1 - 2 / (1 + e^2x), to 2^-22 of 1. */
+    __device__ __forceinline__ float capped_far(float product) const {
+        return fmaf(-2 * cap.far, fast_reciprocal(1 + fast_exp2(product * cap.into)), cap.far);
+    }
+
+    /* Of a product near 0. `way` tells whether it is: is_near of its bits, or of those that several have in common. */
+    __device__ __forceinline__ float capped_near(float product, float &way) const {
+        float square = product * product;
+        way = fmaf(square, fmaf(square, fmaf(square, cap.near[3], cap.near[2]), cap.near[1]), cap.near[0]);
+        return product * -way;
+    }
+    static __device__ __forceinline__ bool is_near(uint32_t way) {
+        return way >= 0xc0000000u;
+    }
+
+    __device__ __forceinline__ float capped(float product) const {
+        float way, near = capped_near(product, way);
+        return is_near(__float_as_uint(way)) ? near : capped_far(product);
+    }
+
+    /* The gradient by the product of a score that was capped, over the scale. */
+    __device__ __forceinline__ float bend(float capped) const {
+        float t = capped * cap.tangent;
+        return fmaf(-t, t, 1);
+    }
+
+    __device__ __forceinline__ float biased(float score, float distance) const {
+        return fmaf(-slope, distance, score);
+    }
+
+    /* `bend_by` becomes the gradient of the score by the product, over the scale. */
+    __device__ __forceinline__ float score(float product, unsigned distance, float &bend_by) const {
+        float x = cap.used ? capped(product) : product;
+        bend_by = cap.used ? bend(x) : 1;
+        return slope != 0 ? biased(x, (float)distance) : x;
     }
 };
 

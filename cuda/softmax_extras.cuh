@@ -35,17 +35,44 @@ static __device__ __forceinline__ void for_elements(const Load &load, const Visi
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
+/* Turns products into capped scores, STRIP column blocks at a time, whose products are kept in case one of the warp's
+ * is far from 0. */
+template <int STRIP, int M, int N>
+static __device__ __forceinline__ void cap_scores(usp_sums<M, N> &c, const scoring &rule) {
+    static_assert(N % STRIP == 0, "strips of column blocks");
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int first = 0; first < N; first += STRIP) {
+            float capped[STRIP][4], way;
+            uint32_t common = ~0u;
+#pragma unroll
+            for (int i = 0; i < STRIP * 4; i++) {
+                capped[i / 4][i % 4] = rule.capped_near(c[m][first + i / 4][i % 4], way);
+                common &= __float_as_uint(way);
+            }
+            if (__any_sync(~0u, !rule.is_near(common))) {
+#pragma unroll
+                for (int i = 0; i < STRIP * 4; i++) capped[i / 4][i % 4] = rule.capped(c[m][first + i / 4][i % 4]);
+            }
+#pragma unroll
+            for (int i = 0; i < STRIP * 4; i++) c[m][first + i / 4][i % 4] = capped[i / 4][i % 4];
+        }
+    }
+}
+
 /* Turns products, rows of queries, into scores. `diagonal` gives a row's position (r < 2M), `key` a column's. */
 template <int M, int N, typename Diagonal, typename Key>
 static __device__ __forceinline__ void bend_scores(usp_sums<M, N> &c, const scoring &rule, const Diagonal &diagonal,
                                                    const Key &key) {
-    if (!rule.bent) return;
+    if (rule.cap.used) cap_scores<4>(c, rule);
+    if (rule.slope == 0) return;
     int from[M * 2];
 #pragma unroll
     for (int r = 0; r < M * 2; r++) from[r] = diagonal(r);
     for_elements<M, N>(key, [&](int r, int n, int j, int position) {
-        float &x = c[r / 2][n][r % 2 * 2 + j], bend;
-        x = rule.score(x, distance_of(from[r], position), bend);
+        float &x = c[r / 2][n][r % 2 * 2 + j];
+        x = rule.biased(x, (float)distance_of(from[r], position));
     });
 }
 

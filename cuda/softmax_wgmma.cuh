@@ -6,6 +6,37 @@
 #include "hopper.cuh"
 #include "softmax_mma.cuh"
 
+/* ---- instances --------------------------------------------------------------------------------------------------- */
+
+/* What instances with extras do beside the plain ones: a soft cap, slopes, dropout. Those with MORE also do without
+ * slopes or dropout, which then change nothing, and with largest scores: a branch around either would cost registers.
+ */
+constexpr int CAPS = 1, SLOPES = 2, DROPS = 4, MORE = SLOPES | DROPS;
+
+static inline int extras_of(const usp_softmax &args) {
+    bool caps = args.soft_cap > 0, slopes = args.slopes, drops = args.dropout.rate > 0;
+    bool more = args.peak || caps + slopes + drops > 1;
+    return (caps ? CAPS : 0) | (slopes || more ? SLOPES : 0) | (drops || more ? DROPS : 0);
+}
+
+/* Calls start of the constant that extras_of gives. */
+template <typename Start> static inline usp_status start_with_extras(const usp_softmax &args, const Start &start) {
+    switch (extras_of(args)) {
+    case CAPS:
+        return start(std::integral_constant<int, CAPS>());
+    case SLOPES:
+        return start(std::integral_constant<int, SLOPES>());
+    case DROPS:
+        return start(std::integral_constant<int, DROPS>());
+    case MORE:
+        return start(std::integral_constant<int, MORE>());
+    case CAPS | MORE:
+        return start(std::integral_constant<int, CAPS | MORE>());
+    default:
+        return start(std::integral_constant<int, 0>());
+    }
+}
+
 /* ---- tiles ------------------------------------------------------------------------------------------------------- */
 
 /* ROWS rows of DIM elements as copies leave them: slab after slab of 64 columns, each of ROWS swizzled rows. */

@@ -12,6 +12,7 @@ template <typename T, typename Shape> struct backward_group {
     using memory = backward_memory<Shape>;
     using notes_type = backward_notes<Shape>;
     const usp_softmax &args;
+    const soft_cap &cap;
     notes_type &notes;
     int group, warp_row; /* this warp's first row of the job */
     turn<Shape::stages> at;
@@ -19,9 +20,19 @@ template <typename T, typename Shape> struct backward_group {
     usp_sums<1, D> dk;
     usp_sums<1, E> dv;
 
-    __device__ __forceinline__ backward_group(const usp_softmax &args_, notes_type &notes_)
-        : args(args_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
+    __device__ __forceinline__ backward_group(const usp_softmax &args_, const soft_cap &cap_, notes_type &notes_)
+        : args(args_), cap(cap_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
           warp_row((threadIdx.x / 32 - 4) * 16), at{0, 0}, job_parity(0), dq_parity(0), jobs(0), ds_turn(0) {
+    }
+
+    /* Every key that does not exist is masked. */
+    __device__ __forceinline__ void note_keys() {
+        const softmax_job &job = notes.job.job;
+        int i = threadIdx.x - 128, first = args.pairs.key[job.begin];
+        if (i >= Shape::rows) return;
+        int key = i < job.count ? args.pairs.key[job.begin + i] : first;
+        notes.place[i] = (float)(key - first);
+        notes.draw[i] = usp_dropout_key(key);
     }
 
     /* ---- one step */
@@ -34,24 +45,53 @@ template <typename T, typename Shape> struct backward_group {
         return notes.job.job.count - warp_row;
     }
 
-    /* With extras: S^T to kept weights, dP^T to the gradients of products, over the scale; a column block after the
-     * other, since side by side they would not fit the registers. */
-    __device__ __forceinline__ void bend(usp_sums<1, N> &s, usp_sums<1, N> &dp, const query_notes<Shape> &query,
-                                         const scoring &rule, const key_pairs &keys) {
-        uint32_t limit = usp_dropout_limit(args.dropout.rate);
-        float keep = 1 / (1 - args.dropout.rate);
+    /* With extras: S^T to P^T times the gradient of scores by products, negative where the pair is dropped; P^T itself,
+     * as far as it is kept, is rounded on the way. */
+    template <bool MASKED>
+    __device__ __forceinline__ void weigh_extras(usp_sums<1, N> &s, left_operand<K> &p, const query_notes<Shape> &query,
+                                                 const scoring &rule) {
+        uint32_t limit = notes.limit;
+        key_pairs rows(args.pairs, first_row(), MASKED ? this->rows() : 0);
+        if constexpr (Shape::caps) cap_scores<2>(s, rule);
 #pragma unroll
         for (int n = 0; n < N; n++) {
+            int i = usp_lane_column(n);
+            float *c = s[0][n], bend[4];
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                int i = usp_lane_column(n) + j;
-                query_line line = {query.base[i], query.factor[i], query.delta[i], query.diagonal[i], query.word[i]};
-#pragma unroll
-                for (int r = 0; r < 2; r++)
-                    bend_pair(s[0][n][r * 2 + j], dp[0][n][r * 2 + j], rule, line, keys.key[r], limit, keep);
+            for (int e = 0; e < 4; e++) {
+                int row = warp_row + usp_lane_row(0, e / 2), column = i + e % 2;
+                if constexpr (Shape::caps) bend[e] = rule.bend(c[e]);
+                if constexpr (Shape::slopes) c[e] = rule.biased(c[e], fabsf(notes.place[row] - query.place[column]));
+                c[e] = fast_exp2(fmaf(c[e], rule.unit, -query.base[column])) * query.factor[column];
             }
-            pin(s[0][n]);
-            pin(dp[0][n]);
+            if constexpr (MASKED) {
+                rows.mask_interval(s[0][n], query, i);
+                if (args.pairs.last) rows.mask_behind(s[0][n], query, i);
+            }
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int row = warp_row + usp_lane_row(0, e / 2), column = i + e % 2;
+                if constexpr (Shape::drops)
+                    c[e] = usp_dropout_pair(query.word[column], notes.draw[row]) < limit ? -c[e] : c[e];
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++) p[n / 2][n % 2 * 2 + r] = pack_positive<T>(c[r * 2], c[r * 2 + 1]);
+#pragma unroll
+            for (int e = 0; e < 4 && Shape::caps; e++) c[e] *= bend[e];
+        }
+    }
+
+    /* What weigh_extras left, and dP^T, to dS^T over the scale. */
+    __device__ __forceinline__ void differ_extras(usp_sums<1, N> &dp, const usp_sums<1, N> &p,
+                                                  const query_notes<Shape> &query) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float2 delta = *reinterpret_cast<const float2 *>(query.delta + usp_lane_column(n));
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                float weight = p[0][n][e], &x = dp[0][n][e];
+                x = fmaf(fmaxf(weight, 0), x, -fabsf(weight) * (e % 2 ? delta.y : delta.x));
+            }
         }
     }
 
@@ -106,26 +146,25 @@ template <typename T, typename Shape> struct backward_group {
         issue_rows<T>(dp, memory::v_at(), group * 64, memory::dout_at(stage));
         end_products();
         if constexpr (Shape::extras) {
-            await_products<0>();
-            pin(list_of<N>(dp));
-            bend(s, dp, query, scoring(args, notes.step[stage].head), key_pairs(args.pairs, first_row(), rows()));
+            weigh_extras<MASKED>(s, p, query, scoring(cap, notes.step[stage].slope));
         } else {
             weigh(s, query, args.scale * LOG2E);
+            if constexpr (MASKED) key_pairs(args.pairs, first_row(), rows()).mask(s, query, args.pairs.last);
+            round_sums<T, K>(p, s);
         }
         if constexpr (MASKED) {
-            key_pairs(args.pairs, first_row(), rows()).mask(s, query, args.pairs.last);
             await_products<0>();
             clean_step<T>(notes, stage, jobs);
         }
-        round_sums<T, K>(p, s);
         begin_products();
         issue_columns<T>(dv, p, memory::dout_at(stage));
         end_products();
-        if constexpr (!Shape::extras) {
-            await_products<1>();
-            pin(list_of<N>(dp));
+        await_products<1>();
+        pin(list_of<N>(dp));
+        if constexpr (Shape::extras)
+            differ_extras(dp, s, query);
+        else
             differ(dp, s, query);
-        }
         if constexpr (MASKED) key_pairs(args.pairs, first_row(), rows()).mask(dp, query, args.pairs.last);
         round_sums<T, K>(ds, dp);
         share<K>(ds, memory::ds_at(ds_turn), warp_row);
@@ -161,6 +200,7 @@ template <typename T, typename Shape> struct backward_group {
 
     __device__ __forceinline__ void run_steps() {
         usp_sums<1, N> s;
+        if constexpr (Shape::slopes || Shape::drops) note_keys();
         look_at_keys<T>(notes, jobs);
         bool odd = notes.spoilt_keys[jobs % 2] == jobs, last;
         await(&notes.q_full[at.stage], at.parity);
@@ -211,12 +251,8 @@ template <typename T, typename Shape> struct backward_group {
             if (notes.job.steps) run_steps();
             backward_job now = notes.job;
             leave(&notes.job_empty);
-            float keep = Shape::extras ? 1 / (1 - args.dropout.rate) : 1;
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                multiply_row(r, dk, args.scale);
-                if (Shape::extras) multiply_row(r, dv, keep);
-            }
+            for (int r = 0; r < 2; r++) multiply_row(r, dk, args.scale);
             store(dk, args.dk, now.job, args.dim);
             store(dv, args.dv, now.job, args.value_dim);
             if (now.steps) mend_rows(now.job);
@@ -228,17 +264,20 @@ template <typename T, typename Shape> struct backward_group {
 
 template <typename T, typename Shape>
 static __global__ void __launch_bounds__(Shape::threads, 1)
-    softmax_wgmma_backward_kernel(const __grid_constant__ usp_softmax args,
-                                  const __grid_constant__ backward_maps maps) {
+    softmax_wgmma_backward_kernel(const __grid_constant__ usp_softmax args, const __grid_constant__ backward_maps maps,
+                                  const __grid_constant__ soft_cap cap) {
     auto &notes = *shared_at<backward_notes<Shape>>(backward_memory<Shape>::notes);
-    if (threadIdx.x == 0) begin_notes(notes);
+    if (threadIdx.x == 0) {
+        begin_notes(notes);
+        notes.limit = usp_dropout_limit(args.dropout.rate);
+    }
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<Shape::copying_registers>();
-        run_copying<Shape>(args, maps, notes);
+        run_copying<Shape>(args, maps, cap, notes);
     } else {
         take_registers<Shape::computing_registers>();
-        backward_group<T, Shape>(args, notes).run();
+        backward_group<T, Shape>(args, cap, notes).run();
     }
 }
 
@@ -254,13 +293,14 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     USP_TRY(make_backward_maps<shape>(gpu, *args, &maps));
     USP_TRY(usp_cuda_clear("softmax backward", args->scratch, USP_WGMMA_SCRATCH, stream));
     return usp_cuda_launch("softmax backward", softmax_wgmma_backward_kernel<T, shape>, grid, dim3(shape::threads),
-                           backward_memory<shape>::bytes, stream, *args, maps);
+                           backward_memory<shape>::bytes, stream, *args, maps, soft_cap_of(*args));
 }
 
 template <typename T, int DIM>
 static usp_status start_extras(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
-    if (has_extras(*args)) return start_shape<T, backward_shape<DIM, DIM, 64, true>>(gpu, args, stream);
-    return start_shape<T, backward_shape<DIM, DIM, 64>>(gpu, args, stream);
+    return start_with_extras(*args, [&](auto extras) {
+        return start_shape<T, backward_shape<DIM, DIM, 64, decltype(extras)::value>>(gpu, args, stream);
+    });
 }
 
 /* Sums of dq begin with the first block of keys, and become dq with the last. */

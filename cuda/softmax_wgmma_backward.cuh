@@ -11,10 +11,11 @@
 
 /* STEP queries at a time. Sums of a thread: DIM / 2 of dk, VALUE_DIM / 2 of dv, STEP / 2 each of S and dP, of which
  * dq's DIM / 4 take the place. */
-template <int DIM, int VALUE_DIM, int STEP, bool EXTRAS = false> struct backward_shape {
+template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct backward_shape {
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
-    static constexpr bool extras = EXTRAS; /* soft cap, slopes, dropout: decided at run time */
-    static constexpr bool adds = true;     /* dq reaches its sums by way of shared memory */
+    static constexpr bool caps = EXTRAS & CAPS, slopes = EXTRAS & SLOPES, drops = EXTRAS & DROPS;
+    static constexpr bool extras = EXTRAS != 0;
+    static constexpr bool adds = true; /* dq reaches its sums by way of shared memory */
     static constexpr int rows = USP_WORK_ROWS, groups = 2, stages = 2, threads = 128 * (1 + groups);
     static constexpr int share = DIM / groups; /* columns of dq that one group has */
     static constexpr int copying_registers = 24, computing_registers = 240;
@@ -22,13 +23,14 @@ template <int DIM, int VALUE_DIM, int STEP, bool EXTRAS = false> struct backward
 
 /* ---- shared memory ----------------------------------------------------------------------------------------------- */
 
-/* What the computing warps need of each query of a step: P = 2^(x - base) * factor. */
+/* What the computing warps need of each query of a step: P = 2^(x - base) * factor. With dropout the factor is
+ * 1 / (1 - rate) times as large, and delta 1 - rate times. */
 template <typename Shape> struct query_notes {
     float base[Shape::step], factor[Shape::step], delta[Shape::step];
     alignas(16) int2 interval[Shape::step]; /* low, high: of a masked step; read two at a time */
     int position[Shape::step];
-    int diagonal[Shape::step]; /* with extras */
-    uint64_t word[Shape::step];
+    float place[Shape::step]; /* with slopes: of the diagonal, from the job's first key on */
+    alignas(16) uint64_t word[Shape::step];
 };
 
 struct backward_job {
@@ -38,6 +40,7 @@ struct backward_job {
 
 struct backward_step {
     int masked, last, column, columns, head;
+    float slope;
 };
 
 template <typename Shape> struct backward_notes {
@@ -50,7 +53,10 @@ template <typename Shape> struct backward_notes {
     int spoilt_keys[2],
         spoilt[2]; /* the last job of this parity whose keys, or queries and dout, were not all finite */
     backward_step step[stages];
+    uint32_t limit; /* dropout's */
     query_notes<Shape> query[stages];
+    float place[Shape::rows];   /* with slopes: of the job's keys, from the first one on */
+    uint32_t draw[Shape::rows]; /* what dropout draws for them */
 };
 
 /* Before anything is awaited; __syncthreads must follow. */
@@ -130,7 +136,8 @@ struct query_line_notes {
     row_state row;
     float delta;
     int2 interval;
-    int position, diagonal;
+    int position;
+    float place;
     uint64_t word;
 };
 
@@ -139,14 +146,15 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
     using notes_type = backward_notes<Shape>;
     const usp_softmax &args;
     const backward_maps &maps;
+    const soft_cap &cap;
     notes_type &notes;
     turn<Shape::stages> at;
     int parity; /* of jobs, or of dq */
     int lane;
 
     __device__ __forceinline__ backward_copying(const usp_softmax &args_, const backward_maps &maps_,
-                                                notes_type &notes_)
-        : args(args_), maps(maps_), notes(notes_), at{0, 0}, parity(0), lane(threadIdx.x % 32) {
+                                                const soft_cap &cap_, notes_type &notes_)
+        : args(args_), maps(maps_), cap(cap_), notes(notes_), at{0, 0}, parity(0), lane(threadIdx.x % 32) {
         static_assert(Shape::step == 64, "two warps note 32 queries each");
     }
 
@@ -172,20 +180,18 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
         memory::dout_at(at.stage).copy(&maps.dout, walk.column, head, batch, dout_full);
     }
 
-    __device__ __forceinline__ query_line_notes load_query(const tile_walk &walk, int i, bool masked, int head,
-                                                           int batch) {
+    __device__ __forceinline__ query_line_notes load_query(const tile_walk &walk, const softmax_job &job, int i,
+                                                           bool masked, int head) {
         query_line_notes to = {{-INFINITY, 0}, 0, {1, 0}, 0, 0, 0};
         int query = walk.column + i;
         if (i >= walk.columns()) return to;
-        int64_t line = line_of(args, batch, head, query);
+        int64_t line = line_of(args, job.batch, head, query);
         to.row = {args.top[line], args.sum[line]};
         to.delta = args.delta[line];
         if (masked) to.interval = {max(args.pairs.low[query], NOWHERE + 1), args.pairs.high[query]};
         if (masked && args.pairs.last) to.position = args.pairs.query[query];
-        if constexpr (Shape::extras) {
-            if (args.slopes) to.diagonal = args.pairs.diagonal[query];
-            if (args.dropout.rate > 0) to.word = dropout_row(args, batch, head, query);
-        }
+        if (Shape::slopes && args.slopes) to.place = (float)(args.pairs.diagonal[query] - args.pairs.key[job.begin]);
+        if (Shape::drops && args.dropout.rate > 0) to.word = dropout_row(args, job.batch, head, query);
         return to;
     }
 
@@ -194,22 +200,21 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
     __device__ __forceinline__ void note_step(const tile_walk &walk, const softmax_job &job, bool last, int head) {
         bool masked = !walk.full(Shape::step) || job.count < Shape::rows;
         int i = (DUTY - NOTES_FIRST) * 32 + lane;
-        query_line_notes line = load_query(walk, i, masked, head, job.batch);
+        query_line_notes line = load_query(walk, job, i, masked, head);
         query_notes<Shape> &to = notes.query[at.stage];
+        float slope = Shape::slopes && DUTY == NOTES_FIRST ? scoring::slope_of(args, head, cap) : 0;
         await(&notes.q_empty[at.stage], at.parity ^ 1);
         to.base[i] = base_of(line.row);
-        to.factor[i] = factor_of(line.row);
-        to.delta[i] = line.delta;
+        to.factor[i] = factor_of(line.row) * (Shape::drops ? 1 / (1 - args.dropout.rate) : 1);
+        to.delta[i] = line.delta * (Shape::drops ? 1 - args.dropout.rate : 1);
         if (masked) to.interval[i] = line.interval;
         if (masked) to.position[i] = line.position;
-        if constexpr (Shape::extras) {
-            to.diagonal[i] = line.diagonal;
-            to.word[i] = line.word;
-        }
+        if constexpr (Shape::slopes) to.place[i] = line.place;
+        if constexpr (Shape::drops) to.word[i] = line.word;
         __syncwarp();
         if (lane != 0) return;
         if (DUTY == NOTES_FIRST)
-            notes.step[at.stage] = {masked, last, walk.column, min(walk.columns(), Shape::step), head};
+            notes.step[at.stage] = {masked, last, walk.column, min(walk.columns(), Shape::step), head, slope};
         arrive(&notes.q_full[at.stage]);
     }
 
@@ -270,16 +275,16 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
 
 template <typename Shape>
 static __device__ __forceinline__ void run_copying(const usp_softmax &args, const backward_maps &maps,
-                                                   backward_notes<Shape> &notes) {
+                                                   const soft_cap &cap, backward_notes<Shape> &notes) {
     int duty = uniform(threadIdx.x / 32);
     if (duty == COPIES)
-        backward_copying<Shape, COPIES>(args, maps, notes).run();
+        backward_copying<Shape, COPIES>(args, maps, cap, notes).run();
     else if (duty == NOTES_FIRST)
-        backward_copying<Shape, NOTES_FIRST>(args, maps, notes).run();
+        backward_copying<Shape, NOTES_FIRST>(args, maps, cap, notes).run();
     else if (duty == NOTES_SECOND)
-        backward_copying<Shape, NOTES_SECOND>(args, maps, notes).run();
+        backward_copying<Shape, NOTES_SECOND>(args, maps, cap, notes).run();
     else if constexpr (Shape::adds)
-        backward_copying<Shape, ADDS>(args, maps, notes).run();
+        backward_copying<Shape, ADDS>(args, maps, cap, notes).run();
 }
 
 /* ---- scores and their gradients ---------------------------------------------------------------------------------- */
@@ -299,31 +304,38 @@ struct key_pairs {
         }
     }
 
-    /* Sets the elements of pairs that are not allowed to 0; `tree`: intervals are two-sided. */
+    /* Sets the elements of pairs that are not allowed to 0, in the column block of a lane's columns `i` and i + 1. */
+    template <typename Shape>
+    __device__ __forceinline__ void mask_interval(float (&c)[4], const query_notes<Shape> &query, int i) const {
+        int4 two = *reinterpret_cast<const int4 *>(query.interval + i);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float *pair = &c[r * 2];
+            pair[0] = key[r] < two.x || key[r] > two.y ? 0 : pair[0];
+            pair[1] = key[r] < two.z || key[r] > two.w ? 0 : pair[1];
+        }
+    }
+
+    template <typename Shape>
+    __device__ __forceinline__ void mask_behind(float (&c)[4], const query_notes<Shape> &query, int i) const {
+        int2 two = *reinterpret_cast<const int2 *>(query.position + i);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float *pair = &c[r * 2];
+            pair[0] = two.x > last[r] ? 0 : pair[0];
+            pair[1] = two.y > last[r] ? 0 : pair[1];
+        }
+    }
+
+    /* `tree`: intervals are two-sided. */
     template <typename Shape, int N>
     __device__ __forceinline__ void mask(usp_sums<1, N> &c, const query_notes<Shape> &query, bool tree,
                                          int first = 0) const {
 #pragma unroll
-        for (int n = 0; n < N; n++) {
-            int4 two = *reinterpret_cast<const int4 *>(query.interval + first + usp_lane_column(n));
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float *pair = &c[0][n][r * 2];
-                pair[0] = key[r] < two.x || key[r] > two.y ? 0 : pair[0];
-                pair[1] = key[r] < two.z || key[r] > two.w ? 0 : pair[1];
-            }
-        }
+        for (int n = 0; n < N; n++) mask_interval(c[0][n], query, first + usp_lane_column(n));
         if (!tree) return;
 #pragma unroll
-        for (int n = 0; n < N; n++) {
-            int2 two = *reinterpret_cast<const int2 *>(query.position + first + usp_lane_column(n));
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float *pair = &c[0][n][r * 2];
-                pair[0] = two.x > last[r] ? 0 : pair[0];
-                pair[1] = two.y > last[r] ? 0 : pair[1];
-            }
-        }
+        for (int n = 0; n < N; n++) mask_behind(c[0][n], query, first + usp_lane_column(n));
     }
 };
 

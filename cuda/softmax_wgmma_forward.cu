@@ -13,6 +13,7 @@ template <typename T, typename Shape> struct computing_group {
     using notes_type = forward_notes<Shape>;
     const usp_softmax &args;
     const forward_maps &maps;
+    const soft_cap &cap;
     notes_type &notes;
     int group, warp_row; /* this warp's first row of the job */
     turn<Shape::stages> k, v;
@@ -31,12 +32,13 @@ template <typename T, typename Shape> struct computing_group {
         row_pairs pairs;
         scoring rule;
         lane_peaks<1> peaks; /* with extras, as what follows */
-        int diagonal[2];
+        float place[2];      /* with slopes: as those of keys are noted */
         uint64_t word[2];
     };
 
-    __device__ __forceinline__ computing_group(const usp_softmax &args_, const forward_maps &maps_, notes_type &notes_)
-        : args(args_), maps(maps_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
+    __device__ __forceinline__ computing_group(const usp_softmax &args_, const forward_maps &maps_,
+                                               const soft_cap &cap_, notes_type &notes_)
+        : args(args_), maps(maps_), cap(cap_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
           warp_row((threadIdx.x / 32 - 4) * 16), k{0, 0}, v{0, 0}, slot{0, 0}, clean_parity(0), unclean(false),
           held(false), jobs(0) {
         if (group == 1) pass(MEET_TURN, 256);
@@ -48,7 +50,7 @@ template <typename T, typename Shape> struct computing_group {
         int place = slot.stage, rows = job.count - warp_row;
         int64_t line = line_of(args, job.batch, job.head, job.begin + warp_row);
         to.pairs.read(notes.low[place], notes.high[place], notes.query[place], warp_row);
-        to.rule = scoring(args, job.head);
+        to.rule = scoring(args, job.head, cap);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int row = usp_lane_row(0, i);
@@ -63,7 +65,9 @@ template <typename T, typename Shape> struct computing_group {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int row = usp_lane_row(0, r), query = job.begin + warp_row + row;
-            to.diagonal[r] = bias_position(args, args.pairs.diagonal, job.begin + warp_row, row, rows);
+            to.place[r] = 0;
+            if (Shape::slopes && args.slopes && row < rows)
+                to.place[r] = (float)(args.pairs.diagonal[query] - args.pairs.diagonal[job.begin]);
             to.word[r] = 0;
             if (Shape::drops && args.dropout.rate > 0 && row < rows)
                 to.word[r] = dropout_row(args, job.batch, job.head, query);
@@ -85,7 +89,7 @@ template <typename T, typename Shape> struct computing_group {
         int rows = job.count - warp_row, first_row = job.begin + warp_row;
         int64_t line = line_of(args, job.batch, job.head, first_row);
         float sink = sink_of(args, job.head), kept = Shape::drops ? 1 / (1 - args.dropout.rate) : 1;
-        if (Shape::bends && Shape::drops && args.peak) from.peaks.store(args, line, rows, scoring(args, job.head).unit);
+        if (Shape::more && args.peak) from.peaks.store(args, line, rows, cap.unit);
         int own = threadIdx.x & 3, own_row = usp_lane_row(0, own % 2); /* one of four lanes writes a row's state */
         row_state own_state = {};
 #pragma unroll
@@ -171,19 +175,32 @@ template <typename T, typename Shape> struct computing_group {
         if constexpr (MASKED) pairs.mask(scores, notes.key[stage], args.pairs.last ? notes.last[stage] : nullptr);
     }
 
-    /* Takes dropped weights out, a column block after the other: side by side they would not fit the registers. */
+    /* Takes dropped weights out. */
     __device__ __forceinline__ void drop(usp_sums<1, N> &weights, const uint64_t (&word)[2]) {
-        uint32_t limit = usp_dropout_limit(args.dropout.rate), keys = shared_address(notes.key[k.stage]);
+        uint32_t limit = notes.limit;
 #pragma unroll
         for (int n = 0; n < N; n++) {
+            uint2 draw = *reinterpret_cast<const uint2 *>(notes.draw[k.stage] + usp_lane_column(n));
 #pragma unroll
-            for (int j = 0; j < 2; j++) {
-                int key = (int)load_shared_word(keys + (usp_lane_column(n) + j) * 4);
-#pragma unroll
-                for (int r = 0; r < 2; r++)
-                    if (usp_dropout_word(word[r], key) < limit) weights[0][n][r * 2 + j] = 0;
+            for (int r = 0; r < 2; r++) {
+                float *pair = &weights[0][n][r * 2];
+                pair[0] = usp_dropout_pair(word[r], draw.x) < limit ? 0 : pair[0];
+                pair[1] = usp_dropout_pair(word[r], draw.y) < limit ? 0 : pair[1];
             }
-            pin(weights[0][n]);
+        }
+    }
+
+    /* Subtracts slopes times distances. */
+    __device__ __forceinline__ void add_biases(usp_sums<1, N> &scores, const job_rows &rows) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float2 key = *reinterpret_cast<const float2 *>(notes.place[k.stage] + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float *pair = &scores[0][n][r * 2];
+                pair[0] = rows.rule.biased(pair[0], fabsf(rows.place[r] - key.x));
+                pair[1] = rows.rule.biased(pair[1], fabsf(rows.place[r] - key.y));
+            }
         }
     }
 
@@ -195,23 +212,14 @@ template <typename T, typename Shape> struct computing_group {
             leave(&notes.k_empty[k.stage]);
             rows.online.weigh(scores, rows.rule.unit, factor);
         } else {
-            auto key = [&](int i) { return notes.key[k.stage][i]; };
-            if constexpr (Shape::bends)
-                bend_scores(
-                    scores, rows.rule, [&](int r) { return rows.diagonal[r]; }, key);
+            if constexpr (Shape::caps) cap_scores<4>(scores, rows.rule);
+            if constexpr (Shape::slopes) add_biases(scores, rows);
             mask_scores<MASKED>(scores, rows.pairs, k.stage);
-            if constexpr (Shape::bends && Shape::drops) rows.peaks.look(scores);
+            if constexpr (Shape::more) rows.peaks.look(scores);
             rows.online.weigh(scores, rows.rule.unit, factor);
             if constexpr (Shape::drops) drop(scores, rows.word);
             leave(&notes.k_empty[k.stage]);
         }
-    }
-
-    /* The compiler would find weights behind the wait for the values, which it takes to be free of them; what is stored
-     * before the wait it has found before. */
-    __device__ __forceinline__ void settle(const job_rows &rows) {
-        uint32_t word = shared_address(&notes.settled[threadIdx.x / 32 - 4]);
-        if (threadIdx.x % 32 == 0) store_shared(word, __float_as_uint(rows.online.sum[0] + rows.online.sum[1]));
     }
 
     /* Scores of the step at k, and under their softmax the values of the step before. */
@@ -246,7 +254,6 @@ template <typename T, typename Shape> struct computing_group {
         float factor[2];
         issue_both(scores, place);
         weigh<MASKED>(scores, rows, factor);
-        settle(rows);
         leave_values();
         scale_rows(out, factor);
         end_step<MASKED>(scores);
@@ -268,7 +275,6 @@ template <typename T, typename Shape> struct computing_group {
         usp_sums<1, N> scores;
         issue_both(scores, place);
         weigh<MASKED>(scores, rows, factor);
-        settle(rows);
         leave_values();
         end_step<MASKED>(scores);
     }
@@ -376,7 +382,8 @@ template <typename T, typename Shape> struct computing_group {
 
 template <typename T, typename Shape>
 static __global__ void __launch_bounds__(Shape::threads, 1)
-    softmax_wgmma_forward_kernel(const __grid_constant__ usp_softmax args, const __grid_constant__ forward_maps maps) {
+    softmax_wgmma_forward_kernel(const __grid_constant__ usp_softmax args, const __grid_constant__ forward_maps maps,
+                                 const __grid_constant__ soft_cap cap) {
     auto &notes = *shared_at<forward_notes<Shape>>(forward_memory<Shape>::notes);
     if (threadIdx.x == 0) {
         constexpr int warps = 4 * Shape::groups;
@@ -394,6 +401,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
         begin_deals(notes.deals, 3); /* the warps beside the copying one */
         publish_arrivals();
         for (int &spoilt : notes.spoilt) spoilt = 0;
+        notes.limit = usp_dropout_limit(args.dropout.rate);
     }
     __syncthreads();
     if (threadIdx.x < 128) {
@@ -407,7 +415,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
             watching_warps<T, Shape>(args, notes).run();
     } else {
         take_registers<Shape::computing_registers>();
-        computing_group<T, Shape>(args, maps, notes).run();
+        computing_group<T, Shape>(args, maps, cap, notes).run();
     }
 }
 
@@ -427,17 +435,14 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     USP_TRY(usp_cuda_clear("softmax forward", args->scratch, USP_WGMMA_SCRATCH, stream));
     dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
     return usp_cuda_launch("softmax forward", softmax_wgmma_forward_kernel<T, shape>, grid, dim3(shape::threads),
-                           forward_memory<shape>::bytes, stream, *args, maps);
+                           forward_memory<shape>::bytes, stream, *args, maps, soft_cap_of(*args));
 }
 
 template <typename T, int DIM>
 static usp_status start_extras(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
-    bool drops = args->dropout.rate > 0, bends = args->soft_cap > 0 || args->slopes;
-    if (args->peak || (drops && bends))
-        return start_shape<T, forward_shape<DIM, DIM, 128, BENDS | DROPS>>(gpu, args, stream);
-    if (drops) return start_shape<T, forward_shape<DIM, DIM, 128, DROPS>>(gpu, args, stream);
-    if (bends) return start_shape<T, forward_shape<DIM, DIM, 128, BENDS>>(gpu, args, stream);
-    return start_shape<T, forward_shape<DIM, DIM, 128>>(gpu, args, stream);
+    return start_with_extras(*args, [&](auto extras) {
+        return start_shape<T, forward_shape<DIM, DIM, 128, decltype(extras)::value>>(gpu, args, stream);
+    });
 }
 
 /* The first shape that holds both dims; what is beyond them is zeros. */

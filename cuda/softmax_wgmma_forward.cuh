@@ -7,14 +7,12 @@
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
-/* What instances with extras do beside the plain ones: soft cap and slopes; dropout; largest scores come with both. */
-constexpr int BENDS = 1, DROPS = 2;
-
 /* STEP columns at a time. Sums of a thread: STEP / 2 scores, as many weights in half the registers, VALUE_DIM / 2 of
  * out; with addresses and rows no more than 240 registers. Two stages of keys and values fill shared memory. */
 template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct forward_shape {
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
-    static constexpr bool bends = EXTRAS & BENDS, drops = EXTRAS & DROPS, extras = EXTRAS != 0;
+    static constexpr bool caps = EXTRAS & CAPS, slopes = EXTRAS & SLOPES, drops = EXTRAS & DROPS;
+    static constexpr bool extras = EXTRAS != 0, more = slopes && drops;
     static constexpr int rows = USP_WORK_ROWS, groups = 2, stages = 2, threads = 128 * (1 + groups);
     /* Where exponentials take as long as products, a group's turn to multiply ends with its scores, not with its issue.
      */
@@ -43,9 +41,12 @@ template <typename Shape> struct forward_notes {
     forward_job job[slots];
     int spoilt[4]; /* the last job of this number mod 4 whose values were not all finite; jobs without steps have none
                     */
-    uint32_t settled[4 * Shape::groups]; /* of each computing warp; nobody reads it */
     step_note step[stages];
-    int key[stages][Shape::step], last[stages][Shape::step];
+    alignas(8) int key[stages][Shape::step]; /* these are read two at a time */
+    int last[stages][Shape::step];
+    float place[stages][Shape::slopes ? Shape::step : 1];  /* of keys, from the diagonal of the job's first row on */
+    uint32_t draw[stages][Shape::drops ? Shape::step : 1]; /* what dropout draws for keys */
+    uint32_t limit;                                        /* dropout's */
     int low[slots][Shape::rows], high[slots][Shape::rows], query[slots][Shape::rows]; /* of a job's rows */
 };
 
@@ -106,15 +107,39 @@ template <typename Shape> struct copying_warp {
         slot.advance();
     }
 
-    __device__ __forceinline__ void copy_keys(const tile_walk &at, bool last, int head, int batch) {
+    /* What slopes and dropout ask of a lane's keys of a step, on its way while the place for it is awaited. */
+    struct key_extras {
+        static constexpr int count = Shape::slopes || Shape::drops ? Shape::step / 32 : 0;
+        int key[count + 1], origin;
+
+        __device__ __forceinline__ key_extras(const usp_softmax &args, const tile_walk &at, int first_row) {
+            origin = Shape::slopes && args.slopes ? args.pairs.diagonal[first_row] : 0;
+#pragma unroll
+            for (int i = 0; i < count; i++)
+                key[i] = load_or(args.pairs.key, at.column, threadIdx.x + i * 32, at.columns(), origin);
+        }
+
+        __device__ __forceinline__ void note(notes_type &notes, int stage) const {
+#pragma unroll
+            for (int i = 0; i < count; i++) {
+                int column = threadIdx.x + i * 32;
+                if constexpr (Shape::slopes) notes.place[stage][column] = (float)(key[i] - origin);
+                if constexpr (Shape::drops) notes.draw[stage][column] = usp_dropout_key(key[i]);
+            }
+        }
+    };
+
+    __device__ __forceinline__ void copy_keys(const tile_walk &at, bool last, int head, const softmax_job &job) {
         bool full = at.full(Shape::step);
+        key_extras extras(args, at, job.begin);
         await(&notes.k_empty[k.stage], k.parity ^ 1);
-        if (!full || Shape::extras) note_keys<Shape::step>(args.pairs, at, notes.key[k.stage], notes.last[k.stage]);
+        if (!full) note_keys<Shape::step>(args.pairs, at, notes.key[k.stage], notes.last[k.stage]);
+        extras.note(notes, k.stage);
         __syncwarp();
         if (leads) {
             notes.step[k.stage] = {!full, last};
             arrive_with(&notes.k_full[k.stage], memory::k_tile::bytes);
-            memory::k_at(k.stage).copy(&maps.k, at.column, head, batch, &notes.k_full[k.stage]);
+            memory::k_at(k.stage).copy(&maps.k, at.column, head, job.batch, &notes.k_full[k.stage]);
         }
         k.advance();
     }
@@ -139,7 +164,7 @@ template <typename Shape> struct copying_warp {
         for (tile_walk at(args.by_query, *job.work, 1); at.running(); steps++) {
             tile_walk now = at;
             at.advance(Shape::step);
-            copy_keys(now, !at.running(), head, job.batch);
+            copy_keys(now, !at.running(), head, job);
             if (values >= 0) copy_values(values, head, job.batch);
             if (Shape::overlaps && steps == 2) {
                 start(next, has_steps(next));

@@ -239,7 +239,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<Shape::copying_registers>();
-        run_copying<Shape>(args, maps, notes);
+        run_copying<Shape>(args, maps, soft_cap{}, notes);
     } else {
         take_registers<Shape::computing_registers>();
         wide_group<T, Shape>(args, notes).run();

@@ -10,7 +10,7 @@
  * dv, 16 each of S and dP. */
 template <int DIM, int VALUE_DIM> struct wide_shape {
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = 64;
-    static constexpr bool extras = false;
+    static constexpr bool caps = false, slopes = false, drops = false, extras = false;
     static constexpr bool adds = false; /* dq reaches its sums from registers: shared memory is full */
     static constexpr int rows = 64, groups = 2, stages = 2, threads = 128 * (1 + groups);
     static constexpr int share = step / groups; /* queries whose S and dP one group has */

@@ -330,3 +330,25 @@ Test(oracle, dropout_drops_its_part) {
     cr_expect(fabs((double)unlike - 0.375 * n) < 5 * sqrt(n * 0.375 * 0.625), "%lld of %lld", (long long)unlike,
               (long long)count);
 }
+
+/* Neighbours are dropped as if each were drawn alone: pairs of one query, of one key, of two heads, and the four of two
+ * queries and two keys, within 5 deviations. */
+Test(oracle, dropout_of_neighbours_is_unrelated) {
+    const uint32_t limit = usp_dropout_limit(0.25f), lines = 8, size = 200;
+    int64_t keys = 0, queries = 0, heads = 0, corners = 0;
+    for (uint32_t at = 0; at < lines * size * size; at++) {
+        uint32_t line = at / size / size, i = at / size % size, j = at % size;
+        uint64_t row = usp_dropout_row(1, 2, line, i), below = usp_dropout_row(1, 2, line, i + 1);
+        if (usp_dropout_word(row, j) >= limit) continue;
+        int right = usp_dropout_word(row, j + 1) < limit, down = usp_dropout_word(below, j) < limit;
+        keys += right;
+        queries += down;
+        heads += usp_dropout_word(usp_dropout_row(1, 2, line + 1, i), j) < limit;
+        corners += right && down && usp_dropout_word(below, j + 1) < limit;
+    }
+    const int64_t found[] = {keys, queries, heads, corners};
+    for (int i = 0; i < 4; i++) {
+        double part = i < 3 ? 1.0 / 16 : 1.0 / 256, n = (double)lines * size * size;
+        cr_expect(fabs((double)found[i] - part * n) < 5 * sqrt(n * part), "%d: %lld", i, (long long)found[i]);
+    }
+}

@@ -34,12 +34,6 @@
 
 using std::isfinite;
 
-static inline uint32_t __float_as_uint(float x) {
-    uint32_t word;
-    memcpy(&word, &x, sizeof word);
-    return word;
-}
-
 static inline int min(int a, int b) {
     return a < b ? a : b;
 }
@@ -78,6 +72,11 @@ static inline bool __any_sync(unsigned, bool mine) {
     for (uint64_t word : machine::gather("its warp", 32, mine))
         if (word) return true;
     return false;
+}
+static inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
 }
 template <typename T> static inline T emulated_shuffle(T mine, int lane) {
     uint64_t word = 0;
@@ -137,6 +136,12 @@ static inline void store_shared_pair(uint32_t address, float x, float y) {
 }
 static inline float fast_exp2(float x) {
     return exp2f(x);
+}
+static inline float fast_reciprocal(float x) {
+    return 1 / x;
+}
+template <typename T> static inline uint32_t pack_positive(float low, float high) {
+    return usp_pack<T>(low < 0 ? 0 : low, high < 0 ? 0 : high);
 }
 template <typename T> static inline uint32_t usp_taint(uint32_t taint, uint32_t pair) {
     float2 x = usp_unpack<T>(pair);
