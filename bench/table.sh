@@ -1,6 +1,28 @@
 #!/bin/sh
-# Prints the rows of a usp_bench CSV as a Markdown table: a line a configuration, both passes side by side.
+# Prints the rows of a CSV of usp_bench or compare_torch.py as a Markdown table: a line a configuration, both passes side by side.
 # usage: sh bench/table.sh FILE.csv
+if [ "$(head -c 5 "$1")" = work, ]; then
+    sed 's/"[^"]*"/peer/' "$1" | awk -F, '
+NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next }
+{
+    work = $at["work"]
+    if (!(work in seen)) { seen[work] = 1; order[++n] = work }
+    pass = $at["pass"]
+    time[work, pass] = $at["usp_ms"]
+    rate[work, pass] = $at["usp_tflops"]
+    ratio[work, pass] = $at["ratio"]
+}
+function cell(work, pass) {
+    text = sprintf("| %.3f | %.0f ", time[work, pass], rate[work, pass])
+    return ratio[work, pass] != "" ? text sprintf("| %.2f ", ratio[work, pass]) : text "| "
+}
+END {
+    print "| work | fwd ms | TFLOP/s | x cuDNN | bwd ms | TFLOP/s | x cuDNN |"
+    print "|---|---|---|---|---|---|---|"
+    for (i = 1; i <= n; i++) print "| " order[i] " " cell(order[i], "forward") cell(order[i], "backward") "|"
+}'
+    exit
+fi
 awk -F, '
 NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next }
 {

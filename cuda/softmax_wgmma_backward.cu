@@ -3,7 +3,7 @@
  * all queries that see them, 64 at a time, and keep dk and dv in registers; dq is added to fp32 sums in memory, in any
  * order. Rows of accumulators are keys. */
 #include "softmax_query_sums.cuh"
-#include "softmax_wgmma_backward.cuh"
+#include "softmax_wgmma_gradients.cuh"
 
 /* ---- a computing warpgroup --------------------------------------------------------------------------------------- */
 

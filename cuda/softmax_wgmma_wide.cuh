@@ -2,7 +2,7 @@
  * memory beside what is copied, and the columns that one of two groups has of a result. */
 #ifndef USP_CUDA_SOFTMAX_WGMMA_WIDE_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_WIDE_CUH
-#include "softmax_wgmma_backward.cuh"
+#include "softmax_wgmma_gradients.cuh"
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
@@ -14,7 +14,7 @@ template <int DIM, int VALUE_DIM> struct wide_shape {
     static constexpr bool adds = false; /* dq reaches its sums from registers: shared memory is full */
     static constexpr int rows = 64, groups = 2, stages = 2, threads = 128 * (1 + groups);
     static constexpr int share = step / groups; /* queries whose S and dP one group has */
-    static constexpr int copying_registers = 24, computing_registers = 240;
+    static constexpr int copying_registers = DIM > 192 ? 24 : 40, computing_registers = DIM > 192 ? 240 : 232;
 };
 
 /* ---- shared memory ----------------------------------------------------------------------------------------------- */

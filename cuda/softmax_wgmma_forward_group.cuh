@@ -1,0 +1,383 @@
+/* softmax_wgmma_forward_group.cuh - forward softmax attention on Hopper: a computing warpgroup, which has 64 of a job's
+ * 128 queries. While one group finds weights the other multiplies, and within each the products of one step run under
+ * the softmax of the next. */
+#ifndef USP_CUDA_SOFTMAX_WGMMA_FORWARD_GROUP_CUH
+#define USP_CUDA_SOFTMAX_WGMMA_FORWARD_GROUP_CUH
+#include "softmax_wgmma_forward.cuh"
+
+/* ---- a computing warpgroup --------------------------------------------------------------------------------------- */
+
+constexpr int MEET_TURN = 1, MEET_GROUP = 3; /* barriers: of each group's turn to multiply, of each group alone */
+
+template <typename T, typename Shape> struct computing_group {
+    static constexpr int N = Shape::step / 8, K = Shape::step / 16, W = Shape::value_dim / 8;
+    using memory = forward_memory<Shape>;
+    using notes_type = forward_notes<Shape>;
+    const usp_softmax &args;
+    const forward_maps &maps;
+    const soft_cap &cap;
+    notes_type &notes;
+    int group, warp_row; /* this warp's first row of the job */
+    turn<Shape::stages> k, v;
+    turn<Shape::slots> slot; /* of the next job */
+    int clean_parity;        /* of v_clean: a bit a stage */
+    bool unclean;            /* the values that come next are of a masked step */
+    bool held;               /* the place of the job before */
+
+    usp_sums<1, W> out;
+    left_operand<K> weights;
+    int jobs; /* with steps, so far */
+
+    /* What is kept of this lane's rows of a job, beside out. */
+    struct job_rows {
+        online_softmax<1, 0> online;
+        row_pairs pairs;
+        scoring rule;
+        lane_peaks<1> peaks; /* with extras, as what follows */
+        float place[2];      /* with slopes: as those of keys are noted */
+        uint64_t word[2];
+    };
+
+    __device__ __forceinline__ computing_group(const usp_softmax &args_, const forward_maps &maps_,
+                                               const soft_cap &cap_, notes_type &notes_)
+        : args(args_), maps(maps_), cap(cap_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
+          warp_row((threadIdx.x / 32 - 4) * 16), k{0, 0}, v{0, 0}, slot{0, 0}, clean_parity(0), unclean(false),
+          held(false), jobs(0) {
+        if (group == 1) pass(MEET_TURN, 256);
+    }
+
+    /* ---- rows */
+
+    __device__ __forceinline__ void begin_rows(job_rows &to, const softmax_job &job) {
+        int place = slot.stage, rows = job.count - warp_row;
+        int64_t line = line_of(args, job.batch, job.head, job.begin + warp_row);
+        to.pairs.read(notes.low[place], notes.high[place], notes.query[place], warp_row);
+        to.rule = scoring(args, job.head, cap);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = usp_lane_row(0, i);
+            bool kept = !args.first && row < rows;
+            to.online.begin(i, {kept ? args.top[line + row] : -INFINITY, kept ? args.sum[line + row] : 0});
+        }
+        if constexpr (Shape::extras) begin_extras(to, job, rows);
+    }
+
+    __device__ __forceinline__ void begin_extras(job_rows &to, const softmax_job &job, int rows) {
+        to.peaks = {};
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = usp_lane_row(0, r), query = job.begin + warp_row + row;
+            to.place[r] = 0;
+            if (Shape::slopes && args.slopes && row < rows)
+                to.place[r] = (float)(args.pairs.diagonal[query] - args.pairs.diagonal[job.begin]);
+            to.word[r] = 0;
+            if (Shape::drops && args.dropout.rate > 0 && row < rows)
+                to.word[r] = dropout_row(args, job.batch, job.head, query);
+        }
+    }
+
+    __device__ __forceinline__ void begin_out(const softmax_job &job, const float (&factor)[2]) {
+        int rows = job.count - warp_row;
+        usp_tensor acc = acc_tensor(args);
+#pragma unroll
+        for (int n = 0; n < W; n++) out[0][n][0] = out[0][n][1] = out[0][n][2] = out[0][n][3] = 0;
+        if (args.first) return;
+        usp_scale_add(out, 1, usp_row<float>(acc, job.begin + warp_row, job.batch, job.head), acc.stride_token, rows,
+                      args.value_dim);
+        scale_rows(out, factor);
+    }
+
+    __device__ __forceinline__ void end_rows(const job_rows &from, const softmax_job &job, int place) {
+        int rows = job.count - warp_row, first_row = job.begin + warp_row;
+        int64_t line = line_of(args, job.batch, job.head, first_row);
+        float sink = sink_of(args, job.head), kept = Shape::drops ? 1 / (1 - args.dropout.rate) : 1;
+        if (Shape::more && args.peak) from.peaks.store(args, line, rows, cap.unit);
+        int own = threadIdx.x & 3, own_row = usp_lane_row(0, own % 2); /* one of four lanes writes a row's state */
+        row_state own_state = {};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            row_state state = from.online.kept(i);
+            float factor = finish_row(state, sink, kept);
+            multiply_row(i, out, args.last ? factor : 1);
+            if (i == own) own_state = state;
+        }
+        if (own < 2 && own_row < rows) store_state(args, line + own_row, own_state);
+        if (Shape::boxes_out && args.last && maps.has_out && job.count == Shape::rows) {
+            store_out(job, place);
+        } else if (args.last) {
+            usp_store(out, usp_row<T>(args.out, first_row, job.batch, job.head), args.out.stride_token, rows,
+                      args.value_dim);
+        } else {
+            usp_tensor acc = acc_tensor(args);
+            usp_store(out, usp_row<float>(acc, first_row, job.batch, job.head), acc.stride_token, rows, args.value_dim);
+        }
+    }
+
+    /* The group's rows, by way of where its queries lay; chunks of 16 bytes are swizzled by row & 7. */
+    __device__ __forceinline__ void store_out(const softmax_job &job, int place) {
+        bool leads = threadIdx.x % 128 == 0;
+        int row = warp_row + usp_lane_row(0, 0);
+        uint32_t to = memory::out_at(place).address + row * 128 + ((row & 7) << 4) + (threadIdx.x & 3) * 4;
+#pragma unroll
+        for (int n = 0; n < W; n++) {
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                store_shared((to ^ n % 8 << 4) + n / 8 * memory::out_tile::slab + r * 1024,
+                             usp_pack<T>(out[0][n][r * 2], out[0][n][r * 2 + 1]));
+        }
+        publish_stores();
+        meet(MEET_GROUP + group, 128);
+        if (!leads) return;
+#pragma unroll
+        for (int s = 0; s < Shape::value_dim / 64; s++)
+            store_box(&maps.out, s * 64, job.begin + group * 64, job.head, job.batch,
+                      memory::out_at(place).address + s * memory::out_tile::slab + group * 64 * 128);
+        end_boxes();
+    }
+
+    /* Brings what was taken out of values to the rows that depend on it. */
+    __device__ __forceinline__ void mend_rows(softmax_job job) {
+        await_boxes();
+        meet(MEET_GROUP + group, 128); /* the rows are written */
+        job.begin += group * 64;
+        job.count = min(job.count - group * 64, 64);
+        for (int element = threadIdx.x % 128; element < args.value_dim; element += 128)
+            mend<T, false>(args, job, Shape::step, false, element, args.last ? args.out : acc_tensor(args), !args.last,
+                           args.v, args.value_dim);
+    }
+
+    /* ---- one step */
+
+    /* A warp is done with a stage. */
+    static __device__ __forceinline__ void leave(arrivals *at) {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(at);
+    }
+
+    __device__ __forceinline__ void issue_scores(usp_sums<1, N> &scores, int place) {
+        issue_rows<T>(scores, memory::q_at(place), group * 64, memory::k_at(k.stage));
+        end_products();
+    }
+
+    __device__ __forceinline__ void issue_values() {
+        issue_columns<T>(out, weights, memory::v_at(v.stage));
+        end_products();
+    }
+
+    __device__ __forceinline__ void await_values() {
+        await(&notes.v_full[v.stage], v.parity);
+        if (!unclean) return;
+        await(&notes.v_clean[v.stage], clean_parity >> v.stage & 1);
+        clean_parity ^= 1 << v.stage;
+    }
+
+    /* Scores of the step at k, of stage `stage` before it was left, to weights. MASKED is notes' word. */
+    template <bool MASKED>
+    __device__ __forceinline__ void mask_scores(usp_sums<1, N> &scores, const row_pairs &pairs, int stage) {
+        if constexpr (MASKED) pairs.mask(scores, notes.key[stage], args.pairs.last ? notes.last[stage] : nullptr);
+    }
+
+    /* Takes dropped weights out. */
+    __device__ __forceinline__ void drop(usp_sums<1, N> &weights, const uint64_t (&word)[2]) {
+        uint32_t limit = notes.limit;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            uint2 draw = *reinterpret_cast<const uint2 *>(notes.draw[k.stage] + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float *pair = &weights[0][n][r * 2];
+                pair[0] = usp_dropout_pair(word[r], draw.x) < limit ? 0 : pair[0];
+                pair[1] = usp_dropout_pair(word[r], draw.y) < limit ? 0 : pair[1];
+            }
+        }
+    }
+
+    /* Subtracts slopes times distances. */
+    __device__ __forceinline__ void add_biases(usp_sums<1, N> &scores, const job_rows &rows) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float2 key = *reinterpret_cast<const float2 *>(notes.place[k.stage] + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float *pair = &scores[0][n][r * 2];
+                pair[0] = rows.rule.biased(pair[0], fabsf(rows.place[r] - key.x));
+                pair[1] = rows.rule.biased(pair[1], fabsf(rows.place[r] - key.y));
+            }
+        }
+    }
+
+    /* Scores of the step at k to weights; the stage is left. */
+    template <bool MASKED>
+    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows, float (&factor)[2]) {
+        if constexpr (!Shape::extras) {
+            mask_scores<MASKED>(scores, rows.pairs, k.stage);
+            leave(&notes.k_empty[k.stage]);
+            rows.online.weigh(scores, rows.rule.unit, factor);
+        } else {
+            if constexpr (Shape::caps) cap_scores<4>(scores, rows.rule);
+            if constexpr (Shape::slopes) add_biases(scores, rows);
+            mask_scores<MASKED>(scores, rows.pairs, k.stage);
+            if constexpr (Shape::more) rows.peaks.look(scores);
+            rows.online.weigh(scores, rows.rule.unit, factor);
+            if constexpr (Shape::drops) drop(scores, rows.word);
+            leave(&notes.k_empty[k.stage]);
+        }
+    }
+
+    /* Scores of the step at k, and under their softmax the values of the step before. */
+    __device__ __forceinline__ void issue_both(usp_sums<1, N> &scores, int place) {
+        meet(MEET_TURN + group, 256);
+        begin_products();
+        issue_scores(scores, place);
+        await_values();
+        begin_products();
+        issue_values();
+        if (!Shape::long_turns) pass(MEET_TURN + (group ^ 1), 256);
+        await_products<1>();
+        if (Shape::long_turns) pass(MEET_TURN + (group ^ 1), 256);
+        pin(list_of<N>(scores));
+    }
+
+    __device__ __forceinline__ void leave_values() {
+        await_products<0>();
+        pin(list_of<W>(out));
+        leave(&notes.v_empty[v.stage]);
+        v.advance();
+    }
+
+    template <bool MASKED> __device__ __forceinline__ void end_step(usp_sums<1, N> &scores) {
+        k.advance();
+        round_sums<T, K>(weights, scores);
+        unclean = MASKED;
+    }
+
+    template <bool MASKED> __device__ __forceinline__ void go_on(job_rows &rows, int place) {
+        usp_sums<1, N> scores;
+        float factor[2];
+        issue_both(scores, place);
+        weigh<MASKED>(scores, rows, factor);
+        leave_values();
+        scale_rows(out, factor);
+        end_step<MASKED>(scores);
+    }
+
+    /* A job's first step, nothing being under way. */
+    template <bool MASKED> __device__ __forceinline__ void begin(job_rows &rows, int place, float (&factor)[2]) {
+        usp_sums<1, N> scores;
+        begin_products();
+        issue_scores(scores, place);
+        await_products<0>();
+        pin(list_of<N>(scores));
+        weigh<MASKED>(scores, rows, factor);
+        end_step<MASKED>(scores);
+    }
+
+    /* A job's first step, while the last values of the job before are multiplied. */
+    template <bool MASKED> __device__ __forceinline__ void follow(job_rows &rows, int place, float (&factor)[2]) {
+        usp_sums<1, N> scores;
+        issue_both(scores, place);
+        weigh<MASKED>(scores, rows, factor);
+        leave_values();
+        end_step<MASKED>(scores);
+    }
+
+    __device__ __forceinline__ void end_steps() {
+        await_values();
+        begin_products();
+        issue_values();
+        leave_values();
+    }
+
+    __device__ __forceinline__ step_note next_step() {
+        await(&notes.k_full[k.stage], k.parity);
+        return notes.step[k.stage];
+    }
+
+    /* ---- jobs */
+
+    /* A job whose first step is done, if it has steps. */
+    struct begun_job {
+        forward_job what;
+        job_rows rows;
+        float factor[2]; /* of what was summed before */
+        bool goes_on;    /* there are more steps */
+        int place;
+    };
+
+    /* FOLLOWS: under the last values of the job before. */
+    template <bool FOLLOWS> __device__ __forceinline__ void begin_steps(begun_job &to) {
+        step_note step = next_step();
+        to.goes_on = !step.last;
+        if (FOLLOWS && step.masked)
+            follow<true>(to.rows, to.place, to.factor);
+        else if (FOLLOWS)
+            follow<false>(to.rows, to.place, to.factor);
+        else if (step.masked)
+            begin<true>(to.rows, to.place, to.factor);
+        else
+            begin<false>(to.rows, to.place, to.factor);
+    }
+
+    /* The next job; `pending`: the last values of the job before are still to be multiplied. */
+    __device__ __forceinline__ void begin_job(begun_job &to, bool pending) {
+        await(&notes.job_full[slot.stage], slot.parity);
+        to.what = notes.job[slot.stage];
+        to.place = slot.stage;
+        to.goes_on = false;
+        to.factor[0] = to.factor[1] = 1;
+        begin_rows(to.rows, to.what.job);
+        if (pending && to.what.steps)
+            begin_steps<true>(to);
+        else if (pending)
+            end_steps();
+        else if (to.what.steps)
+            begin_steps<false>(to);
+        slot.advance();
+    }
+
+    /* The place of the job before, whose results have been read by now. */
+    __device__ __forceinline__ void leave_last(int place) {
+        if (!held) return;
+        held = false;
+        if (threadIdx.x % 128 == 0) await_reads<0>();
+        leave(&notes.job_empty[place ^ 1]);
+    }
+
+    __device__ __forceinline__ void run_job(begun_job &now) {
+        begin_out(now.what.job, now.factor);
+        leave_last(now.place);
+        while (now.goes_on) {
+            step_note step = next_step();
+            now.goes_on = !step.last;
+            if (step.masked)
+                go_on<true>(now.rows, now.place);
+            else
+                go_on<false>(now.rows, now.place);
+        }
+        if (!Shape::overlaps) leave(&notes.job_empty[0]); /* the queries have been read */
+    }
+
+    __device__ __forceinline__ void end_job(const begun_job &now) {
+        jobs += now.what.steps;
+        bool spoilt = now.what.steps && notes.spoilt[jobs % 4] == jobs;
+        end_rows(now.rows, now.what.job, now.place);
+        if (spoilt) mend_rows(now.what.job);
+        held = Shape::overlaps;
+    }
+
+    __device__ __forceinline__ void run() {
+        begun_job now, next;
+        for (begin_job(now, false); now.what.job.count > 0; now = next) {
+            run_job(now);
+            if (Shape::overlaps)
+                begin_job(next, now.what.steps);
+            else if (now.what.steps)
+                end_steps();
+            end_job(now);
+            if (!Shape::overlaps) begin_job(next, false);
+        }
+        await_boxes();
+    }
+};
+
+#endif
