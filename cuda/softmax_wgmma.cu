@@ -25,12 +25,14 @@ static int fits(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call ca
     int widest = max(a.dim, a.value_dim), most = extras ? USP_WGMMA_EXTRAS_DIM : USP_WGMMA_DIM;
     if (!gpu->encode_map || a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || widest > most || !(a.scale > 0))
         return 0;
-    if (!is_copied(a.q) || !is_copied(a.k) || !is_copied(a.v)) return 0;
+    if (!is_copied(a, false, a.q) || !is_copied(a, true, a.k) || !is_copied(a, true, a.v)) return 0;
     if (forward)
         return (!a.last || usp_rows_aligned(a.out, 2)) &&
                ((a.first && a.last) || pairs_aligned(usp_tensor{a.acc, 0, 0, 0}));
-    return !a.deterministic && is_copied(a.dout) && a.dq_sum.data && is_copied(a.dq_sum, 4) &&
-           (!a.last || result_fits(a.dq, a.dtype)) && result_fits(a.dk, a.key_dtype) && result_fits(a.dv, a.key_dtype);
+    bool bounded = a.dtype != USP_F16 || 1 - a.dropout.rate > 1.0f / 32768; /* weights over 1 - rate are rounded */
+    return !a.deterministic && bounded && is_copied(a, false, a.dout) && a.dq_sum.data &&
+           is_copied(a, false, a.dq_sum, 4) && (!a.last || result_fits(a.dq, a.dtype)) &&
+           result_fits(a.dk, a.key_dtype) && result_fits(a.dv, a.key_dtype);
 }
 
 extern "C" const usp_softmax_family usp_softmax_wgmma = {

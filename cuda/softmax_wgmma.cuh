@@ -142,9 +142,9 @@ template <int STAGES> struct turn {
 /* ---- jobs -------------------------------------------------------------------------------------------------------- */
 
 /* The jobs of all blocks are numbered, heaviest first inside a bundle of heads, whose columns the cache holds. A block
- * has the job of its own number, and then asks for one after the other: with jobs of such different weights no fixed
- * order keeps all blocks busy. Its first warp asks, ahead of time, and deals the numbers to the warps that walk with
- * it. */
+ * asks for one after the other: with jobs of such different weights no fixed order keeps all blocks busy, and some
+ * begin late, where transfers hold multiprocessors. Its first warp asks, ahead of time, and deals the numbers to the
+ * warps that walk with it. */
 constexpr int DEALS = 2;
 
 struct job_deals {
@@ -170,15 +170,19 @@ template <int ROWS, bool KEY_ROWS> struct job_list {
 
     __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_)
         : args(args_), deals(deals_), at{0, 0}, items(*tiles_of(args, KEY_ROWS).works * parts),
-          lines((int)lines_of(args, KEY_ROWS)), asked(blockIdx.x) {
+          lines((int)lines_of(args, KEY_ROWS)), asked(-1) {
+    }
+
+    __device__ __forceinline__ int64_t ask() const {
+        return threadIdx.x == 0 ? atomicAdd(static_cast<unsigned *>(args.scratch), 1u) : 0;
     }
 
     /* By the first warp. Numbers without a job are not dealt. */
     __device__ __forceinline__ softmax_job deal() {
         for (;;) {
-            int64_t number = uniform(asked);
+            int64_t number = uniform(asked < 0 ? ask() : asked);
             softmax_job job = job_of(number);
-            if (threadIdx.x == 0) asked = (int64_t)gridDim.x + atomicAdd(static_cast<unsigned *>(args.scratch), 1u);
+            asked = ask();
             if (job.count < 0) continue;
             if (threadIdx.x == 0) {
                 await(&deals.empty[at.stage], at.parity ^ 1);
@@ -202,8 +206,8 @@ template <int ROWS, bool KEY_ROWS> struct job_list {
 
     /* count is negative if there is nothing to do. */
     __device__ __forceinline__ softmax_job job_of(int64_t number) const {
-        int64_t bundle = number / ((int64_t)items * USP_SOFTMAX_BUNDLE);
         if (number >= (int64_t)items * lines) return {nullptr, 0, 0, 0, 0};
+        int64_t bundle = number / ((int64_t)items * USP_SOFTMAX_BUNDLE);
         int first = (int)bundle * USP_SOFTMAX_BUNDLE, width = min(USP_SOFTMAX_BUNDLE, lines - first);
         int rest = (int)(number - bundle * items * USP_SOFTMAX_BUNDLE), line = first + rest % width;
         int item = rest / width, skipped = item % parts * ROWS, heads = (int)heads_of(args, KEY_ROWS);
@@ -283,11 +287,14 @@ usp_status usp_softmax_wgmma_wide_backward(const usp_gpu *gpu, const usp_softmax
 
 /* ---- maps -------------------------------------------------------------------------------------------------------- */
 
-/* The copy engine takes strides from 0 to 2^40 bytes. */
-static inline bool is_copied(const usp_tensor &x, size_t element = 2) {
-    const int64_t most = (int64_t)1 << 38;
-    bool near = x.stride_token < most && x.stride_batch < most && x.stride_head < most;
-    return usp_rows_aligned(x, element) && near && x.stride_token >= 0 && x.stride_batch >= 0 && x.stride_head >= 0;
+/* The copy engine takes strides above 0 and below 2^40 bytes, of what there is more than one of. */
+static inline bool is_stride(int64_t stride, int64_t extent) {
+    return extent <= 1 || (stride > 0 && stride < (int64_t)1 << 38);
+}
+
+static inline bool is_copied(const usp_softmax &args, bool of_keys, const usp_tensor &x, size_t element = 2) {
+    return usp_rows_aligned(x, element) && is_stride(x.stride_token, of_keys ? args.keys : args.queries) &&
+           is_stride(x.stride_head, of_keys ? args.key_heads : args.heads) && is_stride(x.stride_batch, args.batch);
 }
 
 /* Boxes of `rows` tokens and 128 bytes of a tensor of the keys, or the queries, whose rows begin on 16-byte boundaries.

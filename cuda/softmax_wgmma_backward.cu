@@ -188,7 +188,11 @@ template <typename T, typename Shape> struct backward_group {
         issue_scores(next);
         await_products<1>();
         pin(list_of<D>(dk));
-        if (odd) add_one_by_one<T, Shape>(args, notes, notes.step[stage], memory::ds_at(ds_turn));
+        if (odd) {
+            await_products<0>(); /* a call may use their registers */
+            pin(list_of<N>(next));
+            add_one_by_one<T, Shape>(args, notes, notes.step[stage], memory::ds_at(ds_turn));
+        }
         ds_turn ^= 1;
         leave(&notes.q_empty[stage]);
         await_products<0>();

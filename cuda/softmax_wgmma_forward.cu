@@ -19,8 +19,8 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
             begin_arrivals(&notes.k_full[s], 1);
             begin_arrivals(&notes.v_full[s], 1);
             begin_arrivals(&notes.k_empty[s], warps);
-            begin_arrivals(&notes.v_empty[s], warps);
-            begin_arrivals(&notes.v_clean[s], 2); /* watching warps */
+            begin_arrivals(&notes.v_empty[s], warps + 2); /* and watching ones */
+            begin_arrivals(&notes.v_clean[s], 2);         /* watching warps */
         }
         begin_deals(notes.deals, 3); /* the warps beside the copying one */
         publish_arrivals();
@@ -54,7 +54,7 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     USP_TRY(make_map(gpu, *args, args->dtype, false, args->q, args->dim, shape::rows, &maps.q));
     USP_TRY(make_map(gpu, *args, args->dtype, true, args->k, args->dim, shape::step, &maps.k));
     USP_TRY(make_map(gpu, *args, args->dtype, true, args->v, args->value_dim, shape::step, &maps.v));
-    maps.has_out = shape::boxes_out && args->last && is_copied(args->out);
+    maps.has_out = shape::boxes_out && args->last && is_copied(*args, false, args->out);
     if (maps.has_out) USP_TRY(make_map(gpu, *args, args->dtype, false, args->out, args->value_dim, 64, &maps.out));
     USP_TRY(usp_cuda_clear("softmax forward", args->scratch, USP_WGMMA_SCRATCH, stream));
     dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));

@@ -261,9 +261,11 @@ template <typename T, typename Shape> struct watching_warps {
             jobs++;
             for (tile_walk at(args.by_query, *job.work, 1); at.running(); at.advance(Shape::step), v.advance()) {
                 await(&notes.v_full[v.stage], v.parity);
-                if (at.full(Shape::step)) continue;
-                look(memory::v_at(v.stage).address);
-                warp_done(&notes.v_clean[v.stage]);
+                if (!at.full(Shape::step)) {
+                    look(memory::v_at(v.stage).address);
+                    warp_done(&notes.v_clean[v.stage]);
+                }
+                warp_done(&notes.v_empty[v.stage]); /* or a stage might be filled twice meanwhile */
             }
         }
     }

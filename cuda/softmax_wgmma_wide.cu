@@ -149,6 +149,7 @@ template <typename T, typename Shape> struct wide_group {
         pin(list_of<Shape::dim / 16>(dk));
         if (odd) {
             await_products<0>(); /* a call may use their registers */
+            pin(list_of<N>(next));
             add_one_by_one<T, Shape>(args, notes, notes.step[stage], memory::ds_at());
         }
         leave(&notes.q_empty[stage]);

@@ -37,8 +37,9 @@ typedef struct usp_work {
     int32_t begin, count, first_tile, tiles;
 } usp_work;
 
-/* Columns [begin, end) of the other side. Every allowed pair of the work's rows is in one tile, no pair is in two; in
- * columns [full_begin, full_end) every pair is allowed (the range may be empty), elsewhere usp_pairs decides. */
+/* Columns [begin, end) of the other side, one or more. Every allowed pair of the work's rows is in one tile, no pair is
+ * in two; in columns [full_begin, full_end) every pair is allowed (the range may be empty), elsewhere usp_pairs
+ * decides. */
 typedef struct usp_tile {
     int32_t begin, end, full_begin, full_end;
 } usp_tile;

@@ -31,7 +31,7 @@ static CUresult encode(CUtensorMap *to, CUtensorMapDataType type, cuuint32_t ran
     }
     for (int i = 0; i < 3; i++) {
         m.stride[i] = (int64_t)stride[i];
-        if (stride[i] % 16 || stride[i] >> 40) return CUDA_ERROR_INVALID_VALUE;
+        if (stride[i] % 16 || stride[i] >> 40 || (stride[i] == 0 && extent[i + 1] > 1)) return CUDA_ERROR_INVALID_VALUE;
     }
     memcpy(to, &m, sizeof m);
     return CUDA_SUCCESS;
