@@ -26,7 +26,7 @@ static usp_status usp_cuda_launch(const char *what, void (*kernel)(Parameters...
     return usp_fail(USP_DEVICE, "%s did not start: %s", what, cudaGetErrorString(error));
 }
 
-/* Zeros. */
+/* Sets memory to zeros, in the order of the stream. */
 static inline usp_status usp_cuda_clear(const char *what, void *memory, size_t bytes, usp_stream stream) {
     cudaError_t error = cudaMemsetAsync(memory, 0, bytes, (cudaStream_t)stream);
     if (error == cudaSuccess) return USP_OK;

@@ -64,6 +64,11 @@ template <int N> static __device__ __forceinline__ float (&list_of(usp_sums<1, N
     return reinterpret_cast<float(&)[N * 4]>(c);
 }
 
+template <int N> static __device__ __forceinline__ void clear(usp_sums<1, N> &c) {
+#pragma unroll
+    for (int n = 0; n < N; n++) c[0][n][0] = c[0][n][1] = c[0][n][2] = c[0][n][3] = 0;
+}
+
 /* c = a b^T for the 64 rows of a from `row` on and the N * 8 rows of b from `first` on. */
 template <typename T, int N, int ROWS, int STEP, int DIM>
 static __device__ __forceinline__ void issue_rows(usp_sums<1, N> &c, slabs<ROWS, DIM> a, int row, slabs<STEP, DIM> b,
@@ -87,6 +92,23 @@ static __device__ __forceinline__ void round_sums(left_operand<K> &a, const usp_
             a[k][i] = usp_pack<T>(pair[0], pair[1]);
         }
     }
+}
+
+/* Writes a warp's rows of a tile from `row` on, rounded, and of them the columns from `first` on, which is a multiple
+ * of 8 before 64. Chunks of 16 bytes are swizzled by row & 7, so the chunk of another column block is an exclusive or
+ * away. */
+template <int K, typename Tile>
+static __device__ __forceinline__ void share(const left_operand<K> &a, Tile tile, int row, int first = 0) {
+    row += usp_lane_row(0, 0);
+    uint32_t to = tile.address + row * 128 + (((row & 7) ^ first / 8) << 4) + (threadIdx.x & 3) * 4;
+    pin(to);
+#pragma unroll
+    for (int n = 0; n < 2 * K; n++) {
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+            store_shared((to ^ n % 8 << 4) + n / 8 * Tile::slab + r * 1024, a[n / 2][n % 2 * 2 + r]);
+    }
+    publish_stores();
 }
 
 /* c += a b. */
@@ -138,6 +160,12 @@ template <int STAGES> struct turn {
         parity ^= 1;
     }
 };
+
+/* A warp of those that an arrival barrier counts: all its lanes are done with something, or have brought it. */
+static __device__ __forceinline__ void arrive_warp(arrivals *at) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(at);
+}
 
 /* ---- jobs -------------------------------------------------------------------------------------------------------- */
 
@@ -275,6 +303,18 @@ struct row_pairs {
         }
     }
 };
+
+/* ---- launch ------------------------------------------------------------------------------------------------------ */
+
+/* Starts blocks that stay and ask for jobs, as many as the GPU has multiprocessors. */
+template <typename... Parameters, typename... More>
+static usp_status launch_staying(const char *what, void (*kernel)(Parameters...), const usp_gpu *gpu,
+                                 const usp_softmax &args, int64_t jobs, int threads, size_t shared, usp_stream stream,
+                                 const More &...more) {
+    dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
+    USP_TRY(usp_cuda_clear(what, args.scratch, USP_WGMMA_SCRATCH, stream));
+    return usp_cuda_launch(what, kernel, grid, dim3(threads), shared, stream, args, more...);
+}
 
 /* ---- the launchers of the family --------------------------------------------------------------------------------- */
 

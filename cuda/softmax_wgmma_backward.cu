@@ -11,6 +11,8 @@ template <typename T, typename Shape> struct backward_group {
     static constexpr int N = Shape::step / 8, K = Shape::step / 16, D = Shape::dim / 8, E = Shape::value_dim / 8;
     using memory = backward_memory<Shape>;
     using notes_type = backward_notes<Shape>;
+    using element = T;
+    using scores = usp_sums<1, N>;
     const usp_softmax &args;
     const soft_cap &cap;
     notes_type &notes;
@@ -125,10 +127,11 @@ template <typename T, typename Shape> struct backward_group {
             }
         }
         publish_stores();
-        leave(&notes.dq_full[group]);
+        arrive_warp(&notes.dq_full[group]);
     }
 
     __device__ __forceinline__ void issue_scores(usp_sums<1, N> &s) {
+        begin_products();
         issue_rows<T>(s, memory::k_at(), group * 64, memory::q_at(at.stage));
         end_products();
     }
@@ -173,7 +176,7 @@ template <typename T, typename Shape> struct backward_group {
         issue_queries(dq);
         await_products<1>();
         pin(list_of<E>(dv));
-        leave(&notes.dout_empty[stage]);
+        arrive_warp(&notes.dout_empty[stage]);
         begin_products();
         issue_columns<T>(dk, ds, memory::q_at(stage));
         end_products();
@@ -184,7 +187,6 @@ template <typename T, typename Shape> struct backward_group {
         at.advance();
         if (!last) await(&notes.q_full[at.stage], at.parity);
         usp_sums<1, N> next; /* what s held is not kept for it */
-        begin_products();
         issue_scores(next);
         await_products<1>();
         pin(list_of<D>(dk));
@@ -194,7 +196,7 @@ template <typename T, typename Shape> struct backward_group {
             add_one_by_one<T, Shape>(args, notes, notes.step[stage], memory::ds_at(ds_turn));
         }
         ds_turn ^= 1;
-        leave(&notes.q_empty[stage]);
+        arrive_warp(&notes.q_empty[stage]);
         await_products<0>();
         pin(list_of<N>(next));
         copy_sums(s, next);
@@ -202,23 +204,13 @@ template <typename T, typename Shape> struct backward_group {
 
     /* ---- jobs */
 
-    __device__ __forceinline__ void run_steps() {
-        usp_sums<1, N> s;
+    __device__ __forceinline__ void begin_job() {
+        clear(dk);
+        clear(dv);
+    }
+
+    __device__ __forceinline__ void begin_steps() {
         if constexpr (Shape::slopes || Shape::drops) note_keys();
-        look_at_keys<T>(notes, jobs);
-        bool odd = notes.spoilt_keys[jobs % 2] == jobs, last;
-        await(&notes.q_full[at.stage], at.parity);
-        begin_products();
-        issue_scores(s);
-        await_products<0>();
-        pin(list_of<N>(s));
-        do {
-            last = notes.step[at.stage].last;
-            if (notes.step[at.stage].masked)
-                run_step<true>(s, last, odd);
-            else
-                run_step<false>(s, last, odd);
-        } while (!last);
     }
 
     template <int W>
@@ -231,36 +223,19 @@ template <typename T, typename Shape> struct backward_group {
             usp_store(c, usp_row<T>(to, first, job.batch, job.head), to.stride_token, rows, dim);
     }
 
-    /* Brings what was taken out of queries and dout to the rows that depend on it. */
+    __device__ __forceinline__ void end_job(const softmax_job &job) {
+        multiply_row(0, dk, args.scale);
+        multiply_row(1, dk, args.scale);
+        store(dk, args.dk, job, args.dim);
+        store(dv, args.dv, job, args.value_dim);
+    }
+
     __device__ __forceinline__ void mend_rows(softmax_job job) {
-        if (notes.spoilt[jobs % 2] != jobs) return;
-        bool wide = args.key_dtype == USP_F32, partial = job.count < Shape::rows;
+        bool partial = job.count < Shape::rows;
         meet(MEET_GROUP + group, 128); /* the rows are written */
         job.begin += group * 64;
         job.count = min(job.count - group * 64, 64);
-        for (int element = threadIdx.x % 128; element < max(args.dim, args.value_dim); element += 128) {
-            mend<T, true>(args, job, Shape::step, partial, element, args.dk, wide, args.q, args.dim);
-            mend<T, true>(args, job, Shape::step, partial, element, args.dv, wide, args.dout, args.value_dim);
-        }
-    }
-
-    __device__ __forceinline__ void run() {
-        for (;;) {
-            await(&notes.job_full, job_parity);
-            job_parity ^= 1;
-            jobs++;
-            if (notes.job.job.count == 0) return;
-            clear(dk);
-            clear(dv);
-            if (notes.job.steps) run_steps();
-            backward_job now = notes.job;
-            leave(&notes.job_empty);
-#pragma unroll
-            for (int r = 0; r < 2; r++) multiply_row(r, dk, args.scale);
-            store(dk, args.dk, now.job, args.dim);
-            store(dv, args.dv, now.job, args.value_dim);
-            if (now.steps) mend_rows(now.job);
-        }
+        mend_keys<T, Shape>(args, job, partial, threadIdx.x % 128, 128);
     }
 };
 
@@ -281,7 +256,8 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
         run_copying<Shape>(args, maps, cap, notes);
     } else {
         take_registers<Shape::computing_registers>();
-        backward_group<T, Shape>(args, cap, notes).run();
+        backward_group<T, Shape> group(args, cap, notes);
+        run_jobs(group);
     }
 }
 
@@ -292,12 +268,10 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     static_assert(backward_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
     backward_maps maps;
     int64_t jobs = count_jobs(*args, true, shape::rows);
-    dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
     if (jobs == 0) return USP_OK;
     USP_TRY(make_backward_maps<shape>(gpu, *args, &maps));
-    USP_TRY(usp_cuda_clear("softmax backward", args->scratch, USP_WGMMA_SCRATCH, stream));
-    return usp_cuda_launch("softmax backward", softmax_wgmma_backward_kernel<T, shape>, grid, dim3(shape::threads),
-                           backward_memory<shape>::bytes, stream, *args, maps, soft_cap_of(*args));
+    return launch_staying("softmax backward", softmax_wgmma_backward_kernel<T, shape>, gpu, *args, jobs, shape::threads,
+                          backward_memory<shape>::bytes, stream, maps, soft_cap_of(*args));
 }
 
 template <typename T, int DIM>

@@ -56,10 +56,8 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     USP_TRY(make_map(gpu, *args, args->dtype, true, args->v, args->value_dim, shape::step, &maps.v));
     maps.has_out = shape::boxes_out && args->last && is_copied(*args, false, args->out);
     if (maps.has_out) USP_TRY(make_map(gpu, *args, args->dtype, false, args->out, args->value_dim, 64, &maps.out));
-    USP_TRY(usp_cuda_clear("softmax forward", args->scratch, USP_WGMMA_SCRATCH, stream));
-    dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
-    return usp_cuda_launch("softmax forward", softmax_wgmma_forward_kernel<T, shape>, grid, dim3(shape::threads),
-                           forward_memory<shape>::bytes, stream, *args, maps, soft_cap_of(*args));
+    return launch_staying("softmax forward", softmax_wgmma_forward_kernel<T, shape>, gpu, *args, jobs, shape::threads,
+                          forward_memory<shape>::bytes, stream, maps, soft_cap_of(*args));
 }
 
 template <typename T, int DIM>

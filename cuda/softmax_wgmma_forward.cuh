@@ -39,8 +39,7 @@ template <typename Shape> struct forward_notes {
     arrivals k_full[stages], k_empty[stages], v_full[stages], v_empty[stages];
     arrivals v_clean[stages]; /* of masked steps: the values are finite, or were made so */
     forward_job job[slots];
-    int spoilt[4]; /* the last job of this number mod 4 whose values were not all finite; jobs without steps have none
-                    */
+    int spoilt[4]; /* by job % 4, of jobs with steps: the last one whose values were not all finite */
     step_note step[stages];
     alignas(8) int key[stages][Shape::step]; /* these are read two at a time */
     int last[stages][Shape::step];
@@ -191,11 +190,6 @@ template <typename Shape> struct copying_warp {
 
 /* ---- warps beside the copying one -------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void warp_done(arrivals *at) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(at);
-}
-
 /* A warp that notes what usp_pairs says of a job's rows. It is on its way while the place for it is awaited. */
 template <typename Shape>
 static __device__ __forceinline__ void note_rows(const usp_softmax &args, forward_notes<Shape> &notes) {
@@ -219,7 +213,7 @@ static __device__ __forceinline__ void note_rows(const usp_softmax &args, forwar
             notes.high[slot.stage][lane + n * 32] = high[n];
             notes.query[slot.stage][lane + n * 32] = query[n];
         }
-        warp_done(&notes.job_full[slot.stage]);
+        arrive_warp(&notes.job_full[slot.stage]);
     }
 }
 
@@ -263,9 +257,9 @@ template <typename T, typename Shape> struct watching_warps {
                 await(&notes.v_full[v.stage], v.parity);
                 if (!at.full(Shape::step)) {
                     look(memory::v_at(v.stage).address);
-                    warp_done(&notes.v_clean[v.stage]);
+                    arrive_warp(&notes.v_clean[v.stage]);
                 }
-                warp_done(&notes.v_empty[v.stage]); /* or a stage might be filled twice meanwhile */
+                arrive_warp(&notes.v_empty[v.stage]); /* or a stage might be filled twice meanwhile */
             }
         }
     }

@@ -79,8 +79,7 @@ template <typename T, typename Shape> struct computing_group {
     __device__ __forceinline__ void begin_out(const softmax_job &job, const float (&factor)[2]) {
         int rows = job.count - warp_row;
         usp_tensor acc = acc_tensor(args);
-#pragma unroll
-        for (int n = 0; n < W; n++) out[0][n][0] = out[0][n][1] = out[0][n][2] = out[0][n][3] = 0;
+        clear(out);
         if (args.first) return;
         usp_scale_add(out, 1, usp_row<float>(acc, job.begin + warp_row, job.batch, job.head), acc.stride_token, rows,
                       args.value_dim);
@@ -113,21 +112,13 @@ template <typename T, typename Shape> struct computing_group {
         }
     }
 
-    /* The group's rows, by way of where its queries lay; chunks of 16 bytes are swizzled by row & 7. */
+    /* The group's rows, by way of where its queries lay. */
     __device__ __forceinline__ void store_out(const softmax_job &job, int place) {
-        bool leads = threadIdx.x % 128 == 0;
-        int row = warp_row + usp_lane_row(0, 0);
-        uint32_t to = memory::out_at(place).address + row * 128 + ((row & 7) << 4) + (threadIdx.x & 3) * 4;
-#pragma unroll
-        for (int n = 0; n < W; n++) {
-#pragma unroll
-            for (int r = 0; r < 2; r++)
-                store_shared((to ^ n % 8 << 4) + n / 8 * memory::out_tile::slab + r * 1024,
-                             usp_pack<T>(out[0][n][r * 2], out[0][n][r * 2 + 1]));
-        }
-        publish_stores();
+        left_operand<W / 2> rounded;
+        round_sums<T, W / 2>(rounded, out);
+        share<W / 2>(rounded, memory::out_at(place), warp_row);
         meet(MEET_GROUP + group, 128);
-        if (!leads) return;
+        if (threadIdx.x % 128 != 0) return;
 #pragma unroll
         for (int s = 0; s < Shape::value_dim / 64; s++)
             store_box(&maps.out, s * 64, job.begin + group * 64, job.head, job.batch,
@@ -147,12 +138,6 @@ template <typename T, typename Shape> struct computing_group {
     }
 
     /* ---- one step */
-
-    /* A warp is done with a stage. */
-    static __device__ __forceinline__ void leave(arrivals *at) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(at);
-    }
 
     __device__ __forceinline__ void issue_scores(usp_sums<1, N> &scores, int place) {
         issue_rows<T>(scores, memory::q_at(place), group * 64, memory::k_at(k.stage));
@@ -211,7 +196,7 @@ template <typename T, typename Shape> struct computing_group {
     __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows, float (&factor)[2]) {
         if constexpr (!Shape::extras) {
             mask_scores<MASKED>(scores, rows.pairs, k.stage);
-            leave(&notes.k_empty[k.stage]);
+            arrive_warp(&notes.k_empty[k.stage]);
             rows.online.weigh(scores, rows.rule.unit, factor);
         } else {
             if constexpr (Shape::caps) cap_scores<4>(scores, rows.rule);
@@ -220,7 +205,7 @@ template <typename T, typename Shape> struct computing_group {
             if constexpr (Shape::more) rows.peaks.look(scores);
             rows.online.weigh(scores, rows.rule.unit, factor);
             if constexpr (Shape::drops) drop(scores, rows.word);
-            leave(&notes.k_empty[k.stage]);
+            arrive_warp(&notes.k_empty[k.stage]);
         }
     }
 
@@ -241,7 +226,7 @@ template <typename T, typename Shape> struct computing_group {
     __device__ __forceinline__ void leave_values() {
         await_products<0>();
         pin(list_of<W>(out));
-        leave(&notes.v_empty[v.stage]);
+        arrive_warp(&notes.v_empty[v.stage]);
         v.advance();
     }
 
@@ -340,7 +325,7 @@ template <typename T, typename Shape> struct computing_group {
         if (!held) return;
         held = false;
         if (threadIdx.x % 128 == 0) await_reads<0>();
-        leave(&notes.job_empty[place ^ 1]);
+        arrive_warp(&notes.job_empty[place ^ 1]);
     }
 
     __device__ __forceinline__ void run_job(begun_job &now) {
@@ -354,7 +339,7 @@ template <typename T, typename Shape> struct computing_group {
             else
                 go_on<false>(now.rows, now.place);
         }
-        if (!Shape::overlaps) leave(&notes.job_empty[0]); /* the queries have been read */
+        if (!Shape::overlaps) arrive_warp(&notes.job_empty[0]); /* the queries have been read */
     }
 
     __device__ __forceinline__ void end_job(const begun_job &now) {

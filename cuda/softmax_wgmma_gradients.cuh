@@ -88,40 +88,12 @@ static __device__ __forceinline__ void differ(usp_sums<1, N> &dp, const usp_sums
     }
 }
 
-/* Writes a warp's rows of a tile from `row` on, rounded, and of them the columns from `first` on, which is a multiple
- * of 8 before 64. Chunks of 16 bytes are swizzled by row & 7, so the chunk of another column block is an exclusive or
- * away. */
-template <int K, typename Tile>
-static __device__ __forceinline__ void share(const left_operand<K> &a, Tile tile, int row, int first = 0) {
-    row += usp_lane_row(0, 0);
-    uint32_t to = tile.address + row * 128 + (((row & 7) ^ first / 8) << 4) + (threadIdx.x & 3) * 4;
-    pin(to);
-#pragma unroll
-    for (int n = 0; n < 2 * K; n++) {
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-            store_shared((to ^ n % 8 << 4) + n / 8 * Tile::slab + r * 1024, a[n / 2][n % 2 * 2 + r]);
-    }
-    publish_stores();
-}
-
-template <int N> static __device__ __forceinline__ void clear(usp_sums<1, N> &c) {
-#pragma unroll
-    for (int n = 0; n < N; n++) c[0][n][0] = c[0][n][1] = c[0][n][2] = c[0][n][3] = 0;
-}
-
 template <int N> static __device__ __forceinline__ void copy_sums(usp_sums<1, N> &to, const usp_sums<1, N> &from) {
 #pragma unroll
     for (int n = 0; n < N; n++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) to[0][n][i] = from[0][n][i];
     }
-}
-
-/* Each warp of those that read something lets it go. */
-static __device__ __forceinline__ void leave(arrivals *of) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(of);
 }
 
 /* ---- numbers that are not finite --------------------------------------------------------------------------------- */
@@ -172,6 +144,57 @@ static __device__ __noinline__ void add_one_by_one(const usp_softmax &args, cons
         atomicAdd(usp_row<float>(args.dq_sum, step.column + q, job.batch, step.head) + e, sum * args.scale);
     }
     meet(MEET_BOTH, 256);
+}
+
+/* Brings what was taken out of queries and dout to dk and dv of those of a job's rows that depend on it, by `threads`
+ * threads. */
+template <typename T, typename Shape>
+static __device__ __forceinline__ void mend_keys(const usp_softmax &args, const softmax_job &job, bool partial,
+                                                 int thread, int threads) {
+    bool fp32 = args.key_dtype == USP_F32;
+    for (int element = thread; element < max(args.dim, args.value_dim); element += threads) {
+        mend<T, true>(args, job, Shape::step, partial, element, args.dk, fp32, args.q, args.dim);
+        mend<T, true>(args, job, Shape::step, partial, element, args.dv, fp32, args.dout, args.value_dim);
+    }
+}
+
+/* ---- steps and jobs ---------------------------------------------------------------------------------------------- */
+
+/* All steps of a job: what begin_steps, issue_scores and run_step of a Group do. */
+template <typename Group> static __device__ __forceinline__ void run_steps(Group &group) {
+    auto &notes = group.notes;
+    typename Group::scores s;
+    group.begin_steps();
+    look_at_keys<typename Group::element>(notes, group.jobs);
+    bool odd = notes.spoilt_keys[group.jobs % 2] == group.jobs, last;
+    await(&notes.q_full[group.at.stage], group.at.parity);
+    group.issue_scores(s);
+    await_products<0>();
+    pin(list_of<Group::N>(s));
+    do {
+        last = notes.step[group.at.stage].last;
+        if (notes.step[group.at.stage].masked)
+            group.template run_step<true>(s, last, odd);
+        else
+            group.template run_step<false>(s, last, odd);
+    } while (!last);
+}
+
+/* Job after job: what begin_job, end_job and mend_rows of a Group do, and all steps between. */
+template <typename Group> static __device__ __forceinline__ void run_jobs(Group &group) {
+    auto &notes = group.notes;
+    for (;;) {
+        await(&notes.job_full, group.job_parity);
+        group.job_parity ^= 1;
+        group.jobs++;
+        if (notes.job.job.count == 0) return;
+        group.begin_job();
+        if (notes.job.steps) run_steps(group);
+        backward_job now = notes.job;
+        arrive_warp(&notes.job_empty);
+        group.end_job(now.job);
+        if (now.steps && notes.spoilt[group.jobs % 2] == group.jobs) group.mend_rows(now.job);
+    }
 }
 
 #endif

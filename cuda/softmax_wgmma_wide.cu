@@ -10,6 +10,8 @@ template <typename T, typename Shape> struct wide_group {
     static constexpr int N = Shape::share / 8, K = Shape::share / 16;
     using memory = wide_memory<Shape>;
     using notes_type = backward_notes<Shape>;
+    using element = T;
+    using scores = usp_sums<1, N>;
     using dim_half = half_columns<Shape::dim>;
     using value_half = half_columns<Shape::value_dim>;
     const usp_softmax &args;
@@ -137,7 +139,7 @@ template <typename T, typename Shape> struct wide_group {
         issue_keys(stage);
         await_products<2>();
         pin(list_of<Shape::value_dim / 16>(dv));
-        leave(&notes.dout_empty[stage]);
+        arrive_warp(&notes.dout_empty[stage]);
         at.advance();
         if (!last) await(&notes.q_full[at.stage], at.parity);
         usp_sums<1, N> next; /* what s held is not kept for it */
@@ -152,7 +154,7 @@ template <typename T, typename Shape> struct wide_group {
             pin(list_of<N>(next));
             add_one_by_one<T, Shape>(args, notes, notes.step[stage], memory::ds_at());
         }
-        leave(&notes.q_empty[stage]);
+        arrive_warp(&notes.q_empty[stage]);
         await_products<0>();
         pin(list_of<N>(next));
         copy_sums(s, next);
@@ -160,21 +162,12 @@ template <typename T, typename Shape> struct wide_group {
 
     /* ---- jobs */
 
-    __device__ __forceinline__ void run_steps() {
-        usp_sums<1, N> s;
-        look_at_keys<T>(notes, jobs);
-        bool odd = notes.spoilt_keys[jobs % 2] == jobs, last;
-        await(&notes.q_full[at.stage], at.parity);
-        issue_scores(s);
-        await_products<0>();
-        pin(list_of<N>(s));
-        do {
-            last = notes.step[at.stage].last;
-            if (notes.step[at.stage].masked)
-                run_step<true>(s, last, odd);
-            else
-                run_step<false>(s, last, odd);
-        } while (!last);
+    __device__ __forceinline__ void begin_job() {
+        clear(dk);
+        clear(dv);
+    }
+
+    __device__ __forceinline__ void begin_steps() {
     }
 
     template <typename Half, typename To>
@@ -199,34 +192,16 @@ template <typename T, typename Shape> struct wide_group {
             store_as<Half, T>(c, to, job, dim);
     }
 
-    /* Brings what was taken out of queries and dout to the rows that depend on it. */
-    __device__ __forceinline__ void mend_rows(const softmax_job &job) {
-        if (notes.spoilt[jobs % 2] != jobs) return;
-        bool fp32 = args.key_dtype == USP_F32, partial = job.count < Shape::rows;
-        meet(MEET_BOTH, 256); /* the rows are written */
-        for (int element = threadIdx.x - 128; element < max(args.dim, args.value_dim); element += 256) {
-            mend<T, true>(args, job, Shape::step, partial, element, args.dk, fp32, args.q, args.dim);
-            mend<T, true>(args, job, Shape::step, partial, element, args.dv, fp32, args.dout, args.value_dim);
-        }
+    __device__ __forceinline__ void end_job(const softmax_job &job) {
+        multiply_row(0, dk, args.scale);
+        multiply_row(1, dk, args.scale);
+        store<dim_half>(dk, args.dk, job, args.dim);
+        store<value_half>(dv, args.dv, job, args.value_dim);
     }
 
-    __device__ __forceinline__ void run() {
-        for (;;) {
-            await(&notes.job_full, job_parity);
-            job_parity ^= 1;
-            jobs++;
-            if (notes.job.job.count == 0) return;
-            clear(dk);
-            clear(dv);
-            if (notes.job.steps) run_steps();
-            backward_job now = notes.job;
-            leave(&notes.job_empty);
-            multiply_row(0, dk, args.scale);
-            multiply_row(1, dk, args.scale);
-            store<dim_half>(dk, args.dk, now.job, args.dim);
-            store<value_half>(dv, args.dv, now.job, args.value_dim);
-            if (now.steps) mend_rows(now.job);
-        }
+    __device__ __forceinline__ void mend_rows(const softmax_job &job) {
+        meet(MEET_BOTH, 256); /* the rows are written */
+        mend_keys<T, Shape>(args, job, job.count < Shape::rows, threadIdx.x - 128, 256);
     }
 };
 
@@ -243,7 +218,8 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
         run_copying<Shape>(args, maps, soft_cap{}, notes);
     } else {
         take_registers<Shape::computing_registers>();
-        wide_group<T, Shape>(args, notes).run();
+        wide_group<T, Shape> group(args, notes);
+        run_jobs(group);
     }
 }
 
@@ -254,12 +230,10 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     static_assert(wide_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
     backward_maps maps;
     int64_t jobs = count_jobs(*args, true, shape::rows);
-    dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
     if (jobs == 0) return USP_OK;
     USP_TRY(make_backward_maps<shape>(gpu, *args, &maps));
-    USP_TRY(usp_cuda_clear("softmax backward", args->scratch, USP_WGMMA_SCRATCH, stream));
-    return usp_cuda_launch("softmax backward", softmax_wgmma_wide_kernel<T, shape>, grid, dim3(shape::threads),
-                           wide_memory<shape>::bytes, stream, *args, maps);
+    return launch_staying("softmax backward", softmax_wgmma_wide_kernel<T, shape>, gpu, *args, jobs, shape::threads,
+                          wide_memory<shape>::bytes, stream, maps);
 }
 
 template <typename T> static usp_status start(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
