@@ -95,11 +95,22 @@ static __device__ __forceinline__ void publish_stores() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-/* ---- sums in memory ---------------------------------------------------------------------------------------------- */
+/* ---- order among blocks ------------------------------------------------------------------------------------------ */
 
-/* Adds two fp32 numbers at an 8-byte boundary, each by itself, in any order among blocks. */
-static __device__ __forceinline__ void add_pair(float *to, float x, float y) {
-    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+/* Tells other blocks a number in memory: boxes of this thread that it awaited, and what it wrote, come before. */
+static __device__ __forceinline__ void publish(int *to, int number) {
+    asm volatile("fence.proxy.async.global;\n"
+                 "st.release.gpu.global.s32 [%0], %1;" ::"l"(to),
+                 "r"(number)
+                 : "memory");
+}
+
+/* Waits until a number that other blocks publish is above `least`; boxes of this thread come after. */
+static __device__ __forceinline__ void await_above(const int *at, int least) {
+    int number;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(number) : "l"(at) : "memory");
+    while (number <= least);
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 /* ---- products of a warpgroup (wgmma) ----------------------------------------------------------------------------- */

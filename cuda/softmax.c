@@ -31,7 +31,7 @@ usp_status usp_cuda_softmax_supports(const usp_gpu *gpu, const usp_kernel_shape 
 int usp_cuda_softmax_sums_queries(const usp_gpu *gpu, const usp_kernel_shape *shape) {
     int widest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
     return usp_gpu_runs(gpu, usp_softmax_wgmma.target) && shape->attention == USP_SOFTMAX && shape->dtype != USP_F32 &&
-           widest <= USP_WGMMA_DIM && !shape->deterministic;
+           widest <= USP_WGMMA_DIM;
 }
 
 static int serves(const usp_softmax_family *family, const usp_gpu *gpu, const usp_softmax *args,

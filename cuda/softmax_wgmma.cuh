@@ -159,6 +159,9 @@ template <int STAGES> struct turn {
         stage = 0;
         parity ^= 1;
     }
+    __device__ __forceinline__ void pass(int places) {
+        for (int i = 0; i < places; i++) advance();
+    }
 };
 
 /* A warp of those that an arrival barrier counts: all its lanes are done with something, or have brought it. */
@@ -173,7 +176,7 @@ static __device__ __forceinline__ void arrive_warp(arrivals *at) {
  * asks for one after the other: with jobs of such different weights no fixed order keeps all blocks busy, and some
  * begin late, where transfers hold multiprocessors. Its first warp asks, ahead of time, and deals the numbers to the
  * warps that walk with it. */
-constexpr int DEALS = 2;
+constexpr int DEALS = 2, LONG_HEAD = 32768;
 
 struct job_deals {
     arrivals full[DEALS], empty[DEALS];
@@ -193,12 +196,31 @@ template <int ROWS, bool KEY_ROWS> struct job_list {
     const usp_softmax &args;
     job_deals &deals;
     turn<DEALS> at;
-    int items, lines;
+    int items, lines, bundle;
     int64_t asked; /* by the first thread: the number to come */
 
     __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_)
         : args(args_), deals(deals_), at{0, 0}, items(*tiles_of(args, KEY_ROWS).works * parts),
-          lines((int)lines_of(args, KEY_ROWS)), asked(-1) {
+          lines((int)lines_of(args, KEY_ROWS)), bundle(one_by_one() ? 1 : USP_SOFTMAX_BUNDLE), asked(-1) {
+    }
+
+    /* The first item is the heaviest one. Where the last one weighs as much, as without a mask, nothing is gained from
+     * working on several heads side by side; forward, many blocks lose step with each other over a long head, and a
+     * few of each head find more in the cache. */
+    __device__ __forceinline__ bool one_by_one() const {
+        const usp_tiles &tiles = tiles_of(args, KEY_ROWS);
+        if (items == 0 || (!KEY_ROWS && args.keys > LONG_HEAD)) return false;
+        return columns_of(tiles, tiles.work[0]) == columns_of(tiles, tiles.work[*tiles.works - 1]);
+    }
+
+    static __device__ __forceinline__ int columns_of(const usp_tiles &tiles, const usp_work &work) {
+        const usp_tile *tile = tiles.tile + work.first_tile;
+        return work.tiles == 1 ? tile->end - tile->begin : -work.tiles;
+    }
+
+    /* Where blocks add in the order of their jobs, none holds a number while it works at another job. */
+    __device__ __forceinline__ bool asks_ahead() const {
+        return !KEY_ROWS || !args.deterministic;
     }
 
     __device__ __forceinline__ int64_t ask() const {
@@ -210,7 +232,7 @@ template <int ROWS, bool KEY_ROWS> struct job_list {
         for (;;) {
             int64_t number = uniform(asked < 0 ? ask() : asked);
             softmax_job job = job_of(number);
-            asked = ask();
+            asked = asks_ahead() ? ask() : -1;
             if (job.count < 0) continue;
             if (threadIdx.x == 0) {
                 await(&deals.empty[at.stage], at.parity ^ 1);
@@ -235,9 +257,8 @@ template <int ROWS, bool KEY_ROWS> struct job_list {
     /* count is negative if there is nothing to do. */
     __device__ __forceinline__ softmax_job job_of(int64_t number) const {
         if (number >= (int64_t)items * lines) return {nullptr, 0, 0, 0, 0};
-        int64_t bundle = number / ((int64_t)items * USP_SOFTMAX_BUNDLE);
-        int first = (int)bundle * USP_SOFTMAX_BUNDLE, width = min(USP_SOFTMAX_BUNDLE, lines - first);
-        int rest = (int)(number - bundle * items * USP_SOFTMAX_BUNDLE), line = first + rest % width;
+        int first = (int)(number / ((int64_t)items * bundle)) * bundle, width = min(bundle, lines - first);
+        int rest = (int)(number - (int64_t)first * items), line = first + rest % width;
         int item = rest / width, skipped = item % parts * ROWS, heads = (int)heads_of(args, KEY_ROWS);
         const usp_work *work = tiles_of(args, KEY_ROWS).work + item / parts;
         bool idle = !KEY_ROWS && !args.first && !args.last && work->tiles == 0;

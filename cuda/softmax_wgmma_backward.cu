@@ -1,7 +1,7 @@
 /* softmax_wgmma_backward.cu - backward softmax attention on Hopper (sm_90a), 16-bit elements, all five products in one
  * kernel. A block stays and takes job after job of 128 keys: one warp copies, two warpgroups of 64 keys each go through
- * all queries that see them, 64 at a time, and keep dk and dv in registers; dq is added to fp32 sums in memory, in any
- * order. Rows of accumulators are keys. */
+ * all queries that see them, some at a time, and keep dk and dv in registers; dq is added to fp32 sums in memory, in
+ * any order or in turns. Rows of accumulators are keys. */
 #include "softmax_query_sums.cuh"
 #include "softmax_wgmma_gradients.cuh"
 
@@ -9,22 +9,26 @@
 
 template <typename T, typename Shape> struct backward_group {
     static constexpr int N = Shape::step / 8, K = Shape::step / 16, D = Shape::dim / 8, E = Shape::value_dim / 8;
+    static constexpr int Q = Shape::dq_boxes * 4;
     using memory = backward_memory<Shape>;
     using notes_type = backward_notes<Shape>;
     using element = T;
     using scores = usp_sums<1, N>;
     const usp_softmax &args;
     const soft_cap &cap;
+    const backward_maps &maps;
     notes_type &notes;
     int group, warp_row; /* this warp's first row of the job */
     turn<Shape::stages> at;
-    int job_parity, dq_parity, jobs, ds_turn;
+    turn<Shape::dq_places> place; /* of dq */
+    int job_parity, jobs, ds_turn;
     usp_sums<1, D> dk;
     usp_sums<1, E> dv;
 
-    __device__ __forceinline__ backward_group(const usp_softmax &args_, const soft_cap &cap_, notes_type &notes_)
-        : args(args_), cap(cap_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
-          warp_row((threadIdx.x / 32 - 4) * 16), at{0, 0}, job_parity(0), dq_parity(0), jobs(0), ds_turn(0) {
+    __device__ __forceinline__ backward_group(const usp_softmax &args_, const soft_cap &cap_,
+                                              const backward_maps &maps_, notes_type &notes_)
+        : args(args_), cap(cap_), maps(maps_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
+          warp_row((threadIdx.x / 32 - 4) * 16), at{0, 0}, place{0, 0}, job_parity(0), jobs(0), ds_turn(0) {
     }
 
     /* Every key that does not exist is masked. */
@@ -97,37 +101,15 @@ template <typename T, typename Shape> struct backward_group {
         }
     }
 
-    /* dq of the step: all its queries, this group's half of the columns. */
-    __device__ __forceinline__ void issue_queries(usp_sums<1, D / 2> &dq) {
+    /* This group's share of dq of the step. */
+    __device__ __forceinline__ void issue_queries(usp_sums<1, Q> &dq) {
         auto ds = memory::ds_at(ds_turn);
         auto k = memory::k_at();
 #pragma unroll
         for (int i = 0; i < Shape::rows / 16; i++)
-            issue_product<T, true, true>(list_of<D / 2>(dq), ds.rows(i), k.rows(i, group * (Shape::dim / 2)), i > 0);
+            issue_product<T, true, true>(list_of<Q>(dq), ds.rows(i, Shape::dq_query(group)),
+                                         k.rows(i, Shape::dq_column(group, 0)), i > 0);
         end_products();
-    }
-
-    /* Leaves dq of the step to be added to the sums. Chunks of 16 bytes are swizzled by row & 7; neighbouring rows
-     * would meet in the same banks, so odd ones write their column blocks in another order. */
-    __device__ __forceinline__ void leave_queries(const usp_sums<1, D / 2> &dq) {
-        await(&notes.dq_empty[group], dq_parity ^ 1);
-        dq_parity ^= 1;
-        int row = warp_row - group * 64 + usp_lane_row(0, 0), half = (threadIdx.x & 3) / 2;
-        bool odd = row & 1;
-        uint32_t to = memory::dq_at(group) + row * 128 + ((half ^ (row & 7) ^ odd << 2) << 4) + (threadIdx.x & 1) * 8;
-        pin(to);
-#pragma unroll
-        for (int n = 0; n < D / 2; n++) {
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float x = odd ? dq[0][n ^ 2][r * 2] : dq[0][n][r * 2];
-                float y = odd ? dq[0][n ^ 2][r * 2 + 1] : dq[0][n][r * 2 + 1];
-                store_shared_pair((to ^ n % 4 << 5) + n / 4 * memory::dq_box + r * 1024, x * args.scale,
-                                  y * args.scale);
-            }
-        }
-        publish_stores();
-        arrive_warp(&notes.dq_full[group]);
     }
 
     __device__ __forceinline__ void issue_scores(usp_sums<1, N> &s) {
@@ -143,7 +125,7 @@ template <typename T, typename Shape> struct backward_group {
         int stage = at.stage;
         left_operand<K> p, ds;
         usp_sums<1, N> dp;
-        usp_sums<1, D / 2> dq;
+        usp_sums<1, Q> dq;
         await(&notes.dout_full[stage], at.parity);
         begin_products();
         issue_rows<T>(dp, memory::v_at(), group * 64, memory::dout_at(stage));
@@ -157,7 +139,7 @@ template <typename T, typename Shape> struct backward_group {
         }
         if constexpr (MASKED) {
             await_products<0>();
-            clean_step<T>(notes, stage, jobs);
+            clean_step<T>(notes, at, jobs);
         }
         begin_products();
         issue_columns<T>(dv, p, memory::dout_at(stage));
@@ -181,9 +163,8 @@ template <typename T, typename Shape> struct backward_group {
         issue_columns<T>(dk, ds, memory::q_at(stage));
         end_products();
         await_products<1>();
-        pin(list_of<D / 2>(dq));
-        if (odd) clear(dq); /* it is added one by one */
-        leave_queries(dq);
+        pin(list_of<Q>(dq));
+        if (!odd) leave_queries<Shape>(dq, args.scale, notes, group, place);
         at.advance();
         if (!last) await(&notes.q_full[at.stage], at.parity);
         usp_sums<1, N> next; /* what s held is not kept for it */
@@ -193,8 +174,9 @@ template <typename T, typename Shape> struct backward_group {
         if (odd) {
             await_products<0>(); /* a call may use their registers */
             pin(list_of<N>(next));
-            add_one_by_one<T, Shape>(args, notes, notes.step[stage], memory::ds_at(ds_turn));
+            leave_one_by_one<T, Shape>(args, notes, group, place, notes.step[stage], memory::ds_at(ds_turn));
         }
+        place.pass(Shape::dq_boxes / Shape::dq_together);
         ds_turn ^= 1;
         arrive_warp(&notes.q_empty[stage]);
         await_products<0>();
@@ -204,7 +186,9 @@ template <typename T, typename Shape> struct backward_group {
 
     /* ---- jobs */
 
+    /* What left in boxes has been read before the meeting that follows. */
     __device__ __forceinline__ void begin_job() {
+        await_reads<0>();
         clear(dk);
         clear(dv);
     }
@@ -223,15 +207,41 @@ template <typename T, typename Shape> struct backward_group {
             usp_store(c, usp_row<T>(to, first, job.batch, job.head), to.stride_token, rows, dim);
     }
 
+    template <int W, typename Tile>
+    __device__ __forceinline__ void store_boxes(const usp_sums<1, W> &c, const tile_map *to, const softmax_job &job,
+                                                Tile tile) {
+        left_operand<W / 2> rounded;
+        round_sums<T, W / 2>(rounded, c);
+        share<W / 2>(rounded, tile, warp_row - group * 64);
+        meet(MEET_GROUP + group, 128);
+        if (threadIdx.x % 128 != 0) return;
+#pragma unroll
+        for (int s = 0; s < W / 8; s++)
+            store_box(to, s * 64, job.begin + group * 64, job.head, job.batch, tile.address + s * Tile::slab);
+        end_boxes();
+    }
+
     __device__ __forceinline__ void end_job(const softmax_job &job) {
         multiply_row(0, dk, args.scale);
         multiply_row(1, dk, args.scale);
-        store(dk, args.dk, job, args.dim);
-        store(dv, args.dv, job, args.value_dim);
+        if (maps.has_keys && job.count == Shape::rows) {
+            meet(MEET_BOTH, 256); /* dS of the last step has been read */
+            store_boxes(dv, &maps.dv, job, memory::dv_at(group));
+            await(&notes.dq_empty[group][place.stage], place.parity ^ 1);
+            store_boxes(dk, &maps.dk, job, memory::dk_at(group));
+        } else {
+            store(dk, args.dk, job, args.dim);
+            store(dv, args.dv, job, args.value_dim);
+        }
+    }
+
+    __device__ __forceinline__ void end_jobs() {
+        await_reads<0>();
     }
 
     __device__ __forceinline__ void mend_rows(softmax_job job) {
         bool partial = job.count < Shape::rows;
+        await_boxes();
         meet(MEET_GROUP + group, 128); /* the rows are written */
         job.begin += group * 64;
         job.count = min(job.count - group * 64, 64);
@@ -256,7 +266,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
         run_copying<Shape>(args, maps, cap, notes);
     } else {
         take_registers<Shape::computing_registers>();
-        backward_group<T, Shape> group(args, cap, notes);
+        backward_group<T, Shape> group(args, cap, maps, notes);
         run_jobs(group);
     }
 }
@@ -270,6 +280,12 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     int64_t jobs = count_jobs(*args, true, shape::rows);
     if (jobs == 0) return USP_OK;
     USP_TRY(make_backward_maps<shape>(gpu, *args, &maps));
+    maps.has_keys =
+        args->key_dtype == args->dtype && is_copied(*args, true, args->dk) && is_copied(*args, true, args->dv);
+    if (maps.has_keys) {
+        USP_TRY(make_map(gpu, *args, args->dtype, true, args->dk, args->dim, 64, &maps.dk));
+        USP_TRY(make_map(gpu, *args, args->dtype, true, args->dv, args->value_dim, 64, &maps.dv));
+    }
     return launch_staying("softmax backward", softmax_wgmma_backward_kernel<T, shape>, gpu, *args, jobs, shape::threads,
                           backward_memory<shape>::bytes, stream, maps, soft_cap_of(*args));
 }
@@ -277,13 +293,20 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
 template <typename T, int DIM>
 static usp_status start_extras(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
     return start_with_extras(*args, [&](auto extras) {
-        return start_shape<T, backward_shape<DIM, DIM, 64, decltype(extras)::value>>(gpu, args, stream);
+        constexpr int step = DIM <= 64 && decltype(extras)::value == 0 ? 128 : 64;
+        return start_shape<T, backward_shape<DIM, DIM, step, decltype(extras)::value>>(gpu, args, stream);
     });
+}
+
+static usp_status clear_turns(const usp_softmax &args, usp_stream stream) {
+    int64_t cells = (args.queries + USP_TURN_ROWS - 1) / USP_TURN_ROWS, turns = cells * args.batch * args.heads;
+    return usp_cuda_clear("softmax backward", args.turns, (size_t)turns * sizeof *args.turns, stream);
 }
 
 /* Sums of dq begin with the first block of keys, and become dq with the last. */
 template <typename T> static usp_status start(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
     if (args->first) USP_TRY((pass_sums<T, false>(gpu, args, stream)));
+    if (args->deterministic) USP_TRY(clear_turns(*args, stream));
     if (args->dim <= 64 && args->value_dim <= 64)
         USP_TRY((start_extras<T, 64>(gpu, args, stream)));
     else if (args->dim <= 128 && args->value_dim <= 128)

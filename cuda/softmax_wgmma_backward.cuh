@@ -4,7 +4,7 @@
 #ifndef USP_CUDA_SOFTMAX_WGMMA_BACKWARD_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_BACKWARD_CUH
 #include "softmax_extras.cuh"
-#include "softmax_wgmma.cuh"
+#include "softmax_wgmma_turns.cuh"
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
@@ -14,17 +14,31 @@ template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct backward_shap
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
     static constexpr bool caps = EXTRAS & CAPS, slopes = EXTRAS & SLOPES, drops = EXTRAS & DROPS;
     static constexpr bool extras = EXTRAS != 0;
-    static constexpr bool adds = true; /* dq reaches its sums by way of shared memory */
-    static constexpr int rows = USP_WORK_ROWS, groups = 2, stages = 2, threads = 128 * (1 + groups);
-    static constexpr int share = DIM / groups; /* columns of dq that one group has */
+    static constexpr int rows = USP_WORK_ROWS, groups = 2, threads = 128 * (1 + groups);
+    static constexpr int stages = 2, dout_stages = 2;   /* of queries, with what is noted of them, and of dout */
+    static constexpr bool splits_queries = STEP == 128; /* of dq, among groups; else its columns are split */
+    static constexpr int dq_boxes = DIM * STEP / 64 / groups / 32, dq_together = dq_boxes, dq_places = 1;
     static constexpr int copying_registers = 40, computing_registers = 232;
+
+    /* A group leaves dq of 64 of the step's queries in boxes of 32 columns, some together in one place. */
+    static __device__ __forceinline__ int dq_query(int group) {
+        return splits_queries ? group * 64 : 0;
+    }
+    static __device__ __forceinline__ int dq_column(int group, int box) {
+        return ((splits_queries ? 0 : group * dq_boxes) + box) * 32;
+    }
 };
 
 /* ---- shared memory ----------------------------------------------------------------------------------------------- */
 
-/* What the computing warps need of each query of a step: P = 2^(x - base) * factor. With dropout the factor is
- * 1 / (1 - rate) times as large, and delta 1 - rate times. */
+/* Factors that differ from 1 by less, which those of scores up to 2^8 do, change no weight by more than 2^-7 of what
+ * its rounding to 16 bits does. */
+constexpr float UNSEEN = 1.0f / 65536;
+
+/* What the computing warps need of each query of a step: P = 2^(x - base) * factor, where the factor is what the
+ * rounding of base left out. With dropout it is 1 / (1 - rate) times as large, and delta 1 - rate times. */
 template <typename Shape> struct query_notes {
+    int scaled[2]; /* whether a factor that a warp noted is seen */
     float base[Shape::step], factor[Shape::step], delta[Shape::step];
     alignas(16) int2 interval[Shape::step]; /* low, high: of a masked step; read two at a time */
     int position[Shape::step];
@@ -43,11 +57,11 @@ struct backward_step {
 };
 
 template <typename Shape> struct backward_notes {
-    static constexpr int stages = Shape::stages;
+    static constexpr int stages = Shape::stages, dout_stages = Shape::dout_stages;
     arrivals job_full, job_empty;
     job_deals deals;
-    arrivals q_full[stages], q_empty[stages], dout_full[stages], dout_empty[stages];
-    arrivals dq_full[Shape::groups], dq_empty[Shape::groups]; /* where a warp adds dq */
+    arrivals q_full[stages], q_empty[stages], dout_full[dout_stages], dout_empty[dout_stages];
+    arrivals dq_full[Shape::groups][Shape::dq_places], dq_empty[Shape::groups][Shape::dq_places];
     backward_job job;
     int spoilt_keys[2],
         spoilt[2]; /* the last job of this parity whose keys, or queries and dout, were not all finite */
@@ -65,20 +79,22 @@ template <typename Shape> static __device__ __forceinline__ void begin_notes(bac
     begin_arrivals(&notes.job_empty, warps);
     for (int s = 0; s < Shape::stages; s++) {
         begin_arrivals(&notes.q_full[s], 3); /* the copy, two of notes */
-        begin_arrivals(&notes.dout_full[s], 1);
         begin_arrivals(&notes.q_empty[s], warps);
+    }
+    for (int s = 0; s < Shape::dout_stages; s++) {
+        begin_arrivals(&notes.dout_full[s], 1);
         begin_arrivals(&notes.dout_empty[s], warps);
     }
-    for (int g = 0; g < Shape::groups && Shape::adds; g++) {
-        begin_arrivals(&notes.dq_full[g], 4);
-        begin_arrivals(&notes.dq_empty[g], 1);
+    for (int i = 0; i < Shape::groups * Shape::dq_places; i++) {
+        begin_arrivals(&notes.dq_full[i / Shape::dq_places][i % Shape::dq_places], 4);
+        begin_arrivals(&notes.dq_empty[i / Shape::dq_places][i % Shape::dq_places], 1);
     }
-    begin_deals(notes.deals, Shape::adds ? 3 : 2); /* the warps beside the copying one */
+    begin_deals(notes.deals, 3); /* the warps beside the copying one */
     publish_arrivals();
     for (int i = 0; i < 2; i++) notes.spoilt[i] = notes.spoilt_keys[i] = 0;
 }
 
-/* What is copied. */
+/* What is copied; where each group leaves dq, fp32, in boxes of 32 columns. */
 template <typename Shape> struct backward_tiles {
     using k_tile = slabs<Shape::rows, Shape::dim>;
     using v_tile = slabs<Shape::rows, Shape::value_dim>;
@@ -86,7 +102,9 @@ template <typename Shape> struct backward_tiles {
     using dout_tile = slabs<Shape::step, Shape::value_dim>;
     static constexpr int k = 0, v = k + k_tile::bytes, q = v + v_tile::bytes;
     static constexpr int dout = q + Shape::stages * q_tile::bytes;
-    static constexpr int end = dout + Shape::stages * dout_tile::bytes;
+    static constexpr int dq = dout + Shape::dout_stages * dout_tile::bytes, dq_box = 64 * 128;
+    static constexpr int dq_place = Shape::dq_together * dq_box;
+    static constexpr int end = dq + Shape::groups * Shape::dq_places * dq_place;
 
     static __device__ __forceinline__ k_tile k_at() {
         return {shared_base() + k};
@@ -100,34 +118,54 @@ template <typename Shape> struct backward_tiles {
     static __device__ __forceinline__ dout_tile dout_at(int stage) {
         return {shared_base() + dout + stage * dout_tile::bytes};
     }
+    static __device__ __forceinline__ uint32_t dq_at(int group, int place) {
+        return shared_base() + dq + (group * Shape::dq_places + place) * dq_place;
+    }
 };
+
+/* Where dout of a step lies, given where its queries do: there may be one place of it for two of them. */
+template <typename Shape>
+static __device__ __forceinline__ turn<Shape::dout_stages> dout_of(const turn<Shape::stages> &at) {
+    static_assert(Shape::stages == 2, "one place is filled anew in every step");
+    if constexpr (Shape::dout_stages == 2)
+        return at;
+    else
+        return {0, at.stage};
+}
 
 /* P^T or dS^T of a step: rows are keys. */
 template <typename Shape> using pairs_tile = slabs<Shape::rows, Shape::step>;
 
 template <typename Shape> struct backward_memory : backward_tiles<Shape> {
     using ds_tile = pairs_tile<Shape>;
-    static constexpr int dq_box = Shape::step * 128, dq_bytes = Shape::share / 32 * dq_box; /* of one group, fp32 */
-    static constexpr int ds = backward_tiles<Shape>::end, dq = ds + 2 * ds_tile::bytes;
-    static constexpr int notes = dq + Shape::groups * dq_bytes;
+    static constexpr int ds = backward_tiles<Shape>::end, notes = ds + 2 * ds_tile::bytes;
     static constexpr int bytes = notes + (int)sizeof(backward_notes<Shape>);
 
     static __device__ __forceinline__ ds_tile ds_at(int turn) {
         return {shared_base() + ds + turn * ds_tile::bytes};
     }
-    static __device__ __forceinline__ uint32_t dq_at(int group) {
-        return shared_base() + dq + group * dq_bytes;
+    /* Between jobs: where a group's rows of dk lie, in the place of its dq, and of dv. */
+    using dk_tile = slabs<64, Shape::dim>;
+    using dv_tile = slabs<64, Shape::value_dim>;
+    static_assert(dk_tile::bytes <= backward_tiles<Shape>::dq_place && dv_tile::bytes <= ds_tile::bytes, "they fit");
+
+    static __device__ __forceinline__ dk_tile dk_at(int group) {
+        return {backward_tiles<Shape>::dq_at(group, 0)};
+    }
+    static __device__ __forceinline__ dv_tile dv_at(int group) {
+        return {ds_at(group).address};
     }
 };
 
 struct backward_maps {
-    tile_map q, k, v, dout, dq_sum;
+    tile_map q, k, v, dout, dq_sum, dk, dv;
+    bool has_keys; /* dk and dv may leave in boxes */
 };
 
 /* ---- the copying warps ------------------------------------------------------------------------------------------- */
 
 /* Four warps walk alike: one copies tiles, two note what is kept of 32 queries each, one adds dq of each step to the
- * sums, where that lies in shared memory. */
+ * sums. */
 enum backward_duty { COPIES, NOTES_FIRST, NOTES_SECOND, ADDS };
 
 /* What is kept of a lane's query, on its way to shared memory. */
@@ -148,19 +186,19 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
     const soft_cap &cap;
     notes_type &notes;
     turn<Shape::stages> at;
-    int parity; /* of jobs, or of dq */
-    int lane;
+    turn<Shape::dq_places> dq;
+    int job_parity, lane;
 
     __device__ __forceinline__ backward_copying(const usp_softmax &args_, const backward_maps &maps_,
                                                 const soft_cap &cap_, notes_type &notes_)
-        : args(args_), maps(maps_), cap(cap_), notes(notes_), at{0, 0}, parity(0), lane(threadIdx.x % 32) {
-        static_assert(Shape::step == 64, "two warps note 32 queries each");
+        : args(args_), maps(maps_), cap(cap_), notes(notes_), at{0, 0}, dq{0, 0}, job_parity(0),
+          lane(threadIdx.x % 32) {
     }
 
     __device__ __forceinline__ void start(const softmax_job &job, bool steps) {
-        parity ^= 1;
+        job_parity ^= 1;
         if (lane != 0) return;
-        await(&notes.job_empty, parity);
+        await(&notes.job_empty, job_parity);
         notes.job = {job, steps};
         arrive_with(&notes.job_full, steps ? memory::k_tile::bytes + memory::v_tile::bytes : 0);
         if (!steps) return;
@@ -169,14 +207,15 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
     }
 
     __device__ __forceinline__ void copy_step(const tile_walk &walk, int head, int batch) {
-        arrivals *q_full = &notes.q_full[at.stage], *dout_full = &notes.dout_full[at.stage];
+        turn<Shape::dout_stages> dout = dout_of<Shape>(at);
+        arrivals *q_full = &notes.q_full[at.stage], *dout_full = &notes.dout_full[dout.stage];
         if (lane != 0) return;
         await(&notes.q_empty[at.stage], at.parity ^ 1);
         arrive_with(q_full, memory::q_tile::bytes);
         memory::q_at(at.stage).copy(&maps.q, walk.column, head, batch, q_full);
-        await(&notes.dout_empty[at.stage], at.parity ^ 1);
+        await(&notes.dout_empty[dout.stage], dout.parity ^ 1);
         arrive_with(dout_full, memory::dout_tile::bytes);
-        memory::dout_at(at.stage).copy(&maps.dout, walk.column, head, batch, dout_full);
+        memory::dout_at(dout.stage).copy(&maps.dout, walk.column, head, batch, dout_full);
     }
 
     __device__ __forceinline__ query_line_notes load_query(const tile_walk &walk, const softmax_job &job, int i,
@@ -194,50 +233,85 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
         return to;
     }
 
-    /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. What is
-     * noted is on its way while the place for it is awaited. */
-    __device__ __forceinline__ void note_step(const tile_walk &walk, const softmax_job &job, bool last, int head) {
-        bool masked = !walk.full(Shape::step) || job.count < Shape::rows;
-        int i = (DUTY - NOTES_FIRST) * 32 + lane;
-        query_line_notes line = load_query(walk, job, i, masked, head);
-        query_notes<Shape> &to = notes.query[at.stage];
-        float slope = Shape::slopes && DUTY == NOTES_FIRST ? scoring::slope_of(args, head, cap) : 0;
-        await(&notes.q_empty[at.stage], at.parity ^ 1);
+    /* Returns whether its factor is seen. */
+    __device__ __forceinline__ bool note_query(query_notes<Shape> &to, int i, const query_line_notes &line,
+                                               bool masked) const {
+        float factor = factor_of(line.row) * (Shape::drops ? 1 / (1 - args.dropout.rate) : 1);
         to.base[i] = base_of(line.row);
-        to.factor[i] = factor_of(line.row) * (Shape::drops ? 1 / (1 - args.dropout.rate) : 1);
+        to.factor[i] = factor;
         to.delta[i] = line.delta * (Shape::drops ? 1 - args.dropout.rate : 1);
         if (masked) to.interval[i] = line.interval;
         if (masked) to.position[i] = line.position;
         if constexpr (Shape::slopes) to.place[i] = line.place;
         if constexpr (Shape::drops) to.word[i] = line.word;
-        __syncwarp();
+        return line.row.sum != 0 && !(fabsf(factor - 1) < UNSEEN);
+    }
+
+    /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. What is
+     * noted is on its way while the place for it is awaited. */
+    __device__ __forceinline__ void note_step(const tile_walk &walk, const softmax_job &job, bool last, int head) {
+        constexpr int each = Shape::step / 64; /* queries a lane */
+        bool masked = !walk.full(Shape::step) || job.count < Shape::rows;
+        int first = (DUTY - NOTES_FIRST) * 32 + lane;
+        query_line_notes line[each];
+        bool scaled = false;
+#pragma unroll
+        for (int i = 0; i < each; i++) line[i] = load_query(walk, job, first + i * 64, masked, head);
+        float slope = Shape::slopes && DUTY == NOTES_FIRST ? scoring::slope_of(args, head, cap) : 0;
+        await(&notes.q_empty[at.stage], at.parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < each; i++) scaled |= note_query(notes.query[at.stage], first + i * 64, line[i], masked);
+        scaled = __any_sync(~0u, scaled);
         if (lane != 0) return;
+        notes.query[at.stage].scaled[DUTY - NOTES_FIRST] = scaled;
         if (DUTY == NOTES_FIRST)
             notes.step[at.stage] = {masked, last, walk.column, min(walk.columns(), Shape::step), head, slope};
         arrive(&notes.q_full[at.stage]);
     }
 
-    /* A group's sums are free again when they have been read. */
+    /* Adds what the groups leave of a step's dq, by one lane; a place is free again when it has been read. */
     __device__ __forceinline__ void add_step(const tile_walk &walk, int head, int batch) {
-        using sums = backward_memory<Shape>;
-        if (lane != 0) return;
+        arrivals *read = nullptr;
 #pragma unroll
-        for (int group = 0; group < Shape::groups; group++) {
-            await(&notes.dq_full[group], parity);
+        for (int i = 0; i < Shape::groups * Shape::dq_boxes / Shape::dq_together; i++) {
+            int group = i % Shape::groups, first = i / Shape::groups * Shape::dq_together;
+            await(&notes.dq_full[group][dq.stage], dq.parity);
 #pragma unroll
-            for (int box = 0; box < Shape::share / 32; box++)
-                add_box(&maps.dq_sum, group * Shape::share + box * 32, walk.column, head, batch,
-                        sums::dq_at(group) + box * sums::dq_box);
+            for (int box = 0; box < Shape::dq_together; box++)
+                add_box(&maps.dq_sum, Shape::dq_column(group, first + box), walk.column + Shape::dq_query(group), head,
+                        batch, memory::dq_at(group, dq.stage) + box * memory::dq_box);
             end_boxes();
+            if (read) {
+                await_reads<1>();
+                arrive(read);
+            }
+            read = &notes.dq_empty[group][dq.stage];
+            if (group == Shape::groups - 1) dq.advance();
         }
-        await_reads<1>();
-        arrive(&notes.dq_empty[0]);
         await_reads<0>();
-        arrive(&notes.dq_empty[1]);
-        parity ^= 1;
+        arrive(read);
+    }
+
+    /* If results must not depend on timing, when the job's turn has come. */
+    __device__ __forceinline__ void add_in_turn(query_turns<Shape::rows> &turns, const tile_walk &now,
+                                                const tile_walk &next, int head, int batch) {
+        if (args.deterministic) {
+            turns.enter(batch, head);
+            turns.acquire(now.column, min(now.column + Shape::step, now.end));
+        }
+        if (lane == 0) {
+            add_step(now, head, batch);
+            bool goes_on = next.running() && next.round == now.round;
+            if (args.deterministic) {
+                await_boxes();
+                turns.release(now.column, goes_on ? turns.cell_of(next.column) : INT_MAX);
+            }
+        }
+        __syncwarp();
     }
 
     __device__ __forceinline__ void run_steps(const softmax_job &job, const head_range &heads) {
+        query_turns<Shape::rows> turns(args, job);
         for (tile_walk walk(args.by_key, *job.work, heads.end - heads.first); walk.running(); at.advance()) {
             tile_walk now = walk;
             int head = heads.first + now.round;
@@ -245,7 +319,7 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
             if constexpr (DUTY == COPIES)
                 copy_step(now, head, job.batch);
             else if constexpr (DUTY == ADDS)
-                add_step(now, head, job.batch);
+                add_in_turn(turns, now, walk, head, job.batch);
             else
                 note_step(now, job, !walk.running(), head);
         }
@@ -275,7 +349,7 @@ static __device__ __forceinline__ void run_copying(const usp_softmax &args, cons
         backward_copying<Shape, NOTES_FIRST>(args, maps, cap, notes).run();
     else if (duty == NOTES_SECOND)
         backward_copying<Shape, NOTES_SECOND>(args, maps, cap, notes).run();
-    else if constexpr (Shape::adds)
+    else
         backward_copying<Shape, ADDS>(args, maps, cap, notes).run();
 }
 
@@ -287,8 +361,7 @@ static usp_status make_backward_maps(const usp_gpu *gpu, const usp_softmax &args
     USP_TRY(make_map(gpu, args, args.dtype, false, args.dout, args.value_dim, Shape::step, &maps->dout));
     USP_TRY(make_map(gpu, args, args.dtype, true, args.k, args.dim, Shape::rows, &maps->k));
     USP_TRY(make_map(gpu, args, args.dtype, true, args.v, args.value_dim, Shape::rows, &maps->v));
-    if (!Shape::adds) return USP_OK;
-    return make_map(gpu, args, USP_F32, false, args.dq_sum, args.dim, Shape::step, &maps->dq_sum);
+    return make_map(gpu, args, USP_F32, false, args.dq_sum, args.dim, 64, &maps->dq_sum);
 }
 
 #endif

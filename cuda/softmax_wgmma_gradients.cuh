@@ -56,6 +56,16 @@ struct key_pairs {
     }
 };
 
+template <typename Shape, int N>
+static __device__ __forceinline__ void multiply_queries(usp_sums<1, N> &s, const query_notes<Shape> &query, int first) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        float2 factor = *reinterpret_cast<const float2 *>(query.factor + first + usp_lane_column(n));
+#pragma unroll
+        for (int i = 0; i < 4; i++) s[0][n][i] *= i % 2 ? factor.y : factor.x;
+    }
+}
+
 /* S^T to P^T. */
 template <typename Shape, int N>
 static __device__ __forceinline__ void weigh(usp_sums<1, N> &s, const query_notes<Shape> &query, float unit,
@@ -63,14 +73,14 @@ static __device__ __forceinline__ void weigh(usp_sums<1, N> &s, const query_note
 #pragma unroll
     for (int n = 0; n < N; n++) {
         float2 base = *reinterpret_cast<const float2 *>(query.base + first + usp_lane_column(n));
-        float2 factor = *reinterpret_cast<const float2 *>(query.factor + first + usp_lane_column(n));
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float *pair = &s[0][n][r * 2];
-            pair[0] = fast_exp2(fmaf(pair[0], unit, -base.x)) * factor.x;
-            pair[1] = fast_exp2(fmaf(pair[1], unit, -base.y)) * factor.y;
+            pair[0] = fast_exp2(fmaf(pair[0], unit, -base.x));
+            pair[1] = fast_exp2(fmaf(pair[1], unit, -base.y));
         }
     }
+    if (N > 8 || (query.scaled[0] | query.scaled[1])) multiply_queries(s, query, first); /* N > 8: registers are dear */
 }
 
 /* `dp`, dP^T, to dS^T. */
@@ -96,6 +106,37 @@ template <int N> static __device__ __forceinline__ void copy_sums(usp_sums<1, N>
     }
 }
 
+/* ---- dq --------------------------------------------------------------------------------------------------------- */
+
+/* Leaves a group's share of dq of a step to be added to the sums, place after place. Chunks of 16 bytes are swizzled by
+ * row & 7; neighbouring rows would meet in the same banks, so odd ones write their column blocks in another order. */
+template <typename Shape>
+static __device__ __forceinline__ void leave_queries(const usp_sums<1, Shape::dq_boxes * 4> &dq, float scale,
+                                                     backward_notes<Shape> &notes, int group,
+                                                     turn<Shape::dq_places> place) {
+    int row = threadIdx.x / 32 % 4 * 16 + usp_lane_row(0, 0), half = (threadIdx.x & 3) / 2;
+    bool odd = row & 1;
+    uint32_t at = row * 128 + ((half ^ (row & 7) ^ odd << 2) << 4) + (threadIdx.x & 1) * 8;
+#pragma unroll
+    for (int first = 0; first < Shape::dq_boxes; first += Shape::dq_together, place.advance()) {
+        uint32_t to = backward_tiles<Shape>::dq_at(group, place.stage) + at;
+        await(&notes.dq_empty[group][place.stage], place.parity ^ 1);
+        pin(to);
+#pragma unroll
+        for (int n = 0; n < Shape::dq_together * 4; n++) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const float *even_pair = &dq[0][first * 4 + n][r * 2], *odd_pair = &dq[0][first * 4 + (n ^ 2)][r * 2];
+                float x = odd ? odd_pair[0] : even_pair[0], y = odd ? odd_pair[1] : even_pair[1];
+                store_shared_pair((to ^ n % 4 << 5) + n / 4 * backward_tiles<Shape>::dq_box + r * 1024, x * scale,
+                                  y * scale);
+            }
+        }
+        publish_stores();
+        arrive_warp(&notes.dq_full[group][place.stage]);
+    }
+}
+
 /* ---- numbers that are not finite --------------------------------------------------------------------------------- */
 
 constexpr int MEET_BOTH = 1, MEET_GROUP = 2; /* barriers: of both groups, of each alone */
@@ -110,10 +151,11 @@ template <typename T, typename Tile> static __device__ __forceinline__ void clea
 }
 
 template <typename T, typename Shape>
-static __device__ __forceinline__ void clean_step(backward_notes<Shape> &notes, int stage, int job) {
+static __device__ __forceinline__ void clean_step(backward_notes<Shape> &notes, const turn<Shape::stages> &at,
+                                                  int job) {
     meet(MEET_BOTH, 256); /* the products that read them are done */
-    clean<T>(backward_tiles<Shape>::q_at(stage), job, &notes.spoilt[job % 2]);
-    clean<T>(backward_tiles<Shape>::dout_at(stage), job, &notes.spoilt[job % 2]);
+    clean<T>(backward_tiles<Shape>::q_at(at.stage), job, &notes.spoilt[job % 2]);
+    clean<T>(backward_tiles<Shape>::dout_at(dout_of<Shape>(at).stage), job, &notes.spoilt[job % 2]);
     publish_stores();
     meet(MEET_BOTH, 256);
 }
@@ -127,23 +169,29 @@ static __device__ __forceinline__ void look_at_keys(backward_notes<Shape> &notes
     meet(MEET_BOTH, 256);
 }
 
-/* dq of a step where keys are not finite, by both groups: only pairs that are allowed count. */
+/* As leave_queries, where keys are not finite: only pairs that are allowed count, one by one. */
 template <typename T, typename Shape>
-static __device__ __noinline__ void add_one_by_one(const usp_softmax &args, const backward_notes<Shape> &notes,
-                                                   const backward_step &step, pairs_tile<Shape> ds) {
-    const usp_pairs &pairs = args.pairs;
+static __device__ __noinline__ void leave_one_by_one(const usp_softmax &args, backward_notes<Shape> &notes, int group,
+                                                     turn<Shape::dq_places> place, const backward_step &step,
+                                                     pairs_tile<Shape> ds) {
+    using tiles = backward_tiles<Shape>;
     const softmax_job &job = notes.job.job;
-    auto k = backward_tiles<Shape>::k_at();
-    for (int i = threadIdx.x - 128; i < step.columns * args.dim; i += 256) {
-        int q = i / args.dim, e = i % args.dim;
-        float sum = 0;
-        for (int j = 0; j < job.count; j++) {
-            if (step.masked && !pair_allowed(pairs, step.column + q, job.begin + j)) continue;
-            sum = fmaf(element_of<T>(ds, j, q), element_of<T>(k, j, e), sum);
+    for (int first = 0; first < Shape::dq_boxes; first += Shape::dq_together, place.advance()) {
+        await(&notes.dq_empty[group][place.stage], place.parity ^ 1);
+        for (int i = threadIdx.x % 128; i < Shape::dq_together * 64 * 32; i += 128) {
+            int box = i / 32 / 64, row = i / 32 % 64, q = Shape::dq_query(group) + row;
+            int e = Shape::dq_column(group, first + box) + i % 32;
+            float sum = 0;
+            for (int j = 0; j < job.count && q < step.columns && e < args.dim; j++) {
+                if (step.masked && !pair_allowed(args.pairs, step.column + q, job.begin + j)) continue;
+                sum = fmaf(element_of<T>(ds, j, q), element_of<T>(tiles::k_at(), j, e), sum);
+            }
+            uint32_t to = tiles::dq_at(group, place.stage) + box * tiles::dq_box + row * 128;
+            store_shared(to + ((i % 32 / 4 ^ (row & 7)) << 4) + i % 4 * 4, __float_as_uint(sum * args.scale));
         }
-        atomicAdd(usp_row<float>(args.dq_sum, step.column + q, job.batch, step.head) + e, sum * args.scale);
+        publish_stores();
+        arrive_warp(&notes.dq_full[group][place.stage]);
     }
-    meet(MEET_BOTH, 256);
 }
 
 /* Brings what was taken out of queries and dout to dk and dv of those of a job's rows that depend on it, by `threads`
@@ -180,14 +228,14 @@ template <typename Group> static __device__ __forceinline__ void run_steps(Group
     } while (!last);
 }
 
-/* Job after job: what begin_job, end_job and mend_rows of a Group do, and all steps between. */
+/* Job after job: what begin_job, end_job, mend_rows and end_jobs of a Group do, and all steps between. */
 template <typename Group> static __device__ __forceinline__ void run_jobs(Group &group) {
     auto &notes = group.notes;
     for (;;) {
         await(&notes.job_full, group.job_parity);
         group.job_parity ^= 1;
         group.jobs++;
-        if (notes.job.job.count == 0) return;
+        if (notes.job.job.count == 0) break;
         group.begin_job();
         if (notes.job.steps) run_steps(group);
         backward_job now = notes.job;
@@ -195,6 +243,7 @@ template <typename Group> static __device__ __forceinline__ void run_jobs(Group 
         group.end_job(now.job);
         if (now.steps && notes.spoilt[group.jobs % 2] == group.jobs) group.mend_rows(now.job);
     }
+    group.end_jobs();
 }
 
 #endif

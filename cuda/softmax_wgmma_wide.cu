@@ -7,7 +7,7 @@
 /* ---- a computing warpgroup --------------------------------------------------------------------------------------- */
 
 template <typename T, typename Shape> struct wide_group {
-    static constexpr int N = Shape::share / 8, K = Shape::share / 16;
+    static constexpr int N = Shape::queries / 8, K = Shape::queries / 16;
     using memory = wide_memory<Shape>;
     using notes_type = backward_notes<Shape>;
     using element = T;
@@ -18,20 +18,21 @@ template <typename T, typename Shape> struct wide_group {
     notes_type &notes;
     int group, warp_row; /* this warp's first row of the job, or of dq of a step */
     turn<Shape::stages> at;
+    turn<Shape::dq_places> place; /* of dq */
     int job_parity, jobs;
     typename dim_half::sums dk;
     typename value_half::sums dv;
 
     __device__ __forceinline__ wide_group(const usp_softmax &args_, notes_type &notes_)
         : args(args_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
-          warp_row(threadIdx.x / 32 % 4 * 16), at{0, 0}, job_parity(0), jobs(0) {
+          warp_row(threadIdx.x / 32 % 4 * 16), at{0, 0}, place{0, 0}, job_parity(0), jobs(0) {
     }
 
     /* ---- one step */
 
     /* The first of the step's queries whose scores this group has. */
     __device__ __forceinline__ int first_query() const {
-        return group * Shape::share;
+        return group * Shape::queries;
     }
 
     __device__ __forceinline__ key_pairs keys() const {
@@ -55,12 +56,12 @@ template <typename T, typename Shape> struct wide_group {
         meet(MEET_BOTH, 256);
     }
 
-    __device__ __forceinline__ void issue_values(int stage) {
+    __device__ __forceinline__ void issue_values(int stage, int dout_stage) {
         begin_products();
 #pragma unroll
         for (int k = 0; k < Shape::step / 16; k++)
-            value_half::template issue<T, false>(dv, memory::p_at(stage).columns(k), memory::dout_at(stage), k, group,
-                                                 true);
+            value_half::template issue<T, false>(dv, memory::p_at(stage).columns(k), memory::dout_at(dout_stage), k,
+                                                 group, true);
         end_products();
     }
 
@@ -80,56 +81,26 @@ template <typename T, typename Shape> struct wide_group {
         end_products();
     }
 
-    /* Adds BLOCKS column blocks of dq from BEGIN on to one row of the sums, where columns begin at `first`, as far as
-     * there are columns. */
-    template <int BEGIN, int BLOCKS>
-    __device__ __forceinline__ void add_columns(const typename dim_half::sums &dq, int r, float *row, int first) {
-        int columns = args.dim - first;
-        row += first;
-        pin(row);
-#pragma unroll
-        for (int n = 0; n < BLOCKS; n++) {
-            const float *pair = &dq[0][BEGIN + n][r * 2];
-            if (n * 8 < columns) add_pair(row + n * 8, pair[0] * args.scale, pair[1] * args.scale);
-        }
-    }
-
-    /* Adds dq of the step to the sums. */
-    __device__ __forceinline__ void add_queries(const typename dim_half::sums &dq, const backward_step &step,
-                                                bool odd) {
-        uint32_t row = warp_row + usp_lane_row(0, 0);
-        pin(row); /* addresses are computed here, not before the products: these need the registers */
-        int rows = (odd ? 0 : step.columns) - (int)row; /* odd: it is added one by one */
-        float *to = usp_row<float>(args.dq_sum, step.column + (int)row, notes.job.job.batch, step.head);
-        to += usp_lane_column(0);
-#pragma unroll
-        for (int r = 0; r < 2; r++, to += args.dq_sum.stride_token * 8) {
-            if (r * 8 >= rows) continue;
-            add_columns<0, dim_half::whole / 8>(dq, r, to, dim_half::first_whole(group));
-            if constexpr (dim_half::rest > 0)
-                add_columns<dim_half::whole / 8, dim_half::rest / 8>(dq, r, to, dim_half::first_rest(group));
-        }
-    }
-
     /* From S^T of a step to that of the next one, if there is one, whose product runs under the end of this one. dS^T
      * is written when both groups have met over P^T: then both are done with the last step's. */
     template <bool MASKED> __device__ __forceinline__ void run_step(usp_sums<1, N> &s, bool last, bool odd) {
         const query_notes<Shape> &query = notes.query[at.stage];
         int stage = at.stage;
+        turn<Shape::dout_stages> dout = dout_of<Shape>(at);
         usp_sums<1, N> dp;
         typename dim_half::sums dq;
-        await(&notes.dout_full[stage], at.parity);
+        await(&notes.dout_full[dout.stage], dout.parity);
         begin_products();
-        issue_rows<T>(dp, memory::v_at(), 0, memory::dout_at(stage), first_query());
+        issue_rows<T>(dp, memory::v_at(), 0, memory::dout_at(dout.stage), first_query());
         end_products();
         weigh(s, query, args.scale * LOG2E, first_query());
         if constexpr (MASKED) {
             keys().mask(s, query, args.pairs.last, first_query());
             await_products<0>();
-            clean_step<T>(notes, stage, jobs);
+            clean_step<T>(notes, at, jobs);
         }
         share_pairs(s, memory::p_at(stage));
-        issue_values(stage);
+        issue_values(stage, dout.stage);
         await_products<1>();
         pin(list_of<N>(dp));
         differ(dp, s, query, first_query());
@@ -139,21 +110,22 @@ template <typename T, typename Shape> struct wide_group {
         issue_keys(stage);
         await_products<2>();
         pin(list_of<Shape::value_dim / 16>(dv));
-        arrive_warp(&notes.dout_empty[stage]);
+        arrive_warp(&notes.dout_empty[dout.stage]);
         at.advance();
         if (!last) await(&notes.q_full[at.stage], at.parity);
         usp_sums<1, N> next; /* what s held is not kept for it */
         issue_scores(next);
         await_products<2>();
         pin(list_of<Shape::dim / 16>(dq));
-        add_queries(dq, notes.step[stage], odd);
+        if (!odd) leave_queries<Shape>(dq, args.scale, notes, group, place);
         await_products<1>();
         pin(list_of<Shape::dim / 16>(dk));
         if (odd) {
             await_products<0>(); /* a call may use their registers */
             pin(list_of<N>(next));
-            add_one_by_one<T, Shape>(args, notes, notes.step[stage], memory::ds_at());
+            leave_one_by_one<T, Shape>(args, notes, group, place, notes.step[stage], memory::ds_at());
         }
+        place.pass(Shape::dq_boxes / Shape::dq_together);
         arrive_warp(&notes.q_empty[stage]);
         await_products<0>();
         pin(list_of<N>(next));
@@ -197,6 +169,9 @@ template <typename T, typename Shape> struct wide_group {
         multiply_row(1, dk, args.scale);
         store<dim_half>(dk, args.dk, job, args.dim);
         store<value_half>(dv, args.dv, job, args.value_dim);
+    }
+
+    __device__ __forceinline__ void end_jobs() {
     }
 
     __device__ __forceinline__ void mend_rows(const softmax_job &job) {

@@ -37,7 +37,8 @@ typedef struct buffers {
     float *home;                   /* backward: fp32 gradients of own keys */
     char *leaving[2], *arriving;   /* backward: fp32 gradients of stages' keys; of own keys, from readers */
     float *heads;                  /* [ring + 1][heads]: every ring rank's numbers of heads */
-    void *scratch;                 /* of the kernels */
+    int32_t *turns;                /* of the kernels, as what follows */
+    void *scratch;
 } buffers;
 
 static float *carve_floats(int64_t count, usp_arena *arena) {
@@ -53,6 +54,11 @@ static int64_t query_lines(const usp_layer *layer) {
     return layer->plan->query_limit * layer->config.batch * usp_layer_own_heads(layer);
 }
 
+static int32_t *carve_turns(const usp_layer *layer, usp_arena *arena) {
+    int64_t turns = (layer->plan->query_limit + USP_TURN_ROWS - 1) / USP_TURN_ROWS;
+    return usp_carve(arena, (size_t)(turns * layer->config.batch * usp_layer_own_heads(layer)) * sizeof(int32_t));
+}
+
 /* Exchanged gradients are fp32 blocks, which need no running sums beside them. */
 static buffers carve(const usp_layer *layer, usp_pass pass, int exchanged, usp_arena *arena) {
     buffers b = {.scratch = usp_carve(arena, layer->needs.scratch)};
@@ -62,6 +68,7 @@ static buffers carve(const usp_layer *layer, usp_pass pass, int exchanged, usp_a
     if (layer->config.max_logit && !backward) b.peak = carve_floats(query_lines(layer), arena);
     if (numbers) b.heads = carve_floats((int64_t)(layer->mesh.ring + 1) * usp_layer_own_heads(layer), arena);
     int several = route->stages > 1, sums = several ? !backward || !exchanged : backward && layer->needs.query_sums;
+    if (backward && layer->needs.query_sums && layer->config.deterministic) b.turns = carve_turns(layer, arena);
     if (sums) b.acc = carve_floats(query_lines(layer) * layer->dim[backward ? USP_QUERY : USP_OUT], arena);
     if (!several) return b;
     if (layer->mesh.ulysses == 1) b.own = carve_keys(layer, layer->plan->key_limit, dtype, arena);
@@ -126,6 +133,7 @@ static usp_softmax arguments_of(const usp_layer *layer, const usp_inner *inner, 
                          .dout = inner->dout,
                          .delta = inner->delta,
                          .dq = inner->dq,
+                         .turns = b->turns,
                          .scratch = b->scratch};
 }
 

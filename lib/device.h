@@ -30,7 +30,10 @@ typedef struct usp_pairs {
     const int32_t *diagonal;           /* [queries] the key position opposite the query: biases count from there */
 } usp_pairs;
 
-enum { USP_WORK_ROWS = 128 }; /* rows of one work item at most: kernels cut it further, never join two */
+enum {
+    USP_WORK_ROWS = 128, /* rows of one work item at most: kernels cut it further, never join two */
+    USP_TURN_ROWS = 64   /* rows of queries whose gradients are added to by one block after the other */
+};
 
 /* Consecutive rows of one side of the score matrix. Its tiles are tile[first_tile .. first_tile + tiles). */
 typedef struct usp_work {
@@ -117,6 +120,8 @@ typedef struct usp_softmax {
     usp_dtype key_dtype;
     usp_tensor dk, dv;
     const float *dlse; /* of softmax_delta: [batch, heads, queries], the gradient of lse, or NULL */
+    int32_t *turns;    /* where dq_sum is given, if deterministic: [batch, heads, queries over USP_TURN_ROWS, rounded
+                          up], to work in */
     void *scratch;     /* as the device's entry `needs` says; contents free between kernels */
 } usp_softmax;
 

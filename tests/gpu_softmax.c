@@ -203,6 +203,7 @@ static void set_kept(usp_softmax *a, const usp_gpu_world *w, const usp_gpu_softm
 static void set_gradients(usp_softmax *a, const usp_gpu_world *w, const usp_gpu_softmax *s, int block) {
     a->dout = usp_gpu_tensor(w, &s->dout), a->delta = usp_gpu_at(w, s->delta.at);
     a->dq_sum = usp_gpu_tensor(w, &s->dq_sum), a->dq = usp_gpu_tensor(w, &s->dq);
+    a->deterministic = s->deterministic, a->turns = usp_gpu_at(w, s->turns.at);
     a->key_dtype = s->c->wide_keys ? USP_F32 : w->dtype;
     a->dk = usp_gpu_tensor(w, &s->dk[block]), a->dv = usp_gpu_tensor(w, &s->dv[block]);
     a->dlse = s->c->dlse ? usp_gpu_at(w, s->dlse.at) : NULL;
@@ -304,7 +305,8 @@ static void make_kept(usp_gpu_test *t, usp_gpu_softmax *s) {
     s->acc = usp_gpu_make_wide(t, "acc", c->queries, c->batch, c->heads, c->value_dim);
     s->dq_sum = usp_gpu_make_view(t, "sum of dq", c->how, c->queries, c->batch, c->heads, c->dim);
     s->top = make_statistic(t, "top", c), s->sum = make_statistic(t, "sum", c);
-    s->acc.own = s->dq_sum.own = s->top.own = s->sum.own = s->dq_sum.wide = 1;
+    s->turns = make_statistic(t, "turns", c);
+    s->acc.own = s->dq_sum.own = s->turns.own = s->top.own = s->sum.own = s->dq_sum.wide = 1;
     s->lse = make_statistic(t, "lse", c), s->peak = make_statistic(t, "peak", c);
     s->delta = make_statistic(t, "delta", c), s->dlse = make_statistic(t, "dlse", c);
     s->lse.strict = s->peak.strict = 1;
@@ -355,15 +357,27 @@ usp_gpu_softmax usp_gpu_make_softmax(usp_gpu_test *t, const usp_gpu_softmax_case
 
 /* ---- checks ------------------------------------------------------------------------------------------------------ */
 
-static void check_pass(usp_gpu_test *t, const usp_gpu_softmax_case *c, int processors, int portable) {
-    snprintf(t->name, sizeof t->name, "softmax, %s, d %d, dtype %d, as if of %d processors%s", c->name, c->dim,
-             c->dtype, processors, portable ? ", portable" : "");
+/* How kernels are asked for. A GPU of one processor is always full, so that portable kernels run with all rows of a
+ * block, else with half; and its only block takes job after job of kernels whose blocks stay. */
+static const struct way {
+    const char *name;
+    int processors, portable, deterministic;
+} ways[] = {{"as it is", 0, 0, 0},
+            {"of one processor", 1, 0, 0},
+            {"deterministic", 0, 0, 1},
+            {"portable", 0, 1, 0},
+            {"portable, of one processor", 1, 1, 0}};
+enum { WAYS = sizeof ways / sizeof *ways };
+
+static void check_pass(usp_gpu_test *t, const usp_gpu_softmax_case *c, const struct way *way) {
+    snprintf(t->name, sizeof t->name, "softmax, %s, d %d, dtype %d, %s", c->name, c->dim, c->dtype, way->name);
     usp_gpu_begin_case(t, c->dtype);
     usp_gpu_softmax s = usp_gpu_make_softmax(t, c);
     const usp_gpu_view *outputs[USP_GPU_OUTPUTS + 1] = {&s.out, &s.lse, &s.delta, &s.dq, &s.top, &s.sum, &s.dq_sum};
     int count = 7;
-    s.processors = processors, s.portable = portable;
-    s.dq.unordered = s.dq_sum.unordered = !portable;
+    s.processors = way->processors, s.portable = way->portable, s.deterministic = way->deterministic;
+    s.dq.unordered = s.dq_sum.unordered = !way->portable && !way->deterministic;
+    if (way->deterministic) outputs[count++] = &s.turns;
     if (s.blocks > 1) outputs[count++] = &s.acc;
     if (c->peaks) outputs[count++] = &s.peak, outputs[count++] = &s.most;
     if (c->sinks) outputs[count++] = &s.dsinks;
@@ -381,12 +395,10 @@ static void check_delta(usp_gpu_test *t, const usp_gpu_softmax_case *c) {
     usp_gpu_run(t, "softmax_delta", usp_gpu_softmax_delta, &s, (const usp_gpu_view *[]){&s.delta, NULL});
 }
 
-/* A GPU of one processor is always full, so that portable kernels run with all rows of a block, else with half; and its
- * only block takes job after job of kernels whose blocks stay. */
 void usp_gpu_check_softmax(usp_gpu_test *t) {
     for (size_t i = 0; i < sizeof softmax_cases / sizeof *softmax_cases; i++) {
-        int many = softmax_cases[i].dtype != USP_F32 ? 4 : 1;
-        for (int way = 0; way < many; way++) check_pass(t, &softmax_cases[i], way % 2, way / 2);
+        int many = softmax_cases[i].dtype != USP_F32 ? WAYS : 1;
+        for (int way = 0; way < many; way++) check_pass(t, &softmax_cases[i], &ways[way]);
         check_delta(t, &softmax_cases[i]);
     }
 }

@@ -45,12 +45,13 @@ typedef struct usp_gpu_softmax {
     int blocks;     /* of keys */
     int processors; /* that kernels are told the GPU has; 0: the truth */
     int portable;   /* kernels that run on every GPU, and sum in one order */
+    int deterministic;
     usp_gpu_pairs pairs;
     size_t query_at, low_at, high_at, diagonal_at, key_at[USP_GPU_KEY_BLOCKS], last_at[USP_GPU_KEY_BLOCKS];
     size_t slopes_at, sinks_at, state_at;
     usp_gpu_plan query_plan[USP_GPU_KEY_BLOCKS], key_plan[USP_GPU_KEY_BLOCKS];
     usp_gpu_view q, k[USP_GPU_KEY_BLOCKS], v[USP_GPU_KEY_BLOCKS], out, dout, acc, top, sum, lse, dlse, delta, peak;
-    usp_gpu_view dq, dq_sum, dk[USP_GPU_KEY_BLOCKS], dv[USP_GPU_KEY_BLOCKS], dsinks, most;
+    usp_gpu_view dq, dq_sum, dk[USP_GPU_KEY_BLOCKS], dv[USP_GPU_KEY_BLOCKS], dsinks, most, turns;
 } usp_gpu_softmax;
 
 /* Pairs of a case, there and in the slabs, and lists of work for every block of keys. gpu_pairs.c. */

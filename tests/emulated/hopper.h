@@ -2,6 +2,7 @@
  * CUDA compiler knows by itself, on the emulated machine. A kernel's file is compiled behind it, for the CPU. */
 #ifndef USP_TESTS_EMULATED_HOPPER_H
 #define USP_TESTS_EMULATED_HOPPER_H
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <cuda.h>
@@ -72,6 +73,20 @@ static inline bool __any_sync(unsigned, bool mine) {
     for (uint64_t word : machine::gather("its warp", 32, mine))
         if (word) return true;
     return false;
+}
+static inline unsigned __ballot_sync(unsigned, bool mine) {
+    const std::vector<uint64_t> &words = machine::gather("its warp", 32, mine);
+    unsigned all = 0;
+    for (size_t lane = 0; lane < words.size(); lane++) all |= words[lane] ? 1u << lane : 0;
+    return all;
+}
+static inline int __reduce_min_sync(unsigned, int mine) {
+    int least = mine;
+    for (uint64_t word : machine::gather("its warp", 32, (uint64_t)mine)) least = std::min(least, (int)word);
+    return least;
+}
+static inline int __ffs(int bits) {
+    return __builtin_ffs(bits);
 }
 static inline unsigned __float_as_uint(float x) {
     unsigned bits;
@@ -200,10 +215,12 @@ static inline void copy_box(uint32_t to, const tile_map *map, int element, int t
 static inline void publish_stores() {
 }
 
-static inline void add_pair(float *to, float x, float y) {
-    if ((uintptr_t)to % 8) machine::fail("a pair is not at an 8-byte boundary");
-    to[0] += x;
-    to[1] += y;
+/* Blocks run one after the other: what is awaited was published, or never will be. */
+static inline void publish(int *to, int number) {
+    *to = number;
+}
+static inline void await_above(const int *at, int least) {
+    machine::wait_for("a number above another", [=] { return *at > least; });
 }
 
 static inline uint64_t describe(uint32_t address, uint32_t slab, uint32_t offset) {

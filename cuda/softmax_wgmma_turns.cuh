@@ -1,0 +1,82 @@
+/* softmax_wgmma_turns.cuh - the order in which blocks add to the sums of dq, where results must not depend on timing.
+ * The jobs of one head of keys have ranks, in which they are dealt. Queries are cut into cells of USP_TURN_ROWS; a job
+ * adds to a cell when all jobs of lower rank that see some of its queries have. A job waits for such as were dealt
+ * before it alone, so some job can always go on. */
+#ifndef USP_CUDA_SOFTMAX_WGMMA_TURNS_CUH
+#define USP_CUDA_SOFTMAX_WGMMA_TURNS_CUH
+#include <climits>
+
+#include "softmax_wgmma.cuh"
+
+/* By one warp, whose first lane adds. args.turns of a cell is one more than the rank of the job that added last. */
+template <int ROWS> struct query_turns {
+    static constexpr int parts = USP_WORK_ROWS / ROWS; /* of a work item */
+    const usp_softmax &args;
+    int rank, head;
+    int *turn;         /* of the cells of `head` */
+    int before, until; /* the rank of the job before this one, -1 if none, in cells from the last one asked for on */
+    int held;          /* the first cell whose turn has not come */
+
+    __device__ __forceinline__ query_turns(const usp_softmax &args_, const softmax_job &job)
+        : args(args_), head(-1), turn(nullptr), before(-1), until(0), held(0) {
+        int item = (int)(job.work - args.by_key.work);
+        rank = item * parts + (job.begin - job.work->begin) / ROWS;
+    }
+
+    static __device__ __forceinline__ int cell_of(int row) {
+        return row / USP_TURN_ROWS;
+    }
+
+    /* Steps of a head of queries follow. */
+    __device__ __forceinline__ void enter(int batch, int head_) {
+        if (head == head_) return;
+        int64_t cells = (args.queries + USP_TURN_ROWS - 1) / USP_TURN_ROWS;
+        head = head_;
+        turn = args.turns + ((int64_t)batch * args.heads + head) * cells;
+        until = held = 0;
+    }
+
+    /* Whether the job of a rank sees queries of a cell, and the first cell behind where that may be otherwise. */
+    __device__ __forceinline__ bool sees(int other, int cell, int &end) const {
+        const usp_work *work = args.by_key.work + other / parts;
+        end = INT_MAX;
+        if (work->count <= other % parts * ROWS) return false;
+        for (int i = 0; i < work->tiles; i++) {
+            usp_tile tile = args.by_key.tile[work->first_tile + i];
+            if (tile.begin >= tile.end || cell_of(tile.end - 1) < cell) continue;
+            bool now = cell_of(tile.begin) <= cell;
+            end = now ? cell_of(tile.end - 1) + 1 : cell_of(tile.begin);
+            return now;
+        }
+        return false;
+    }
+
+    /* Finds `before` and `until` of a cell: 32 ranks at a time, from this one down. */
+    __device__ __forceinline__ void find(int cell) {
+        before = -1;
+        until = INT_MAX;
+        for (int top = rank - 1; top >= 0 && before < 0; top -= 32) {
+            int other = top - (int)(threadIdx.x % 32), end = INT_MAX;
+            unsigned seen = __ballot_sync(~0u, other >= 0 && sees(other, cell, end));
+            int nearest = seen ? __ffs((int)seen) - 1 : 31;
+            if ((int)(threadIdx.x % 32) > nearest) end = INT_MAX;
+            until = min(until, __reduce_min_sync(~0u, end));
+            if (seen) before = top - nearest;
+        }
+    }
+
+    /* Waits until the job may add to queries [row, end). */
+    __device__ __forceinline__ void acquire(int row, int end) {
+        for (held = max(held, cell_of(row)); held <= cell_of(end - 1); held++) {
+            if (held >= until) find(held);
+            await_above(&turn[held], before);
+        }
+    }
+
+    /* What this lane added to queries from `row` on has arrived; the job's next ones are in cells from `next` on. */
+    __device__ __forceinline__ void release(int row, int next) const {
+        for (int cell = cell_of(row); cell < min(next, held); cell++) publish(&turn[cell], rank + 1);
+    }
+};
+
+#endif
