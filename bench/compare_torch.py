@@ -21,6 +21,7 @@ import time
 
 import torch
 
+from torch_kernels import print_kernels
 from torch_layer import one_rank
 from torch_peers import Ours, peers_of, serving
 from torch_truth import errors, truth
@@ -99,6 +100,8 @@ def compare(library, mesh, work, device, options):
     for call in ("forward", "backward"):
         measured = [summary(list_) for list_ in times(sides, call, device, options.rounds)]
         rows += [row_of(call, sides, measured, wrong, i) for i in (range(1, len(sides)) if sides[1:] else (0,))]
+        if options.kernels:
+            print_kernels(f"{work.name} {call}", getattr(ours, call))
     for side in sides:
         side.close()
     return rows
@@ -123,8 +126,12 @@ def read_options():
     parser.add_argument("--tokens", type=int, default=0, help="this many tokens instead, to try the program")
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--flash2", action="store_true", help="PyTorch's FlashAttention-2 is a peer too")
+    parser.add_argument("--kernels", action="store_true", help="print the time of each kernel of the layer, on a GPU")
     parser.add_argument("--csv", default="")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.kernels and not options.device.startswith("cuda"):
+        parser.error("--kernels needs a GPU")
+    return options
 
 
 def main():
