@@ -1,8 +1,12 @@
 #!/bin/sh
 # Prints the rows of a CSV as a Markdown table. Of usp_bench: a line a configuration, both passes side by side; of compare_torch.py: the
-# same for each peer of a work.
+# same for each peer of a work; of compare_errors.py: its rows.
 # usage: sh bench/table.sh FILE.csv
 first=$(head -n 1 "$1")
+if [ "${first%%,*}" = inputs ]; then
+    awk '{ gsub(/,/, " | "); print "| " $0 " |" } NR == 1 { gsub(/[^|]+/, "---"); print "|" $0 "|" }' "$1"
+    exit
+fi
 if [ "${first%%,*}" = work ]; then
     sed 's/"torch SDPA, \([^"]*\)"/\1/; s/"libusp, \([^"]*\)"/libusp \1/' "$1" | awk -F, '
 NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next }
