@@ -103,9 +103,11 @@ def one_rank(path, device):
     config = WorldConfig(device=ON_CUDA if device.type == "cuda" else ON_CPU)
     world = library.make("world_create_env", byref(config))
     mesh = library.make("mesh_create", world, 1, 1)
-    yield library, mesh
-    library.calls.usp_mesh_destroy(mesh)
-    library.calls.usp_world_destroy(world)
+    try:
+        yield library, mesh
+    finally:
+        library.calls.usp_mesh_destroy(mesh)
+        library.calls.usp_world_destroy(world)
 
 
 def view(x):
