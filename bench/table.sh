@@ -1,25 +1,31 @@
 #!/bin/sh
-# Prints the rows of a CSV of usp_bench or compare_torch.py as a Markdown table: a line a configuration, both passes side by side.
+# Prints the rows of a CSV as a Markdown table. Of usp_bench: a line a configuration, both passes side by side; of compare_torch.py: the
+# same for each peer of a work; of compare_errors.py: its rows.
 # usage: sh bench/table.sh FILE.csv
-if [ "$(head -c 5 "$1")" = work, ]; then
-    sed 's/"[^"]*"/peer/' "$1" | awk -F, '
+first=$(head -n 1 "$1")
+if [ "${first%%,*}" = inputs ]; then
+    awk '{ gsub(/,/, " | "); print "| " $0 " |" } NR == 1 { gsub(/[^|]+/, "---"); print "|" $0 "|" }' "$1"
+    exit
+fi
+if [ "${first%%,*}" = work ]; then
+    sed 's/"torch SDPA, \([^"]*\)"/\1/; s/"libusp, \([^"]*\)"/libusp \1/' "$1" | awk -F, '
 NR == 1 { for (i = 1; i <= NF; i++) at[$i] = i; next }
 {
-    work = $at["work"]
-    if (!(work in seen)) { seen[work] = 1; order[++n] = work }
+    line = $at["work"] " | " ($at["peer"] == "" ? "" : $at["peer"] " ") "|"
+    if (!(line in seen)) { seen[line] = 1; order[++n] = line }
     pass = $at["pass"]
-    time[work, pass] = $at["usp_ms"]
-    rate[work, pass] = $at["usp_tflops"]
-    ratio[work, pass] = $at["ratio"]
+    time[line, pass] = $at["usp_ms"]
+    rate[line, pass] = $at["usp_tflops"]
+    ratio[line, pass] = $at["ratio"]
 }
-function cell(work, pass) {
-    text = sprintf("| %.3f | %.0f ", time[work, pass], rate[work, pass])
-    return ratio[work, pass] != "" ? text sprintf("| %.2f ", ratio[work, pass]) : text "| "
+function cell(line, pass) {
+    text = sprintf(" %.3f | %.0f ", time[line, pass], rate[line, pass])
+    return ratio[line, pass] != "" ? text sprintf("| %.2f ", ratio[line, pass]) : text "| "
 }
 END {
-    print "| work | fwd ms | TFLOP/s | x cuDNN | bwd ms | TFLOP/s | x cuDNN |"
-    print "|---|---|---|---|---|---|---|"
-    for (i = 1; i <= n; i++) print "| " order[i] " " cell(order[i], "forward") cell(order[i], "backward") "|"
+    print "| work | peer | fwd ms | TFLOP/s | x peer | bwd ms | TFLOP/s | x peer |"
+    print "|---|---|---|---|---|---|---|---|"
+    for (i = 1; i <= n; i++) print "| " order[i] cell(order[i], "forward") "|" cell(order[i], "backward") "|"
 }'
     exit
 fi

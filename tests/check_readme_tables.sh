@@ -1,17 +1,19 @@
 #!/bin/sh
-# The tables in README.md are what bench/table.sh makes of the result files that they name; docs/testing.md has the commands that
-# made these, and README.md the commit.
+# The tables in README.md and docs/numerics.md are what bench/table.sh makes of the result files that they name; docs/testing.md has the
+# commands that made those of usp_bench, and README.md the commit.
 # usage: check_readme_tables.sh SOURCE
 set -eu
 cd "$1"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-sed -n 's/^<!-- table \(.*\) -->$/\1/p' README.md >"$work/files"
-while read -r file; do
-    awk -v mark="<!-- table $file -->" '$0 == mark { inside = 1; next } /^<!-- end -->$/ { inside = 0 } inside' README.md >"$work/there"
-    sh bench/table.sh "$file" | diff "$work/there" - || { echo "FAIL: README.md's table is not that of $file"; exit 1; }
+for page in README.md docs/numerics.md; do
+    sed -n "s@^<!-- table \(.*\) -->\$@$page \1@p" "$page"
+done >"$work/files"
+while read -r page file; do
+    awk -v mark="<!-- table $file -->" '$0 == mark { inside = 1; next } /^<!-- end -->$/ { inside = 0 } inside' "$page" >"$work/there"
+    sh bench/table.sh "$file" | diff "$work/there" - || { echo "FAIL: the table of $page is not that of $file"; exit 1; }
     json=${file%.csv}.json
-    [ -e "$json" ] || continue # of compare_torch.py
+    [ -e "$json" ] || continue # of compare_torch.py or compare_errors.py
     commit=$(sed -n 's/^  "commit": "\(.*\)",$/\1/p' "$json")
     grep -q "commit $commit" README.md || { echo "FAIL: README.md does not name $commit, of $json"; exit 1; }
     sed -n 's/^  "command": ".*usp_bench \(.*\)",$/\1/p' "$json" |
