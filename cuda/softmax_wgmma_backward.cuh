@@ -237,14 +237,15 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
     __device__ __forceinline__ bool note_query(query_notes<Shape> &to, int i, const query_line_notes &line,
                                                bool masked) const {
         float factor = factor_of(line.row) * (Shape::drops ? 1 / (1 - args.dropout.rate) : 1);
+        bool seen = line.row.sum != 0 && !(fabsf(factor - 1) < UNSEEN);
         to.base[i] = base_of(line.row);
-        to.factor[i] = factor;
+        to.factor[i] = seen ? factor : 1; /* the same weight, whatever the step's other queries need */
         to.delta[i] = line.delta * (Shape::drops ? 1 - args.dropout.rate : 1);
         if (masked) to.interval[i] = line.interval;
         if (masked) to.position[i] = line.position;
         if constexpr (Shape::slopes) to.place[i] = line.place;
         if constexpr (Shape::drops) to.word[i] = line.word;
-        return line.row.sum != 0 && !(fabsf(factor - 1) < UNSEEN);
+        return seen;
     }
 
     /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. What is
