@@ -18,8 +18,6 @@ void run_block(int threads, size_t shared, const std::function<void()> &body);
 int thread(); /* of the block; the one that runs */
 unsigned char *shared_memory();
 uint32_t shared_address_of(const void *memory);
-/* Goes on when `ready` says so; `where` names the place. */
-void wait_for(const char *where, const std::function<bool()> &ready);
 /* Lets others run first, now and then. */
 void maybe_yield();
 /* For mistakes of the kernel. */
