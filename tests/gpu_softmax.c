@@ -234,6 +234,7 @@ usp_softmax usp_gpu_softmax_args(const usp_gpu_world *w, const usp_gpu_softmax *
                      .pairs = pairs_at(w, s, block),
                      .by_query = tiles_at(w, &s->query_plan[block]),
                      .by_key = tiles_at(w, &s->key_plan[block]),
+                     .deterministic = s->deterministic,
                      .first = block == 0,
                      .last = block == s->blocks - 1,
                      .scratch = w->scratch};
@@ -379,6 +380,11 @@ static void check_delta(usp_gpu_test *t, const usp_gpu_softmax_case *c) {
     usp_gpu_fill(t, &s.out, 1);
     s.delta.strict = 1;
     usp_gpu_run(t, "softmax_delta", usp_gpu_softmax_delta, &s, (const usp_gpu_view *[]){&s.delta, NULL});
+}
+
+void usp_gpu_check_passes(usp_gpu_test *t) {
+    for (size_t i = 0; i < sizeof softmax_cases / sizeof *softmax_cases; i++)
+        if (softmax_cases[i].dtype != USP_F32) check_pass(t, &softmax_cases[i], 0, 0);
 }
 
 /* A GPU of one processor is always full, so that portable kernels run with all rows of a block, else with half; and its

@@ -4,7 +4,7 @@
 #define USP_TESTS_GPU_SOFTMAX_H
 #include "gpu_test.h"
 
-enum { USP_GPU_KEY_BLOCKS = 3, USP_GPU_ROWS = 1536, USP_GPU_NO_LIMIT = INT32_MAX };
+enum { USP_GPU_KEY_BLOCKS = 3, USP_GPU_ROWS = 2048, USP_GPU_NO_LIMIT = INT32_MAX };
 
 /* A query sees keys from `left` before its diagonal to `right` behind it, inside its document; or, `random`, any
  * interval, which may be empty. */
@@ -45,6 +45,7 @@ typedef struct usp_gpu_softmax {
     int blocks;     /* of keys */
     int processors; /* that kernels are told the GPU has; 0: the truth */
     int portable;   /* kernels that run on every GPU, and sum in one order */
+    int deterministic;
     usp_gpu_pairs pairs;
     size_t query_at, low_at, high_at, diagonal_at, key_at[USP_GPU_KEY_BLOCKS], last_at[USP_GPU_KEY_BLOCKS];
     size_t slopes_at, sinks_at, state_at;

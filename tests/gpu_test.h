@@ -117,7 +117,11 @@ void usp_gpu_fill_alone(usp_gpu_test *t, size_t bytes);
 
 void usp_gpu_check_linear(usp_gpu_test *t);
 void usp_gpu_check_softmax(usp_gpu_test *t);
+/* Only the passes of 16-bit cases, once each. */
+void usp_gpu_check_passes(usp_gpu_test *t);
 void usp_gpu_check_poison(usp_gpu_test *t);
+void usp_gpu_check_repeats(usp_gpu_test *t);
+void usp_gpu_check_views(usp_gpu_test *t);
 /* Tables on standard output; bytes_per_ms: what a copy on the device reads and writes. */
 void usp_gpu_time_linear(usp_gpu_test *t, double bytes_per_ms);
 void usp_gpu_time_softmax(usp_gpu_test *t);
