@@ -90,15 +90,16 @@ static usp_status sinks(usp_device *device, const usp_softmax *args, float *grad
 /* Warps of the forward kernel: 0 copies, 1 notes rows, 2 and 3 watch values; of the backward ones: 0 copies, 1 and 2
  * note queries, 3 adds dq; of all: 4 to 7 and 8 to 11 compute. */
 static const usp_schedule schedules[] = {
-    {"warps 2, 3 last", 0, 0x00c, 0, 0},
-    {"warps 1 to 3 first, all at once", 0x00e, 0, 1, 0},
-    {"warps 1, 2 last, all at once", 0, 0x006, 1, 0},
-    {"warps 2, 3 first", 0x00c, 0, 0, 0},
-    {"warps 1, 2 first", 0x006, 0, 0, 0},
-    {"warp 3 last, all at once", 0, 0x008, 1, 0},
-    {"warps 0, 8 to 11 last", 0, 0xf01, 0, 0},
-    {"warps 0, 4 to 7 first, all at once", 0x0f1, 0, 1, 0},
+    {"warps 2, 3 last", 0, 0x00c, 0, 0, 0},
+    {"warps 1 to 3 first, all at once", 0x00e, 0, 1, 0, 1},
+    {"warps 1, 2 last, all at once", 0, 0x006, 1, 0, 0},
+    {"warps 2, 3 first", 0x00c, 0, 0, 0, 0},
+    {"warps 1, 2 first", 0x006, 0, 0, 0, 0},
+    {"warp 3 last, all at once", 0, 0x008, 1, 0, 0},
+    {"warps 0, 8 to 11 last", 0, 0xf01, 0, 0, 0},
+    {"warps 0, 4 to 7 first, all at once", 0x0f1, 0, 1, 0, 1},
 };
+static const usp_schedule any = {"drawn", 0, 0, 0, 1, 1};
 enum { SCHEDULES = sizeof schedules / sizeof *schedules };
 
 /* The same data by all of them. */
@@ -112,12 +113,17 @@ static void check_schedule(usp_gpu_test *t, const usp_schedule *schedule, uint64
 }
 
 static void check_schedules(usp_gpu_test *t, int fixed, int drawn) {
-    static const usp_schedule any = {"drawn", 0, 0, 0, 1};
     for (int i = 0; i < fixed && i < SCHEDULES; i++) check_schedule(t, &schedules[i], 0);
     for (int seed = 1; seed <= drawn; seed++) check_schedule(t, &any, (uint64_t)seed);
 }
 
 /* ---- kinds ------------------------------------------------------------------------------------------------------- */
+
+/* Whatever jobs a block has, and however its warps run. */
+static void check_repeats(usp_gpu_test *t) {
+    usp_emulated_schedule(&any, 0);
+    usp_gpu_check_repeats(t);
+}
 
 static const struct kind {
     const char *name;
@@ -125,8 +131,8 @@ static const struct kind {
     int asked; /* 1: only where it is asked for */
 } kinds[] = {{"softmax", usp_gpu_check_softmax, 0},
              {"views", usp_gpu_check_views, 0},
-             {"repeats", usp_gpu_check_repeats, 0},
-             {"poison", usp_gpu_check_poison, 1}};
+             {"poison", usp_gpu_check_poison, 1},
+             {"repeats", check_repeats, 0}};
 
 /* One, or all that need not be asked for. */
 static void check_kinds(usp_gpu_test *t, const char *name) {

@@ -108,6 +108,10 @@ template <typename T> static inline T atomicAdd(T *to, T x) {
     *to += x;
     return old;
 }
+static inline unsigned atomicAdd(unsigned *to, unsigned x) {
+    if (machine::are_jobs(to)) return machine::next_job(to, blockIdx.x + 1 == gridDim.x);
+    return atomicAdd<unsigned>(to, x);
+}
 
 #include "../../cuda/common.cuh"
 
@@ -316,8 +320,10 @@ static usp_status usp_cuda_launch(const char *, void (*kernel)(Parameters...), d
     return USP_OK;
 }
 
+/* What is cleared before a launch is where its blocks ask for jobs. */
 static inline usp_status usp_cuda_clear(const char *, void *memory, size_t bytes, usp_stream) {
     memset(memory, 0, bytes);
+    machine::begin_jobs(memory);
     return USP_OK;
 }
 

@@ -61,7 +61,9 @@ struct block {
 
 block *now;
 uint64_t random_state = 88172645463325252u;
-usp_schedule schedule = {"by turns", 0, 0, 0, 0};
+usp_schedule schedule = {"by turns", 0, 0, 0, 0, 0};
+const void *jobs_at;
+std::deque<unsigned> left_jobs; /* to blocks that run later */
 
 unsigned draw(unsigned below) {
     random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
@@ -218,6 +220,25 @@ void run_block(int threads, size_t shared, const std::function<void()> &body) {
     }
     if (!b.copies.empty()) fail("a copy is under way when the block ends");
     now = nullptr;
+}
+
+/* ---- jobs -------------------------------------------------------------------------------------------------------- */
+
+void begin_jobs(void *next) {
+    jobs_at = next;
+    left_jobs.clear();
+}
+
+bool are_jobs(const void *next) {
+    return next == jobs_at;
+}
+
+unsigned next_job(unsigned *next, bool last_block) {
+    while (schedule.spread && !last_block && draw(2)) left_jobs.push_back((*next)++);
+    if (!last_block || left_jobs.empty()) return (*next)++;
+    unsigned job = left_jobs.front();
+    left_jobs.pop_front();
+    return job;
 }
 
 /* ---- meetings ---------------------------------------------------------------------------------------------------- */

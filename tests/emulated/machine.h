@@ -23,6 +23,13 @@ void maybe_yield();
 /* For mistakes of the kernel. */
 [[noreturn]] void fail(const char *what);
 
+/* ---- jobs -------------------------------------------------------------------------------------------------------- */
+
+/* Blocks of a launch that begins will ask here for jobs, each for the next number of its own. */
+void begin_jobs(void *next);
+bool are_jobs(const void *next);
+unsigned next_job(unsigned *next, bool last_block);
+
 /* ---- meetings ---------------------------------------------------------------------------------------------------- */
 
 /* `count` threads of a group bring a word each and see all: a warp, or a warpgroup. */
