@@ -61,7 +61,7 @@ struct block {
 
 block *now;
 uint64_t random_state = 88172645463325252u;
-usp_schedule schedule = {"by turns", 0, 0, 0, 0, 0};
+usp_schedule schedule = {"by turns", 0, 0, 0, 0, 0, 0};
 const void *jobs_at;
 std::deque<unsigned> left_jobs; /* to blocks that run later */
 
@@ -119,13 +119,15 @@ void draw_schedule() {
         schedule.first |= (uint32_t)(class_of == 0) << warp;
         schedule.last |= (uint32_t)(class_of == 1 || class_of == 2) << warp;
     }
+    schedule.last_lanes = draw(4) ? 0 : draw(2) ? 1 : ~1u;
     schedule.at_once = draw(2) == 0;
 }
 
 /* 0: runs first, 1: by turns, 2: last. */
 int class_of(int thread) {
     int warp = thread / WARP;
-    return schedule.first >> warp & 1 ? 0 : schedule.last >> warp & 1 ? 2 : 1;
+    if ((schedule.last >> warp | schedule.last_lanes >> thread % WARP) & 1) return 2;
+    return schedule.first >> warp & 1 ? 0 : 1;
 }
 
 /* The next thread that can go on, from `from` on, of the first class that has one; -1 if there is none. */

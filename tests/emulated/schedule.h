@@ -12,6 +12,7 @@ typedef struct usp_schedule {
     const char *name;
     uint32_t first, last; /* a bit a warp: those that run whenever they can, and those that run when nothing else can go
                              on, no copy either; the others run by turns */
+    uint32_t last_lanes;  /* a bit a lane: of every warp, those that run last */
     int at_once;          /* 1: copies and products happen when they are started, not as late as they may */
     int drawn;            /* 1: all of this is drawn anew now and then */
     int spread;           /* 1: blocks leave jobs, drawn too, to those that run after them; 0: the first does all */
