@@ -115,9 +115,9 @@ void tell_deadlock() {
 void draw_schedule() {
     schedule.first = schedule.last = 0;
     for (int warp = 0; warp * WARP < now->threads; warp++) {
-        unsigned class_of = draw(8);
-        schedule.first |= (uint32_t)(class_of == 0) << warp;
-        schedule.last |= (uint32_t)(class_of == 1 || class_of == 2) << warp;
+        unsigned kind = draw(8);
+        schedule.first |= (uint32_t)(kind == 0) << warp;
+        schedule.last |= (uint32_t)(kind == 1 || kind == 2) << warp;
     }
     schedule.last_lanes = draw(4) ? 0 : draw(2) ? 1 : ~1u;
     schedule.at_once = draw(2) == 0;
