@@ -1,11 +1,17 @@
 /* check_hopper.c - the kernels for Hopper on an emulated one, against the CPU's, as gpu_kernels.c compares a GPU. What
- * they do not serve the CPU computes on both sides. It needs no GPU; speed and what real memory does are not seen. */
+ * they do not serve the CPU computes on both sides. It needs no GPU; speed and what real memory does are not seen.
+ *
+ *   check_hopper                              softmax, views and repeats, warps by turns
+ *   check_hopper softmax | views | repeats | poison
+ *   check_hopper schedules [FIXED [DRAWN]]    softmax, some warps held back or ahead: by the first schedules, or all,
+ *                                             and by so many that are drawn */
 #include <cuda.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "../cuda/softmax.h"
+#include "emulated/schedule.h"
 #include "gpu_test.h"
 
 /* ---- the device -------------------------------------------------------------------------------------------------- */
@@ -52,6 +58,7 @@ static usp_status forward(usp_device *device, const usp_softmax *args, usp_strea
     (void)device;
     if (!serves(args)) return cpu->ops->softmax_forward(cpu, args, stream);
     calls++;
+    usp_emulated_in_order(0);
     return usp_softmax_wgmma.call[USP_CALL_FORWARD](&hopper, args, stream);
 }
 
@@ -59,6 +66,7 @@ static usp_status backward(usp_device *device, const usp_softmax *args, usp_stre
     (void)device;
     if (!serves(args)) return cpu->ops->softmax_backward(cpu, args, stream);
     calls++;
+    usp_emulated_in_order(args->deterministic);
     return usp_softmax_wgmma.call[USP_CALL_BACKWARD](&hopper, args, stream);
 }
 
@@ -79,6 +87,71 @@ static usp_status sinks(usp_device *device, const usp_softmax *args, float *grad
     return status;
 }
 
+/* ---- schedules --------------------------------------------------------------------------------------------------- */
+
+/* Warps of the forward kernel: 0 copies, 1 notes rows, 2 and 3 watch values; of the backward ones: 0 copies, 1 and 2
+ * note queries, 3 adds dq; of all: 4 to 7 and 8 to 11 compute. */
+static const usp_schedule schedules[] = {
+    {"warps 1 to 3 last", 0, 0x00e, 0, 0, 0, 0},
+    {"warps 1 to 3 first, all at once", 0x00e, 0, 0, 1, 0, 1},
+    {"lanes 1 to 31 last", 0, 0, ~1u, 0, 0, 0},
+    {"lane 0 last, all at once", 0, 0, 1, 1, 0, 0},
+    {"warps 2, 3 last", 0, 0x00c, 0, 0, 0, 0},
+    {"warps 2, 3 first", 0x00c, 0, 0, 0, 0, 0},
+    {"warps 1, 2 last, all at once", 0, 0x006, 0, 1, 0, 0},
+    {"warps 1, 2 first", 0x006, 0, 0, 0, 0, 0},
+    {"warp 3 last, all at once", 0, 0x008, 0, 1, 0, 0},
+    {"warps 0, 8 to 11 last", 0, 0xf01, 0, 0, 0, 0},
+    {"warps 0, 4 to 7 first, all at once", 0x0f1, 0, 0, 1, 0, 1},
+};
+static const usp_schedule any = {"drawn", 0, 0, 0, 0, 1, 1};
+enum { SCHEDULES = sizeof schedules / sizeof *schedules };
+
+/* The same data by all of them. */
+static void check_schedule(usp_gpu_test *t, const usp_schedule *schedule, uint64_t seed) {
+    int failures = t->failures;
+    t->random = 271828182;
+    usp_emulated_schedule(schedule, seed);
+    usp_gpu_check_passes(t);
+    if (t->failures > failures)
+        printf("so it was by this schedule: %s, seed %llu\n", schedule->name, (unsigned long long)seed);
+}
+
+static void check_schedules(usp_gpu_test *t, int fixed, int drawn) {
+    for (int i = 0; i < fixed && i < SCHEDULES; i++) check_schedule(t, &schedules[i], 0);
+    for (int seed = 1; seed <= drawn; seed++) check_schedule(t, &any, (uint64_t)seed);
+}
+
+/* ---- kinds ------------------------------------------------------------------------------------------------------- */
+
+/* Whatever jobs a block has, and however its warps run. */
+static void check_repeats(usp_gpu_test *t) {
+    usp_emulated_schedule(&any, 0);
+    usp_gpu_check_repeats(t);
+}
+
+/* A clean run and a poisoned one add to dq in one order. */
+static void check_poison(usp_gpu_test *t) {
+    static const usp_schedule drawn = {"drawn, jobs in order", 0, 0, 0, 0, 1, 0};
+    usp_emulated_schedule(&drawn, 0);
+    usp_gpu_check_poison(t);
+}
+
+static const struct kind {
+    const char *name;
+    void (*check)(usp_gpu_test *);
+    int asked; /* 1: only where it is asked for */
+} kinds[] = {{"softmax", usp_gpu_check_softmax, 0},
+             {"views", usp_gpu_check_views, 0},
+             {"poison", check_poison, 1},
+             {"repeats", check_repeats, 0}};
+
+/* One, or all that need not be asked for. */
+static void check_kinds(usp_gpu_test *t, const char *name) {
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (name ? strcmp(kinds[i].name, name) == 0 : !kinds[i].asked) kinds[i].check(t);
+}
+
 /* ---- program ----------------------------------------------------------------------------------------------------- */
 
 static char *host_slab(void) {
@@ -87,7 +160,6 @@ static char *host_slab(void) {
     return slab;
 }
 
-/* Poison is for the suite `slow`. */
 int main(int argc, char **argv) {
     usp_world_config defaults = {.struct_size = sizeof defaults};
     usp_host host = usp_host_from_config(&defaults);
@@ -107,10 +179,10 @@ int main(int argc, char **argv) {
     t.exact.base = host_slab(), t.plain.base = host_slab(), t.before = host_slab(), t.after = host_slab();
     t.again = host_slab(), t.free_to_write = host_slab(), t.gpu.base = host_slab();
     t.exact.scratch = t.plain.scratch = t.gpu.scratch = aligned_alloc(64, USP_GPU_SCRATCH);
-    if (argc > 1 && strcmp(argv[1], "poison") == 0)
-        usp_gpu_check_poison(&t);
+    if (argc > 1 && strcmp(argv[1], "schedules") == 0)
+        check_schedules(&t, argc > 2 ? atoi(argv[2]) : SCHEDULES, argc > 3 ? atoi(argv[3]) : 0);
     else
-        usp_gpu_check_softmax(&t);
+        check_kinds(&t, argc > 1 ? argv[1] : NULL);
     printf("%d checks, %d failed, largest error %.2f of its budget, %d emulated calls\n", t.checks, t.failures, t.worst,
            calls);
     return t.failures > 0 || calls == 0;

@@ -1,8 +1,8 @@
 /* gpu_kernels.c - every entry of the CUDA device against the CPU's on random inputs; with --time, their speed.
  * Exits 0 if all agree and 1 if not; without a GPU it says why and exits 77. It tests kernels, not layers.
  *
- *   gpu_kernels [common | linear | softmax | poison]    checks all entries, or those of one kind
- *   gpu_kernels --time [linear | softmax]           times them */
+ *   gpu_kernels [common | linear | softmax | views | repeats | poison]    checks all entries, or those of one kind
+ *   gpu_kernels --time [linear | softmax]                                 times them */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -305,6 +305,8 @@ static const struct kind_tests {
     {"common", check_common, NULL},
     {"linear", usp_gpu_check_linear, time_linear},
     {"softmax", usp_gpu_check_softmax, usp_gpu_time_softmax},
+    {"views", usp_gpu_check_views, NULL},
+    {"repeats", usp_gpu_check_repeats, NULL},
     {"poison", usp_gpu_check_poison, NULL},
 };
 enum { KINDS = sizeof kinds / sizeof *kinds };
@@ -368,8 +370,10 @@ int main(int argc, char **argv) {
     usp_gpu_test t = {.random = 314159265};
     setvbuf(stdout, NULL, _IOLBF, 0); /* a run that is stopped has shown what it had */
     if (!choose_tests(argc - 1, argv + 1, &chosen)) {
-        fprintf(stderr, "usage: %s [common | linear | softmax | poison]\n       %s --time [linear | softmax]\n",
-                argv[0], argv[0]);
+        fprintf(
+            stderr,
+            "usage: %s [common | linear | softmax | views | repeats | poison]\n       %s --time [linear | softmax]\n",
+            argv[0], argv[0]);
         return 2;
     }
     if (usp_device_create_cuda(&host, &t.gpu.device) != USP_OK) {

@@ -203,7 +203,7 @@ static void set_kept(usp_softmax *a, const usp_gpu_world *w, const usp_gpu_softm
 static void set_gradients(usp_softmax *a, const usp_gpu_world *w, const usp_gpu_softmax *s, int block) {
     a->dout = usp_gpu_tensor(w, &s->dout), a->delta = usp_gpu_at(w, s->delta.at);
     a->dq_sum = usp_gpu_tensor(w, &s->dq_sum), a->dq = usp_gpu_tensor(w, &s->dq);
-    a->deterministic = s->deterministic, a->turns = usp_gpu_at(w, s->turns.at);
+    a->turns = usp_gpu_at(w, s->turns.at);
     a->key_dtype = s->c->wide_keys ? USP_F32 : w->dtype;
     a->dk = usp_gpu_tensor(w, &s->dk[block]), a->dv = usp_gpu_tensor(w, &s->dv[block]);
     a->dlse = s->c->dlse ? usp_gpu_at(w, s->dlse.at) : NULL;
@@ -235,6 +235,7 @@ usp_softmax usp_gpu_softmax_args(const usp_gpu_world *w, const usp_gpu_softmax *
                      .pairs = pairs_at(w, s, block),
                      .by_query = tiles_at(w, &s->query_plan[block]),
                      .by_key = tiles_at(w, &s->key_plan[block]),
+                     .deterministic = s->deterministic,
                      .first = block == 0,
                      .last = block == s->blocks - 1,
                      .scratch = w->scratch};
@@ -393,6 +394,11 @@ static void check_delta(usp_gpu_test *t, const usp_gpu_softmax_case *c) {
     usp_gpu_fill(t, &s.out, 1);
     s.delta.strict = 1;
     usp_gpu_run(t, "softmax_delta", usp_gpu_softmax_delta, &s, (const usp_gpu_view *[]){&s.delta, NULL});
+}
+
+void usp_gpu_check_passes(usp_gpu_test *t) {
+    for (size_t i = 0; i < sizeof softmax_cases / sizeof *softmax_cases; i++)
+        if (softmax_cases[i].dtype != USP_F32) check_pass(t, &softmax_cases[i], &ways[0]);
 }
 
 void usp_gpu_check_softmax(usp_gpu_test *t) {

@@ -4,7 +4,7 @@
 #define USP_TESTS_GPU_SOFTMAX_H
 #include "gpu_test.h"
 
-enum { USP_GPU_KEY_BLOCKS = 3, USP_GPU_ROWS = 1536, USP_GPU_NO_LIMIT = INT32_MAX };
+enum { USP_GPU_KEY_BLOCKS = 3, USP_GPU_ROWS = 2048, USP_GPU_NO_LIMIT = INT32_MAX };
 
 /* A query sees keys from `left` before its diagonal to `right` behind it, inside its document; or, `random`, any
  * interval, which may be empty. */

@@ -267,6 +267,30 @@ float usp_gpu_time(usp_gpu_test *t, usp_gpu_call call, const void *args) {
     return ms[TIMED / 2];
 }
 
+static usp_gpu_spread spread_of(float (*x)[TIMED]) {
+    qsort(*x, TIMED, sizeof **x, by_size);
+    return (usp_gpu_spread){(*x)[TIMED / 4], (*x)[TIMED / 2], (*x)[TIMED - 1 - TIMED / 4]};
+}
+
+usp_gpu_turns usp_gpu_time_by_turns(usp_gpu_test *t, const usp_gpu_call call[2], const void *args) {
+    cudaEvent_t mark[3];
+    float ms[2][TIMED] = {0}, ratio[TIMED];
+    for (int i = 0; i < 3; i++) cudaEventCreate(&mark[i]);
+    for (int i = -WARM; i < TIMED; i++) {
+        int at = i > 0 ? i : 0;
+        cudaEventRecord(mark[0], t->gpu.stream);
+        for (int n = 0; n < 2; n++) {
+            if (call[n](&t->gpu, args) != USP_OK) usp_gpu_fail(t, "timed call", usp_last_error());
+            cudaEventRecord(mark[n + 1], t->gpu.stream);
+        }
+        cudaEventSynchronize(mark[2]);
+        for (int n = 0; n < 2; n++) cudaEventElapsedTime(&ms[n][at], mark[n], mark[n + 1]);
+        ratio[at] = ms[0][at] / ms[1][at];
+    }
+    for (int i = 0; i < 3; i++) cudaEventDestroy(mark[i]);
+    return (usp_gpu_turns){{spread_of(&ms[0]), spread_of(&ms[1])}, spread_of(&ratio)};
+}
+
 usp_gpu_view usp_gpu_timed_view(usp_gpu_test *t, int64_t tokens, int heads, int dim, int wide) {
     usp_gpu_view v = {.tokens = tokens, .batch = 1, .heads = heads, .dim = dim, .wide = wide, .at = t->used};
     v.stride_head = dim, v.stride_token = (int64_t)heads * dim, v.stride_batch = tokens * v.stride_token;

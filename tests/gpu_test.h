@@ -97,6 +97,15 @@ int usp_gpu_finish(usp_gpu_test *t, const char *what, usp_status status);
 
 /* Median milliseconds of one call. Short calls are timed many at once, so that none waits for the host. */
 float usp_gpu_time(usp_gpu_test *t, usp_gpu_call call, const void *args);
+/* Of two calls by turns, so that both meet the same clocks: milliseconds of each, and the first one's over the second
+ * one's, turn by turn. Median, and what half of all lie between. */
+typedef struct usp_gpu_spread {
+    float low, median, high;
+} usp_gpu_spread;
+typedef struct usp_gpu_turns {
+    usp_gpu_spread ms[2], ratio;
+} usp_gpu_turns;
+usp_gpu_turns usp_gpu_time_by_turns(usp_gpu_test *t, const usp_gpu_call call[2], const void *args);
 /* What follows lies in the GPU's slab alone: dense [1, tokens, heads, dim], a table, and numbers from its begin to
  * `bytes`. */
 usp_gpu_view usp_gpu_timed_view(usp_gpu_test *t, int64_t tokens, int heads, int dim, int wide);
@@ -108,7 +117,11 @@ void usp_gpu_fill_alone(usp_gpu_test *t, size_t bytes);
 
 void usp_gpu_check_linear(usp_gpu_test *t);
 void usp_gpu_check_softmax(usp_gpu_test *t);
+/* Only the passes of 16-bit cases, once each. */
+void usp_gpu_check_passes(usp_gpu_test *t);
 void usp_gpu_check_poison(usp_gpu_test *t);
+void usp_gpu_check_repeats(usp_gpu_test *t);
+void usp_gpu_check_views(usp_gpu_test *t);
 /* Tables on standard output; bytes_per_ms: what a copy on the device reads and writes. */
 void usp_gpu_time_linear(usp_gpu_test *t, double bytes_per_ms);
 void usp_gpu_time_softmax(usp_gpu_test *t);

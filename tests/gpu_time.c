@@ -107,6 +107,61 @@ static void time_softmax(usp_gpu_test *t, int heads, int key_heads, int dim, int
            key);
 }
 
+/* ---- folds ------------------------------------------------------------------------------------------------------- */
+
+/* A block of keys that is not the last one: it leaves acc, or sums of dq. */
+static usp_status fold(const usp_gpu_world *w, const void *args, int backward, int first) {
+    usp_softmax a = usp_gpu_softmax_args(w, args, 0);
+    const usp_gpu_softmax *s = args;
+    a.first = first, a.last = 0;
+    a.acc = usp_gpu_at(w, s->acc.at);
+    return (backward ? w->device->ops->softmax_backward : w->device->ops->softmax_forward)(w->device, &a, w->stream);
+}
+
+static usp_status first_forward(const usp_gpu_world *w, const void *args) {
+    return fold(w, args, 0, 1);
+}
+
+static usp_status next_forward(const usp_gpu_world *w, const void *args) {
+    return fold(w, args, 0, 0);
+}
+
+static usp_status first_backward(const usp_gpu_world *w, const void *args) {
+    return fold(w, args, 1, 1);
+}
+
+static usp_status next_backward(const usp_gpu_world *w, const void *args) {
+    return fold(w, args, 1, 0);
+}
+
+static void print_folds(const char *pass, double flops, const usp_gpu_turns *turns) {
+    const usp_gpu_spread *first = &turns->ms[0], *next = &turns->ms[1], *ratio = &turns->ratio;
+    printf("%8s %7.3f (%.3f to %.3f) %5.0f %7.3f (%.3f to %.3f) %5.0f   %.3f (%.3f to %.3f)\n", pass,
+           (double)first->median, (double)first->low, (double)first->high, flops / first->median / 1e9,
+           (double)next->median, (double)next->low, (double)next->high, flops / next->median / 1e9,
+           (double)ratio->median, (double)ratio->low, (double)ratio->high);
+}
+
+/* One more block, which reads acc or adds to sums that are there, against a first one: the ratio of their speeds. */
+static void time_folds(usp_gpu_test *t, int heads, int dim, int tokens) {
+    const usp_gpu_call forward[2] = {first_forward, next_forward}, backward[2] = {first_backward, next_backward};
+    usp_gpu_softmax_case c = {
+        .dtype = USP_BF16, .batch = 1, .heads = heads, .key_heads = heads, .group = 1, .dim = dim, .value_dim = dim};
+    usp_gpu_softmax s = {.c = &c, .blocks = 1};
+    double flops = 4.0 * tokens * tokens * heads * dim;
+    place_softmax(t, &s, tokens, 0);
+    s.acc = usp_gpu_timed_view(t, tokens, heads, dim, 1);
+    printf("softmax, %d heads, d %d, %d queries, one block of as many keys folded after another, bf16\n", heads, dim,
+           tokens);
+    printf("    pass first block, ms      TF/s one more, ms          TF/s   speed of one more over a first block's\n");
+    usp_gpu_turns turns = usp_gpu_time_by_turns(t, forward, &s);
+    print_folds("forward", flops, &turns);
+    if (time_forward(&t->gpu, &s) != USP_OK || usp_gpu_softmax_delta(&t->gpu, &s) != USP_OK)
+        usp_gpu_fail(t, "before backward", usp_last_error());
+    turns = usp_gpu_time_by_turns(t, backward, &s);
+    print_folds("backward", 2.5 * flops, &turns);
+}
+
 void usp_gpu_time_softmax(usp_gpu_test *t) {
     static const struct { int heads, key_heads, dim; } shapes[] = {{16, 16, 128}, {32, 32, 64}, {32, 8, 128}};
     printf("softmax, batch 1, bf16; TFLOP/s by 4 (forward) and 10 (backward) x pairs x d\n");
@@ -114,6 +169,7 @@ void usp_gpu_time_softmax(usp_gpu_test *t) {
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         for (int way = 0; way < 4; way++)
             time_softmax(t, shapes[i].heads, shapes[i].key_heads, shapes[i].dim, way / 2 ? 16384 : 4096, way % 2 == 0);
+    time_folds(t, 16, 128, 8192);
 }
 
 /* ---- linear ------------------------------------------------------------------------------------------------------ */

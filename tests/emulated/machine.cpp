@@ -1,6 +1,8 @@
 /* machine.cpp - see machine.h. */
 #include "machine.h"
+#include "schedule.h"
 
+#include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -17,10 +19,12 @@ namespace {
 constexpr int GROUP = 128, WARP = 32, STACK = 1 << 17;
 
 struct fiber {
-    ucontext_t context;
-    bool done = false;
+    ucontext_t begin;
+    jmp_buf left;
+    bool begun = false, done = false;
     const char *where = "its start";
-    std::function<bool()> ready;
+    const int *watched = nullptr; /* it waits while the bits of this in `mask` are `number`; nullptr: it does not */
+    int mask = 0, number = 0;
     std::vector<int> groups; /* numbers of products at the end of each group */
     int issued = 0;
 };
@@ -44,7 +48,7 @@ struct joint_product {
 struct block {
     int threads = 0, running = 0;
     std::vector<fiber> fibers;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     size_t shared = 0;
     std::map<void *, arrivals> barriers;
     meeting named[16];
@@ -57,6 +61,10 @@ struct block {
 
 block *now;
 uint64_t random_state = 88172645463325252u;
+usp_schedule schedule = {"by turns", 0, 0, 0, 0, 0, 0};
+const void *jobs_at;
+bool in_order;                  /* blocks leave no jobs */
+std::deque<unsigned> left_jobs; /* to blocks that run later */
 
 unsigned draw(unsigned below) {
     random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
@@ -67,8 +75,21 @@ fiber &self() {
     return now->fibers[(size_t)now->running];
 }
 
+bool is_ready(const fiber &f) {
+    return !f.done && (!f.watched || (*f.watched & f.mask) != f.number);
+}
+
+/* Contexts begin the threads; between them jumps are enough, which ask no system for a signal mask. */
 void leave_fiber() {
-    swapcontext(&self().context, &now->scheduler);
+    if (_setjmp(self().left) == 0) _longjmp(now->scheduler, 1);
+}
+
+void go_on() {
+    fiber &f = self();
+    if (_setjmp(now->scheduler) != 0) return;
+    if (f.begun) _longjmp(f.left, 1);
+    f.begun = true;
+    setcontext(&f.begin);
 }
 
 void enter_fiber() {
@@ -84,24 +105,55 @@ void copy_one(size_t index) {
 }
 
 void tell_deadlock() {
-    fprintf(stderr, "the block waits for ever:");
+    fprintf(stderr, "the block waits for ever (%s):", schedule.name);
     for (int i = 0; i < now->threads; i++)
         if (!now->fibers[(size_t)i].done && i % WARP == 0)
             fprintf(stderr, " thread %d at %s,", i, now->fibers[(size_t)i].where);
     fail("deadlock");
 }
 
-/* The next thread that can go on, from `from` on; copies come when nothing else can, or before. */
-int choose(int from) {
-    if (!now->copies.empty() && draw(64) == 0) copy_one(draw((unsigned)now->copies.size()));
-    for (int i = 0; i < now->threads; i++) {
-        int candidate = (from + i) % now->threads;
-        fiber &f = now->fibers[(size_t)candidate];
-        if (!f.done && (!f.ready || f.ready())) return candidate;
+/* A warp in eight runs first, and one in four last, until the next time. */
+void draw_schedule() {
+    schedule.first = schedule.last = 0;
+    for (int warp = 0; warp * WARP < now->threads; warp++) {
+        unsigned kind = draw(8);
+        schedule.first |= (uint32_t)(kind == 0) << warp;
+        schedule.last |= (uint32_t)(kind == 1 || kind == 2) << warp;
     }
-    if (now->copies.empty()) tell_deadlock();
-    copy_one(0);
-    return choose(from);
+    schedule.last_lanes = draw(4) ? 0 : draw(2) ? 1 : ~1u;
+    schedule.at_once = draw(2) == 0;
+}
+
+/* 0: runs first, 1: by turns, 2: last. */
+int class_of(int thread) {
+    int warp = thread / WARP;
+    if ((schedule.last >> warp | schedule.last_lanes >> thread % WARP) & 1) return 2;
+    return schedule.first >> warp & 1 ? 0 : 1;
+}
+
+/* The next thread that can go on, from `from` on, of the first class that has one; -1 if there is none. */
+int next_ready(int from) {
+    int found = -1, best = 3;
+    for (int i = 0; i < now->threads && best > 0; i++) {
+        int candidate = (from + i) % now->threads, its = class_of(candidate);
+        const fiber &f = now->fibers[(size_t)candidate];
+        if (its >= best || !is_ready(f)) continue;
+        found = candidate, best = its;
+        if (best == 1 && schedule.first == 0) break;
+    }
+    return found;
+}
+
+/* Copies come when nothing else can go on but those that run last, or before. */
+int choose(int from) {
+    if (schedule.drawn && draw(32768) == 0) draw_schedule();
+    if (!now->copies.empty() && (schedule.at_once || draw(64) == 0)) copy_one(draw((unsigned)now->copies.size()));
+    for (;;) {
+        int found = next_ready(from);
+        if (found >= 0 && (class_of(found) < 2 || now->copies.empty())) return found;
+        if (now->copies.empty()) tell_deadlock();
+        copy_one(0);
+    }
 }
 
 /* Every thread that takes part has called: the round is over. */
@@ -110,6 +162,14 @@ void end_round(meeting &m, int count) {
     m.out[m.round & 1] = m.in;
     m.arrived = 0;
     m.round++;
+}
+
+/* Goes on when the bits of `watched` in `mask` are no longer `number`. */
+void wait_while(const char *where, const int &watched, int mask, int number) {
+    fiber &f = self();
+    f.where = where, f.watched = &watched, f.mask = mask, f.number = number;
+    if (!is_ready(f)) leave_fiber();
+    f.watched = nullptr;
 }
 
 } /* namespace */
@@ -133,17 +193,8 @@ uint32_t shared_address_of(const void *at) {
     return (uint32_t)((const unsigned char *)at - memory);
 }
 
-void wait_for(const char *where, const std::function<bool()> &ready) {
-    if (ready()) return;
-    self().where = where;
-    self().ready = ready;
-    leave_fiber();
-}
-
 void maybe_yield() {
-    if (draw(4) != 0) return;
-    self().ready = nullptr;
-    leave_fiber();
+    if (draw(4) == 0) leave_fiber();
 }
 
 void run_block(int threads, size_t shared, const std::function<void()> &body) {
@@ -158,20 +209,39 @@ void run_block(int threads, size_t shared, const std::function<void()> &body) {
     b.products.resize(b.warpgroups.size()), b.computed.assign(b.warpgroups.size(), 0);
     while ((int)stacks.size() < threads) stacks.emplace_back(STACK);
     for (int i = 0; i < threads; i++) {
-        ucontext_t &context = b.fibers[(size_t)i].context;
+        ucontext_t &context = b.fibers[(size_t)i].begin;
         getcontext(&context);
         context.uc_stack.ss_sp = stacks[(size_t)i].data(), context.uc_stack.ss_size = STACK, context.uc_link = nullptr;
         makecontext(&context, enter_fiber, 0);
     }
+    if (schedule.drawn) draw_schedule();
     for (int left = threads, at = 0; left > 0; at = (at + 1) % threads) {
         if (draw(16) == 0) at = (int)draw((unsigned)threads);
         b.running = at = choose(at);
-        self().ready = nullptr;
-        swapcontext(&b.scheduler, &self().context);
+        go_on();
         left -= self().done;
     }
     if (!b.copies.empty()) fail("a copy is under way when the block ends");
     now = nullptr;
+}
+
+/* ---- jobs -------------------------------------------------------------------------------------------------------- */
+
+void begin_jobs(void *next) {
+    jobs_at = next;
+    left_jobs.clear();
+}
+
+bool are_jobs(const void *next) {
+    return next == jobs_at;
+}
+
+unsigned next_job(unsigned *next, bool last_block) {
+    while (schedule.spread && !in_order && !last_block && draw(2)) left_jobs.push_back((*next)++);
+    if (!last_block || left_jobs.empty()) return (*next)++;
+    unsigned job = left_jobs.front();
+    left_jobs.pop_front();
+    return job;
 }
 
 /* ---- meetings ---------------------------------------------------------------------------------------------------- */
@@ -183,7 +253,7 @@ const std::vector<uint64_t> &gather(const char *where, int group_of, uint64_t wo
     m.in.resize((size_t)group_of);
     m.in[(size_t)(thread() % group_of)] = word;
     end_round(m, group_of);
-    wait_for(where, [&m, round] { return m.round != round; });
+    wait_while(where, m.round, ~0, round);
     return m.out[round & 1];
 }
 
@@ -191,7 +261,7 @@ void barrier(int id, int threads, bool waits) {
     meeting &m = now->named[id];
     int round = m.round;
     end_round(m, threads);
-    if (waits) wait_for("a barrier", [&m, round] { return m.round != round; });
+    if (waits) wait_while("a barrier", m.round, ~0, round);
 }
 
 static arrivals &arrivals_at(void *at) {
@@ -227,7 +297,7 @@ void bytes_arrived(void *at, int bytes) {
 
 void await(void *at, int parity) {
     arrivals &a = arrivals_at(at);
-    wait_for("an mbarrier", [&a, parity] { return (a.phase & 1) != parity; });
+    wait_while("an mbarrier", a.phase, 1, parity);
 }
 
 /* ---- what is under way ------------------------------------------------------------------------------------------- */
@@ -271,26 +341,35 @@ static void read_left(const joint_product &j, float left[64][16]) {
 }
 
 static void compute(const joint_product &j) {
-    static float left[64][16], right[16][256];
+    static float left[64][16], right[16][256], sums[64][256];
     const product &p = j.of[0];
+    int columns = p.words * 2;
     if (j.seen != GROUP) fail("a product is not issued by all threads of the warpgroup");
     read_left(j, left);
-    for (int n = 0; n < p.words * 2; n++)
+    for (int n = 0; n < columns; n++)
         for (int k = 0; k < 16; k++) right[k][n] = element(p, p.right_tile, p.right_by_columns, n, k);
     for (int t = 0; t < GROUP; t++)
-        for (int i = 0; i < p.words; i++) {
-            float sum = p.add ? j.of[t].sums[i] : 0;
-            for (int k = 0; k < 16; k++) sum += left[row_of(t, i)][k] * right[k][column_of(t, i)];
-            j.of[t].sums[i] = sum;
-        }
+        for (int i = 0; i < p.words; i++) sums[row_of(t, i)][column_of(t, i)] = p.add ? j.of[t].sums[i] : 0;
+    for (int m = 0; m < 64; m++)
+        for (int k = 0; k < 16; k++)
+            for (int n = 0; n < columns; n += 8)
+                for (int i = 0; i < 8; i++) sums[m][n + i] += left[m][k] * right[k][n + i];
+    for (int t = 0; t < GROUP; t++)
+        for (int i = 0; i < p.words; i++) j.of[t].sums[i] = sums[row_of(t, i)][column_of(t, i)];
+}
+
+/* Computes a warpgroup's products up to this number. */
+static void compute_up_to(int group, int number) {
+    for (int &i = now->computed[(size_t)group]; i < number; i++) compute(now->products[(size_t)group][(size_t)i]);
 }
 
 void issue(const product &p) {
-    auto &list = now->products[(size_t)(thread() / GROUP)];
+    int group = thread() / GROUP;
+    auto &list = now->products[(size_t)group];
     size_t index = (size_t)self().issued++;
     if (list.size() == index) list.emplace_back();
     list[index].of[thread() % GROUP] = p;
-    list[index].seen++;
+    if (++list[index].seen == GROUP && schedule.at_once) compute_up_to(group, (int)index + 1);
 }
 
 void end_products() {
@@ -301,7 +380,16 @@ void await_products(int left) {
     int group = thread() / GROUP, done = (int)self().groups.size() - left;
     int upto = done > 0 ? self().groups[(size_t)done - 1] : 0;
     gather("its products", GROUP, 0);
-    for (int &i = now->computed[(size_t)group]; i < upto; i++) compute(now->products[(size_t)group][(size_t)i]);
+    compute_up_to(group, upto);
 }
 
 } /* namespace machine */
+
+void usp_emulated_schedule(const usp_schedule *schedule, uint64_t seed) {
+    machine::schedule = *schedule;
+    machine::random_state = 88172645463325252u ^ seed * 0x9e3779b97f4a7c15u;
+}
+
+void usp_emulated_in_order(int yes) {
+    machine::in_order = yes;
+}

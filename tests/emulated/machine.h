@@ -18,12 +18,17 @@ void run_block(int threads, size_t shared, const std::function<void()> &body);
 int thread(); /* of the block; the one that runs */
 unsigned char *shared_memory();
 uint32_t shared_address_of(const void *memory);
-/* Goes on when `ready` says so; `where` names the place. */
-void wait_for(const char *where, const std::function<bool()> &ready);
 /* Lets others run first, now and then. */
 void maybe_yield();
 /* For mistakes of the kernel. */
 [[noreturn]] void fail(const char *what);
+
+/* ---- jobs -------------------------------------------------------------------------------------------------------- */
+
+/* Blocks of a launch that begins will ask here for jobs, each for the next number of its own. */
+void begin_jobs(void *next);
+bool are_jobs(const void *next);
+unsigned next_job(unsigned *next, bool last_block);
 
 /* ---- meetings ---------------------------------------------------------------------------------------------------- */
 
