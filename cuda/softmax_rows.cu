@@ -4,34 +4,85 @@
 
 /* ---- delta ------------------------------------------------------------------------------------------------------- */
 
-constexpr int DELTA_WARPS = 8;
+constexpr int DELTA_THREADS = 256;
 
-/* A warp for one row of one head of one batch entry, heads running fastest as they usually do in memory. */
-template <typename T>
-static __global__ void __launch_bounds__(DELTA_WARPS * 32)
-    softmax_delta_kernel(const __grid_constant__ usp_softmax args, float *delta) {
-    int64_t rows = args.queries * args.batch * args.heads, stride = (int64_t)gridDim.x * DELTA_WARPS;
-    for (int64_t row = (int64_t)blockIdx.x * DELTA_WARPS + threadIdx.x / 32; row < rows; row += stride) {
-        int head = (int)(row % args.heads), batch = (int)(row / args.heads % args.batch);
-        int64_t token = row / args.heads / args.batch, line = line_of(args, batch, head, token);
-        const T *dout = usp_row<T>(args.dout, token, batch, head), *out = usp_row<T>(args.out, token, batch, head);
-        float sum = 0;
-        for (int d = threadIdx.x % 32; d < args.value_dim; d += 32) {
-            float x = usp_to_float(out[d]); /* 0, as in rows that see no key: dout may be NaN */
-            if (x != 0) sum = fmaf(usp_to_float(dout[d]), x, sum);
+/* One of LANES lanes' part of a row: eight elements at a time, or one. An element of out that is 0 counts nothing, as
+ * in rows that see no key: dout may be NaN. */
+template <int LANES, typename T>
+static __device__ __forceinline__ float part_by_eight(const T *dout, const T *out, int lane, int dim) {
+    float sum = 0;
+#pragma unroll 2
+    for (int d = lane * 8; d < dim; d += LANES * 8) {
+        uint4 x = __ldg(reinterpret_cast<const uint4 *>(out + d)), y = __ldg(reinterpret_cast<const uint4 *>(dout + d));
+        const uint32_t outs[4] = {x.x, x.y, x.z, x.w}, douts[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 a = usp_unpack<T>(outs[i]), b = usp_unpack<T>(douts[i]);
+            if (a.x != 0) sum = fmaf(b.x, a.x, sum);
+            if (a.y != 0) sum = fmaf(b.y, a.y, sum);
         }
-        sum = usp_warp_sum(sum);
-        if (threadIdx.x % 32 == 0) delta[line] = args.dlse ? sum - args.dlse[line] : sum;
+    }
+    return sum;
+}
+
+template <int LANES, typename T>
+static __device__ __forceinline__ float part_by_one(const T *dout, const T *out, int lane, int dim) {
+    float sum = 0;
+    for (int d = lane; d < dim; d += LANES) {
+        float x = usp_to_float(out[d]);
+        if (x != 0) sum = fmaf(usp_to_float(dout[d]), x, sum);
+    }
+    return sum;
+}
+
+/* LANES lanes for a row of one head of one batch entry; a block has consecutive rows of a head. */
+template <typename T, bool EIGHT, int LANES>
+static __global__ void __launch_bounds__(DELTA_THREADS)
+    softmax_delta_kernel(const __grid_constant__ usp_softmax args, float *delta) {
+    constexpr int rows = DELTA_THREADS / LANES;
+    int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, lines = args.batch * args.heads;
+    for (int line = blockIdx.y; line < lines; line += gridDim.y) {
+        int batch = line / args.heads, head = line % args.heads;
+        for (int64_t first = (int64_t)blockIdx.x * rows; first < args.queries; first += (int64_t)gridDim.x * rows) {
+            int64_t token = first + row, at = line * args.queries + token;
+            const T *dout = usp_row<T>(args.dout, token, batch, head), *out = usp_row<T>(args.out, token, batch, head);
+            int dim = token < args.queries ? args.value_dim : 0;
+            float sum;
+            if constexpr (EIGHT)
+                sum = part_by_eight<LANES>(dout, out, lane, dim);
+            else
+                sum = part_by_one<LANES>(dout, out, lane, dim);
+#pragma unroll
+            for (int mask = LANES / 2; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+            if (lane == 0 && token < args.queries) delta[at] = args.dlse ? sum - args.dlse[at] : sum;
+        }
     }
 }
 
+template <typename T, bool EIGHT, int LANES>
+static usp_status start_delta(const usp_softmax *args, float *delta, usp_stream stream) {
+    constexpr int rows = DELTA_THREADS / LANES, most = 1 << 20;
+    int64_t blocks = (args->queries + rows - 1) / rows, lines = (int64_t)args->batch * args->heads;
+    if (blocks == 0 || lines == 0) return USP_OK;
+    dim3 grid((unsigned)(blocks < most ? blocks : most), (unsigned)(lines < 65535 ? lines : 65535));
+    return usp_cuda_launch("softmax delta", softmax_delta_kernel<T, EIGHT, LANES>, grid, dim3(DELTA_THREADS), 0, stream,
+                           *args, delta);
+}
+
+template <typename T> static usp_status start_delta_16(const usp_softmax *args, float *delta, usp_stream stream) {
+    bool eight = args->value_dim % 8 == 0 && usp_rows_aligned(args->out, 2) && usp_rows_aligned(args->dout, 2);
+    return eight ? start_delta<T, true, 8>(args, delta, stream) : start_delta<T, false, 32>(args, delta, stream);
+}
+
 usp_status usp_cuda_softmax_delta(const usp_softmax *args, float *delta, usp_stream stream) {
-    int64_t rows = args->queries * args->batch * args->heads, blocks = (rows + DELTA_WARPS - 1) / DELTA_WARPS;
-    if (rows == 0) return USP_OK;
-    auto kernel = usp_of_dtype(args->dtype, softmax_delta_kernel<float>, softmax_delta_kernel<__half>,
-                               softmax_delta_kernel<__nv_bfloat16>);
-    return usp_cuda_launch("softmax delta", kernel, dim3((unsigned)(blocks < INT32_MAX ? blocks : INT32_MAX)),
-                           dim3(DELTA_WARPS * 32), 0, stream, *args, delta);
+    switch (args->dtype) {
+    case USP_F16:
+        return start_delta_16<__half>(args, delta, stream);
+    case USP_BF16:
+        return start_delta_16<__nv_bfloat16>(args, delta, stream);
+    default:
+        return start_delta<float, false, 32>(args, delta, stream);
+    }
 }
 
 /* ---- heads ------------------------------------------------------------------------------------------------------- */

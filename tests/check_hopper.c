@@ -70,6 +70,11 @@ static usp_status backward(usp_device *device, const usp_softmax *args, usp_stre
     return usp_softmax_wgmma.call[USP_CALL_BACKWARD](&hopper, args, stream);
 }
 
+static usp_status delta(usp_device *device, const usp_softmax *args, float *to, usp_stream stream) {
+    (void)device;
+    return usp_cuda_softmax_delta(args, to, stream);
+}
+
 /* The CPU keeps the same of a row in another unit: natural, not base 2. */
 static usp_status sinks(usp_device *device, const usp_softmax *args, float *gradient, usp_stream stream) {
     usp_softmax natural = *args;
@@ -173,6 +178,7 @@ int main(int argc, char **argv) {
     memcpy(&hopper.encode_map, &entry, sizeof entry);
     ops.softmax_forward = forward;
     ops.softmax_backward = backward;
+    ops.softmax_delta = delta;
     ops.softmax_sinks = sinks;
     t.exact.device = t.plain.device = cpu;
     t.gpu.device->ops = &ops;
