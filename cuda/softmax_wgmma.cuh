@@ -96,9 +96,9 @@ static __device__ __forceinline__ void round_sums(left_operand<K> &a, const usp_
 
 /* Writes a warp's rows of a tile from `row` on, rounded, and of them the columns from `first` on, which is a multiple
  * of 8 before 64. Chunks of 16 bytes are swizzled by row & 7, so the chunk of another column block is an exclusive or
- * away. */
+ * away. publish_stores must follow. */
 template <int K, typename Tile>
-static __device__ __forceinline__ void share(const left_operand<K> &a, Tile tile, int row, int first = 0) {
+static __device__ __forceinline__ void write_rows(const left_operand<K> &a, Tile tile, int row, int first = 0) {
     row += usp_lane_row(0, 0);
     uint32_t to = tile.address + row * 128 + (((row & 7) ^ first / 8) << 4) + (threadIdx.x & 3) * 4;
     pin(to);
@@ -108,6 +108,11 @@ static __device__ __forceinline__ void share(const left_operand<K> &a, Tile tile
         for (int r = 0; r < 2; r++)
             store_shared((to ^ n % 8 << 4) + n / 8 * Tile::slab + r * 1024, a[n / 2][n % 2 * 2 + r]);
     }
+}
+
+template <int K, typename Tile>
+static __device__ __forceinline__ void share(const left_operand<K> &a, Tile tile, int row, int first = 0) {
+    write_rows<K>(a, tile, row, first);
     publish_stores();
 }
 

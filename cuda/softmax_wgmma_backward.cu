@@ -14,50 +14,45 @@ template <typename T, typename Shape> struct backward_group {
     using notes_type = backward_notes<Shape>;
     using element = T;
     using scores = usp_sums<1, N>;
+    static_assert(Shape::dq_places == 1 && Shape::dq_together == Shape::dq_boxes, "a place a step");
     const usp_softmax &args;
     const soft_cap &cap;
     const backward_maps &maps;
     notes_type &notes;
     int group, warp_row; /* this warp's first row of the job */
     turn<Shape::stages> at;
-    turn<Shape::dq_places> place; /* of dq */
-    int job_parity, jobs, ds_turn;
+    turn<Shape::dq_places> place; /* of dq; its parity is also that of dS */
+    int jobs;
     usp_sums<1, D> dk;
     usp_sums<1, E> dv;
 
     __device__ __forceinline__ backward_group(const usp_softmax &args_, const soft_cap &cap_,
                                               const backward_maps &maps_, notes_type &notes_)
         : args(args_), cap(cap_), maps(maps_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
-          warp_row((threadIdx.x / 32 - 4) * 16), at{0, 0}, place{0, 0}, job_parity(0), jobs(0), ds_turn(0) {
+          warp_row((threadIdx.x / 32 - 4) * 16), at{0, 0}, place{0, 0}, jobs(0) {
     }
 
-    /* Every key that does not exist is masked. */
+    /* Of the group's keys; every one that does not exist is masked. */
     __device__ __forceinline__ void note_keys() {
         const softmax_job &job = notes.job.job;
-        int i = threadIdx.x - 128, first = args.pairs.key[job.begin];
-        if (i >= Shape::rows) return;
-        int key = i < job.count ? args.pairs.key[job.begin + i] : first;
-        notes.place[i] = (float)(key - first);
-        notes.draw[i] = usp_dropout_key(key);
+        int i = threadIdx.x % 128 + group * 64, first = args.pairs.key[job.begin];
+        if (threadIdx.x % 128 < 64) {
+            int key = load_or(args.pairs.key, job.begin, i, job.count, first);
+            notes.place[i] = (float)(key - first);
+            notes.draw[i] = usp_dropout_key(key);
+        }
+        meet(MEET_GROUP + group, 128);
     }
 
     /* ---- one step */
 
-    /* This warp's first row, and how many exist from there on. */
-    __device__ __forceinline__ int first_row() const {
-        return notes.job.job.begin + warp_row;
-    }
-    __device__ __forceinline__ int rows() const {
-        return notes.job.job.count - warp_row;
-    }
-
-    /* With extras: S^T to P^T times the gradient of scores by products, negative where the pair is dropped; P^T itself,
+    /* With extras: S^T to P^T times the gradient of scores by products, below 0 where the pair is dropped; P^T itself,
      * as far as it is kept, is rounded on the way. */
     template <bool MASKED>
     __device__ __forceinline__ void weigh_extras(usp_sums<1, N> &s, left_operand<K> &p, const query_notes<Shape> &query,
                                                  const scoring &rule) {
         uint32_t limit = notes.limit;
-        key_pairs rows(args.pairs, first_row(), MASKED ? this->rows() : 0);
+        key_pairs rows(query, warp_row, args.pairs.last);
         if constexpr (Shape::caps) cap_scores<2>(s, rule);
 #pragma unroll
         for (int n = 0; n < N; n++) {
@@ -70,24 +65,25 @@ template <typename T, typename Shape> struct backward_group {
                 if constexpr (Shape::slopes) c[e] = rule.biased(c[e], fabsf(notes.place[row] - query.place[column]));
                 c[e] = fast_exp2(fmaf(c[e], rule.unit, -query.base[column])) * query.factor[column];
             }
-            if constexpr (MASKED) {
-                rows.mask_interval(s[0][n], query, i);
-                if (args.pairs.last) rows.mask_behind(s[0][n], query, i);
-            }
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int row = warp_row + usp_lane_row(0, e / 2), column = i + e % 2;
                 if constexpr (Shape::drops)
                     c[e] = usp_dropout_pair(query.word[column], notes.draw[row]) < limit ? -c[e] : c[e];
             }
+            if constexpr (MASKED) {
+                rows.mask_interval(s[0][n], query, i);
+                if (args.pairs.last) rows.mask_behind(s[0][n], query, i);
+            }
 #pragma unroll
             for (int r = 0; r < 2; r++) p[n / 2][n % 2 * 2 + r] = pack_positive<T>(c[r * 2], c[r * 2 + 1]);
 #pragma unroll
-            for (int e = 0; e < 4 && Shape::caps; e++) c[e] *= bend[e];
+            for (int e = 0; e < 4 && Shape::caps; e++) c[e] = !MASKED || is_weight(c[e]) ? c[e] * bend[e] : c[e];
         }
     }
 
     /* What weigh_extras left, and dP^T, to dS^T over the scale. */
+    template <bool MASKED>
     __device__ __forceinline__ void differ_extras(usp_sums<1, N> &dp, const usp_sums<1, N> &p,
                                                   const query_notes<Shape> &query) {
 #pragma unroll
@@ -96,14 +92,15 @@ template <typename T, typename Shape> struct backward_group {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 float weight = p[0][n][e], &x = dp[0][n][e];
-                x = fmaf(fmaxf(weight, 0), x, -fabsf(weight) * (e % 2 ? delta.y : delta.x));
+                float all = fmaf(fmaxf(weight, 0), x, -fabsf(weight) * (e % 2 ? delta.y : delta.x));
+                x = !MASKED || is_weight(weight) ? all : 0;
             }
         }
     }
 
     /* This group's share of dq of the step. */
     __device__ __forceinline__ void issue_queries(usp_sums<1, Q> &dq) {
-        auto ds = memory::ds_at(ds_turn);
+        auto ds = memory::ds_at(place.parity);
         auto k = memory::k_at();
 #pragma unroll
         for (int i = 0; i < Shape::rows / 16; i++)
@@ -120,7 +117,7 @@ template <typename T, typename Shape> struct backward_group {
 
     /* From S^T of a step to that of the next one, if there is one, whose product runs under the end of this one. What a
      * step is stays in shared memory: registers are dear. */
-    template <bool MASKED> __device__ __forceinline__ void run_step(usp_sums<1, N> &s, bool last, bool odd) {
+    template <bool MASKED> __device__ __forceinline__ void run_step(usp_sums<1, N> &s, bool last) {
         const query_notes<Shape> &query = notes.query[at.stage];
         int stage = at.stage;
         left_operand<K> p, ds;
@@ -134,11 +131,12 @@ template <typename T, typename Shape> struct backward_group {
             weigh_extras<MASKED>(s, p, query, scoring(cap, notes.step[stage].slope));
         } else {
             weigh(s, query, args.scale * LOG2E);
-            if constexpr (MASKED) key_pairs(args.pairs, first_row(), rows()).mask(s, query, args.pairs.last);
+            if constexpr (MASKED) key_pairs(query, warp_row, args.pairs.last).mask(s, query, args.pairs.last);
             round_sums<T, K>(p, s);
         }
         if constexpr (MASKED) {
             await_products<0>();
+            pin(list_of<N>(dp));
             clean_step<T>(notes, at, jobs);
         }
         begin_products();
@@ -147,12 +145,11 @@ template <typename T, typename Shape> struct backward_group {
         await_products<1>();
         pin(list_of<N>(dp));
         if constexpr (Shape::extras)
-            differ_extras(dp, s, query);
+            differ_extras<MASKED>(dp, s, query);
         else
-            differ(dp, s, query);
-        if constexpr (MASKED) key_pairs(args.pairs, first_row(), rows()).mask(dp, query, args.pairs.last);
+            differ<MASKED>(dp, s, query);
         round_sums<T, K>(ds, dp);
-        share<K>(ds, memory::ds_at(ds_turn), warp_row);
+        share<K>(ds, memory::ds_at(place.parity), warp_row);
         meet(MEET_BOTH, 256);
         begin_products();
         issue_queries(dq);
@@ -162,6 +159,7 @@ template <typename T, typename Shape> struct backward_group {
         begin_products();
         issue_columns<T>(dk, ds, memory::q_at(stage));
         end_products();
+        bool odd = are_keys_spoilt(notes, jobs);
         await_products<1>();
         pin(list_of<Q>(dq));
         if (!odd) leave_queries<Shape>(dq, args.scale, notes, group, place);
@@ -174,10 +172,9 @@ template <typename T, typename Shape> struct backward_group {
         if (odd) {
             await_products<0>(); /* a call may use their registers */
             pin(list_of<N>(next));
-            leave_one_by_one<T, Shape>(args, notes, group, place, notes.step[stage], memory::ds_at(ds_turn));
+            leave_one_by_one<T, Shape>(args, notes, group, place, notes.step[stage], memory::ds_at(place.parity));
         }
         place.pass(Shape::dq_boxes / Shape::dq_together);
-        ds_turn ^= 1;
         arrive_warp(&notes.q_empty[stage]);
         await_products<0>();
         pin(list_of<N>(next));
@@ -186,9 +183,7 @@ template <typename T, typename Shape> struct backward_group {
 
     /* ---- jobs */
 
-    /* What left in boxes has been read before the meeting that follows. */
     __device__ __forceinline__ void begin_job() {
-        await_reads<0>();
         clear(dk);
         clear(dv);
     }
@@ -207,41 +202,32 @@ template <typename T, typename Shape> struct backward_group {
             usp_store(c, usp_row<T>(to, first, job.batch, job.head), to.stride_token, rows, dim);
     }
 
-    template <int W, typename Tile>
-    __device__ __forceinline__ void store_boxes(const usp_sums<1, W> &c, const tile_map *to, const softmax_job &job,
-                                                Tile tile) {
+    template <int W, typename Tile> __device__ __forceinline__ void leave_rows(const usp_sums<1, W> &c, Tile tile) {
         left_operand<W / 2> rounded;
         round_sums<T, W / 2>(rounded, c);
-        share<W / 2>(rounded, tile, warp_row - group * 64);
-        meet(MEET_GROUP + group, 128);
-        if (threadIdx.x % 128 != 0) return;
-#pragma unroll
-        for (int s = 0; s < W / 8; s++)
-            store_box(to, s * 64, job.begin + group * 64, job.head, job.batch, tile.address + s * Tile::slab);
-        end_boxes();
+        write_rows<W / 2>(rounded, tile, warp_row - group * 64);
     }
 
-    __device__ __forceinline__ void end_job(const softmax_job &job) {
+    /* Whether dk and dv are left in shared memory: those of a spoilt job are mended where they are wanted. */
+    __device__ __forceinline__ bool end_job(const softmax_job &job, bool spoilt) {
+        bool boxes = maps.has_keys && job.count == Shape::rows && !spoilt;
         multiply_row(0, dk, args.scale);
         multiply_row(1, dk, args.scale);
-        if (maps.has_keys && job.count == Shape::rows) {
+        if (boxes) {
             meet(MEET_BOTH, 256); /* dS of the last step has been read */
-            store_boxes(dv, &maps.dv, job, memory::dv_at(group));
+            leave_rows(dv, memory::dv_at(group));
             await(&notes.dq_empty[group][place.stage], place.parity ^ 1);
-            store_boxes(dk, &maps.dk, job, memory::dk_at(group));
+            leave_rows(dk, memory::dk_at(group));
+            publish_stores();
         } else {
             store(dk, args.dk, job, args.dim);
             store(dv, args.dv, job, args.value_dim);
         }
-    }
-
-    __device__ __forceinline__ void end_jobs() {
-        await_reads<0>();
+        return boxes;
     }
 
     __device__ __forceinline__ void mend_rows(softmax_job job) {
         bool partial = job.count < Shape::rows;
-        await_boxes();
         meet(MEET_GROUP + group, 128); /* the rows are written */
         job.begin += group * 64;
         job.count = min(job.count - group * 64, 64);
@@ -263,7 +249,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<Shape::copying_registers>();
-        run_copying<Shape>(args, maps, cap, notes);
+        run_copying<T, Shape>(args, maps, cap, notes);
     } else {
         take_registers<Shape::computing_registers>();
         backward_group<T, Shape> group(args, cap, maps, notes);
@@ -280,12 +266,6 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     int64_t jobs = count_jobs(*args, true, shape::rows);
     if (jobs == 0) return USP_OK;
     USP_TRY(make_backward_maps<shape>(gpu, *args, &maps));
-    maps.has_keys =
-        args->key_dtype == args->dtype && is_copied(*args, true, args->dk) && is_copied(*args, true, args->dv);
-    if (maps.has_keys) {
-        USP_TRY(make_map(gpu, *args, args->dtype, true, args->dk, args->dim, 64, &maps.dk));
-        USP_TRY(make_map(gpu, *args, args->dtype, true, args->dv, args->value_dim, 64, &maps.dv));
-    }
     return launch_staying("softmax backward", softmax_wgmma_backward_kernel<T, shape>, gpu, *args, jobs, shape::threads,
                           backward_memory<shape>::bytes, stream, maps, soft_cap_of(*args));
 }

@@ -2,34 +2,44 @@
  * gradients on accumulators, and numbers that are not finite. */
 #ifndef USP_CUDA_SOFTMAX_WGMMA_GRADIENTS_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_GRADIENTS_CUH
-#include "softmax_wgmma_backward.cuh"
+#include "softmax_extras.cuh"
+#include "softmax_wgmma_backward_warps.cuh"
 
 /* ---- scores and their gradients ---------------------------------------------------------------------------------- */
 
 /* Accumulators here have keys for rows; their columns are the queries of a step from `first` on. */
 
-/* What usp_pairs says of a lane's two keys. */
+/* The weight of a pair that is not allowed: no other weight has its sign. */
+constexpr float NO_WEIGHT = -0.0f;
+
+static __device__ __forceinline__ bool is_weight(float weight) {
+    return __float_as_uint(weight) != 0x80000000u;
+}
+
+/* What usp_pairs says of a lane's two keys, as noted; the warp's first one is `first`. `tree`: intervals are two-sided.
+ */
 struct key_pairs {
     int key[2], last[2];
 
-    __device__ __forceinline__ key_pairs(const usp_pairs &pairs, int first, int rows) {
+    template <typename Shape>
+    __device__ __forceinline__ key_pairs(const query_notes<Shape> &query, int first, bool tree) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            int i = usp_lane_row(0, r);
-            key[r] = load_or(pairs.key, first, i, rows, NOWHERE);
-            last[r] = pairs.last ? load_or(pairs.last, first, i, rows, 0) : 0;
+            int i = first + usp_lane_row(0, r);
+            key[r] = query.key[i];
+            last[r] = tree ? query.last[i] : 0;
         }
     }
 
-    /* Sets the elements of pairs that are not allowed to 0, in the column block of a lane's columns `i` and i + 1. */
+    /* Takes the weights of pairs that are not allowed, in the column block of a lane's columns `i` and i + 1. */
     template <typename Shape>
     __device__ __forceinline__ void mask_interval(float (&c)[4], const query_notes<Shape> &query, int i) const {
         int4 two = *reinterpret_cast<const int4 *>(query.interval + i);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float *pair = &c[r * 2];
-            pair[0] = key[r] < two.x || key[r] > two.y ? 0 : pair[0];
-            pair[1] = key[r] < two.z || key[r] > two.w ? 0 : pair[1];
+            pair[0] = key[r] < two.x || key[r] > two.y ? NO_WEIGHT : pair[0];
+            pair[1] = key[r] < two.z || key[r] > two.w ? NO_WEIGHT : pair[1];
         }
     }
 
@@ -39,12 +49,11 @@ struct key_pairs {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float *pair = &c[r * 2];
-            pair[0] = two.x > last[r] ? 0 : pair[0];
-            pair[1] = two.y > last[r] ? 0 : pair[1];
+            pair[0] = two.x > last[r] ? NO_WEIGHT : pair[0];
+            pair[1] = two.y > last[r] ? NO_WEIGHT : pair[1];
         }
     }
 
-    /* `tree`: intervals are two-sided. */
     template <typename Shape, int N>
     __device__ __forceinline__ void mask(usp_sums<1, N> &c, const query_notes<Shape> &query, bool tree,
                                          int first = 0) const {
@@ -83,8 +92,8 @@ static __device__ __forceinline__ void weigh(usp_sums<1, N> &s, const query_note
     if (N > 8 || (query.scaled[0] | query.scaled[1])) multiply_queries(s, query, first); /* N > 8: registers are dear */
 }
 
-/* `dp`, dP^T, to dS^T. */
-template <typename Shape, int N>
+/* `dp`, dP^T, to dS^T. Where keys or queries that do not meet are not finite, their dP is not. */
+template <bool MASKED, typename Shape, int N>
 static __device__ __forceinline__ void differ(usp_sums<1, N> &dp, const usp_sums<1, N> &p,
                                               const query_notes<Shape> &query, int first = 0) {
 #pragma unroll
@@ -92,8 +101,10 @@ static __device__ __forceinline__ void differ(usp_sums<1, N> &dp, const usp_sums
         float2 delta = *reinterpret_cast<const float2 *>(query.delta + first + usp_lane_column(n));
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            dp[0][n][r * 2] = p[0][n][r * 2] * (dp[0][n][r * 2] - delta.x);
-            dp[0][n][r * 2 + 1] = p[0][n][r * 2 + 1] * (dp[0][n][r * 2 + 1] - delta.y);
+            const float *weight = &p[0][n][r * 2];
+            float *x = &dp[0][n][r * 2];
+            x[0] = !MASKED || is_weight(weight[0]) ? weight[0] * (x[0] - delta.x) : 0;
+            x[1] = !MASKED || is_weight(weight[1]) ? weight[1] * (x[1] - delta.y) : 0;
         }
     }
 }
@@ -153,6 +164,8 @@ template <typename T, typename Tile> static __device__ __forceinline__ void clea
 template <typename T, typename Shape>
 static __device__ __forceinline__ void clean_step(backward_notes<Shape> &notes, const turn<Shape::stages> &at,
                                                   int job) {
+    await(&notes.looked[at.stage], at.parity);
+    if (!(notes.unclean[at.stage][0] | notes.unclean[at.stage][1])) return;
     meet(MEET_BOTH, 256); /* the products that read them are done */
     clean<T>(backward_tiles<Shape>::q_at(at.stage), job, &notes.spoilt[job % 2]);
     clean<T>(backward_tiles<Shape>::dout_at(dout_of<Shape>(at).stage), job, &notes.spoilt[job % 2]);
@@ -161,12 +174,10 @@ static __device__ __forceinline__ void clean_step(backward_notes<Shape> &notes, 
 }
 
 /* The keys of a job stay as they are: with such numbers among them dq is summed pair by pair. */
-template <typename T, typename Shape>
-static __device__ __forceinline__ void look_at_keys(backward_notes<Shape> &notes, int job) {
-    auto tile = backward_tiles<Shape>::k_at();
-    for (int i = (threadIdx.x - 128) * 16; i < tile.bytes; i += 256 * 16)
-        if (is_spoilt<T>(tile.address + i)) notes.spoilt_keys[job % 2] = job;
-    meet(MEET_BOTH, 256);
+template <typename Shape>
+static __device__ __forceinline__ bool are_keys_spoilt(backward_notes<Shape> &notes, int job) {
+    await(&notes.keys_looked, (job - 1) & 1);
+    return notes.spoilt_keys[job % 2] == job;
 }
 
 /* As leave_queries, where keys are not finite: only pairs that are allowed count, one by one. */
@@ -213,37 +224,36 @@ template <typename Group> static __device__ __forceinline__ void run_steps(Group
     auto &notes = group.notes;
     typename Group::scores s;
     group.begin_steps();
-    look_at_keys<typename Group::element>(notes, group.jobs);
-    bool odd = notes.spoilt_keys[group.jobs % 2] == group.jobs, last;
     await(&notes.q_full[group.at.stage], group.at.parity);
     group.issue_scores(s);
     await_products<0>();
     pin(list_of<Group::N>(s));
+    bool last;
     do {
         last = notes.step[group.at.stage].last;
         if (notes.step[group.at.stage].masked)
-            group.template run_step<true>(s, last, odd);
+            group.template run_step<true>(s, last);
         else
-            group.template run_step<false>(s, last, odd);
+            group.template run_step<false>(s, last);
     } while (!last);
 }
 
-/* Job after job: what begin_job, end_job, mend_rows and end_jobs of a Group do, and all steps between. */
+/* Job after job: what begin_job, end_job and mend_rows of a Group do, and all steps between. */
 template <typename Group> static __device__ __forceinline__ void run_jobs(Group &group) {
     auto &notes = group.notes;
     for (;;) {
-        await(&notes.job_full, group.job_parity);
-        group.job_parity ^= 1;
-        group.jobs++;
+        await(&notes.job_full, group.jobs++ & 1);
         if (notes.job.job.count == 0) break;
+        await(&notes.left, group.jobs & 1);
         group.begin_job();
         if (notes.job.steps) run_steps(group);
         backward_job now = notes.job;
         arrive_warp(&notes.job_empty);
-        group.end_job(now.job);
-        if (now.steps && notes.spoilt[group.jobs % 2] == group.jobs) group.mend_rows(now.job);
+        bool spoilt = now.steps && notes.spoilt[group.jobs % 2] == group.jobs, boxes = group.end_job(now.job, spoilt);
+        if (threadIdx.x % 128 == 0) notes.boxes[group.group] = boxes;
+        arrive_warp(&notes.ended[group.group]);
+        if (spoilt) group.mend_rows(now.job);
     }
-    group.end_jobs();
 }
 
 #endif

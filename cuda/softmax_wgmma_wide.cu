@@ -19,13 +19,13 @@ template <typename T, typename Shape> struct wide_group {
     int group, warp_row; /* this warp's first row of the job, or of dq of a step */
     turn<Shape::stages> at;
     turn<Shape::dq_places> place; /* of dq */
-    int job_parity, jobs;
+    int jobs;
     typename dim_half::sums dk;
     typename value_half::sums dv;
 
     __device__ __forceinline__ wide_group(const usp_softmax &args_, notes_type &notes_)
         : args(args_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
-          warp_row(threadIdx.x / 32 % 4 * 16), at{0, 0}, place{0, 0}, job_parity(0), jobs(0) {
+          warp_row(threadIdx.x / 32 % 4 * 16), at{0, 0}, place{0, 0}, jobs(0) {
     }
 
     /* ---- one step */
@@ -33,11 +33,6 @@ template <typename T, typename Shape> struct wide_group {
     /* The first of the step's queries whose scores this group has. */
     __device__ __forceinline__ int first_query() const {
         return group * Shape::queries;
-    }
-
-    __device__ __forceinline__ key_pairs keys() const {
-        const softmax_job &job = notes.job.job;
-        return key_pairs(args.pairs, job.begin + warp_row, job.count - warp_row);
     }
 
     __device__ __forceinline__ void issue_scores(usp_sums<1, N> &s) {
@@ -83,7 +78,7 @@ template <typename T, typename Shape> struct wide_group {
 
     /* From S^T of a step to that of the next one, if there is one, whose product runs under the end of this one. dS^T
      * is written when both groups have met over P^T: then both are done with the last step's. */
-    template <bool MASKED> __device__ __forceinline__ void run_step(usp_sums<1, N> &s, bool last, bool odd) {
+    template <bool MASKED> __device__ __forceinline__ void run_step(usp_sums<1, N> &s, bool last) {
         const query_notes<Shape> &query = notes.query[at.stage];
         int stage = at.stage;
         turn<Shape::dout_stages> dout = dout_of<Shape>(at);
@@ -95,16 +90,16 @@ template <typename T, typename Shape> struct wide_group {
         end_products();
         weigh(s, query, args.scale * LOG2E, first_query());
         if constexpr (MASKED) {
-            keys().mask(s, query, args.pairs.last, first_query());
+            key_pairs(query, warp_row, args.pairs.last).mask(s, query, args.pairs.last, first_query());
             await_products<0>();
+            pin(list_of<N>(dp));
             clean_step<T>(notes, at, jobs);
         }
         share_pairs(s, memory::p_at(stage));
         issue_values(stage, dout.stage);
         await_products<1>();
         pin(list_of<N>(dp));
-        differ(dp, s, query, first_query());
-        if constexpr (MASKED) keys().mask(dp, query, args.pairs.last, first_query());
+        differ<MASKED>(dp, s, query, first_query());
         share_pairs(dp, memory::ds_at());
         issue_queries(dq);
         issue_keys(stage);
@@ -115,6 +110,7 @@ template <typename T, typename Shape> struct wide_group {
         if (!last) await(&notes.q_full[at.stage], at.parity);
         usp_sums<1, N> next; /* what s held is not kept for it */
         issue_scores(next);
+        bool odd = are_keys_spoilt(notes, jobs);
         await_products<2>();
         pin(list_of<Shape::dim / 16>(dq));
         if (!odd) leave_queries<Shape>(dq, args.scale, notes, group, place);
@@ -164,14 +160,12 @@ template <typename T, typename Shape> struct wide_group {
             store_as<Half, T>(c, to, job, dim);
     }
 
-    __device__ __forceinline__ void end_job(const softmax_job &job) {
+    __device__ __forceinline__ bool end_job(const softmax_job &job, bool) {
         multiply_row(0, dk, args.scale);
         multiply_row(1, dk, args.scale);
         store<dim_half>(dk, args.dk, job, args.dim);
         store<value_half>(dv, args.dv, job, args.value_dim);
-    }
-
-    __device__ __forceinline__ void end_jobs() {
+        return false;
     }
 
     __device__ __forceinline__ void mend_rows(const softmax_job &job) {
@@ -190,7 +184,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<Shape::copying_registers>();
-        run_copying<Shape>(args, maps, soft_cap{}, notes);
+        run_copying<T, Shape>(args, maps, soft_cap{}, notes);
     } else {
         take_registers<Shape::computing_registers>();
         wide_group<T, Shape> group(args, notes);

@@ -47,6 +47,7 @@ template <int DIM, int VALUE_DIM> struct wide_shape {
     static constexpr int stages = 2, dout_stages = VALUE_DIM > 128 ? 1 : 2;
     static constexpr int queries = step / groups; /* whose S and dP one group has */
     static constexpr int dq_boxes = DIM / groups / 32, dq_together = 1, dq_places = VALUE_DIM > 128 ? 2 : 3;
+    static constexpr bool boxes_keys = false;
     static constexpr int copying_registers = DIM > 192 ? 24 : 40, computing_registers = DIM > 192 ? 240 : 232;
 
     static __device__ __forceinline__ int dq_query(int) {

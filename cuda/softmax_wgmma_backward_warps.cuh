@@ -1,0 +1,296 @@
+/* softmax_wgmma_backward_warps.cuh - backward softmax attention on Hopper: the warps that bring what the computing ones
+ * want to shared memory, and take away what they leave there. */
+#ifndef USP_CUDA_SOFTMAX_WGMMA_BACKWARD_WARPS_CUH
+#define USP_CUDA_SOFTMAX_WGMMA_BACKWARD_WARPS_CUH
+#include "softmax_extras.cuh"
+#include "softmax_wgmma_backward.cuh"
+#include "softmax_wgmma_turns.cuh"
+
+/* ---- the copying warps ------------------------------------------------------------------------------------------- */
+
+/* Four warps walk alike: one copies tiles, two note what is kept of 32 queries each and look over half of each tile of
+ * a masked step, one looks over the keys of a job, adds dq of each step to the sums, and stores dk and dv. */
+enum backward_duty { COPIES, NOTES_FIRST, NOTES_SECOND, ADDS };
+
+/* What is kept of a lane's query, on its way to shared memory. */
+struct query_line_notes {
+    row_state row;
+    float delta;
+    int2 interval;
+    int position;
+    float place;
+    uint64_t word;
+};
+
+/* What usp_pairs says of every lane's keys of a job. */
+template <int ROWS> struct key_line_notes {
+    static constexpr int each = ROWS / 64;
+    int key[each], last[each];
+
+    __device__ __forceinline__ key_line_notes(const usp_pairs &pairs, const softmax_job &job, int first, bool masked) {
+#pragma unroll
+        for (int i = 0; i < each; i++) {
+            int rows = masked ? job.count : 0;
+            key[i] = load_or(pairs.key, job.begin, first + i * 64, rows, NOWHERE);
+            last[i] = load_or(pairs.last, job.begin, first + i * 64, pairs.last ? rows : 0, 0);
+        }
+    }
+
+    __device__ __forceinline__ void note(int *to_key, int *to_last, int first) const {
+#pragma unroll
+        for (int i = 0; i < each; i++) {
+            to_key[first + i * 64] = key[i];
+            to_last[first + i * 64] = last[i];
+        }
+    }
+};
+
+template <typename T, typename Shape, backward_duty DUTY> struct backward_copying {
+    using memory = backward_tiles<Shape>;
+    using notes_type = backward_notes<Shape>;
+    const usp_softmax &args;
+    const backward_maps &maps;
+    const soft_cap &cap;
+    notes_type &notes;
+    turn<Shape::stages> at;
+    turn<Shape::dq_places> dq;
+    int job_parity, jobs, lane;
+
+    __device__ __forceinline__ backward_copying(const usp_softmax &args_, const backward_maps &maps_,
+                                                const soft_cap &cap_, notes_type &notes_)
+        : args(args_), maps(maps_), cap(cap_), notes(notes_), at{0, 0}, dq{0, 0}, job_parity(0), jobs(0),
+          lane(threadIdx.x % 32) {
+    }
+
+    __device__ __forceinline__ void start(const softmax_job &job, bool steps) {
+        job_parity ^= 1;
+        if (lane != 0) return;
+        await(&notes.job_empty, job_parity);
+        notes.job = {job, steps};
+        arrive_with(&notes.job_full, steps ? memory::k_tile::bytes + memory::v_tile::bytes : 0);
+        if (!steps) return;
+        memory::k_at().copy(&maps.k, job.begin, job.head, job.batch, &notes.job_full);
+        memory::v_at().copy(&maps.v, job.begin, job.head, job.batch, &notes.job_full);
+    }
+
+    __device__ __forceinline__ void copy_step(const tile_walk &walk, int head, int batch) {
+        turn<Shape::dout_stages> dout = dout_of<Shape>(at);
+        arrivals *q_full = &notes.q_full[at.stage], *dout_full = &notes.dout_full[dout.stage];
+        if (lane != 0) return;
+        await(&notes.q_empty[at.stage], at.parity ^ 1);
+        arrive_with(q_full, memory::q_tile::bytes);
+        memory::q_at(at.stage).copy(&maps.q, walk.column, head, batch, q_full);
+        await(&notes.dout_empty[dout.stage], dout.parity ^ 1);
+        arrive_with(dout_full, memory::dout_tile::bytes);
+        memory::dout_at(dout.stage).copy(&maps.dout, walk.column, head, batch, dout_full);
+    }
+
+    __device__ __forceinline__ query_line_notes load_query(const tile_walk &walk, const softmax_job &job, int i,
+                                                           bool masked, int head) {
+        query_line_notes to = {{-INFINITY, 0}, 0, {1, 0}, 0, 0, 0};
+        int query = walk.column + i;
+        if (i >= walk.columns()) return to;
+        int64_t line = line_of(args, job.batch, head, query);
+        to.row = {args.top[line], args.sum[line]};
+        to.delta = args.delta[line];
+        if (masked) to.interval = {max(args.pairs.low[query], NOWHERE + 1), args.pairs.high[query]};
+        if (masked && args.pairs.last) to.position = args.pairs.query[query];
+        if (Shape::slopes && args.slopes) to.place = (float)(args.pairs.diagonal[query] - args.pairs.key[job.begin]);
+        if (Shape::drops && args.dropout.rate > 0) to.word = dropout_row(args, job.batch, head, query);
+        return to;
+    }
+
+    /* Returns whether its factor is seen. */
+    __device__ __forceinline__ bool note_query(query_notes<Shape> &to, int i, const query_line_notes &line,
+                                               bool masked) const {
+        float factor = factor_of(line.row) * (Shape::drops ? 1 / (1 - args.dropout.rate) : 1);
+        bool seen = line.row.sum != 0 && !(fabsf(factor - 1) < UNSEEN);
+        to.base[i] = base_of(line.row);
+        to.factor[i] = seen ? factor : 1; /* the same weight, whatever the step's other queries need */
+        to.delta[i] = line.delta * (Shape::drops ? 1 - args.dropout.rate : 1);
+        if (masked) to.interval[i] = line.interval;
+        if (masked) to.position[i] = line.position;
+        if constexpr (Shape::slopes) to.place[i] = line.place;
+        if constexpr (Shape::drops) to.word[i] = line.word;
+        return seen;
+    }
+
+    /* What is noted is on its way while the place for it is awaited. */
+    __device__ __forceinline__ void note_step(const tile_walk &walk, const softmax_job &job, bool masked, bool last,
+                                              int head) {
+        constexpr int each = Shape::step / 64; /* queries a lane */
+        int first = (DUTY - NOTES_FIRST) * 32 + lane;
+        query_line_notes line[each];
+        bool scaled = false;
+#pragma unroll
+        for (int i = 0; i < each; i++) line[i] = load_query(walk, job, first + i * 64, masked, head);
+        key_line_notes<Shape::rows> keys(args.pairs, job, first, masked);
+        float slope = Shape::slopes && DUTY == NOTES_FIRST ? scoring::slope_of(args, head, cap) : 0;
+        await(&notes.q_empty[at.stage], at.parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < each; i++) scaled |= note_query(notes.query[at.stage], first + i * 64, line[i], masked);
+        if (masked) keys.note(notes.query[at.stage].key, notes.query[at.stage].last, first);
+        scaled = __any_sync(~0u, scaled);
+        if (lane == 0) notes.query[at.stage].scaled[DUTY - NOTES_FIRST] = scaled;
+        if (DUTY == NOTES_FIRST && lane == 0)
+            notes.step[at.stage] = {masked, last, walk.column, min(walk.columns(), Shape::step), head, slope};
+        arrive_warp(&notes.q_full[at.stage]);
+    }
+
+    /* Whether BYTES of shared memory have what is not finite; by the warp. */
+    template <int BYTES> __device__ __forceinline__ bool is_unclean(uint32_t address) const {
+        uint32_t taint[4] = {};
+#pragma unroll 4
+        for (int i = lane * 16; i < BYTES; i += 32 * 16) {
+            uint4 eight = load_shared(address + i);
+            taint[0] = usp_taint<T>(taint[0], eight.x), taint[1] = usp_taint<T>(taint[1], eight.y);
+            taint[2] = usp_taint<T>(taint[2], eight.z), taint[3] = usp_taint<T>(taint[3], eight.w);
+        }
+        return __any_sync(~0u, (taint[0] | taint[1] | taint[2] | taint[3]) != 0);
+    }
+
+    template <typename Tile> __device__ __forceinline__ bool is_half_unclean(Tile tile) const {
+        constexpr int half = Tile::bytes / 2;
+        return is_unclean<half>(tile.address + (DUTY - NOTES_FIRST) * half);
+    }
+
+    /* Products of a masked step wait for this, where weights of 0 meet what is not finite. */
+    __device__ __forceinline__ void look_over(bool masked) {
+        turn<Shape::dout_stages> dout = dout_of<Shape>(at);
+        if (masked) {
+            await(&notes.q_full[at.stage], at.parity);
+            bool unclean = is_half_unclean(memory::q_at(at.stage));
+            await(&notes.dout_full[dout.stage], dout.parity);
+            unclean |= is_half_unclean(memory::dout_at(dout.stage));
+            if (lane == 0) notes.unclean[at.stage][DUTY - NOTES_FIRST] = unclean;
+        }
+        arrive_warp(&notes.looked[at.stage]);
+    }
+
+    /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. */
+    __device__ __forceinline__ void note_and_look(const tile_walk &walk, const softmax_job &job, bool last, int head) {
+        bool masked = !walk.full(Shape::step) || job.count < Shape::rows;
+        note_step(walk, job, masked, last, head);
+        look_over(masked);
+    }
+
+    /* Adds what the groups leave of a step's dq, by one lane; a place is free again when it has been read. */
+    __device__ __forceinline__ void add_step(const tile_walk &walk, int head, int batch) {
+        arrivals *read = nullptr;
+#pragma unroll
+        for (int i = 0; i < Shape::groups * Shape::dq_boxes / Shape::dq_together; i++) {
+            int group = i % Shape::groups, first = i / Shape::groups * Shape::dq_together;
+            await(&notes.dq_full[group][dq.stage], dq.parity);
+#pragma unroll
+            for (int box = 0; box < Shape::dq_together; box++)
+                add_box(&maps.dq_sum, Shape::dq_column(group, first + box), walk.column + Shape::dq_query(group), head,
+                        batch, memory::dq_at(group, dq.stage) + box * memory::dq_box);
+            end_boxes();
+            if (read) {
+                await_reads<1>();
+                arrive(read);
+            }
+            read = &notes.dq_empty[group][dq.stage];
+            if (group == Shape::groups - 1) dq.advance();
+        }
+        await_reads<0>();
+        arrive(read);
+    }
+
+    /* If results must not depend on timing, when the job's turn has come. */
+    __device__ __forceinline__ void add_in_turn(query_turns<Shape::rows> &turns, const tile_walk &now,
+                                                const tile_walk &next, int head, int batch) {
+        if (args.deterministic) {
+            turns.enter(batch, head);
+            turns.acquire(now.column, min(now.column + Shape::step, now.end));
+        }
+        if (lane == 0) {
+            add_step(now, head, batch);
+            bool goes_on = next.running() && next.round == now.round;
+            if (args.deterministic) {
+                await_boxes();
+                turns.release(now.column, goes_on ? turns.cell_of(next.column) : INT_MAX);
+            }
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void look_at_keys(bool steps) {
+        if (steps) {
+            await(&notes.job_full, (jobs - 1) & 1);
+            bool spoilt = is_unclean<memory::k_tile::bytes>(memory::k_at().address);
+            if (spoilt && lane == 0) notes.spoilt_keys[jobs % 2] = jobs;
+        }
+        arrive_warp(&notes.keys_looked);
+    }
+
+    template <typename Tile>
+    __device__ __forceinline__ void store_boxes(const tile_map *to, const softmax_job &job, int group, Tile tile) {
+#pragma unroll
+        for (int s = 0; s < Tile::bytes / Tile::slab; s++)
+            store_box(to, s * 64, job.begin + group * 64, job.head, job.batch, tile.address + s * Tile::slab);
+    }
+
+    /* By one lane. */
+    __device__ __forceinline__ void store_keys(const softmax_job &job) {
+        for (int group = 0; group < Shape::groups; group++) {
+            await(&notes.ended[group], (jobs - 1) & 1);
+            if constexpr (Shape::boxes_keys) {
+                if (!notes.boxes[group]) continue;
+                store_boxes(&maps.dv, job, group, backward_memory<Shape>::dv_at(group));
+                store_boxes(&maps.dk, job, group, backward_memory<Shape>::dk_at(group));
+            }
+        }
+        end_boxes();
+        await_reads<0>();
+        arrive(&notes.left);
+    }
+
+    __device__ __forceinline__ void run_steps(const softmax_job &job, const head_range &heads) {
+        query_turns<Shape::rows> turns(args, job);
+        for (tile_walk walk(args.by_key, *job.work, heads.end - heads.first); walk.running(); at.advance()) {
+            tile_walk now = walk;
+            int head = heads.first + now.round;
+            walk.advance(Shape::step);
+            if constexpr (DUTY == COPIES)
+                copy_step(now, head, job.batch);
+            else if constexpr (DUTY == ADDS)
+                add_in_turn(turns, now, walk, head, job.batch);
+            else
+                note_and_look(now, job, !walk.running(), head);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        job_list<Shape::rows, true> list(args, notes.deals);
+        for (;;) {
+            softmax_job job = DUTY == COPIES ? list.deal() : list.take();
+            head_range heads = readers_of(args, job.head);
+            bool steps = job.count > 0 && job.work->tiles > 0 && heads.end > heads.first;
+            if (DUTY == COPIES) start(job, steps);
+            if (job.count == 0) break;
+            jobs++;
+            if (DUTY == ADDS) look_at_keys(steps);
+            if (steps) run_steps(job, heads);
+            if (DUTY == ADDS && lane == 0) store_keys(job);
+            __syncwarp();
+        }
+        if (DUTY == ADDS) await_boxes();
+    }
+};
+
+template <typename T, typename Shape>
+static __device__ __forceinline__ void run_copying(const usp_softmax &args, const backward_maps &maps,
+                                                   const soft_cap &cap, backward_notes<Shape> &notes) {
+    int duty = uniform(threadIdx.x / 32);
+    if (duty == COPIES)
+        backward_copying<T, Shape, COPIES>(args, maps, cap, notes).run();
+    else if (duty == NOTES_FIRST)
+        backward_copying<T, Shape, NOTES_FIRST>(args, maps, cap, notes).run();
+    else if (duty == NOTES_SECOND)
+        backward_copying<T, Shape, NOTES_SECOND>(args, maps, cap, notes).run();
+    else
+        backward_copying<T, Shape, ADDS>(args, maps, cap, notes).run();
+}
+
+#endif
