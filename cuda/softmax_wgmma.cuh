@@ -133,15 +133,24 @@ static __device__ __forceinline__ float element_of(slabs<ROWS, DIM> tile, int ro
     return column % 2 ? two.y : two.x;
 }
 
-/* taint, not 0 from the first element on that is not finite, over the eight at a shared address. */
-template <typename T> static __device__ __forceinline__ uint32_t taint_of(uint32_t taint, uint32_t address) {
+/* Whether the eight elements at a shared address are not all finite. */
+template <typename T> static __device__ __forceinline__ bool is_spoilt(uint32_t address) {
     uint4 eight = load_shared(address);
-    taint = usp_taint<T>(usp_taint<T>(taint, eight.x), eight.y);
-    return usp_taint<T>(usp_taint<T>(taint, eight.z), eight.w);
+    uint32_t taint = usp_taint<T>(usp_taint<T>(0, eight.x), eight.y);
+    return usp_taint<T>(usp_taint<T>(taint, eight.z), eight.w) != 0;
 }
 
-template <typename T> static __device__ __forceinline__ bool is_spoilt(uint32_t address) {
-    return taint_of<T>(0, address) != 0;
+/* Whether those that one of THREADS threads looks at, of BYTES of shared memory, are not; in short chains. */
+template <typename T, int BYTES, int THREADS>
+static __device__ __forceinline__ bool is_part_spoilt(uint32_t address, int thread) {
+    uint32_t taint[4] = {};
+#pragma unroll 4
+    for (int i = thread * 16; i < BYTES; i += THREADS * 16) {
+        uint4 eight = load_shared(address + i);
+        taint[0] = usp_taint<T>(taint[0], eight.x), taint[1] = usp_taint<T>(taint[1], eight.y);
+        taint[2] = usp_taint<T>(taint[2], eight.z), taint[3] = usp_taint<T>(taint[3], eight.w);
+    }
+    return (taint[0] | taint[1] | taint[2] | taint[3]) != 0;
 }
 
 /* ---- online softmax ---------------------------------------------------------------------------------------------- */

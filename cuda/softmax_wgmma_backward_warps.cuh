@@ -137,16 +137,9 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         arrive_warp(&notes.q_full[at.stage]);
     }
 
-    /* Whether BYTES of shared memory have what is not finite; by the warp. */
+    /* Whether the warp finds what is not finite in BYTES of shared memory. */
     template <int BYTES> __device__ __forceinline__ bool is_unclean(uint32_t address) const {
-        uint32_t taint[4] = {};
-#pragma unroll 4
-        for (int i = lane * 16; i < BYTES; i += 32 * 16) {
-            uint4 eight = load_shared(address + i);
-            taint[0] = usp_taint<T>(taint[0], eight.x), taint[1] = usp_taint<T>(taint[1], eight.y);
-            taint[2] = usp_taint<T>(taint[2], eight.z), taint[3] = usp_taint<T>(taint[3], eight.w);
-        }
-        return __any_sync(~0u, (taint[0] | taint[1] | taint[2] | taint[3]) != 0);
+        return __any_sync(~0u, is_part_spoilt<T, BYTES, 32>(address, lane));
     }
 
     template <typename Tile> __device__ __forceinline__ bool is_half_unclean(Tile tile) const {

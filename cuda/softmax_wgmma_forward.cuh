@@ -239,11 +239,7 @@ template <typename T, typename Shape> struct watching_warps {
     }
 
     __device__ __forceinline__ void look(uint32_t tile) {
-        uint32_t taint = 0;
-#pragma unroll 4
-        for (int at = thread * 16; at < memory::v_tile::bytes; at += threads * 16)
-            taint = taint_of<T>(taint, tile + at);
-        if (taint != 0) clean(tile);
+        if (is_part_spoilt<T, memory::v_tile::bytes, threads>(tile, thread)) clean(tile);
     }
 
     __device__ __forceinline__ void run() {
