@@ -218,9 +218,9 @@ template <int ROWS, bool KEY_ROWS> struct job_list {
           lines((int)lines_of(args, KEY_ROWS)), bundle(one_by_one() ? 1 : USP_SOFTMAX_BUNDLE), asked(-1) {
     }
 
-    /* The first item is the heaviest one. Where the last one weighs as much, as without a mask, nothing is gained from
-     * working on several heads side by side; forward, many blocks lose step with each other over a long head, and a
-     * few of each head find more in the cache. */
+    /* The first item is one of the heaviest. Where the last one weighs as much, as without a mask, nothing is gained
+     * from working on several heads side by side; forward, many blocks lose step with each other over a long head, and
+     * a few of each head find more in the cache. */
     __device__ __forceinline__ bool one_by_one() const {
         const usp_tiles &tiles = tiles_of(args, KEY_ROWS);
         if (items == 0 || (!KEY_ROWS && args.keys > LONG_HEAD)) return false;

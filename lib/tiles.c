@@ -19,17 +19,25 @@ static void add_tile(usp_tile_list *list, int64_t begin, int64_t end, int64_t fu
 
 static int64_t columns_of(const usp_tile_list *list, int64_t first_tile) {
     int64_t columns = 0;
-    for (int64_t i = first_tile; i < list->tiles; i++) columns += list->tile[i].end - list->tile[i].begin;
+    for (int64_t i = first_tile; list->tile && i < list->tiles; i++) columns += list->tile[i].end - list->tile[i].begin;
     return columns;
 }
 
-/* An item of `count` rows whose tiles are the last ones added. `first`: the list's first item. */
-static void add_work(usp_tile_list *list, int64_t first, int64_t begin, int64_t count, int64_t first_tile) {
+/* The largest power of two up to x, 0 for 0. */
+static int64_t power_below(int64_t x) {
+    int64_t power = 1;
+    while (power <= x / 2) power *= 2;
+    return x ? power : 0;
+}
+
+/* An item of `count` rows whose tiles are the last ones added. `first`: the list's first item; those of the same
+ * `weight` stay in the order of their rows. */
+static void add_work(usp_tile_list *list, int64_t first, int64_t begin, int64_t count, int64_t first_tile,
+                     int64_t weight) {
     if (list->work) {
         int64_t index = list->works - first;
         usp_work work = {(int32_t)begin, (int32_t)count, (int32_t)first_tile, (int32_t)(list->tiles - first_tile)};
-        list->order[index] =
-            (usp_order){(uint64_t)(INT32_MAX - columns_of(list, first_tile)) << 32 | (uint64_t)index, work};
+        list->order[index] = (usp_order){(uint64_t)(INT32_MAX - weight) << 32 | (uint64_t)index, work};
     }
     list->works++;
 }
@@ -112,7 +120,8 @@ void usp_tiles_by_query(usp_tile_list *list, const usp_query_rows *queries, cons
         int64_t count = usp_least(queries->rows - begin, USP_WORK_ROWS), first_tile = list->tiles;
         extremes e = extremes_of(queries, begin, begin + count);
         if (e.low <= e.high) add_query_tiles(list, keys, &e);
-        if (whole || list->tiles > first_tile) add_work(list, first, begin, count, first_tile);
+        if (whole || list->tiles > first_tile)
+            add_work(list, first, begin, count, first_tile, columns_of(list, first_tile));
     }
     put_in_order(list, first);
 }
@@ -152,13 +161,14 @@ static void add_key_tiles(usp_tile_list *list, const usp_query_rows *q, const ke
     }
 }
 
+/* Neighbours see nearly the same queries, which are read and added to: they are worked on together. */
 void usp_tiles_by_key(usp_tile_list *list, const usp_query_rows *queries, const usp_key_rows *keys) {
     int64_t first = list->works;
     for (int64_t begin = 0; begin < keys->rows; begin += USP_WORK_ROWS) {
         int64_t count = usp_least(keys->rows - begin, USP_WORK_ROWS), first_tile = list->tiles;
         key_extremes e = key_extremes_of(keys, begin, begin + count);
         add_key_tiles(list, queries, &e, keys->last != NULL);
-        add_work(list, first, begin, count, first_tile);
+        add_work(list, first, begin, count, first_tile, power_below(columns_of(list, first_tile)));
     }
     put_in_order(list, first);
 }

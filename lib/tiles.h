@@ -36,7 +36,8 @@ typedef struct usp_tile_list {
     int64_t works, tiles;
 } usp_tile_list;
 
-/* Appends one stage's items, those with most columns first; without `whole`, only those that have tiles. */
+/* Appends one stage's items, those with most columns first; without `whole`, only those that have tiles. By key, items
+ * with as many columns to a power of two are in the order of their rows. */
 void usp_tiles_by_query(usp_tile_list *list, const usp_query_rows *queries, const usp_key_rows *keys, int whole);
 void usp_tiles_by_key(usp_tile_list *list, const usp_query_rows *queries, const usp_key_rows *keys);
 
