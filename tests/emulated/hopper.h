@@ -227,6 +227,12 @@ static inline void await_above(const int *at, int least) {
     if (*at <= least) machine::fail("a number that no other block will publish");
 }
 
+/* What has come by now is decided when it is asked. */
+static inline int acquire(const int *at) {
+    machine::ask_arrivals();
+    return *at;
+}
+
 static inline uint64_t describe(uint32_t address, uint32_t slab, uint32_t offset) {
     constexpr uint32_t swizzle_128 = 1u << 30, eight_rows = 1024 >> 4;
     uint32_t low = (slab >> 4 << 16 | address >> 4) + (offset >> 4);

@@ -24,6 +24,9 @@ void usp_emulated_schedule(const usp_schedule *schedule, uint64_t seed);
 /* 1: blocks wait for those that were dealt jobs before them, and leave none, whatever the schedule says. */
 void usp_emulated_in_order(int yes);
 
+/* Before a block looks whether something has arrived, bring(argument) may let it; NULL: nothing comes by itself. */
+void usp_emulated_arrivals(void (*bring)(void *), void *argument);
+
 #ifdef __cplusplus
 }
 #endif

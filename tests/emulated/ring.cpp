@@ -1,0 +1,4 @@
+/* ring.cpp - the forward kernels for Hopper that are given all stages, on the emulated machine. */
+#include "hopper.h"
+
+#include "../../cuda/softmax_wgmma_ring.cu"
