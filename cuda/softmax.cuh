@@ -250,7 +250,7 @@ static __device__ __forceinline__ float add_sink(row_state &row, float sink) {
 }
 
 /* What add_sink gets: of a head without a sink, or before the last fold, a score that weighs nothing. */
-static __device__ __forceinline__ float sink_of(const usp_softmax &args, int head, bool last) {
+static __device__ __forceinline__ float sink_of(const usp_softmax &args, int head, int last) {
     return last && args.sinks ? args.sinks[head] * LOG2E : -INFINITY;
 }
 
@@ -272,7 +272,7 @@ static __device__ __forceinline__ float natural_lse(row_state row) {
 }
 
 /* Writes what is kept of a row to `line`, completed if this is the last fold. */
-static __device__ __forceinline__ void store_state(const usp_softmax &args, int64_t line, row_state row, bool last) {
+static __device__ __forceinline__ void store_state(const usp_softmax &args, int64_t line, row_state row, int last) {
     if (last) row = complete(row);
     args.top[line] = row.top;
     args.sum[line] = row.sum;

@@ -93,8 +93,7 @@ template <typename T, typename Shape> struct computing_group {
     __device__ __forceinline__ void end_rows(const job_rows &from, const stage_job<Shape::ring> &job, int place) {
         int rows = job.count - warp_row, first_row = job.begin + warp_row;
         int64_t line = line_of(args, job.batch, job.head, first_row);
-        bool ends = job.ends(args);
-        float sink = sink_of(args, job.head, ends), kept = Shape::drops ? 1 / (1 - args.dropout.rate) : 1;
+        float sink = sink_of(args, job.head, job.ends(args)), kept = Shape::drops ? 1 / (1 - args.dropout.rate) : 1;
         if (Shape::more && args.peak) from.peaks.store(args, line, rows, cap.unit, job.begins(args));
         int own = threadIdx.x & 3, own_row = usp_lane_row(0, own % 2); /* one of four lanes writes a row's state */
         row_state own_state = {};
@@ -102,13 +101,13 @@ template <typename T, typename Shape> struct computing_group {
         for (int i = 0; i < 2; i++) {
             row_state state = from.online.kept(i);
             float factor = finish_row(state, sink, kept);
-            multiply_row(i, out, ends ? factor : 1);
+            multiply_row(i, out, job.ends(args) ? factor : 1);
             if (i == own) own_state = state;
         }
-        if (own < 2 && own_row < rows) store_state(args, line + own_row, own_state, ends);
-        if (Shape::boxes_out && ends && maps.has_out && job.count == Shape::rows) {
+        if (own < 2 && own_row < rows) store_state(args, line + own_row, own_state, job.ends(args));
+        if (Shape::boxes_out && job.ends(args) && maps.has_out && job.count == Shape::rows) {
             store_out(job, place);
-        } else if (ends) {
+        } else if (job.ends(args)) {
             usp_store(out, usp_row<T>(args.out, first_row, job.batch, job.head), args.out.stride_token, rows,
                       args.value_dim);
         } else {

@@ -47,10 +47,10 @@ template <bool RING> struct stage_job {
     __device__ __forceinline__ bool steps() const {
         return RING ? how & STEPS : how;
     }
-    __device__ __forceinline__ bool begins(const usp_softmax &args) const {
+    __device__ __forceinline__ int begins(const usp_softmax &args) const {
         return RING ? how & BEGINS : args.first;
     }
-    __device__ __forceinline__ bool ends(const usp_softmax &args) const {
+    __device__ __forceinline__ int ends(const usp_softmax &args) const {
         return RING ? how & ENDS : args.last;
     }
     /* There are steps of another stage; from then on one less. */
