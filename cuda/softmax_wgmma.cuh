@@ -176,7 +176,7 @@ static __device__ __forceinline__ void arrive_warp(arrivals *at) {
  * asks for one after the other: with jobs of such different weights no fixed order keeps all blocks busy, and some
  * begin late, where transfers hold multiprocessors. Its first warp asks, ahead of time, and deals the numbers to the
  * warps that walk with it. */
-constexpr int DEALS = 2, LONG_HEAD = 32768;
+constexpr int DEALS = 2;
 
 struct job_deals {
     arrivals full[DEALS], empty[DEALS];
@@ -195,8 +195,13 @@ static __device__ __forceinline__ int columns_of(const usp_tile *tiles, const us
     return work.tiles == 1 ? tile->end - tile->begin : -work.tiles;
 }
 
+/* Whether the last item weighs as much as the first one, which is the heaviest. */
+static __device__ __forceinline__ bool are_alike(const usp_tile *tiles, const usp_work *work, int works) {
+    return works > 0 && columns_of(tiles, work[0]) == columns_of(tiles, work[works - 1]);
+}
+
 /* Jobs of ROWS rows of a work item at most. `count` is 0 when there is none left. `one`: heads are worked on one by
- * one, not in bundles. */
+ * one, not in bundles: nothing is gained from working on several side by side where all items weigh alike. */
 template <int ROWS, bool KEY_ROWS> struct job_list {
     static constexpr int parts = USP_WORK_ROWS / ROWS; /* of a work item */
     static constexpr uint32_t NOTHING = ~0u;
@@ -209,17 +214,6 @@ template <int ROWS, bool KEY_ROWS> struct job_list {
     __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_, bool one)
         : args(args_), deals(deals_), at{0, 0}, items(*tiles_of(args, KEY_ROWS).works * parts),
           lines((int)lines_of(args, KEY_ROWS)), bundle(one ? 1 : USP_SOFTMAX_BUNDLE), asked(-1) {
-    }
-
-    /* Heads one by one where the last item weighs as much as the first one, which is the heaviest: nothing is gained
-     * from working on several side by side. */
-    __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_)
-        : job_list(args_, deals_, are_alike(tiles_of(args_, KEY_ROWS))) {
-    }
-
-    static __device__ __forceinline__ bool are_alike(const usp_tiles &tiles) {
-        int works = *tiles.works;
-        return works > 0 && columns_of(tiles.tile, tiles.work[0]) == columns_of(tiles.tile, tiles.work[works - 1]);
     }
 
     /* Numbers below this one have jobs. */

@@ -327,7 +327,8 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
     }
 
     __device__ __forceinline__ void run() {
-        job_list<Shape::rows, true> list(args, notes.deals);
+        const usp_tiles &all = args.by_key;
+        job_list<Shape::rows, true> list(args, notes.deals, are_alike(all.tile, all.work, *all.works));
         for (;;) {
             softmax_job job = DUTY == COPIES ? list.deal() : list.take();
             head_range heads = readers_of(args, job.head);

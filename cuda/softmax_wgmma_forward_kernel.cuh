@@ -52,14 +52,13 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
 
 template <typename shape>
 static usp_status make_forward_maps(const usp_gpu *gpu, const usp_softmax &args, forward_maps<shape::ring> *maps) {
-    usp_softmax whole = whole_call(args);
     USP_TRY(make_map(gpu, args, args.dtype, false, args.q, args.dim, shape::rows, &maps->q));
     for (int s = 0; s < stages_of(args); s++) {
         usp_softmax one = at_stage(args, s);
         USP_TRY(make_map(gpu, one, args.dtype, true, one.k, args.dim, shape::step, &maps->k[s]));
         USP_TRY(make_map(gpu, one, args.dtype, true, one.v, args.value_dim, shape::step, &maps->v[s]));
     }
-    maps->has_out = shape::boxes_out && whole.last && is_copied(args, false, args.out);
+    maps->has_out = shape::boxes_out && (shape::ring || args.last) && is_copied(args, false, args.out);
     return maps->has_out ? make_map(gpu, args, args.dtype, false, args.out, args.value_dim, 64, &maps->out) : USP_OK;
 }
 

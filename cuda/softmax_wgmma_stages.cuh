@@ -62,6 +62,8 @@ template <bool RING> struct stage_job {
 };
 static_assert(USP_SOFTMAX_STAGES < 16, "their numbers have four bits");
 
+constexpr int LONG_HEAD = 32768;
+
 template <bool RING> struct stage_list {
     using job_type = stage_job<RING>;
     const forward_stages<RING> &stages;
@@ -72,18 +74,13 @@ template <bool RING> struct stage_list {
         : stages(stages_), list(args, deals, one_by_one(args, stages_)) {
     }
 
-    /* The first item is the heaviest one. Where the last one weighs as much, as without a mask, nothing is gained from
-     * working on several heads side by side; but many blocks lose step with each other over a long head, and a few of
-     * each head find more in the cache. */
+    /* Many blocks lose step with each other over a long head, and a few of each head find more in the cache. */
     static __device__ __forceinline__ bool one_by_one(const usp_softmax &args, const forward_stages<RING> &stages) {
         int items = *args.by_query.works;
-        bool alike = items > 0 && args.keys <= LONG_HEAD;
-        for (int s = 0; s < (RING ? stages.count : 1) && alike; s++) alike = are_alike(stages.stage[s], items);
+        bool alike = args.keys <= LONG_HEAD;
+        for (int s = 0; s < (RING ? stages.count : 1) && alike; s++)
+            alike = are_alike(stages.stage[s].tile, stages.stage[s].work, items);
         return alike;
-    }
-
-    static __device__ __forceinline__ bool are_alike(const forward_stage &stage, int items) {
-        return columns_of(stage.tile, stage.work[0]) == columns_of(stage.tile, stage.work[items - 1]);
     }
 
     /* Before the first deal: if earlier launches have done all jobs, there is none. */
@@ -122,9 +119,12 @@ template <bool RING> struct stage_list {
 
     /* NOTHING, or the job's `how`. Without a ring queries that begin or end are written even if they meet no key. */
     __device__ __forceinline__ uint32_t how_of(const softmax_job &job) const {
-        if constexpr (RING) return part_of(job);
-        uint32_t steps = job.work->tiles > 0;
-        return steps || list.args.first || list.args.last ? steps : list.NOTHING;
+        if constexpr (RING) {
+            return part_of(job);
+        } else {
+            uint32_t steps = job.work->tiles > 0;
+            return steps || list.args.first || list.args.last ? steps : list.NOTHING;
+        }
     }
 
     __device__ __forceinline__ job_type with(const softmax_job &job, uint32_t how) const {
@@ -204,9 +204,10 @@ template <bool RING> struct stage_walk {
 
     __device__ __forceinline__ void next_stage() {
         stage++;
-        if constexpr (!RING) return;
-        while (stage < until && here().work[item].tiles == 0) stage++;
-        if (stage < until) open();
+        if constexpr (RING) {
+            while (stage < until && here().work[item].tiles == 0) stage++;
+            if (stage < until) open();
+        }
     }
 };
 

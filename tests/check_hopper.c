@@ -146,9 +146,9 @@ static void check_poison(usp_gpu_test *t) {
 static void check_ring(usp_gpu_test *t) {
     static const usp_schedule spread = {"spread", 0, 0, 0, 0, 0, 1};
     usp_emulated_schedule(&spread, 0);
-    usp_emulated_arrivals(usp_gpu_ring_bring, NULL);
+    usp_emulated_bring = usp_gpu_ring_bring;
     usp_gpu_check_ring(t, 1);
-    usp_emulated_arrivals(NULL, NULL);
+    usp_emulated_bring = NULL;
 }
 
 static const struct kind {

@@ -93,8 +93,7 @@ static usp_status bring_up_to(int stage, int told) {
                      w->stream);
 }
 
-void usp_gpu_ring_bring(void *unused) {
-    (void)unused;
+void usp_gpu_ring_bring(void) {
     if (!running.ring || running.ring->plan != DRAWN || running.here + 1 == running.ring->s.blocks) return;
     running.random = running.random * 6364136223846793005u + 1442695040888963407u;
     if (running.random >> 62 == 0) bring_up_to(running.here + 1, 1);

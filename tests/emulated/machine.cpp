@@ -63,9 +63,7 @@ block *now;
 uint64_t random_state = 88172645463325252u;
 usp_schedule schedule = {"by turns", 0, 0, 0, 0, 0, 0};
 const void *jobs_at;
-bool in_order;         /* blocks leave no jobs */
-void (*bring)(void *); /* what comes beside a launch */
-void *bring_argument;
+bool in_order;                  /* blocks leave no jobs */
 std::deque<unsigned> left_jobs; /* to blocks that run later */
 
 unsigned draw(unsigned below) {
@@ -246,10 +244,6 @@ unsigned next_job(unsigned *next, bool last_block) {
     return job;
 }
 
-void ask_arrivals() {
-    if (bring && thread() % WARP == 0) bring(bring_argument);
-}
-
 /* ---- meetings ---------------------------------------------------------------------------------------------------- */
 
 const std::vector<uint64_t> &gather(const char *where, int group_of, uint64_t word) {
@@ -398,8 +392,4 @@ void usp_emulated_schedule(const usp_schedule *schedule, uint64_t seed) {
 
 void usp_emulated_in_order(int yes) {
     machine::in_order = yes;
-}
-
-void usp_emulated_arrivals(void (*bring)(void *), void *argument) {
-    machine::bring = bring, machine::bring_argument = argument;
 }

@@ -30,9 +30,6 @@ void begin_jobs(void *next);
 bool are_jobs(const void *next);
 unsigned next_job(unsigned *next, bool last_block);
 
-/* Lets arrive what comes beside a launch, if anybody has said how. */
-void ask_arrivals();
-
 /* ---- meetings ---------------------------------------------------------------------------------------------------- */
 
 /* `count` threads of a group bring a word each and see all: a warp, or a warpgroup. */

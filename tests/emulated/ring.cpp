@@ -2,3 +2,5 @@
 #include "hopper.h"
 
 #include "../../cuda/softmax_wgmma_ring.cu"
+
+void (*usp_emulated_bring)(void);
