@@ -176,11 +176,11 @@ static __device__ __forceinline__ void arrive_warp(arrivals *at) {
  * asks for one after the other: with jobs of such different weights no fixed order keeps all blocks busy, and some
  * begin late, where transfers hold multiprocessors. Its first warp asks, ahead of time, and deals the numbers to the
  * warps that walk with it. */
-constexpr int DEALS = 2;
+constexpr int DEALS = 2, LONG_HEAD = 32768;
 
 struct job_deals {
     arrivals full[DEALS], empty[DEALS];
-    int64_t number[DEALS]; /* its upper half: how to work at the job */
+    int64_t number[DEALS]; /* forward: the lower half; the upper one says how to work at the job */
 };
 
 static __device__ __forceinline__ void begin_deals(job_deals &deals, int readers) {
@@ -190,35 +190,32 @@ static __device__ __forceinline__ void begin_deals(job_deals &deals, int readers
     }
 }
 
-static __device__ __forceinline__ int columns_of(const usp_tile *tiles, const usp_work &work) {
-    const usp_tile *tile = tiles + work.first_tile;
-    return work.tiles == 1 ? tile->end - tile->begin : -work.tiles;
-}
-
-/* Whether the last item weighs as much as the first one, which is the heaviest. */
-static __device__ __forceinline__ bool are_alike(const usp_tile *tiles, const usp_work *work, int works) {
-    return works > 0 && columns_of(tiles, work[0]) == columns_of(tiles, work[works - 1]);
-}
-
-/* Jobs of ROWS rows of a work item at most. `count` is 0 when there is none left. `one`: heads are worked on one by
- * one, not in bundles: nothing is gained from working on several side by side where all items weigh alike. */
+/* Jobs of ROWS rows of a work item at most. `count` is 0 when there is none left. */
 template <int ROWS, bool KEY_ROWS> struct job_list {
     static constexpr int parts = USP_WORK_ROWS / ROWS; /* of a work item */
-    static constexpr uint32_t NOTHING = ~0u;
     const usp_softmax &args;
     job_deals &deals;
     turn<DEALS> at;
     int items, lines, bundle;
     int64_t asked; /* by the first thread: the number to come */
 
-    __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_, bool one)
+    __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_)
         : args(args_), deals(deals_), at{0, 0}, items(*tiles_of(args, KEY_ROWS).works * parts),
-          lines((int)lines_of(args, KEY_ROWS)), bundle(one ? 1 : USP_SOFTMAX_BUNDLE), asked(-1) {
+          lines((int)lines_of(args, KEY_ROWS)), bundle(one_by_one() ? 1 : USP_SOFTMAX_BUNDLE), asked(-1) {
     }
 
-    /* Numbers below this one have jobs. */
-    __device__ __forceinline__ int64_t all() const {
-        return (int64_t)items * lines;
+    /* The first item is the heaviest one. Where the last one weighs as much, as without a mask, nothing is gained from
+     * working on several heads side by side; forward, many blocks lose step with each other over a long head, and a
+     * few of each head find more in the cache. */
+    __device__ __forceinline__ bool one_by_one() const {
+        const usp_tiles &tiles = tiles_of(args, KEY_ROWS);
+        if (items == 0 || (!KEY_ROWS && args.keys > LONG_HEAD)) return false;
+        return columns_of(tiles, tiles.work[0]) == columns_of(tiles, tiles.work[*tiles.works - 1]);
+    }
+
+    static __device__ __forceinline__ int columns_of(const usp_tiles &tiles, const usp_work &work) {
+        const usp_tile *tile = tiles.tile + work.first_tile;
+        return work.tiles == 1 ? tile->end - tile->begin : -work.tiles;
     }
 
     /* Where blocks add in the order of their jobs, none holds a number while it works at another job. */
@@ -230,53 +227,42 @@ template <int ROWS, bool KEY_ROWS> struct job_list {
         return threadIdx.x == 0 ? atomicAdd(static_cast<unsigned *>(args.scratch), 1u) : 0;
     }
 
-    /* By the first warp. Numbers without a job are not dealt, nor those of which how_of(job) says NOTHING; what it says
-     * of others is dealt with them. */
-    template <typename HowOf> __device__ __forceinline__ softmax_job deal(const HowOf &how_of, uint32_t &how) {
+    /* By the first warp. Numbers without a job are not dealt. */
+    __device__ __forceinline__ softmax_job deal() {
         for (;;) {
             int64_t number = uniform(asked < 0 ? ask() : asked);
             softmax_job job = job_of(number);
             asked = asks_ahead() ? ask() : -1;
-            how = job.count > 0 ? how_of(job) : 0;
-            if (job.count < 0 || how == NOTHING) continue;
+            if (job.count < 0) continue;
             if (threadIdx.x == 0) {
                 await(&deals.empty[at.stage], at.parity ^ 1);
-                deals.number[at.stage] = number | (int64_t)how << 32;
+                deals.number[at.stage] = number;
                 arrive(&deals.full[at.stage]);
             }
             at.advance();
             return job;
         }
     }
-    __device__ __forceinline__ softmax_job deal() {
-        uint32_t how;
-        return deal([](const softmax_job &) { return 0u; }, how);
-    }
 
     /* By the others. */
-    __device__ __forceinline__ softmax_job take(uint32_t &how) {
+    __device__ __forceinline__ softmax_job take() {
         await(&deals.full[at.stage], at.parity);
-        int64_t number = deals.number[at.stage];
-        softmax_job job = job_of((uint32_t)number);
-        how = (uint32_t)(number >> 32);
+        softmax_job job = job_of(deals.number[at.stage]);
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive(&deals.empty[at.stage]);
         at.advance();
         return job;
     }
-    __device__ __forceinline__ softmax_job take() {
-        uint32_t how;
-        return take(how);
-    }
 
     /* count is negative if there is nothing to do. */
     __device__ __forceinline__ softmax_job job_of(int64_t number) const {
-        if (number >= all()) return {nullptr, 0, 0, 0, 0};
+        if (number >= (int64_t)items * lines) return {nullptr, 0, 0, 0, 0};
         int first = (int)(number / ((int64_t)items * bundle)) * bundle, width = min(bundle, lines - first);
         int rest = (int)(number - (int64_t)first * items), line = first + rest % width;
         int item = rest / width, skipped = item % parts * ROWS, heads = (int)heads_of(args, KEY_ROWS);
         const usp_work *work = tiles_of(args, KEY_ROWS).work + item / parts;
-        if (work->count <= skipped) return {nullptr, 0, -1, 0, 0};
+        bool idle = !KEY_ROWS && !args.first && !args.last && work->tiles == 0;
+        if (idle || work->count <= skipped) return {nullptr, 0, -1, 0, 0};
         return {work, work->begin + skipped, min(work->count - skipped, ROWS), line % heads, line / heads};
     }
 };

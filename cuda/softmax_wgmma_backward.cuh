@@ -327,8 +327,7 @@ template <typename Shape, backward_duty DUTY> struct backward_copying {
     }
 
     __device__ __forceinline__ void run() {
-        const usp_tiles &all = args.by_key;
-        job_list<Shape::rows, true> list(args, notes.deals, are_alike(all.tile, all.work, *all.works));
+        job_list<Shape::rows, true> list(args, notes.deals);
         for (;;) {
             softmax_job job = DUTY == COPIES ? list.deal() : list.take();
             head_range heads = readers_of(args, job.head);

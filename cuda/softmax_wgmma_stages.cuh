@@ -62,30 +62,32 @@ template <bool RING> struct stage_job {
 };
 static_assert(USP_SOFTMAX_STAGES < 16, "their numbers have four bits");
 
-constexpr int LONG_HEAD = 32768;
-
-template <bool RING> struct stage_list {
+template <bool RING> struct stage_list : job_list<USP_WORK_ROWS, false> {
     using job_type = stage_job<RING>;
+    static constexpr uint32_t NOTHING = ~0u;
     const forward_stages<RING> &stages;
-    job_list<USP_WORK_ROWS, false> list;
 
-    __device__ __forceinline__ stage_list(const usp_softmax &args, const forward_stages<RING> &stages_,
-                                          job_deals &deals)
-        : stages(stages_), list(args, deals, one_by_one(args, stages_)) {
+    __device__ __forceinline__ stage_list(const usp_softmax &args_, const forward_stages<RING> &stages_,
+                                          job_deals &deals_)
+        : job_list(args_, deals_), stages(stages_) {
+        if (RING && !are_alike()) bundle = USP_SOFTMAX_BUNDLE;
     }
 
-    /* Many blocks lose step with each other over a long head, and a few of each head find more in the cache. */
-    static __device__ __forceinline__ bool one_by_one(const usp_softmax &args, const forward_stages<RING> &stages) {
-        int items = *args.by_query.works;
-        bool alike = args.keys <= LONG_HEAD;
-        for (int s = 0; s < (RING ? stages.count : 1) && alike; s++)
-            alike = are_alike(stages.stage[s].tile, stages.stage[s].work, items);
+    /* In all stages the last item weighs as much as the first one. */
+    __device__ __forceinline__ bool are_alike() const {
+        bool alike = items > 0;
+        for (int s = 1; s < stages.count && alike; s++) {
+            const forward_stage &stage = stages.stage[s];
+            usp_tiles tiles = {stage.work, stage.tile, nullptr, 0};
+            alike = columns_of(tiles, stage.work[0]) == columns_of(tiles, stage.work[items - 1]);
+        }
         return alike;
     }
 
     /* Before the first deal: if earlier launches have done all jobs, there is none. */
     __device__ __forceinline__ void begin() {
-        if (RING && stages.reached[0] == list.all()) list.asked = list.all();
+        int64_t all = (int64_t)items * lines;
+        if (RING && stages.reached[0] == all) asked = all;
     }
 
     /* Which stages of from .. until - 1 have steps. */
@@ -101,7 +103,6 @@ template <bool RING> struct stage_list {
 
     /* What there is to do of a job of a ring, which is noted as done. */
     __device__ __forceinline__ uint32_t part_of(const softmax_job &job) const {
-        const usp_softmax &args = list.args;
         int item = (int)(job.work - args.by_query.work);
         int64_t line = (int64_t)job.batch * args.heads + job.head;
         int32_t *reached = stages.reached + 1 + line * args.by_query.capacity + item;
@@ -109,7 +110,7 @@ template <bool RING> struct stage_list {
         int until = uniform(max(stages.here, come));
         uint32_t how = steps_of(item, from, until);
         how |= (from == 0 ? job_type::BEGINS : 0) | (until == stages.count ? job_type::ENDS : 0);
-        if (from >= until || !(how & (job_type::STEPS | job_type::ENDS))) return list.NOTHING;
+        if (from >= until || !(how & (job_type::STEPS | job_type::ENDS))) return NOTHING;
         if (threadIdx.x == 0) {
             *reached = until;
             if (how & job_type::ENDS) atomicAdd(stages.reached, 1);
@@ -123,24 +124,41 @@ template <bool RING> struct stage_list {
             return part_of(job);
         } else {
             uint32_t steps = job.work->tiles > 0;
-            return steps || list.args.first || list.args.last ? steps : list.NOTHING;
+            return steps || args.first || args.last ? steps : NOTHING;
         }
     }
 
     __device__ __forceinline__ job_type with(const softmax_job &job, uint32_t how) const {
-        return {(int)(job.work - list.args.by_query.work), job.begin, job.count, job.head, job.batch, how};
+        return {(int)(job.work - args.by_query.work), job.begin, job.count, job.head, job.batch, how};
     }
 
-    /* By the first warp; by the others. */
+    /* By the first warp, as in job_list; how to work at the job is dealt with its number. */
     __device__ __forceinline__ job_type deal() {
-        uint32_t how;
-        softmax_job job = list.deal([&](const softmax_job &one) { return how_of(one); }, how);
-        return with(job, how);
+        for (;;) {
+            int64_t number = uniform(asked < 0 ? ask() : asked);
+            softmax_job job = job_of(number);
+            asked = ask();
+            uint32_t how = job.count > 0 ? how_of(job) : 0;
+            if (job.count < 0 || how == NOTHING) continue;
+            if (threadIdx.x == 0) {
+                await(&deals.empty[at.stage], at.parity ^ 1);
+                deals.number[at.stage] = number | (int64_t)how << 32;
+                arrive(&deals.full[at.stage]);
+            }
+            at.advance();
+            return with(job, how);
+        }
     }
+
+    /* By the others. */
     __device__ __forceinline__ job_type take() {
-        uint32_t how;
-        softmax_job job = list.take(how);
-        return with(job, how);
+        await(&deals.full[at.stage], at.parity);
+        int64_t number = deals.number[at.stage];
+        softmax_job job = job_of((uint32_t)number);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(&deals.empty[at.stage]);
+        at.advance();
+        return with(job, (uint32_t)(number >> 32));
     }
 };
 
@@ -260,9 +278,10 @@ template <bool RING> static inline forward_stages<RING> make_stages(const usp_so
     return stages;
 }
 
-/* The call as blocks see it: what is the same in all stages, and the keys of all. */
+/* The call as blocks see it: what is the same in all stages, and the keys of all. Of a ring any job may begin. */
 static inline usp_softmax whole_call(const usp_softmax &args) {
     usp_softmax whole = at_stage(args, 0);
+    if (args.ring) whole.first = 1;
     for (int s = 1; s < stages_of(args); s++) whole.keys += args.ring->stage[s].keys;
     return whole;
 }
