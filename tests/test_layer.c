@@ -148,3 +148,72 @@ Test(layer, kernels_are_told_deterministic) {
     usp_expect_ranks(2, SECONDS, told_deterministic, &references);
     usp_references_free(&references);
 }
+
+/* ---- kernels that fold several stages at once -------------------------------------------------------------------- */
+
+/* A CPU that folds, in each call, all stages whose arrival was told: as a GPU's kernels may. */
+typedef struct folder {
+    usp_device_ops ops; /* first: what the device points to */
+    const usp_device_ops *real;
+    int folded, ahead, wrong; /* stages of the pass; of them, sooner than in their own call; calls that fit nothing */
+} folder;
+
+static usp_kernel_needs many_stages(usp_device *device, const usp_kernel_shape *shape) {
+    usp_kernel_needs needs = ((folder *)(uintptr_t)device->ops)->real->needs(device, shape);
+    needs.stages = USP_SOFTMAX_STAGES;
+    return needs;
+}
+
+static usp_status fold_stage(usp_device *device, folder *f, const usp_softmax *a, usp_stream stream) {
+    const usp_softmax_stage *stage = &a->ring->stage[f->folded];
+    usp_softmax one = *a;
+    one.keys = stage->keys, one.k = stage->k, one.v = stage->v;
+    one.pairs = stage->pairs, one.by_query = stage->by_query;
+    one.first = f->folded == 0, one.last = f->folded + 1 == a->ring->stages;
+    f->ahead += f->folded > a->ring->at;
+    f->folded++;
+    return f->real->softmax_forward(device, &one, stream);
+}
+
+static usp_status fold_what_is_here(usp_device *device, const usp_softmax *a, usp_stream stream) {
+    folder *f = (folder *)(uintptr_t)device->ops;
+    const usp_softmax_ring *ring = a->ring;
+    usp_status status = USP_OK;
+    if (!ring) return f->real->softmax_forward(device, a, stream);
+    int here = *ring->arrived > ring->at ? *ring->arrived : ring->at;
+    if (ring->at == 0) f->folded = 0, f->wrong += ring->reached[0] != 0;
+    f->wrong += a->k.data != ring->stage[ring->at].k.data || a->first != (ring->at == 0) ||
+                a->last != (ring->at + 1 == ring->stages);
+    while (f->folded < ring->stages && f->folded <= here && status == USP_OK) status = fold_stage(device, f, a, stream);
+    return status;
+}
+
+/* Every route and layout; documents leave stages without keys. */
+static int folds_ahead(usp_rank *rank, void *argument) {
+    static const usp_route routes[] = {USP_ROUTE_AUTO, USP_ROUTE_RELAY, USP_ROUTE_DIRECT, USP_ROUTE_GATHERED};
+    static const usp_layout layouts[] = {USP_LAYOUT_ZIGZAG, USP_LAYOUT_CONTIGUOUS, USP_LAYOUT_STRIPE};
+    usp_device *device = rank->world->device;
+    const usp_device_ops *real = device->ops;
+    folder f = {.ops = *real, .real = real};
+    int failed = 0;
+    f.ops.needs = many_stages, f.ops.softmax_forward = fold_what_is_here;
+    device->ops = &f.ops;
+    for (int i = 0; i < 48 && !failed; i++) {
+        usp_case c = {.tokens = 311, .mask = i / 12 % 2 ? USP_MASK_FULL : USP_MASK_CAUSAL, .return_lse = 1};
+        c.route = routes[i % 4], c.layout = layouts[i / 4 % 3], c.documents = i / 24 ? 4 : 0;
+        c.ulysses = i % 2 && rank->size % 2 == 0 ? 2 : 1;
+        c.ring = rank->size / c.ulysses, c.sinks = c.max_logit = i % 3 == 0;
+        failed = usp_check_case(rank, &c, argument);
+    }
+    device->ops = real;
+    if (!failed && (!f.ahead || f.wrong)) failed = usp_say(rank, "%d stages ahead, %d wrong", f.ahead, f.wrong);
+    return failed;
+}
+
+Test(layer, kernels_fold_all_stages_that_are_here) {
+    for (int size = 2; size <= 5; size++) {
+        usp_references references = {0};
+        usp_expect_ranks(size, SECONDS, folds_ahead, &references);
+        usp_references_free(&references);
+    }
+}
