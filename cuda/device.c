@@ -187,8 +187,7 @@ static usp_status cuda_softmax_peaks(usp_device *device, const usp_softmax *soft
 
 static usp_kernel_needs cuda_needs(usp_device *device, const usp_kernel_shape *shape) {
     return (usp_kernel_needs){.scratch = shape->attention == USP_SOFTMAX ? USP_WGMMA_SCRATCH : 0,
-                              .query_sums = usp_cuda_softmax_sums_queries(usp_cuda_gpu(device), shape),
-                              .stages = usp_cuda_softmax_stages(usp_cuda_gpu(device), shape)};
+                              .query_sums = usp_cuda_softmax_sums_queries(usp_cuda_gpu(device), shape)};
 }
 
 /* Longer blocks move fewer states through memory, shorter ones give short inputs enough blocks to fill the GPU; the

@@ -113,18 +113,6 @@ static __device__ __forceinline__ void await_above(const int *at, int least) {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-/* A number that rises while kernels run, told by what is no kernel of theirs: what was there before it rose is seen, by
- * boxes too. */
-static __device__ __forceinline__ int acquire(const int *at) {
-    int number;
-    asm volatile("ld.acquire.sys.global.s32 %0, [%1];\n"
-                 "fence.proxy.async.global;"
-                 : "=r"(number)
-                 : "l"(at)
-                 : "memory");
-    return number;
-}
-
 /* ---- products of a warpgroup (wgmma) ----------------------------------------------------------------------------- */
 
 /* Describes a tile of swizzled rows of 128 bytes (64 elements) `offset` bytes behind a shared address. `slab`: bytes

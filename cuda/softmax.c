@@ -28,19 +28,10 @@ usp_status usp_cuda_softmax_supports(const usp_gpu *gpu, const usp_kernel_shape 
     return USP_OK;
 }
 
-/* May the family serve calls of the shape? What it says of each one may be otherwise. */
-static int may_be_wgmma(const usp_gpu *gpu, const usp_kernel_shape *shape) {
+int usp_cuda_softmax_sums_queries(const usp_gpu *gpu, const usp_kernel_shape *shape) {
     int widest = shape->dim > shape->value_dim ? shape->dim : shape->value_dim;
     return usp_gpu_runs(gpu, usp_softmax_wgmma.target) && shape->attention == USP_SOFTMAX && shape->dtype != USP_F32 &&
            widest <= USP_WGMMA_DIM;
-}
-
-int usp_cuda_softmax_sums_queries(const usp_gpu *gpu, const usp_kernel_shape *shape) {
-    return may_be_wgmma(gpu, shape);
-}
-
-int usp_cuda_softmax_stages(const usp_gpu *gpu, const usp_kernel_shape *shape) {
-    return may_be_wgmma(gpu, shape) ? USP_SOFTMAX_STAGES : 1;
 }
 
 static int serves(const usp_softmax_family *family, const usp_gpu *gpu, const usp_softmax *args,

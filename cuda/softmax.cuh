@@ -250,8 +250,8 @@ static __device__ __forceinline__ float add_sink(row_state &row, float sink) {
 }
 
 /* What add_sink gets: of a head without a sink, or before the last fold, a score that weighs nothing. */
-static __device__ __forceinline__ float sink_of(const usp_softmax &args, int head, int last) {
-    return last && args.sinks ? args.sinks[head] * LOG2E : -INFINITY;
+static __device__ __forceinline__ float sink_of(const usp_softmax &args, int head) {
+    return args.last && args.sinks ? args.sinks[head] * LOG2E : -INFINITY;
 }
 
 /* The last fold: the factor that makes acc the row of out; `kept` is dropout's. A NaN stays one: only a row without
@@ -272,11 +272,11 @@ static __device__ __forceinline__ float natural_lse(row_state row) {
 }
 
 /* Writes what is kept of a row to `line`, completed if this is the last fold. */
-static __device__ __forceinline__ void store_state(const usp_softmax &args, int64_t line, row_state row, int last) {
-    if (last) row = complete(row);
+static __device__ __forceinline__ void store_state(const usp_softmax &args, int64_t line, row_state row) {
+    if (args.last) row = complete(row);
     args.top[line] = row.top;
     args.sum[line] = row.sum;
-    if (last && args.lse) args.lse[line] = natural_lse(row);
+    if (args.last && args.lse) args.lse[line] = natural_lse(row);
 }
 
 /* Backward: P = 2^(x - base) * factor, which is 0 for a row without keys. */

@@ -14,8 +14,6 @@ extern "C" {
 usp_status usp_cuda_softmax_supports(const usp_gpu *gpu, const usp_kernel_shape *shape);
 /* May backward be one kernel, which wants sums of dq? */
 int usp_cuda_softmax_sums_queries(const usp_gpu *gpu, const usp_kernel_shape *shape);
-/* How many stages forward may fold in one call. */
-int usp_cuda_softmax_stages(const usp_gpu *gpu, const usp_kernel_shape *shape);
 usp_status usp_cuda_softmax_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 usp_status usp_cuda_softmax_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 /* One kernel each, no family. */
@@ -38,8 +36,7 @@ typedef struct usp_softmax_family {
 } usp_softmax_family;
 
 /* Hopper: tensor cores by wgmma, tiles by the copy engine. 16-bit elements, rows on 16-byte boundaries; dims up
- * to 256, 128 with extras. Forward folds what has come of a ring; the other families fold the call's own stage.
- * Backward is one kernel with sums of dq in memory. */
+ * to 256, 128 with extras. Backward is one kernel with sums of dq in memory. */
 extern const usp_softmax_family usp_softmax_wgmma;
 /* Tensor cores by mma.sync, sm_80 and up: 16-bit elements, dims up to 128, rows on 16-byte boundaries. Backward is two
  * kernels: dq by work items of queries, dk and dv by work items of keys. */

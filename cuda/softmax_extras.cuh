@@ -99,14 +99,13 @@ template <int M> struct lane_peaks {
         for (int i = 0; i < M * 2; i++) best[i] = fmaxf(best[i], lane_best(scores, i));
     }
     /* All lanes take part. */
-    __device__ __forceinline__ void store(const usp_softmax &args, int64_t line, int rows, float unit,
-                                          bool first) const {
+    __device__ __forceinline__ void store(const usp_softmax &args, int64_t line, int rows, float unit) const {
 #pragma unroll
         for (int i = 0; i < M * 2; i++) {
             int row = usp_lane_row(i / 2, i % 2);
             float peak = row_max(best[i]) * unit * LN2;
             if (row >= rows || (threadIdx.x & 3) != 0) continue;
-            args.peak[line + row] = first ? peak : fmaxf(args.peak[line + row], peak);
+            args.peak[line + row] = args.first ? peak : fmaxf(args.peak[line + row], peak);
         }
     }
 };

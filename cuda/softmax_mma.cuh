@@ -245,12 +245,6 @@ template <int M, int SLACK = 8> struct online_softmax {
     __device__ __forceinline__ row_state kept(int i) const {
         return {top[i], row_sum(sum[i])};
     }
-
-    /* As if all rows had been kept and begun again: whether they have been shows in no bit. */
-    __device__ __forceinline__ void settle() {
-#pragma unroll
-        for (int i = 0; i < M * 2; i++) begin(i, kept(i));
-    }
 };
 
 /* ---- numbers that are not finite --------------------------------------------------------------------------------- */
@@ -269,17 +263,16 @@ static __device__ __forceinline__ void shield(usp_shared_rows<DIM> tile, int &sp
 /* Writes what is not finite in the columns of steps that need a mask, or of `every` step, to those rows of a job, in
  * `result` (fp32 if `wide`), that may pair with them. The rows have been written; a thread has one element of all. */
 template <typename T, bool KEY_ROWS>
-static __device__ __forceinline__ void
-mend_element(const usp_softmax &args, const usp_pairs &pairs, const usp_tile *tiles, const softmax_job &job, int step,
-             bool every, int element, const usp_tensor &result, bool wide, const usp_tensor &columns, int dim) {
+static __device__ __noinline__ void mend(const usp_softmax &args, softmax_job job, int step, bool every, int element,
+                                         usp_tensor result, bool wide, usp_tensor columns, int dim) {
     int key_head = usp_mapped_head(args.kv, job.head);
     head_range heads = KEY_ROWS ? readers_of(args, job.head) : head_range{key_head, key_head + 1};
-    tile_walk at({nullptr, tiles, nullptr, 0}, *job.work, max(heads.end - heads.first, 0));
+    tile_walk at(tiles_of(args, KEY_ROWS), *job.work, max(heads.end - heads.first, 0));
     for (; at.running() && element < dim; at.advance(step)) {
         for (int j = at.column; j < min(at.column + step, at.end) && (every || !at.full(step)); j++) {
             float x = usp_to_float(usp_row<T>(columns, j, job.batch, heads.first + at.round)[element]);
             for (int row = job.begin; row < job.begin + job.count && !isfinite(x); row++) {
-                if (!pair_allowed(pairs, KEY_ROWS ? j : row, KEY_ROWS ? row : j)) continue;
+                if (!pair_allowed(args.pairs, KEY_ROWS ? j : row, KEY_ROWS ? row : j)) continue;
                 if (wide)
                     usp_row<float>(result, row, job.batch, job.head)[element] = x;
                 else
@@ -287,14 +280,6 @@ mend_element(const usp_softmax &args, const usp_pairs &pairs, const usp_tile *ti
             }
         }
     }
-}
-
-/* The same for the tiles and pairs of the call. */
-template <typename T, bool KEY_ROWS>
-static __device__ __noinline__ void mend(const usp_softmax &args, softmax_job job, int step, bool every, int element,
-                                         usp_tensor result, bool wide, usp_tensor columns, int dim) {
-    mend_element<T, KEY_ROWS>(args, args.pairs, tiles_of(args, KEY_ROWS).tile, job, step, every, element, result, wide,
-                              columns, dim);
 }
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */

@@ -96,8 +96,8 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     job = note.job;
     first_row = job.begin + warp_row, rows = job.count - warp_row;
     line = line_of(args, job.batch, job.head, first_row);
-    if (EXTRAS && args.peak) peaks.store(args, line, rows, rule.unit, args.first);
-    float sink = sink_of(args, job.head, args.last), kept = EXTRAS ? 1 / (1 - args.dropout.rate) : 1;
+    if (EXTRAS && args.peak) peaks.store(args, line, rows, rule.unit);
+    float sink = sink_of(args, job.head), kept = EXTRAS ? 1 / (1 - args.dropout.rate) : 1;
     int own = threadIdx.x & 3, own_row = usp_lane_row(own / 2, own % 2); /* one of four lanes writes a row's state */
     row_state own_state = {};
 #pragma unroll
@@ -107,7 +107,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         multiply_row(i, out, args.last ? factor : 1);
         if (i == own) own_state = state;
     }
-    if (own < M * 2 && own_row < rows) store_state(args, line + own_row, own_state, args.last);
+    if (own < M * 2 && own_row < rows) store_state(args, line + own_row, own_state);
     if (args.last)
         usp_store(out, usp_row<T>(args.out, first_row, job.batch, job.head), args.out.stride_token, rows,
                   args.value_dim);

@@ -1,7 +1,7 @@
 /* softmax_wgmma.cu - softmax attention on Hopper (sm_90a) as a family: which calls it serves, and its table. The
  * kernels are in softmax_wgmma_forward.cu, softmax_wgmma_backward.cu and, for wide heads, softmax_wgmma_wide.cu. */
 #include "softmax_extras.cuh"
-#include "softmax_wgmma_stages.cuh"
+#include "softmax_wgmma.cuh"
 
 /* Each launcher knows what its shape takes, and asks no GPU but Hopper. */
 static size_t least_shared(int, int) {
@@ -18,19 +18,6 @@ static bool result_fits(const usp_tensor &x, usp_dtype dtype) {
     return dtype == USP_F32 ? pairs_aligned(x) : usp_rows_aligned(x, 2);
 }
 
-static bool keys_fit(const usp_softmax &args, int s) {
-    usp_softmax one = at_stage(args, s);
-    return is_copied(one, true, one.k) && is_copied(one, true, one.v) &&
-           one.by_query.capacity == at_stage(args, 0).by_query.capacity;
-}
-
-/* Of a ring, all calls are answered alike. */
-static bool results_fit(const usp_softmax &args) {
-    bool kept = args.ring || !(args.first && args.last);
-    return (!(args.ring || args.last) || usp_rows_aligned(args.out, 2)) &&
-           (!kept || pairs_aligned(usp_tensor{args.acc, 0, 0, 0}));
-}
-
 static int fits(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call call) {
     const usp_softmax &a = *args;
     bool forward = call == USP_CALL_FORWARD;
@@ -38,10 +25,10 @@ static int fits(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call ca
     int widest = max(a.dim, a.value_dim), most = extras ? USP_WGMMA_EXTRAS_DIM : USP_WGMMA_DIM;
     if (!gpu->encode_map || a.dtype == USP_F32 || a.dim % 8 || a.value_dim % 8 || widest > most || !(a.scale > 0))
         return 0;
-    if (!is_copied(a, false, a.q)) return 0;
-    for (int s = 0; s < stages_of(a); s++)
-        if (!keys_fit(a, s)) return 0;
-    if (forward) return results_fit(a);
+    if (!is_copied(a, false, a.q) || !is_copied(a, true, a.k) || !is_copied(a, true, a.v)) return 0;
+    if (forward)
+        return (!a.last || usp_rows_aligned(a.out, 2)) &&
+               ((a.first && a.last) || pairs_aligned(usp_tensor{a.acc, 0, 0, 0}));
     bool bounded = a.dtype != USP_F16 || 1 - a.dropout.rate > 1.0f / 32768; /* weights over 1 - rate are rounded */
     return (!a.deterministic || a.turns) && bounded && is_copied(a, false, a.dout) && a.dq_sum.data &&
            is_copied(a, false, a.dq_sum, 4) && (!a.last || result_fits(a.dq, a.dtype)) &&

@@ -194,7 +194,7 @@ constexpr int DEALS = 2, LONG_HEAD = 32768;
 
 struct job_deals {
     arrivals full[DEALS], empty[DEALS];
-    int64_t number[DEALS]; /* forward: the lower half; the upper one says how to work at the job */
+    int64_t number[DEALS];
 };
 
 static __device__ __forceinline__ void begin_deals(job_deals &deals, int readers) {
@@ -289,8 +289,8 @@ struct step_note {
 /* ---- pairs ------------------------------------------------------------------------------------------------------- */
 
 /* Fills in, by one warp, what usp_pairs says of the columns of a step that is not full. */
-template <int STEP, typename Walk, typename Pairs>
-static __device__ __forceinline__ void note_keys(const Pairs &pairs, const Walk &at, int *key, int *last) {
+template <int STEP>
+static __device__ __forceinline__ void note_keys(const usp_pairs &pairs, const tile_walk &at, int *key, int *last) {
     for (int i = threadIdx.x & 31; i < STEP; i += 32) {
         bool exists = i < at.columns();
         key[i] = exists ? pairs.key[at.column + i] : NOWHERE;
@@ -355,8 +355,6 @@ static usp_status launch_staying(const char *what, void (*kernel)(Parameters...)
 
 extern "C" {
 usp_status usp_softmax_wgmma_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
-/* Called by that above where there is a ring. */
-usp_status usp_softmax_wgmma_ring_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 usp_status usp_softmax_wgmma_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 /* Called by that above for wide heads, between the passes over the sums of dq. */
 usp_status usp_softmax_wgmma_wide_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);

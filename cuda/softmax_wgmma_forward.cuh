@@ -3,14 +3,13 @@
 #ifndef USP_CUDA_SOFTMAX_WGMMA_FORWARD_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_FORWARD_CUH
 #include "softmax_extras.cuh"
-#include "softmax_wgmma_stages.cuh"
+#include "softmax_wgmma.cuh"
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
 /* STEP columns at a time. Sums of a thread: STEP / 2 scores, as many weights in half the registers, VALUE_DIM / 2 of
  * out; with addresses and rows no more than 240 registers. Two stages of keys and values fill shared memory. */
-template <int DIM, int VALUE_DIM, int STEP, bool RING, int EXTRAS = 0> struct forward_shape {
-    static constexpr bool ring = RING; /* calls have one */
+template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct forward_shape {
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
     static constexpr bool caps = EXTRAS & CAPS, slopes = EXTRAS & SLOPES, drops = EXTRAS & DROPS;
     static constexpr bool extras = EXTRAS != 0, more = slopes && drops;
@@ -28,13 +27,18 @@ template <int DIM, int VALUE_DIM, int STEP, bool RING, int EXTRAS = 0> struct fo
 
 /* ---- shared memory ----------------------------------------------------------------------------------------------- */
 
+struct forward_job {
+    softmax_job job;
+    int steps; /* 0: its rows meet no column */
+};
+
 template <typename Shape> struct forward_notes {
     static constexpr int stages = Shape::stages, slots = Shape::slots;
     arrivals job_full[slots], job_empty[slots];
     job_deals deals;
     arrivals k_full[stages], k_empty[stages], v_full[stages], v_empty[stages];
     arrivals v_clean[stages]; /* of masked steps: the values are finite, or were made so */
-    stage_job<Shape::ring> job[slots];
+    forward_job job[slots];
     int spoilt[4]; /* by job % 4, of jobs with steps: the last one whose values were not all finite */
     step_note step[stages];
     alignas(8) int key[stages][Shape::step]; /* these are read two at a time */
@@ -69,8 +73,8 @@ template <typename Shape> struct forward_memory {
     }
 };
 
-template <bool RING> struct forward_maps {
-    tile_map q, out, k[forward_stages<RING>::room], v[forward_stages<RING>::room];
+struct forward_maps {
+    tile_map q, k, v, out;
     bool has_out; /* results may leave in boxes */
 };
 
@@ -80,27 +84,24 @@ template <typename Shape> struct copying_warp {
     using memory = forward_memory<Shape>;
     using notes_type = forward_notes<Shape>;
     const usp_softmax &args;
-    const forward_stages<Shape::ring> &stages;
-    const forward_maps<Shape::ring> &maps;
+    const forward_maps &maps;
     notes_type &notes;
     turn<Shape::stages> k, v;
     turn<Shape::slots> slot;
     bool leads;
 
-    __device__ __forceinline__ copying_warp(const usp_softmax &args_, const forward_stages<Shape::ring> &stages_,
-                                            const forward_maps<Shape::ring> &maps_, notes_type &notes_)
-        : args(args_), stages(stages_), maps(maps_), notes(notes_), k{0, 0}, v{0, 0}, slot{0, 0},
-          leads(threadIdx.x % 32 == 0) {
+    __device__ __forceinline__ copying_warp(const usp_softmax &args_, const forward_maps &maps_, notes_type &notes_)
+        : args(args_), maps(maps_), notes(notes_), k{0, 0}, v{0, 0}, slot{0, 0}, leads(threadIdx.x % 32 == 0) {
     }
 
     /* The queries of a job, and what it is. */
-    __device__ __forceinline__ void start(const stage_job<Shape::ring> &next) {
+    __device__ __forceinline__ void start(const softmax_job &job, bool steps) {
         arrivals *full = &notes.job_full[slot.stage];
         if (leads) {
             await(&notes.job_empty[slot.stage], slot.parity ^ 1);
-            notes.job[slot.stage] = next;
-            arrive_with(full, next.steps() ? memory::q_tile::bytes : 0);
-            if (next.steps()) memory::q_at(slot.stage).copy(&maps.q, next.begin, next.head, next.batch, full);
+            notes.job[slot.stage] = {job, steps};
+            arrive_with(full, steps ? memory::q_tile::bytes : 0);
+            if (steps) memory::q_at(slot.stage).copy(&maps.q, job.begin, job.head, job.batch, full);
         }
         slot.advance();
     }
@@ -110,12 +111,11 @@ template <typename Shape> struct copying_warp {
         static constexpr int count = Shape::slopes || Shape::drops ? Shape::step / 32 : 0;
         int key[count + 1], origin;
 
-        __device__ __forceinline__ key_extras(const usp_softmax &args, const int32_t *keys,
-                                              const stage_walk<Shape::ring> &at, int first_row) {
+        __device__ __forceinline__ key_extras(const usp_softmax &args, const tile_walk &at, int first_row) {
             origin = Shape::slopes && args.slopes ? args.pairs.diagonal[first_row] : 0;
 #pragma unroll
             for (int i = 0; i < count; i++)
-                key[i] = load_or(keys, at.column, threadIdx.x + i * 32, at.columns(), origin);
+                key[i] = load_or(args.pairs.key, at.column, threadIdx.x + i * 32, at.columns(), origin);
         }
 
         __device__ __forceinline__ void note(notes_type &notes, int stage) const {
@@ -128,56 +128,62 @@ template <typename Shape> struct copying_warp {
         }
     };
 
-    __device__ __forceinline__ void copy_keys(const stage_walk<Shape::ring> &at, int head,
-                                              const stage_job<Shape::ring> &job) {
-        const forward_stage &stage = at.here();
+    __device__ __forceinline__ void copy_keys(const tile_walk &at, bool last, int head, const softmax_job &job) {
         bool full = at.full(Shape::step);
-        key_extras extras(args, stage.key, at, job.begin);
+        key_extras extras(args, at, job.begin);
         await(&notes.k_empty[k.stage], k.parity ^ 1);
-        if (!full) note_keys<Shape::step>(stage, at, notes.key[k.stage], notes.last[k.stage]);
+        if (!full) note_keys<Shape::step>(args.pairs, at, notes.key[k.stage], notes.last[k.stage]);
         extras.note(notes, k.stage);
         __syncwarp();
         if (leads) {
-            notes.step[k.stage] = {!full, at.ends_stage(Shape::step)};
+            notes.step[k.stage] = {!full, last};
             arrive_with(&notes.k_full[k.stage], memory::k_tile::bytes);
-            memory::k_at(k.stage).copy(&maps.k[Shape::ring ? at.stage : 0], at.column, head, job.batch,
-                                       &notes.k_full[k.stage]);
+            memory::k_at(k.stage).copy(&maps.k, at.column, head, job.batch, &notes.k_full[k.stage]);
         }
         k.advance();
     }
 
-    __device__ __forceinline__ void copy_values(int stage, int column, int head, int batch) {
+    __device__ __forceinline__ void copy_values(int column, int head, int batch) {
         if (leads) {
             await(&notes.v_empty[v.stage], v.parity ^ 1);
             arrive_with(&notes.v_full[v.stage], memory::v_tile::bytes);
-            memory::v_at(v.stage).copy(&maps.v[Shape::ring ? stage : 0], column, head, batch, &notes.v_full[v.stage]);
+            memory::v_at(v.stage).copy(&maps.v, column, head, batch, &notes.v_full[v.stage]);
         }
         v.advance();
     }
 
+    static __device__ __forceinline__ bool has_steps(const softmax_job &job) {
+        return job.count > 0 && job.work->tiles > 0;
+    }
+
     /* Values of a step are wanted when the products with the next step's keys have begun; the next job's queries, where
-     * jobs overlap, as soon as there is room for them, which is after the first step. Returns whether that was. */
-    __device__ __forceinline__ bool copy_steps(const stage_job<Shape::ring> &job, const stage_job<Shape::ring> &next) {
-        int head = usp_mapped_head(args.kv, job.head), values = -1, of = 0, steps = 0;
-        for (stage_walk<Shape::ring> at(stages, job); at.running(); at.advance(Shape::step), steps++) {
-            copy_keys(at, head, job);
-            if (values >= 0) copy_values(of, values, head, job.batch);
-            if (Shape::overlaps && steps == 2) start(next);
-            values = at.column, of = at.stage;
+     * jobs overlap, as soon as there is room for them, which is after the first step. */
+    __device__ __forceinline__ void copy_steps(const softmax_job &job, const softmax_job &next, bool &started) {
+        int head = usp_mapped_head(args.kv, job.head), values = -1, steps = 0;
+        for (tile_walk at(args.by_query, *job.work, 1); at.running(); steps++) {
+            tile_walk now = at;
+            at.advance(Shape::step);
+            copy_keys(now, !at.running(), head, job);
+            if (values >= 0) copy_values(values, head, job.batch);
+            if (Shape::overlaps && steps == 2) {
+                start(next, has_steps(next));
+                started = true;
+            }
+            values = now.column;
         }
-        if (values >= 0) copy_values(of, values, head, job.batch);
-        return Shape::overlaps && steps > 2;
+        if (values >= 0) copy_values(values, head, job.batch);
     }
 
     __device__ __forceinline__ void run() {
-        stage_list<Shape::ring> list(args, stages, notes.deals);
-        list.begin();
-        stage_job<Shape::ring> now = list.deal();
-        start(now);
-        while (now.count > 0) {
-            stage_job<Shape::ring> next = list.deal();
-            if (!copy_steps(now, next)) start(next);
-            now = next;
+        job_list<Shape::rows, false> list(args, notes.deals);
+        softmax_job job = list.deal();
+        start(job, has_steps(job));
+        while (job.count > 0) {
+            softmax_job next = list.deal();
+            bool started = false;
+            if (job.work->tiles > 0) copy_steps(job, next, started);
+            if (!started) start(next, has_steps(next));
+            job = next;
         }
     }
 };
@@ -186,12 +192,11 @@ template <typename Shape> struct copying_warp {
 
 /* A warp that notes what usp_pairs says of a job's rows. It is on its way while the place for it is awaited. */
 template <typename Shape>
-static __device__ __forceinline__ void note_rows(const usp_softmax &args, const forward_stages<Shape::ring> &stages,
-                                                 forward_notes<Shape> &notes) {
+static __device__ __forceinline__ void note_rows(const usp_softmax &args, forward_notes<Shape> &notes) {
     constexpr int most = Shape::rows / 32;
     turn<Shape::slots> slot = {0, 0};
-    stage_list<Shape::ring> list(args, stages, notes.deals);
-    for (stage_job<Shape::ring> job = {0, 0, 1, 0, 0, 0}; job.count > 0; slot.advance()) {
+    job_list<Shape::rows, false> list(args, notes.deals);
+    for (softmax_job job = {nullptr, 0, 1, 0, 0}; job.count > 0; slot.advance()) {
         int low[most], high[most], query[most], lane = threadIdx.x % 32;
         job = list.take();
 #pragma unroll
@@ -218,14 +223,12 @@ template <typename T, typename Shape> struct watching_warps {
     using memory = forward_memory<Shape>;
     static constexpr int threads = 64;
     const usp_softmax &args;
-    const forward_stages<Shape::ring> &stages;
     forward_notes<Shape> &notes;
     turn<Shape::stages> v;
     int jobs, thread;
 
-    __device__ __forceinline__ watching_warps(const usp_softmax &args_, const forward_stages<Shape::ring> &stages_,
-                                              forward_notes<Shape> &notes_)
-        : args(args_), stages(stages_), notes(notes_), v{0, 0}, jobs(0), thread(threadIdx.x - 64) {
+    __device__ __forceinline__ watching_warps(const usp_softmax &args_, forward_notes<Shape> &notes_)
+        : args(args_), notes(notes_), v{0, 0}, jobs(0), thread(threadIdx.x - 64) {
     }
 
     __device__ __forceinline__ void clean(uint32_t tile) {
@@ -240,12 +243,13 @@ template <typename T, typename Shape> struct watching_warps {
     }
 
     __device__ __forceinline__ void run() {
-        stage_list<Shape::ring> list(args, stages, notes.deals);
+        job_list<Shape::rows, false> list(args, notes.deals);
         for (;;) {
-            stage_job<Shape::ring> job = list.take();
+            softmax_job job = list.take();
             if (job.count == 0) return;
-            jobs += job.steps();
-            for (stage_walk<Shape::ring> at(stages, job); at.running(); at.advance(Shape::step), v.advance()) {
+            if (job.work->tiles == 0) continue;
+            jobs++;
+            for (tile_walk at(args.by_query, *job.work, 1); at.running(); at.advance(Shape::step), v.advance()) {
                 await(&notes.v_full[v.stage], v.parity);
                 if (!at.full(Shape::step)) {
                     look(memory::v_at(v.stage).address);

@@ -14,8 +14,7 @@ template <typename T, typename Shape> struct computing_group {
     using memory = forward_memory<Shape>;
     using notes_type = forward_notes<Shape>;
     const usp_softmax &args;
-    const forward_stages<Shape::ring> &stages;
-    const forward_maps<Shape::ring> &maps;
+    const forward_maps &maps;
     const soft_cap &cap;
     notes_type &notes;
     int group, warp_row; /* this warp's first row of the job */
@@ -39,10 +38,9 @@ template <typename T, typename Shape> struct computing_group {
         uint64_t word[2];
     };
 
-    __device__ __forceinline__ computing_group(const usp_softmax &args_, const forward_stages<Shape::ring> &stages_,
-                                               const forward_maps<Shape::ring> &maps_, const soft_cap &cap_,
-                                               notes_type &notes_)
-        : args(args_), stages(stages_), maps(maps_), cap(cap_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
+    __device__ __forceinline__ computing_group(const usp_softmax &args_, const forward_maps &maps_,
+                                               const soft_cap &cap_, notes_type &notes_)
+        : args(args_), maps(maps_), cap(cap_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
           warp_row((threadIdx.x / 32 - 4) * 16), k{0, 0}, v{0, 0}, slot{0, 0}, clean_parity(0), unclean(false),
           held(false), jobs(0) {
         if (group == 1) pass(MEET_TURN, 256);
@@ -50,7 +48,7 @@ template <typename T, typename Shape> struct computing_group {
 
     /* ---- rows */
 
-    __device__ __forceinline__ void begin_rows(job_rows &to, const stage_job<Shape::ring> &job) {
+    __device__ __forceinline__ void begin_rows(job_rows &to, const softmax_job &job) {
         int place = slot.stage, rows = job.count - warp_row;
         int64_t line = line_of(args, job.batch, job.head, job.begin + warp_row);
         to.pairs.read(notes.low[place], notes.high[place], notes.query[place], warp_row);
@@ -58,13 +56,13 @@ template <typename T, typename Shape> struct computing_group {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int row = usp_lane_row(0, i);
-            bool kept = !job.begins(args) && row < rows;
+            bool kept = !args.first && row < rows;
             to.online.begin(i, {kept ? args.top[line + row] : -INFINITY, kept ? args.sum[line + row] : 0});
         }
         if constexpr (Shape::extras) begin_extras(to, job, rows);
     }
 
-    __device__ __forceinline__ void begin_extras(job_rows &to, const stage_job<Shape::ring> &job, int rows) {
+    __device__ __forceinline__ void begin_extras(job_rows &to, const softmax_job &job, int rows) {
         to.peaks = {};
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -78,36 +76,34 @@ template <typename T, typename Shape> struct computing_group {
         }
     }
 
-    __device__ __forceinline__ void begin_out(const stage_job<Shape::ring> &job, const float (&factor)[2]) {
+    __device__ __forceinline__ void begin_out(const softmax_job &job, const float (&factor)[2]) {
         int rows = job.count - warp_row;
         usp_tensor acc = acc_tensor(args);
-        if (job.begins(args)) {
-            clear(out);
-            return;
-        }
-        usp_take(out, usp_row<float>(acc, job.begin + warp_row, job.batch, job.head), acc.stride_token, rows,
-                 args.value_dim);
+        clear(out);
+        if (args.first) return;
+        usp_scale_add(out, 1, usp_row<float>(acc, job.begin + warp_row, job.batch, job.head), acc.stride_token, rows,
+                      args.value_dim);
         scale_rows(out, factor);
     }
 
-    __device__ __forceinline__ void end_rows(const job_rows &from, const stage_job<Shape::ring> &job, int place) {
+    __device__ __forceinline__ void end_rows(const job_rows &from, const softmax_job &job, int place) {
         int rows = job.count - warp_row, first_row = job.begin + warp_row;
         int64_t line = line_of(args, job.batch, job.head, first_row);
-        float sink = sink_of(args, job.head, job.ends(args)), kept = Shape::drops ? 1 / (1 - args.dropout.rate) : 1;
-        if (Shape::more && args.peak) from.peaks.store(args, line, rows, cap.unit, job.begins(args));
+        float sink = sink_of(args, job.head), kept = Shape::drops ? 1 / (1 - args.dropout.rate) : 1;
+        if (Shape::more && args.peak) from.peaks.store(args, line, rows, cap.unit);
         int own = threadIdx.x & 3, own_row = usp_lane_row(0, own % 2); /* one of four lanes writes a row's state */
         row_state own_state = {};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             row_state state = from.online.kept(i);
             float factor = finish_row(state, sink, kept);
-            multiply_row(i, out, job.ends(args) ? factor : 1);
+            multiply_row(i, out, args.last ? factor : 1);
             if (i == own) own_state = state;
         }
-        if (own < 2 && own_row < rows) store_state(args, line + own_row, own_state, job.ends(args));
-        if (Shape::boxes_out && job.ends(args) && maps.has_out && job.count == Shape::rows) {
+        if (own < 2 && own_row < rows) store_state(args, line + own_row, own_state);
+        if (Shape::boxes_out && args.last && maps.has_out && job.count == Shape::rows) {
             store_out(job, place);
-        } else if (job.ends(args)) {
+        } else if (args.last) {
             usp_store(out, usp_row<T>(args.out, first_row, job.batch, job.head), args.out.stride_token, rows,
                       args.value_dim);
         } else {
@@ -117,7 +113,7 @@ template <typename T, typename Shape> struct computing_group {
     }
 
     /* The group's rows, by way of where its queries lay. */
-    __device__ __forceinline__ void store_out(const stage_job<Shape::ring> &job, int place) {
+    __device__ __forceinline__ void store_out(const softmax_job &job, int place) {
         left_operand<W / 2> rounded;
         round_sums<T, W / 2>(rounded, out);
         share<W / 2>(rounded, memory::out_at(place), warp_row);
@@ -131,13 +127,14 @@ template <typename T, typename Shape> struct computing_group {
     }
 
     /* Brings what was taken out of values to the rows that depend on it. */
-    __device__ __forceinline__ void mend_rows(stage_job<Shape::ring> job) {
+    __device__ __forceinline__ void mend_rows(softmax_job job) {
         await_boxes();
         meet(MEET_GROUP + group, 128); /* the rows are written */
         job.begin += group * 64;
         job.count = min(job.count - group * 64, 64);
         for (int element = threadIdx.x % 128; element < args.value_dim; element += 128)
-            mend_stages<T, Shape::ring>(args, stages, job, Shape::step, element);
+            mend<T, false>(args, job, Shape::step, false, element, args.last ? args.out : acc_tensor(args), !args.last,
+                           args.v, args.value_dim);
     }
 
     /* ---- one step */
@@ -285,10 +282,10 @@ template <typename T, typename Shape> struct computing_group {
 
     /* A job whose first step is done, if it has steps. */
     struct begun_job {
-        stage_job<Shape::ring> what;
+        forward_job what;
         job_rows rows;
         float factor[2]; /* of what was summed before */
-        bool goes_on;    /* there are more steps of the stage */
+        bool goes_on;    /* there are more steps */
         int place;
     };
 
@@ -313,12 +310,12 @@ template <typename T, typename Shape> struct computing_group {
         to.place = slot.stage;
         to.goes_on = false;
         to.factor[0] = to.factor[1] = 1;
-        begin_rows(to.rows, to.what);
-        if (pending && to.what.steps())
+        begin_rows(to.rows, to.what.job);
+        if (pending && to.what.steps)
             begin_steps<true>(to);
         else if (pending)
             end_steps();
-        else if (to.what.steps())
+        else if (to.what.steps)
             begin_steps<false>(to);
         slot.advance();
     }
@@ -331,15 +328,10 @@ template <typename T, typename Shape> struct computing_group {
         arrive_warp(&notes.job_empty[place ^ 1]);
     }
 
-    /* Between stages rows are settled: a loop around the loop of a stage would cost registers. */
     __device__ __forceinline__ void run_job(begun_job &now) {
-        begin_out(now.what, now.factor);
+        begin_out(now.what.job, now.factor);
         leave_last(now.place);
-        for (;;) {
-            if (!now.goes_on) {
-                if (!now.what.goes_on()) break;
-                now.rows.online.settle();
-            }
+        while (now.goes_on) {
             step_note step = next_step();
             now.goes_on = !step.last;
             if (step.masked)
@@ -351,20 +343,20 @@ template <typename T, typename Shape> struct computing_group {
     }
 
     __device__ __forceinline__ void end_job(const begun_job &now) {
-        jobs += now.what.steps();
-        bool spoilt = now.what.steps() && notes.spoilt[jobs % 4] == jobs;
-        end_rows(now.rows, now.what, now.place);
-        if (spoilt) mend_rows(now.what);
+        jobs += now.what.steps;
+        bool spoilt = now.what.steps && notes.spoilt[jobs % 4] == jobs;
+        end_rows(now.rows, now.what.job, now.place);
+        if (spoilt) mend_rows(now.what.job);
         held = Shape::overlaps;
     }
 
     __device__ __forceinline__ void run() {
         begun_job now, next;
-        for (begin_job(now, false); now.what.count > 0; now = next) {
+        for (begin_job(now, false); now.what.job.count > 0; now = next) {
             run_job(now);
             if (Shape::overlaps)
-                begin_job(next, now.what.steps());
-            else if (now.what.steps())
+                begin_job(next, now.what.steps);
+            else if (now.what.steps)
                 end_steps();
             end_job(now);
             if (!Shape::overlaps) begin_job(next, false);

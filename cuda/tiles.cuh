@@ -202,24 +202,6 @@ static __device__ __forceinline__ void usp_scale_add(usp_sums<M, N> &c, float fa
     }
 }
 
-/* c = from, for `rows` rows of `dim` elements; 0 elsewhere. */
-template <int M, int N>
-static __device__ __forceinline__ void usp_take(usp_sums<M, N> &c, const float *from, int64_t stride, int rows,
-                                                int dim) {
-#pragma unroll
-    for (int i = 0; i < M * 2; i++) {
-        int row = usp_lane_row(i / 2, i % 2);
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            float2 kept = {0, 0};
-            if (row < rows && usp_lane_column(n) < dim)
-                kept = *reinterpret_cast<const float2 *>(from + row * stride + usp_lane_column(n));
-            c[i / 2][n][i % 2 * 2] = kept.x;
-            c[i / 2][n][i % 2 * 2 + 1] = kept.y;
-        }
-    }
-}
-
 static __device__ __forceinline__ void usp_put_pair(float *to, const float *pair) {
     *reinterpret_cast<float2 *>(to) = make_float2(pair[0], pair[1]);
 }

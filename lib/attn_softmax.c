@@ -1,13 +1,12 @@
 /* attn_softmax.c - softmax attention on the ring axis: stage after stage keys and values of other ring ranks arrive, by
  * whatever route is planned, while queries stay and fold in those that are here.
  *
- * Forward folds into (acc, top, sum), so that nothing is rounded between stages. Where kernels may fold several stages
- * at once, all of them have places of their own, and transfers wait for no kernel. Backward meets the same keys again;
+ * Forward folds into (acc, top, sum), so that nothing is rounded between stages. Backward meets the same keys again;
  * the gradients of each stage's keys begin fresh, go straight to their owner and are added there, in the order of
  * stages. All sums are fp32. */
 #include "attn.h"
 #include "error.h"
-#include "softmax_buffers.h"
+#include "parcels.h"
 
 /* ---- operands ---------------------------------------------------------------------------------------------------- */
 
@@ -29,17 +28,68 @@ static const usp_operand_row backward_rows[] = {
     {USP_GIVEN(usp_backward, dropout_state), USP_INNER(dropout_state), USP_FORM_SHARED, USP_OUT, USP_USE_IN, 0,
      USP_ASKED(dropout)}};
 
-/* ---- memory ------------------------------------------------------------------------------------------------------ */
+/* ---- buffers ----------------------------------------------------------------------------------------------------- */
+
+typedef struct buffers {
+    char *own, *packed, *stage[2]; /* keys: own, if nobody has them side by side; for readers; of stages 1, 2, 1, ... */
+    float *acc;                    /* forward: running output; backward: running dq */
+    float *peak;                   /* [batch, heads, rows] */
+    float *home;                   /* backward: fp32 gradients of own keys */
+    char *leaving[2], *arriving;   /* backward: fp32 gradients of stages' keys; of own keys, from readers */
+    float *heads;                  /* [ring + 1][heads]: every ring rank's numbers of heads */
+    int32_t *turns;                /* of the kernels, as what follows */
+    void *scratch;
+} buffers;
+
+static float *carve_floats(int64_t count, usp_arena *arena) {
+    return usp_carve(arena, (size_t)count * sizeof(float));
+}
+
+static char *carve_keys(const usp_layer *layer, int64_t rows, usp_dtype dtype, usp_arena *arena) {
+    return usp_carve(arena, (size_t)usp_parcels_bytes(layer, rows, dtype));
+}
+
+/* Rows of queries times batch and own heads. */
+static int64_t query_lines(const usp_layer *layer) {
+    return layer->plan->query_limit * layer->config.batch * usp_layer_own_heads(layer);
+}
+
+static int32_t *carve_turns(const usp_layer *layer, usp_arena *arena) {
+    int64_t turns = (layer->plan->query_limit + USP_TURN_ROWS - 1) / USP_TURN_ROWS;
+    return usp_carve(arena, (size_t)(turns * layer->config.batch * usp_layer_own_heads(layer)) * sizeof(int32_t));
+}
+
+/* Exchanged gradients are fp32 blocks, which need no running sums beside them. */
+static buffers carve(const usp_layer *layer, usp_pass pass, int exchanged, usp_arena *arena) {
+    buffers b = {.scratch = usp_carve(arena, layer->needs.scratch)};
+    const usp_route_plan *route = &layer->plan->route;
+    usp_dtype dtype = layer->config.dtype;
+    int backward = pass == USP_PASS_BACKWARD, numbers = layer->config.sinks || layer->config.max_logit;
+    if (layer->config.max_logit && !backward) b.peak = carve_floats(query_lines(layer), arena);
+    if (numbers) b.heads = carve_floats((int64_t)(layer->mesh.ring + 1) * usp_layer_own_heads(layer), arena);
+    int several = route->stages > 1, sums = several ? !backward || !exchanged : backward && layer->needs.query_sums;
+    if (backward && layer->needs.query_sums && layer->config.deterministic) b.turns = carve_turns(layer, arena);
+    if (sums) b.acc = carve_floats(query_lines(layer) * layer->dim[backward ? USP_QUERY : USP_OUT], arena);
+    if (!several) return b;
+    if (layer->mesh.ulysses == 1) b.own = carve_keys(layer, layer->plan->key_limit, dtype, arena);
+    b.packed = carve_keys(layer, route->pack_limit, dtype, arena);
+    for (int i = 0; i < 2 && i < route->stages - 1; i++) b.stage[i] = carve_keys(layer, route->limit, dtype, arena);
+    if (!backward) return b;
+    if (!exchanged) b.home = (float *)(void *)carve_keys(layer, layer->plan->key_limit, USP_F32, arena);
+    for (int i = 0; i < 2 && i < route->stages - 1; i++) b.leaving[i] = carve_keys(layer, route->limit, USP_F32, arena);
+    b.arriving = carve_keys(layer, route->reader_limit, USP_F32, arena);
+    return b;
+}
 
 static size_t workspace(const usp_layer *layer, usp_pass pass, int exchanged) {
     usp_arena arena = {0};
-    usp_softmax_carve(layer, pass, exchanged, &arena);
+    carve(layer, pass, exchanged, &arena);
     return arena.used;
 }
 
 /* What is kept of every query row: top, then sum. */
 static size_t stat_bytes(const usp_layer *layer) {
-    return usp_align((size_t)usp_softmax_rows(layer) * sizeof(float));
+    return usp_align((size_t)query_lines(layer) * sizeof(float));
 }
 
 static float *kept_sum(const usp_layer *layer, const usp_inner *inner) {
@@ -56,7 +106,7 @@ static int sums(const usp_layer *layer) {
 
 /* ---- stages ------------------------------------------------------------------------------------------------------ */
 
-static usp_softmax arguments_of(const usp_layer *layer, const usp_inner *inner, const usp_softmax_buffers *b) {
+static usp_softmax arguments_of(const usp_layer *layer, const usp_inner *inner, const buffers *b) {
     const usp_layer_config *c = &layer->config;
     usp_head_range own = usp_layer_heads(layer, USP_OUT, layer->mesh.u);
     return (usp_softmax){.dtype = c->dtype,
@@ -87,33 +137,23 @@ static usp_softmax arguments_of(const usp_layer *layer, const usp_inner *inner, 
                          .scratch = b->scratch};
 }
 
-static usp_softmax_stage stage_of(const usp_layer *layer, const usp_inner *inner, const usp_softmax_buffers *b, int t) {
+/* The keys, pairs and work of stage t; its keys lie in `block`, but the own ones. */
+static void set_stage(const usp_layer *layer, const usp_inner *inner, usp_softmax *stage, int t, void *block) {
     const usp_plan *plan = layer->plan;
     usp_bundle bundle = usp_parcels_bundle(layer);
     usp_dtype dtype = layer->config.dtype;
-    char *block = usp_softmax_keys(b, t).arriving;
-    return (usp_softmax_stage){.keys = plan->route.stage[t].rows,
-                               .k = t ? usp_bundle_block(layer, &bundle, block, dtype, 0) : inner->k,
-                               .v = t ? usp_bundle_block(layer, &bundle, block, dtype, 1) : inner->v,
-                               .pairs = usp_plan_pairs(plan, &plan->device, t),
-                               .by_query = usp_plan_tiles(plan, &plan->device, t, 0)};
-}
-
-static void set_stage(const usp_layer *layer, const usp_inner *inner, usp_softmax *stage, int t,
-                      const usp_softmax_buffers *b) {
-    usp_softmax_stage keys = stage_of(layer, inner, b, t);
-    stage->keys = keys.keys;
-    stage->k = keys.k;
-    stage->v = keys.v;
-    stage->pairs = keys.pairs;
-    stage->by_query = keys.by_query;
-    stage->by_key = usp_plan_tiles(layer->plan, &layer->plan->device, t, 1);
+    stage->keys = plan->route.stage[t].rows;
+    stage->k = t ? usp_bundle_block(layer, &bundle, block, dtype, 0) : inner->k;
+    stage->v = t ? usp_bundle_block(layer, &bundle, block, dtype, 1) : inner->v;
+    stage->pairs = usp_plan_pairs(plan, &plan->device, t);
+    stage->by_query = usp_plan_tiles(plan, &plan->device, t, 0);
+    stage->by_key = usp_plan_tiles(plan, &plan->device, t, 1);
     stage->first = t == 0;
-    stage->last = t == layer->plan->route.last;
+    stage->last = t == plan->route.last;
 }
 
 /* The own keys side by side, as readers are sent them. */
-static usp_status pack_own(usp_layer *layer, const usp_inner *inner, usp_softmax_buffers *b) {
+static usp_status pack_own(usp_layer *layer, const usp_inner *inner, buffers *b) {
     usp_bundle bundle = usp_parcels_bundle(layer);
     if (inner->keys) b->own = inner->keys;
     if (inner->packed || layer->plan->route.stages == 1) return USP_OK;
@@ -127,15 +167,18 @@ static usp_status pack_own(usp_layer *layer, const usp_inner *inner, usp_softmax
     return usp_copies_run(layer, inner->stream);
 }
 
-static usp_status pack_keys(usp_layer *layer, const usp_inner *inner, const usp_softmax_buffers *b, int t) {
-    const usp_key_memory memory = usp_softmax_keys(b, t);
+/* Posts the keys of stage t, which arrive during the one before. */
+static usp_status send_keys(usp_layer *layer, const usp_inner *inner, const buffers *b, int t, usp_messages *messages) {
+    if (t >= layer->plan->route.stages) return USP_OK;
+    const usp_key_memory memory = {b->own, b->packed, t == 1 ? b->own : b->stage[t % 2], b->stage[(t - 1) % 2]};
     usp_parcels_pack(layer, t, &memory);
-    return usp_copies_run(layer, inner->stream);
+    USP_TRY(usp_copies_run(layer, inner->stream));
+    usp_parcels_post_keys(layer, t, &memory, messages);
+    return USP_OK;
 }
 
-static void post_keys(const usp_layer *layer, const usp_softmax_buffers *b, int t, usp_messages *messages) {
-    const usp_key_memory memory = usp_softmax_keys(b, t);
-    usp_parcels_post_keys(layer, t, &memory, messages);
+static int is_empty(const usp_messages *messages) {
+    return !messages->sends && !messages->recvs;
 }
 
 /* ---- numbers of heads -------------------------------------------------------------------------------------------- */
@@ -156,14 +199,13 @@ static usp_status gather_heads(usp_layer *layer, const usp_inner *inner, const f
     usp_messages *messages = usp_messages_begin(layer);
     post_heads(layer, mine, all, messages);
     USP_TRY(device->ops->copy(device, all + layer->mesh.r * heads, mine, (size_t)heads * sizeof(float), inner->stream));
-    if (usp_messages_empty(messages)) return USP_OK;
+    if (is_empty(messages)) return USP_OK;
     USP_TRY(usp_messages_run(layer, inner->stream));
     return usp_messages_join(layer, inner->stream);
 }
 
 /* The largest score of each own head over all rows of all ring ranks. */
-static usp_status find_peaks(usp_layer *layer, const usp_inner *inner, const usp_softmax *stage,
-                             const usp_softmax_buffers *b) {
+static usp_status find_peaks(usp_layer *layer, const usp_inner *inner, const usp_softmax *stage, const buffers *b) {
     usp_device *device = layer->world->device;
     float *mine = b->heads + (int64_t)layer->mesh.ring * stage->heads;
     usp_softmax ranks = {.batch = layer->mesh.ring, .heads = stage->heads, .queries = 1, .peak = b->heads};
@@ -173,8 +215,7 @@ static usp_status find_peaks(usp_layer *layer, const usp_inner *inner, const usp
 }
 
 /* The gradient of the own heads' sinks, of all ring ranks in order. */
-static usp_status sum_sinks(usp_layer *layer, const usp_inner *inner, const usp_softmax *stage,
-                            const usp_softmax_buffers *b) {
+static usp_status sum_sinks(usp_layer *layer, const usp_inner *inner, const usp_softmax *stage, const buffers *b) {
     usp_device *device = layer->world->device;
     int64_t heads = stage->heads;
     float *mine = b->heads + layer->mesh.ring * heads;
@@ -195,51 +236,17 @@ static usp_status sum_sinks(usp_layer *layer, const usp_inner *inner, const usp_
 
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
-/* All stages, to be folded in any of the calls; what they tell each other begins, and what readers get is packed. */
-static usp_status begin_ring(usp_layer *layer, const usp_inner *inner, const usp_softmax_buffers *b,
-                             usp_softmax_ring *ring) {
-    usp_device *device = layer->world->device;
-    const usp_plan *plan = layer->plan;
-    *ring = (usp_softmax_ring){.stages = plan->route.last + 1, .arrived = b->arrived, .reached = b->arrived + 1};
-    for (int t = 0; t < ring->stages; t++) {
-        ring->stage[t] = stage_of(layer, inner, b, t);
-        ring->stage[t].by_query = usp_plan_joined(plan, &plan->device, t);
-    }
-    for (int t = 1; t < plan->route.stages; t++) USP_TRY(pack_keys(layer, inner, b, t));
-    return device->ops->zero(device, b->arrived, usp_softmax_ring_bytes(layer), inner->stream);
-}
-
-/* Starts the exchange of stage t's keys, which arrive during the one before. *moving: there is something to wait for.
- * Where kernels fold what has arrived, it waits only for what came before the call, and tells its end. */
-static usp_status start_keys(usp_layer *layer, const usp_inner *inner, const usp_softmax_buffers *b, int t,
-                             int *moving) {
-    usp_device *device = layer->world->device;
-    usp_messages *messages = usp_messages_begin(layer);
-    *moving = 0;
-    if (t >= layer->plan->route.stages) return USP_OK;
-    if (!b->arrived) USP_TRY(pack_keys(layer, inner, b, t));
-    post_keys(layer, b, t, messages);
-    *moving = b->arrived || !usp_messages_empty(messages);
-    if (!*moving) return USP_OK;
-    if (!b->arrived || t == 1) USP_TRY(usp_world_fork(layer->world, inner->stream, layer->world->transfer));
-    USP_TRY(usp_messages_exchange(layer));
-    if (!b->arrived) return USP_OK;
-    return device->ops->copy(device, b->arrived, layer->numbers + t, sizeof *b->arrived, layer->world->transfer);
-}
-
 static usp_status forward(usp_layer *layer, usp_inner *inner) {
     usp_device *device = layer->world->device;
-    usp_softmax_buffers b = usp_softmax_carve(layer, USP_PASS_FORWARD, inner->exchanged, &inner->arena);
+    buffers b = carve(layer, USP_PASS_FORWARD, inner->exchanged, &inner->arena);
     usp_softmax stage = arguments_of(layer, inner, &b);
-    usp_softmax_ring ring;
     USP_TRY(pack_own(layer, inner, &b));
-    if (b.arrived) USP_TRY(begin_ring(layer, inner, &b, &ring));
     for (int t = 0; t < layer->plan->route.stages; t++) {
-        int moving;
-        USP_TRY(start_keys(layer, inner, &b, t + 1, &moving));
-        set_stage(layer, inner, &stage, t, &b);
-        ring.at = t;
-        stage.ring = b.arrived && ring.stages > 1 ? &ring : NULL;
+        usp_messages *messages = usp_messages_begin(layer);
+        USP_TRY(send_keys(layer, inner, &b, t + 1, messages));
+        int moving = !is_empty(messages);
+        if (moving) USP_TRY(usp_messages_run(layer, inner->stream));
+        set_stage(layer, inner, &stage, t, b.stage[(t + 1) % 2]);
         if (t == 0 || stage.keys) USP_TRY(device->ops->softmax_forward(device, &stage, inner->stream));
         if (moving) USP_TRY(usp_messages_join(layer, inner->stream));
     }
@@ -263,8 +270,7 @@ static usp_status derive(usp_layer *layer, const usp_inner *own, int64_t tokens,
 }
 
 /* dq is summed where it is wanted, if that is fp32, else in acc until the last stage, if there is acc. */
-static void set_query_sums(const usp_layer *layer, const usp_inner *inner, usp_softmax *stage,
-                           const usp_softmax_buffers *b) {
+static void set_query_sums(const usp_layer *layer, const usp_inner *inner, usp_softmax *stage, const buffers *b) {
     int64_t dim = layer->dim[USP_QUERY], row = dim * stage->heads;
     stage->dq_sum = inner->sum_queries ? inner->dq : (usp_tensor){b->acc, row, row * layer->config.batch, dim};
     if (inner->sum_queries) stage->last = 0;
@@ -272,7 +278,7 @@ static void set_query_sums(const usp_layer *layer, const usp_inner *inner, usp_s
 
 /* Where the gradients of stage t's keys are written. */
 static void set_key_gradients(const usp_layer *layer, const usp_inner *inner, usp_softmax *stage, int t,
-                              const usp_softmax_buffers *b, const usp_tensor home[2]) {
+                              const buffers *b, const usp_tensor home[2]) {
     usp_bundle bundle = usp_parcels_bundle(layer);
     int direct = t == 0 && !inner->sum_keys && layer->plan->route.stages == 1;
     stage->key_dtype = direct ? layer->config.dtype : USP_F32;
@@ -298,19 +304,16 @@ static usp_status bring_home(usp_layer *layer, const usp_inner *inner, const usp
 }
 
 /* During step t the keys of stage t + 1 arrive, and the gradients of stage t - 1 go home and are added. */
-static usp_status backward_step(usp_layer *layer, const usp_inner *inner, usp_softmax *stage, int t,
-                                const usp_softmax_buffers *b, const usp_tensor home[2]) {
+static usp_status backward_step(usp_layer *layer, const usp_inner *inner, usp_softmax *stage, int t, const buffers *b,
+                                const usp_tensor home[2]) {
     usp_device *device = layer->world->device;
     usp_messages *messages = usp_messages_begin(layer);
-    if (t + 1 < layer->plan->route.stages) {
-        USP_TRY(pack_keys(layer, inner, b, t + 1));
-        post_keys(layer, b, t + 1, messages);
-    }
+    USP_TRY(send_keys(layer, inner, b, t + 1, messages));
     if (t > 1) usp_parcels_post_gradients(layer, t - 1, b->leaving[t % 2], b->arriving, messages);
-    int moving = !usp_messages_empty(messages);
+    int moving = !is_empty(messages);
     if (moving) USP_TRY(usp_messages_run(layer, inner->stream));
     if (t < layer->plan->route.stages) {
-        set_stage(layer, inner, stage, t, b);
+        set_stage(layer, inner, stage, t, b->stage[(t + 1) % 2]);
         set_query_sums(layer, inner, stage, b);
         set_key_gradients(layer, inner, stage, t, b, home);
         if (t == 0 || stage->keys) USP_TRY(device->ops->softmax_backward(device, stage, inner->stream));
@@ -320,7 +323,7 @@ static usp_status backward_step(usp_layer *layer, const usp_inner *inner, usp_so
 }
 
 static usp_status backward(usp_layer *layer, usp_inner *inner) {
-    usp_softmax_buffers b = usp_softmax_carve(layer, USP_PASS_BACKWARD, inner->exchanged, &inner->arena);
+    buffers b = carve(layer, USP_PASS_BACKWARD, inner->exchanged, &inner->arena);
     usp_softmax stage = arguments_of(layer, inner, &b);
     usp_bundle bundle = usp_parcels_bundle(layer);
     usp_tensor home[2] = {inner->dk, inner->dv};

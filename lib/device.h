@@ -78,29 +78,6 @@ typedef struct usp_dropout {
     const uint64_t *state; /* device memory: seed, offset */
 } usp_dropout;
 
-/* The keys of one stage of a ring, and the work over them. */
-typedef struct usp_softmax_stage {
-    int64_t keys;
-    usp_tensor k, v;
-    usp_pairs pairs;
-    usp_tiles by_query;
-} usp_softmax_stage;
-
-enum { USP_SOFTMAX_STAGES = 8 }; /* of one pass that a device may fold in one call */
-
-/* The stages of a forward pass, to which calls are made as without it: one a stage, in order, when its keys have come.
- * In each of them a device may fold, item by item, also what came since, and then finds less to do in later calls; or
- * it folds the call's own stage alone. It decides by what all calls have in common. */
-typedef struct usp_softmax_ring {
-    int stages, at;                              /* stages up to `at` have keys that are here */
-    usp_softmax_stage stage[USP_SOFTMAX_STAGES]; /* by_query: item i has the same rows in all; every row is in one */
-    /* Device memory, 0 before the first call. arrived: a number that rises during calls; keys of stages up to it are
-     * here. reached: how many stages are folded, [batch][heads][capacity of by_query], behind the number of items,
-     * heads and batch entries that are done. */
-    const int32_t *arrived;
-    int32_t *reached;
-} usp_softmax_ring;
-
 /* Softmax attention of a block of queries and a block of keys. Head h of q, out, dout and of what is kept per row is
  * local head h; k, v, dk, dv go through `kv`. The score of a pair is s = scale q.k, then soft_cap tanh(s / soft_cap)
  * if soft_cap > 0, then minus slopes[h] |diagonal[q] - key[k]| if slopes are given.
@@ -120,12 +97,11 @@ typedef struct usp_softmax {
     int64_t queries, keys; /* rows of the two blocks */
     usp_tensor q, k, v;    /* dtype */
     usp_pairs pairs;
-    usp_tiles by_query, by_key;   /* rows are queries; rows are keys (backward) */
-    const usp_softmax_ring *ring; /* forward: all stages, of which this is `at`; host memory, or NULL */
-    int deterministic;            /* 1: no kernel whose result depends on timing */
-    int first, last; /* of the blocks of keys that are folded into these queries. first: what is kept begins
-                        here; last: it is completed, by the sinks too, and results are written. by_query has
-                        every row of the queries in one item if first or last, by_key every row always */
+    usp_tiles by_query, by_key; /* rows are queries; rows are keys (backward) */
+    int deterministic;          /* 1: no kernel whose result depends on timing */
+    int first, last;            /* of the blocks of keys that are folded into these queries. first: what is kept begins
+                                   here; last: it is completed, by the sinks too, and results are written. by_query has
+                                   every row of the queries in one item if first or last, by_key every row always */
     float *top, *sum;
     /* forward: acc, fp32 [queries, batch, heads, value_dim] dense, is the sum of weights times values. If last:
      * out = acc / sum, 0 for a row without any key; lse, natural, if it is not NULL (of such a row the sink, or -inf);
@@ -222,7 +198,6 @@ typedef struct usp_kernel_shape {
 typedef struct usp_kernel_needs {
     size_t scratch; /* bytes to work in, one kernel at a time */
     int query_sums; /* softmax_backward may add to dq_sum in calls that are first and last too: it is given there */
-    int stages;     /* softmax_forward may fold so many stages in one call, if it is given them all; 1: its own alone */
 } usp_kernel_needs;
 
 typedef struct usp_device_ops {

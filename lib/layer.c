@@ -118,32 +118,17 @@ static usp_status prepare_transport(usp_layer *layer, int64_t messages) {
 
 /* ---- create ------------------------------------------------------------------------------------------------------ */
 
-/* When it returns, `numbers` is free again; *to is the layer's also where it fails. */
-static usp_status upload(usp_layer *layer, const void *numbers, size_t bytes, void **to) {
-    usp_device *device = layer->world->device;
-    USP_TRY(device->ops->alloc(device, bytes ? bytes : 1, to));
-    if (bytes) USP_TRY(device->ops->copy(device, *to, numbers, bytes, NULL));
-    return usp_world_wait(layer->world, NULL);
-}
-
 /* Own heads of one number a head, on the device; NULL: none. */
 static usp_status upload_heads(usp_layer *layer, const float *numbers, float **to) {
+    usp_device *device = layer->world->device;
     usp_head_range own = usp_layer_heads(layer, USP_OUT, layer->mesh.u);
     void *memory = NULL;
     if (!numbers) return USP_OK;
-    usp_status status = upload(layer, numbers + own.first, (size_t)own.count * sizeof(float), &memory);
+    size_t bytes = (size_t)own.count * sizeof(float);
+    USP_TRY(device->ops->alloc(device, bytes ? bytes : sizeof(float), &memory));
     *to = memory;
-    return status;
-}
-
-static usp_status upload_numbers(usp_layer *layer) {
-    int32_t numbers[USP_SOFTMAX_STAGES];
-    void *memory = NULL;
-    if (layer->needs.stages <= 1) return USP_OK;
-    for (int i = 0; i < USP_SOFTMAX_STAGES; i++) numbers[i] = i;
-    usp_status status = upload(layer, numbers, sizeof numbers, &memory);
-    layer->numbers = memory;
-    return status;
+    if (bytes) USP_TRY(device->ops->copy(device, *to, numbers + own.first, bytes, NULL));
+    return usp_world_wait(layer->world, NULL); /* the caller's array is free again */
 }
 
 static usp_shape shape_of(const usp_layer *layer) {
@@ -167,7 +152,6 @@ static usp_status build(usp_layer *layer, const float *decay, const float *slope
     layer->sizes = usp_run_sizes(layer);
     USP_TRY(allocate_lists(layer, messages));
     USP_TRY(prepare_transport(layer, messages));
-    USP_TRY(upload_numbers(layer));
     USP_TRY(upload_heads(layer, decay, &layer->decay));
     return upload_heads(layer, slopes, &layer->slopes);
 }
@@ -178,7 +162,6 @@ static void free_layer(usp_object *object) {
     usp_plan_release(layer->sequence, layer->plan);
     device->ops->free(device, layer->decay);
     device->ops->free(device, layer->slopes);
-    device->ops->free(device, layer->numbers);
     usp_host_free(&layer->world->host, layer->list_memory);
     usp_host_free(&layer->world->host, layer);
 }

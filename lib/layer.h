@@ -41,7 +41,6 @@ struct usp_layer {
     usp_sizes sizes;
     usp_kernel_needs needs;
     float *decay, *slopes; /* device, own heads; NULL: none */
-    int32_t *numbers;      /* device: 0, 1, 2, ... of stages, where kernels may fold several at once; else NULL */
     usp_messages messages;
     usp_copies copies;
     void *list_memory;
@@ -72,9 +71,6 @@ static inline int usp_layer_ring_rank(const usp_layer *layer, int r) {
 /* Message lists. begin empties the layer's list; exchange puts it on the transfer stream, run does so behind what
  * `stream` has now; join makes `stream` wait for it. */
 usp_messages *usp_messages_begin(usp_layer *layer);
-static inline int usp_messages_empty(const usp_messages *messages) {
-    return !messages->sends && !messages->recvs;
-}
 void usp_messages_send(usp_messages *messages, int peer, const void *data, int64_t bytes);
 void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t bytes);
 usp_status usp_messages_exchange(usp_layer *layer);

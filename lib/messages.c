@@ -22,7 +22,7 @@ void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t byt
 
 usp_status usp_messages_exchange(usp_layer *layer) {
     const usp_messages *messages = &layer->messages;
-    if (usp_messages_empty(messages)) return USP_OK;
+    if (!messages->sends && !messages->recvs) return USP_OK;
     return usp_world_exchange(layer->world, messages->send, messages->sends, messages->recv, messages->recvs);
 }
 

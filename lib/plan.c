@@ -125,13 +125,9 @@ static void plan_stage(const usp_sequence *sequence, usp_plan *plan, int t, usp_
 
 static void plan_tiles(const usp_sequence *sequence, usp_plan *plan) {
     usp_tile_list list = {plan->host.work, plan->host.tile, plan->order, 0, 0};
-    int64_t stages = plan->route.stages;
     if (!plan->host.tile) list.work = NULL;
-    for (int t = 0; t < stages; t++) plan_stage(sequence, plan, t, &list);
+    for (int t = 0; t < plan->route.stages; t++) plan_stage(sequence, plan, t, &list);
     plan->tiles = list.tiles;
-    const usp_stage_lists lists = {plan->host.work, plan->host.works, plan->host.tile, stages, plan->query_works};
-    if (list.work && plan->host.joined)
-        plan->host.works[2 * stages] = usp_tiles_join(&lists, usp_plan_queries(plan), plan->order, plan->host.joined);
 }
 
 /* Where bytes go to that are the same for the device. */
@@ -189,11 +185,6 @@ usp_tiles usp_plan_tiles(const usp_plan *plan, const usp_plan_arrays *arrays, in
                            (int)plan->query_works};
     return (usp_tiles){arrays->work + stages * plan->query_works + t * plan->key_works, arrays->tile,
                        arrays->works + stages + t, (int)plan->key_works};
-}
-
-usp_tiles usp_plan_joined(const usp_plan *plan, const usp_plan_arrays *arrays, int t) {
-    return (usp_tiles){arrays->joined + t * plan->query_works, arrays->tile, arrays->works + 2 * plan->route.stages,
-                       (int)plan->query_works};
 }
 
 double usp_plan_work(const usp_sequence *sequence, const usp_plan *plan, int r) {

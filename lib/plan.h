@@ -18,9 +18,8 @@ typedef struct usp_shape {
 
 /* What the device reads, and the host's copy of it. */
 typedef struct usp_plan_arrays {
-    int32_t *works;   /* [2][stages] items by query and by key, then those of `joined` of one stage */
-    usp_work *work;   /* [stages][query_works], then [stages][key_works] */
-    usp_work *joined; /* [stages][query_works], in one order; where there are several stages */
+    int32_t *works; /* [2][stages] items by query and by key */
+    usp_work *work; /* [stages][query_works], then [stages][key_works] */
     usp_tile *tile;
     int32_t *query, *low, *high, *diagonal; /* [query_limit] own rows */
     int32_t *key, *last;                    /* own rows, then those of every other stage */
@@ -81,9 +80,6 @@ static inline int64_t usp_plan_first_key(const usp_plan *plan, int t) {
 /* Stage t as kernels take it: pairs, and items by query and by key, in `arrays` (the host's or the device's). */
 usp_pairs usp_plan_pairs(const usp_plan *plan, const usp_plan_arrays *arrays, int t);
 usp_tiles usp_plan_tiles(const usp_plan *plan, const usp_plan_arrays *arrays, int t, int by_key);
-/* Items of stage t by query, in the order of all stages: item i has the same rows in all, also where it has no tiles.
- */
-usp_tiles usp_plan_joined(const usp_plan *plan, const usp_plan_arrays *arrays, int t);
 
 /* (query, key) pairs that ring rank r computes, per head and batch. */
 double usp_plan_work(const usp_sequence *sequence, const usp_plan *plan, int r);

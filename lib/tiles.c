@@ -172,36 +172,3 @@ void usp_tiles_by_key(usp_tile_list *list, const usp_query_rows *queries, const 
     }
     put_in_order(list, first);
 }
-
-/* ---- all stages -------------------------------------------------------------------------------------------------- */
-
-/* Items by their rows, and how many columns each has over all stages. */
-static void add_up_columns(const usp_stage_lists *lists, int64_t rows, usp_order *order) {
-    int64_t items = (rows + USP_WORK_ROWS - 1) / USP_WORK_ROWS;
-    for (int64_t i = 0; i < items; i++) {
-        int32_t begin = (int32_t)(i * USP_WORK_ROWS), count = (int32_t)usp_least(rows - begin, USP_WORK_ROWS);
-        order[i] = (usp_order){(uint64_t)INT32_MAX << 32 | (uint64_t)i, {begin, count, 0, 0}};
-    }
-    for (int64_t t = 0; t < lists->stages; t++)
-        for (int64_t i = 0; i < lists->works[t]; i++) {
-            const usp_work *work = &lists->work[t * lists->stride + i];
-            const usp_tile *tile = lists->tile + work->first_tile;
-            for (int32_t n = 0; n < work->tiles; n++)
-                order[work->begin / USP_WORK_ROWS].key -= (uint64_t)(tile[n].end - tile[n].begin) << 32;
-        }
-}
-
-int32_t usp_tiles_join(const usp_stage_lists *lists, int64_t rows, usp_order *order, usp_work *joined) {
-    int64_t items = (rows + USP_WORK_ROWS - 1) / USP_WORK_ROWS;
-    add_up_columns(lists, rows, order);
-    usp_sort(order, (size_t)items, sizeof *order, by_key);
-    for (int64_t t = 0; t < lists->stages; t++)
-        for (int64_t i = 0; i < items; i++) joined[t * lists->stride + i] = order[i].work;
-    for (int64_t i = 0; i < items; i++) order[order[i].work.begin / USP_WORK_ROWS].key = (uint64_t)i; /* its place */
-    for (int64_t t = 0; t < lists->stages; t++)
-        for (int64_t i = 0; i < lists->works[t]; i++) {
-            const usp_work *work = &lists->work[t * lists->stride + i];
-            joined[t * lists->stride + (int64_t)order[work->begin / USP_WORK_ROWS].key] = *work;
-        }
-    return (int32_t)items;
-}

@@ -41,17 +41,4 @@ typedef struct usp_tile_list {
 void usp_tiles_by_query(usp_tile_list *list, const usp_query_rows *queries, const usp_key_rows *keys, int whole);
 void usp_tiles_by_key(usp_tile_list *list, const usp_query_rows *queries, const usp_key_rows *keys);
 
-/* The lists by query of several stages, [stages][stride], and how many items each has. */
-typedef struct usp_stage_lists {
-    const usp_work *work;
-    const int32_t *works;
-    const usp_tile *tile;
-    int64_t stages, stride;
-} usp_stage_lists;
-
-/* Writes the items of all stages in one order, [stages][stride]: item i has the same rows in all, and those with most
- * columns in all come first. Returns how many items of a stage there are: as many as one of the lists has that has
- * every row. `order` has room for them. */
-int32_t usp_tiles_join(const usp_stage_lists *lists, int64_t rows, usp_order *order, usp_work *joined);
-
 #endif

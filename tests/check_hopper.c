@@ -1,8 +1,8 @@
 /* check_hopper.c - the kernels for Hopper on an emulated one, against the CPU's, as gpu_kernels.c compares a GPU. What
  * they do not serve the CPU computes on both sides. It needs no GPU; speed and what real memory does are not seen.
  *
- *   check_hopper                              softmax, views, ring and repeats
- *   check_hopper softmax | views | ring | repeats | poison
+ *   check_hopper                              softmax, views and repeats, warps by turns
+ *   check_hopper softmax | views | repeats | poison
  *   check_hopper schedules [FIXED [DRAWN]]    softmax, some warps held back or ahead: by the first schedules, or all,
  *                                             and by so many that are drawn */
 #include <cuda.h>
@@ -142,15 +142,6 @@ static void check_poison(usp_gpu_test *t) {
     usp_gpu_check_poison(t);
 }
 
-/* Keys arrive between calls and during them, whatever jobs a block has. */
-static void check_ring(usp_gpu_test *t) {
-    static const usp_schedule spread = {"spread", 0, 0, 0, 0, 0, 1};
-    usp_emulated_schedule(&spread, 0);
-    usp_emulated_bring = usp_gpu_ring_bring;
-    usp_gpu_check_ring(t, 1);
-    usp_emulated_bring = NULL;
-}
-
 static const struct kind {
     const char *name;
     void (*check)(usp_gpu_test *);
@@ -158,7 +149,6 @@ static const struct kind {
 } kinds[] = {{"softmax", usp_gpu_check_softmax, 0},
              {"views", usp_gpu_check_views, 0},
              {"poison", check_poison, 1},
-             {"ring", check_ring, 0},
              {"repeats", check_repeats, 0}};
 
 /* One, or all that need not be asked for. */

@@ -297,11 +297,6 @@ static void time_linear(usp_gpu_test *t) {
 }
 
 /* What a kind's tests are called, in the order in which they run. */
-/* Nothing arrives during a call: what else runs on a GPU beside it, layers show. */
-static void check_ring(usp_gpu_test *t) {
-    usp_gpu_check_ring(t, 0);
-}
-
 static const struct kind_tests {
     const char *name;
     void (*check)(usp_gpu_test *);
@@ -311,7 +306,6 @@ static const struct kind_tests {
     {"linear", usp_gpu_check_linear, time_linear},
     {"softmax", usp_gpu_check_softmax, usp_gpu_time_softmax},
     {"views", usp_gpu_check_views, NULL},
-    {"ring", check_ring, NULL},
     {"repeats", usp_gpu_check_repeats, NULL},
     {"poison", usp_gpu_check_poison, NULL},
 };

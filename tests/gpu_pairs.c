@@ -109,46 +109,23 @@ static int add_tiles(usp_gpu_test *t, const side *x, usp_work *work, usp_tile *t
     return work->tiles;
 }
 
-/* Rows cut in items, of which each has `most` at most. */
-static int draw_works(usp_gpu_test *t, int rows, int most, usp_work *work) {
-    int works = 0;
-    for (int at = 0; at < rows; at += work[works++].count) {
-        int count = random_below(t, 4) ? most : 1 + random_below(t, most);
-        work[works] = (usp_work){at, count < rows - at ? count : rows - at, 0, 0};
-    }
-    return works;
-}
-
-/* Items of these rows with their tiles, and room for more than there are, where the slab is poisoned. */
-static usp_gpu_plan put_plan(usp_gpu_test *t, const side *x, const usp_work *rows, int32_t works, int capacity) {
+/* Room for more items than there are, where the slab is poisoned. */
+static usp_gpu_plan make_plan(usp_gpu_test *t, const side *x) {
     usp_work *work = calloc(USP_GPU_ROWS, sizeof *work);
     usp_tile *tile = calloc(USP_GPU_ROWS * 16, sizeof *tile);
-    int32_t tiles = 0;
+    int32_t works = 0, tiles = 0, most = x->s->c->work_rows ? x->s->c->work_rows : USP_WORK_ROWS;
     if (!work || !tile) exit(1);
-    for (int i = 0; i < works; i++) {
-        work[i] = (usp_work){rows[i].begin, rows[i].count, tiles, 0};
-        tiles += add_tiles(t, x, &work[i], tile + tiles);
+    for (int at = 0; at < x->rows; at += work[works++].count) {
+        int count = random_below(t, 4) ? most : 1 + random_below(t, most);
+        work[works] = (usp_work){at, count < x->rows - at ? count : x->rows - at, tiles, 0};
+        tiles += add_tiles(t, x, &work[works], tile + tiles);
     }
-    usp_gpu_plan plan = {.capacity = capacity};
+    usp_gpu_plan plan = {.capacity = works + random_below(t, 3)};
     plan.works = usp_gpu_put(t, &works, sizeof works);
     plan.tile = usp_gpu_put(t, tile, sizeof *tile * (size_t)tiles);
-    plan.work = usp_gpu_put_part(t, work, sizeof *work * (size_t)works, sizeof *work * (size_t)capacity);
+    plan.work = usp_gpu_put_part(t, work, sizeof *work * (size_t)works, sizeof *work * (size_t)plan.capacity);
     free(work), free(tile);
     return plan;
-}
-
-static usp_gpu_plan make_plan(usp_gpu_test *t, const side *x) {
-    static usp_work rows[USP_GPU_ROWS];
-    int works = draw_works(t, x->rows, x->s->c->work_rows ? x->s->c->work_rows : USP_WORK_ROWS, rows);
-    return put_plan(t, x, rows, works, works + random_below(t, 3));
-}
-
-void usp_gpu_join_pairs(usp_gpu_test *t, usp_gpu_softmax *s) {
-    static usp_work rows[USP_GPU_ROWS];
-    int works = draw_works(t, s->c->queries, s->c->work_rows ? s->c->work_rows : USP_WORK_ROWS, rows);
-    int capacity = works + random_below(t, 3);
-    for (int i = 0; i < s->blocks; i++)
-        s->query_plan[i] = put_plan(t, &(side){s, i, s->c->queries, s->c->keys[i], 0}, rows, works, capacity);
 }
 
 void usp_gpu_make_pairs(usp_gpu_test *t, usp_gpu_softmax *s) {

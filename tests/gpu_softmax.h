@@ -56,8 +56,6 @@ typedef struct usp_gpu_softmax {
 
 /* Pairs of a case, there and in the slabs, and lists of work for every block of keys. gpu_pairs.c. */
 void usp_gpu_make_pairs(usp_gpu_test *t, usp_gpu_softmax *s);
-/* Other lists by query, whose items have the same rows in all blocks, as a ring's have. */
-void usp_gpu_join_pairs(usp_gpu_test *t, usp_gpu_softmax *s);
 int usp_gpu_sees(const usp_gpu_softmax *s, int query, int block, int key);
 
 /* Tensors, filled; pairs and lists. */

@@ -122,10 +122,6 @@ void usp_gpu_check_passes(usp_gpu_test *t);
 void usp_gpu_check_poison(usp_gpu_test *t);
 void usp_gpu_check_repeats(usp_gpu_test *t);
 void usp_gpu_check_views(usp_gpu_test *t);
-/* `during`: keys may also come while a call runs, by usp_gpu_ring_bring. */
-void usp_gpu_check_ring(usp_gpu_test *t, int during);
-/* Lets a stage arrive now and then. */
-void usp_gpu_ring_bring(void);
 /* Tables on standard output; bytes_per_ms: what a copy on the device reads and writes. */
 void usp_gpu_time_linear(usp_gpu_test *t, double bytes_per_ms);
 void usp_gpu_time_softmax(usp_gpu_test *t);

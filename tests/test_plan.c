@@ -194,49 +194,6 @@ static int count_pairs(usp_rank *rank, const usp_plan *plan, int t, int by_key, 
     return !whole || rows == all ? 0 : usp_say(rank, "%lld of %lld rows have work", (long long)rows, (long long)all);
 }
 
-/* The columns of an item over all stages. */
-static int64_t joined_columns(const usp_plan *plan, int item) {
-    int64_t columns = 0;
-    for (int t = 0; t < plan->route.stages; t++) {
-        usp_tiles tiles = usp_plan_joined(plan, &plan->host, t);
-        const usp_work *work = &tiles.work[item];
-        for (int n = work->first_tile; n < work->first_tile + work->tiles; n++)
-            columns += tiles.tile[n].end - tiles.tile[n].begin;
-    }
-    return columns;
-}
-
-/* Every item of a stage's own list is in its joined one, where the other ones have no tiles; items have the same rows
- * in all stages, each row is in one, and those with most columns come first. */
-static int check_joined(usp_rank *rank, const usp_plan *plan) {
-    int64_t rows = 0;
-    if (plan->route.stages == 1) return 0;
-    usp_tiles first = usp_plan_joined(plan, &plan->host, 0);
-    if (*first.works > first.capacity) return usp_say(rank, "%d joined items", *first.works);
-    for (int i = 0; i < *first.works; i++) {
-        rows += first.work[i].count;
-        if (i > 0 && joined_columns(plan, i) > joined_columns(plan, i - 1))
-            return usp_say(rank, "joined item %d has more columns than the one before", i);
-    }
-    for (int t = 0; t < plan->route.stages; t++) {
-        usp_tiles joined = usp_plan_joined(plan, &plan->host, t), own = usp_plan_tiles(plan, &plan->host, t, 0);
-        int found = 0;
-        for (int i = 0; i < *joined.works; i++) {
-            const usp_work *work = &joined.work[i];
-            int w = 0;
-            if (work->begin != first.work[i].begin || work->count != first.work[i].count)
-                return usp_say(rank, "joined item %d has other rows in stage %d", i, t);
-            while (w < *own.works && own.work[w].begin != work->begin) w++;
-            int listed = w < *own.works;
-            found += listed;
-            if (listed ? memcmp(work, &own.work[w], sizeof *work) != 0 : work->tiles != 0)
-                return usp_say(rank, "joined item %d has other tiles than stage %d", i, t);
-        }
-        if (found != *own.works) return usp_say(rank, "%d of %d items are joined", found, *own.works);
-    }
-    return rows == usp_plan_queries(plan) ? 0 : usp_say(rank, "%lld rows are joined", (long long)rows);
-}
-
 /* Each own query and each key: once if allowed, else never; and by either list. */
 static int check_pairs(usp_rank *rank, const usp_sequence *s, const usp_plan *plan, const subject *u) {
     static const size_t room = MOST * MOST;
@@ -308,8 +265,8 @@ static int check_plan(usp_rank *rank, usp_sequence *s, const subject *u, usp_spl
                        usp_rule_of(u->mask, u->left, u->right, u->alignment),
                        u->route};
     if (usp_plan_acquire(s, &shape, &plan) != USP_OK) return usp_say(rank, "plan: %s", usp_last_error());
-    int failed = check_landings(rank, s, plan) || check_pairs(rank, s, plan, u) || check_joined(rank, plan) ||
-                 check_arrivals(rank, s, plan, u) || check_parcels(rank, s, plan);
+    int failed = check_landings(rank, s, plan) || check_pairs(rank, s, plan, u) || check_arrivals(rank, s, plan, u) ||
+                 check_parcels(rank, s, plan);
     if (!failed && s->replans) {
         usp_documents d = {.struct_size = sizeof d, .count = 1, .ends = &u->tokens};
         usp_documents again = {sizeof again,
@@ -323,7 +280,7 @@ static int check_plan(usp_rank *rank, usp_sequence *s, const subject *u, usp_spl
                              usp_sequence_replan_documents(s, &again, NULL) != USP_OK))
             failed = usp_say(rank, "replan: %s", usp_last_error());
         if (!failed && plan->tiles > plan->tile_capacity) failed = usp_say(rank, "more tiles than there is room for");
-        failed = failed || check_landings(rank, s, plan) || check_pairs(rank, s, plan, u) || check_joined(rank, plan);
+        failed = failed || check_landings(rank, s, plan) || check_pairs(rank, s, plan, u);
     }
     usp_plan_release(s, plan);
     return failed;

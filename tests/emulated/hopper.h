@@ -16,7 +16,6 @@
 #include <vector>
 
 #include "machine.h"
-#include "schedule.h"
 
 /* The real ones are not read. */
 #define USP_CUDA_HOPPER_CUH
@@ -226,12 +225,6 @@ static inline void publish(int *to, int number) {
 }
 static inline void await_above(const int *at, int least) {
     if (*at <= least) machine::fail("a number that no other block will publish");
-}
-
-/* What has come by now is decided when it is asked. */
-static inline int acquire(const int *at) {
-    if (usp_emulated_bring && machine::thread() % 32 == 0) usp_emulated_bring();
-    return *at;
 }
 
 static inline uint64_t describe(uint32_t address, uint32_t slab, uint32_t offset) {

@@ -24,9 +24,6 @@ void usp_emulated_schedule(const usp_schedule *schedule, uint64_t seed);
 /* 1: blocks wait for those that were dealt jobs before them, and leave none, whatever the schedule says. */
 void usp_emulated_in_order(int yes);
 
-/* Called before a block looks whether something has arrived, which it may let happen; NULL: nothing comes by itself. */
-extern void (*usp_emulated_bring)(void);
-
 #ifdef __cplusplus
 }
 #endif
