@@ -48,11 +48,11 @@ template <typename Shape> struct query_notes {
 
 struct backward_job {
     softmax_job job;
-    int steps;
+    int steps, looked; /* looked: the parity of the phase in which its keys are looked over, as in steps */
 };
 
 struct backward_step {
-    int masked, last, column, columns, head;
+    int masked, looked, last, column, columns, head;
     float slope;
 };
 

@@ -54,11 +54,11 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
     notes_type &notes;
     turn<Shape::stages> at;
     turn<Shape::dq_places> dq;
-    int job_parity, jobs, lane;
+    int job_parity, jobs, looked, lane; /* looked: parities, of masked steps a bit a stage */
 
     __device__ __forceinline__ backward_copying(const usp_softmax &args_, const backward_maps &maps_,
                                                 const soft_cap &cap_, notes_type &notes_)
-        : args(args_), maps(maps_), cap(cap_), notes(notes_), at{0, 0}, dq{0, 0}, job_parity(0), jobs(0),
+        : args(args_), maps(maps_), cap(cap_), notes(notes_), at{0, 0}, dq{0, 0}, job_parity(0), jobs(0), looked(0),
           lane(threadIdx.x % 32) {
     }
 
@@ -66,7 +66,8 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         job_parity ^= 1;
         if (lane != 0) return;
         await(&notes.job_empty, job_parity);
-        notes.job = {job, steps};
+        notes.job = {job, steps, looked};
+        looked ^= steps;
         arrive_with(&notes.job_full, steps ? memory::k_tile::bytes + memory::v_tile::bytes : 0);
         if (!steps) return;
         memory::k_at().copy(&maps.k, job.begin, job.head, job.batch, &notes.job_full);
@@ -133,7 +134,8 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         scaled = __any_sync(~0u, scaled);
         if (lane == 0) notes.query[at.stage].scaled[DUTY - NOTES_FIRST] = scaled;
         if (DUTY == NOTES_FIRST && lane == 0)
-            notes.step[at.stage] = {masked, last, walk.column, min(walk.columns(), Shape::step), head, slope};
+            notes.step[at.stage] = {
+                masked, looked >> at.stage & 1, last, walk.column, min(walk.columns(), Shape::step), head, slope};
         arrive_warp(&notes.q_full[at.stage]);
     }
 
@@ -148,23 +150,22 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
     }
 
     /* Products of a masked step wait for this, where weights of 0 meet what is not finite. */
-    __device__ __forceinline__ void look_over(bool masked) {
+    __device__ __forceinline__ void look_over() {
         turn<Shape::dout_stages> dout = dout_of<Shape>(at);
-        if (masked) {
-            await(&notes.q_full[at.stage], at.parity);
-            bool unclean = is_half_unclean(memory::q_at(at.stage));
-            await(&notes.dout_full[dout.stage], dout.parity);
-            unclean |= is_half_unclean(memory::dout_at(dout.stage));
-            if (lane == 0) notes.unclean[at.stage][DUTY - NOTES_FIRST] = unclean;
-        }
+        await(&notes.q_full[at.stage], at.parity);
+        bool unclean = is_half_unclean(memory::q_at(at.stage));
+        await(&notes.dout_full[dout.stage], dout.parity);
+        unclean |= is_half_unclean(memory::dout_at(dout.stage));
+        if (lane == 0) notes.unclean[at.stage][DUTY - NOTES_FIRST] = unclean;
         arrive_warp(&notes.looked[at.stage]);
+        looked ^= 1 << at.stage;
     }
 
     /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. */
     __device__ __forceinline__ void note_and_look(const tile_walk &walk, const softmax_job &job, bool last, int head) {
         bool masked = !walk.full(Shape::step) || job.count < Shape::rows;
         note_step(walk, job, masked, last, head);
-        look_over(masked);
+        if (masked) look_over();
     }
 
     /* Adds what the groups leave of a step's dq, by one lane; a place is free again when it has been read. */
@@ -208,12 +209,10 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         __syncwarp();
     }
 
-    __device__ __forceinline__ void look_at_keys(bool steps) {
-        if (steps) {
-            await(&notes.job_full, (jobs - 1) & 1);
-            bool spoilt = is_unclean<memory::k_tile::bytes>(memory::k_at().address);
-            if (spoilt && lane == 0) notes.spoilt_keys[jobs % 2] = jobs;
-        }
+    __device__ __forceinline__ void look_at_keys() {
+        await(&notes.job_full, (jobs - 1) & 1);
+        bool spoilt = is_unclean<memory::k_tile::bytes>(memory::k_at().address);
+        if (spoilt && lane == 0) notes.spoilt_keys[jobs % 2] = jobs;
         arrive_warp(&notes.keys_looked);
     }
 
@@ -263,7 +262,7 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
             if (DUTY == COPIES) start(job, steps);
             if (job.count == 0) break;
             jobs++;
-            if (DUTY == ADDS) look_at_keys(steps);
+            if (DUTY == ADDS && steps) look_at_keys();
             if (steps) run_steps(job, heads);
             if (DUTY == ADDS && lane == 0) store_keys(job);
             __syncwarp();

@@ -164,7 +164,7 @@ template <typename T, typename Tile> static __device__ __forceinline__ void clea
 template <typename T, typename Shape>
 static __device__ __forceinline__ void clean_step(backward_notes<Shape> &notes, const turn<Shape::stages> &at,
                                                   int job) {
-    await(&notes.looked[at.stage], at.parity);
+    await(&notes.looked[at.stage], notes.step[at.stage].looked);
     if (!(notes.unclean[at.stage][0] | notes.unclean[at.stage][1])) return;
     meet(MEET_BOTH, 256); /* the products that read them are done */
     clean<T>(backward_tiles<Shape>::q_at(at.stage), job, &notes.spoilt[job % 2]);
@@ -176,7 +176,7 @@ static __device__ __forceinline__ void clean_step(backward_notes<Shape> &notes, 
 /* The keys of a job stay as they are: with such numbers among them dq is summed pair by pair. */
 template <typename Shape>
 static __device__ __forceinline__ bool are_keys_spoilt(backward_notes<Shape> &notes, int job) {
-    await(&notes.keys_looked, (job - 1) & 1);
+    await(&notes.keys_looked, notes.job.looked);
     return notes.spoilt_keys[job % 2] == job;
 }
 
