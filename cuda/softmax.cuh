@@ -37,7 +37,7 @@ static __host__ __device__ __forceinline__ unsigned lines_of(const usp_softmax &
 }
 
 /* This block's job, one of those that launch_jobs starts. Inside a bundle (blockIdx.y, z) all heads of one work item
- * come before the next one of the list, whose heaviest items are first, so that no heavy job starts late; blocks
+ * come before the next one of the list, whose heavy items are first, so that no heavy job starts late; blocks
  * running together still share columns in the cache. count is not positive if there is nothing to do: no such item, no
  * such part of it, or queries that neither begin nor end here and meet no key. It returns at one place only: after a
  * branch the compiler no longer knows that all threads walk alike, and the walk costs vector registers and barriers. */

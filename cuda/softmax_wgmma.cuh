@@ -186,10 +186,10 @@ static __device__ __forceinline__ void arrive_warp(arrivals *at) {
 
 /* ---- jobs -------------------------------------------------------------------------------------------------------- */
 
-/* The jobs of all blocks are numbered, heaviest first inside a bundle of heads, whose columns the cache holds. A block
- * asks for one after the other: with jobs of such different weights no fixed order keeps all blocks busy, and some
- * begin late, where transfers hold multiprocessors. Its first warp asks, ahead of time, and deals the numbers to the
- * warps that walk with it. */
+/* The jobs of all blocks are numbered, heavy ones first inside a bundle of heads, whose columns the cache holds. A
+ * block asks for one after the other: with jobs of such different weights no fixed order keeps all blocks busy, and
+ * some begin late, where transfers hold multiprocessors. Its first warp asks, ahead of time, and deals the numbers to
+ * the warps that walk with it. */
 constexpr int DEALS = 2, LONG_HEAD = 32768;
 
 struct job_deals {

@@ -39,7 +39,8 @@ constexpr float UNSEEN = 1.0f / 65536;
 template <typename Shape> struct query_notes {
     int scaled[2]; /* whether a factor that a warp noted is seen */
     float base[Shape::step], factor[Shape::step], delta[Shape::step];
-    alignas(16) int2 interval[Shape::step]; /* low, high: of a masked step, as what follows; read two at a time */
+    alignas(
+        16) int2 interval[Shape::step]; /* low, high: of a masked step, as position, key, last; read two at a time */
     int position[Shape::step];
     int key[Shape::rows], last[Shape::rows]; /* of the job's keys; no interval has those that do not exist */
     float place[Shape::step];                /* with slopes: of the diagonal, from the job's first key on */

@@ -8,8 +8,8 @@
 
 /* ---- the copying warps ------------------------------------------------------------------------------------------- */
 
-/* Four warps walk alike: one copies tiles, two note what is kept of 32 queries each and look over half of each tile of
- * a masked step, one looks over the keys of a job, adds dq of each step to the sums, and stores dk and dv. */
+/* Four warps walk alike: one copies tiles, two note what is kept of half of the queries each and look over half of each
+ * tile of a masked step, one looks over the keys of a job, adds dq of each step to the sums, and stores dk and dv. */
 enum backward_duty { COPIES, NOTES_FIRST, NOTES_SECOND, ADDS };
 
 /* What is kept of a lane's query, on its way to shared memory. */
@@ -79,6 +79,7 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         arrivals *q_full = &notes.q_full[at.stage], *dout_full = &notes.dout_full[dout.stage];
         if (lane != 0) return;
         await(&notes.q_empty[at.stage], at.parity ^ 1);
+        if (Shape::dout_stages == 1) await(dout_full, dout.parity ^ 1); /* or who has queries might await this phase */
         arrive_with(q_full, memory::q_tile::bytes);
         memory::q_at(at.stage).copy(&maps.q, walk.column, head, batch, q_full);
         await(&notes.dout_empty[dout.stage], dout.parity ^ 1);

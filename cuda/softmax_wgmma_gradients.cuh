@@ -9,7 +9,8 @@
 
 /* Accumulators here have keys for rows; their columns are the queries of a step from `first` on. */
 
-/* The weight of a pair that is not allowed: no other weight has its sign. */
+/* The weight of a pair that is not allowed: no other weight has these bits, but of a dropped pair a weight of 0, whose
+ * gradient is 0 too. */
 constexpr float NO_WEIGHT = -0.0f;
 
 static __device__ __forceinline__ bool is_weight(float weight) {

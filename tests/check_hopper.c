@@ -97,19 +97,20 @@ static usp_status sinks(usp_device *device, const usp_softmax *args, float *grad
 /* Warps of the forward kernel: 0 copies, 1 notes rows, 2 and 3 watch values; of the backward ones: 0 copies, 1 and 2
  * note queries, 3 adds dq; of all: 4 to 7 and 8 to 11 compute. */
 static const usp_schedule schedules[] = {
-    {"warps 1 to 3 last", 0, 0x00e, 0, 0, 0, 0},
-    {"warps 1 to 3 first, all at once", 0x00e, 0, 0, 1, 0, 1},
-    {"lanes 1 to 31 last", 0, 0, ~1u, 0, 0, 0},
-    {"lane 0 last, all at once", 0, 0, 1, 1, 0, 0},
-    {"warps 2, 3 last", 0, 0x00c, 0, 0, 0, 0},
-    {"warps 2, 3 first", 0x00c, 0, 0, 0, 0, 0},
-    {"warps 1, 2 last, all at once", 0, 0x006, 0, 1, 0, 0},
-    {"warps 1, 2 first", 0x006, 0, 0, 0, 0, 0},
-    {"warp 3 last, all at once", 0, 0x008, 0, 1, 0, 0},
-    {"warps 0, 8 to 11 last", 0, 0xf01, 0, 0, 0, 0},
-    {"warps 0, 4 to 7 first, all at once", 0x0f1, 0, 0, 1, 0, 1},
+    {"warps 1 to 3 last", 0, 0x00e, 0, 0, 0, 0, 0},
+    {"warps 1 to 3 first, all at once", 0x00e, 0, 0, 1, 0, 1, 0},
+    {"copies late", 0, 0, 0, 0, 0, 0, 1},
+    {"lanes 1 to 31 last", 0, 0, ~1u, 0, 0, 0, 0},
+    {"lane 0 last, all at once", 0, 0, 1, 1, 0, 0, 0},
+    {"warps 2, 3 last", 0, 0x00c, 0, 0, 0, 0, 0},
+    {"warps 2, 3 first", 0x00c, 0, 0, 0, 0, 0, 0},
+    {"warps 1, 2 last, all at once", 0, 0x006, 0, 1, 0, 0, 0},
+    {"warps 1, 2 first", 0x006, 0, 0, 0, 0, 0, 0},
+    {"warp 3 last, all at once", 0, 0x008, 0, 1, 0, 0, 0},
+    {"warps 0, 8 to 11 last", 0, 0xf01, 0, 0, 0, 0, 0},
+    {"warps 0, 4 to 7 first, all at once", 0x0f1, 0, 0, 1, 0, 1, 0},
 };
-static const usp_schedule any = {"drawn", 0, 0, 0, 0, 1, 1};
+static const usp_schedule any = {"drawn", 0, 0, 0, 0, 1, 1, 0};
 enum { SCHEDULES = sizeof schedules / sizeof *schedules };
 
 /* The same data by all of them. */
@@ -137,7 +138,7 @@ static void check_repeats(usp_gpu_test *t) {
 
 /* A clean run and a poisoned one add to dq in one order. */
 static void check_poison(usp_gpu_test *t) {
-    static const usp_schedule drawn = {"drawn, jobs in order", 0, 0, 0, 0, 1, 0};
+    static const usp_schedule drawn = {"drawn, jobs in order", 0, 0, 0, 0, 1, 0, 0};
     usp_emulated_schedule(&drawn, 0);
     usp_gpu_check_poison(t);
 }

@@ -122,6 +122,7 @@ void draw_schedule() {
     }
     schedule.last_lanes = draw(4) ? 0 : draw(2) ? 1 : ~1u;
     schedule.at_once = draw(2) == 0;
+    schedule.late = !schedule.at_once && draw(2) == 0;
 }
 
 /* 0: runs first, 1: by turns, 2: last. */
@@ -147,12 +148,13 @@ int next_ready(int from) {
 /* Copies come when nothing else can go on but those that run last, or before. */
 int choose(int from) {
     if (schedule.drawn && draw(32768) == 0) draw_schedule();
-    if (!now->copies.empty() && (schedule.at_once || draw(64) == 0)) copy_one(draw((unsigned)now->copies.size()));
+    bool now_and_then = !schedule.late && draw(64) == 0;
+    if (!now->copies.empty() && (schedule.at_once || now_and_then)) copy_one(draw((unsigned)now->copies.size()));
     for (;;) {
         int found = next_ready(from);
         if (found >= 0 && (class_of(found) < 2 || now->copies.empty())) return found;
         if (now->copies.empty()) tell_deadlock();
-        copy_one(0);
+        copy_one(schedule.late ? now->copies.size() - 1 : 0);
     }
 }
 

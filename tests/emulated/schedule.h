@@ -16,6 +16,7 @@ typedef struct usp_schedule {
     int at_once;          /* 1: copies and products happen when they are started, not as late as they may */
     int drawn;            /* 1: all of this is drawn anew now and then */
     int spread;           /* 1: blocks leave jobs, drawn too, to those that run after them; 0: the first does all */
+    int late;             /* 1: copies happen when nothing else can go on alone, the last one that was started first */
 } usp_schedule;
 
 /* For the blocks of all launches from now on. At the begin all warps run by turns. */
