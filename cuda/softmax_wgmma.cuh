@@ -39,7 +39,7 @@ template <typename Start> static inline usp_status start_with_extras(const usp_s
 
 /* ---- tiles ------------------------------------------------------------------------------------------------------- */
 
-/* ROWS rows of DIM elements as copies leave them: slab after slab of 64 columns, each of ROWS swizzled rows. */
+/* ROWS rows of DIM elements as copies leave and store them: slab after slab of 64 columns of ROWS swizzled rows. */
 template <int ROWS, int DIM> struct slabs {
     static constexpr int slab = ROWS * 128, bytes = ROWS * DIM * 2;
     uint32_t address;
@@ -56,6 +56,10 @@ template <int ROWS, int DIM> struct slabs {
     __device__ __forceinline__ void copy(const tile_map *map, int token, int head, int batch, arrivals *at) const {
 #pragma unroll
         for (int s = 0; s < DIM / 64; s++) copy_box(address + s * slab, map, s * 64, token, head, batch, at);
+    }
+    __device__ __forceinline__ void store(const tile_map *map, int row, int token, int head, int batch) const {
+#pragma unroll
+        for (int s = 0; s < DIM / 64; s++) store_box(map, s * 64, token, head, batch, address + row * 128 + s * slab);
     }
 };
 
@@ -108,12 +112,6 @@ static __device__ __forceinline__ void write_rows(const left_operand<K> &a, Tile
         for (int r = 0; r < 2; r++)
             store_shared((to ^ n % 8 << 4) + n / 8 * Tile::slab + r * 1024, a[n / 2][n % 2 * 2 + r]);
     }
-}
-
-template <int K, typename Tile>
-static __device__ __forceinline__ void share(const left_operand<K> &a, Tile tile, int row, int first = 0) {
-    write_rows<K>(a, tile, row, first);
-    publish_stores();
 }
 
 /* c += a b. */

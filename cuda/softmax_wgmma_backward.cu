@@ -149,7 +149,8 @@ template <typename T, typename Shape> struct backward_group {
         else
             differ<MASKED>(dp, s, query);
         round_sums<T, K>(ds, dp);
-        share<K>(ds, memory::ds_at(place.parity), warp_row);
+        write_rows<K>(ds, memory::ds_at(place.parity), warp_row);
+        publish_stores();
         meet(MEET_BOTH, 256);
         begin_products();
         issue_queries(dq);

@@ -217,21 +217,15 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         arrive_warp(&notes.keys_looked);
     }
 
-    template <typename Tile>
-    __device__ __forceinline__ void store_boxes(const tile_map *to, const softmax_job &job, int group, Tile tile) {
-#pragma unroll
-        for (int s = 0; s < Tile::bytes / Tile::slab; s++)
-            store_box(to, s * 64, job.begin + group * 64, job.head, job.batch, tile.address + s * Tile::slab);
-    }
-
     /* By one lane. */
     __device__ __forceinline__ void store_keys(const softmax_job &job) {
         for (int group = 0; group < Shape::groups; group++) {
             await(&notes.ended[group], (jobs - 1) & 1);
             if constexpr (Shape::boxes_keys) {
                 if (!notes.boxes[group]) continue;
-                store_boxes(&maps.dv, job, group, backward_memory<Shape>::dv_at(group));
-                store_boxes(&maps.dk, job, group, backward_memory<Shape>::dk_at(group));
+                int first = job.begin + group * 64;
+                backward_memory<Shape>::dv_at(group).store(&maps.dv, 0, first, job.head, job.batch);
+                backward_memory<Shape>::dk_at(group).store(&maps.dk, 0, first, job.head, job.batch);
             }
         }
         end_boxes();

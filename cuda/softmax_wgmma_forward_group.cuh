@@ -116,13 +116,11 @@ template <typename T, typename Shape> struct computing_group {
     __device__ __forceinline__ void store_out(const softmax_job &job, int place) {
         left_operand<W / 2> rounded;
         round_sums<T, W / 2>(rounded, out);
-        share<W / 2>(rounded, memory::out_at(place), warp_row);
+        write_rows<W / 2>(rounded, memory::out_at(place), warp_row);
+        publish_stores();
         meet(MEET_GROUP + group, 128);
         if (threadIdx.x % 128 != 0) return;
-#pragma unroll
-        for (int s = 0; s < Shape::value_dim / 64; s++)
-            store_box(&maps.out, s * 64, job.begin + group * 64, job.head, job.batch,
-                      memory::out_at(place).address + s * memory::out_tile::slab + group * 64 * 128);
+        memory::out_at(place).store(&maps.out, group * 64, job.begin + group * 64, job.head, job.batch);
         end_boxes();
     }
 

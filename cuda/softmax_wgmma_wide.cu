@@ -47,7 +47,8 @@ template <typename T, typename Shape> struct wide_group {
     __device__ __forceinline__ void share_pairs(const usp_sums<1, N> &c, typename memory::tile to) {
         left_operand<K> rounded;
         round_sums<T, K>(rounded, c);
-        share<K>(rounded, to, warp_row, first_query());
+        write_rows<K>(rounded, to, warp_row, first_query());
+        publish_stores();
         meet(MEET_BOTH, 256);
     }
 
