@@ -21,8 +21,9 @@ template <typename T, typename Shape> struct backward_group {
     notes_type &notes;
     int group, warp_row; /* this warp's first row of the job */
     turn<Shape::stages> at;
-    turn<Shape::dq_places> place; /* of dq; its parity is also that of dS */
+    turn<Shape::dq_places> place; /* of dq */
     int jobs;
+    query_bases<N> bases; /* of the step */
     usp_sums<1, D> dk;
     usp_sums<1, E> dv;
 
@@ -98,10 +99,11 @@ template <typename T, typename Shape> struct backward_group {
         }
     }
 
-    /* This group's share of dq of the step. */
-    __device__ __forceinline__ void issue_queries(usp_sums<1, Q> &dq) {
-        auto ds = memory::ds_at(place.parity);
+    /* This group's share of dq of the step whose dS has the place of a stage. */
+    __device__ __forceinline__ void issue_queries(usp_sums<1, Q> &dq, int stage) {
+        auto ds = memory::ds_at(stage);
         auto k = memory::k_at();
+        begin_products();
 #pragma unroll
         for (int i = 0; i < Shape::rows / 16; i++)
             issue_product<T, true, true>(list_of<Q>(dq), ds.rows(i, Shape::dq_query(group)),
@@ -109,15 +111,27 @@ template <typename T, typename Shape> struct backward_group {
         end_products();
     }
 
+    /* Where keys are not finite: as leave_queries for the step that was kept, and keeps another one. */
+    __device__ __forceinline__ void leave_kept(int stage) {
+        meet(MEET_GROUP + group, 128);
+        leave_one_by_one<T, Shape>(args, notes, group, place, notes.before[group], memory::ds_at(stage));
+        meet(MEET_GROUP + group, 128);
+    }
+    __device__ __forceinline__ void keep(int stage) {
+        if (threadIdx.x % 128 == 0) notes.before[group] = notes.step[stage];
+    }
+
     __device__ __forceinline__ void issue_scores(usp_sums<1, N> &s) {
         begin_products();
         issue_rows<T>(s, memory::k_at(), group * 64, memory::q_at(at.stage));
         end_products();
+        if constexpr (Shape::early_bases) bases.load(notes.query[at.stage]);
     }
 
-    /* From S^T of a step to that of the next one, if there is one, whose product runs under the end of this one. What a
-     * step is stays in shared memory: registers are dear. */
-    template <bool MASKED> __device__ __forceinline__ void run_step(usp_sums<1, N> &s, bool last) {
+    /* From S^T of a step to that of the next one, if there is one, and the next one's kind. dq is that of the step before:
+     * whose dS both groups have long written, so that neither waits for the other. What a step is stays in shared
+     * memory: registers are dear. */
+    template <bool MASKED> __device__ __forceinline__ int run_step(usp_sums<1, N> &s, int kind) {
         const query_notes<Shape> &query = notes.query[at.stage];
         int stage = at.stage;
         left_operand<K> p, ds;
@@ -130,7 +144,8 @@ template <typename T, typename Shape> struct backward_group {
         if constexpr (Shape::extras) {
             weigh_extras<MASKED>(s, p, query, scoring(cap, notes.step[stage].slope));
         } else {
-            weigh(s, query, args.scale * LOG2E);
+            if constexpr (!Shape::early_bases) bases.load(query);
+            weigh(s, bases, query, args.scale * LOG2E);
             if constexpr (MASKED) key_pairs(query, warp_row, args.pairs.last).mask(s, query, args.pairs.last);
             round_sums<T, K>(p, s);
         }
@@ -149,11 +164,10 @@ template <typename T, typename Shape> struct backward_group {
         else
             differ<MASKED>(dp, s, query);
         round_sums<T, K>(ds, dp);
-        write_rows<K>(ds, memory::ds_at(place.parity), warp_row);
+        await(&notes.paired, stage ^ 1);
+        write_rows<K>(ds, memory::ds_at(stage), warp_row);
         publish_stores();
-        meet(MEET_BOTH, 256);
-        begin_products();
-        issue_queries(dq);
+        issue_queries(dq, stage ^ 1);
         await_products<1>();
         pin(list_of<E>(dv));
         arrive_warp(&notes.dout_empty[stage]);
@@ -163,9 +177,11 @@ template <typename T, typename Shape> struct backward_group {
         bool odd = are_keys_spoilt(notes, jobs);
         await_products<1>();
         pin(list_of<Q>(dq));
-        if (!odd) leave_queries<Shape>(dq, args.scale, notes, group, place);
+        arrive_warp(&notes.paired);
+        if (!(kind & FIRST) && !odd) leave_queries<Shape>(dq, args.scale, notes, group, place);
         at.advance();
-        if (!last) await(&notes.q_full[at.stage], at.parity);
+        if (!(kind & LAST)) await(&notes.q_full[at.stage], at.parity);
+        int next_kind = notes.step[at.stage].kind;
         usp_sums<1, N> next; /* what s held is not kept for it */
         issue_scores(next);
         await_products<1>();
@@ -173,13 +189,30 @@ template <typename T, typename Shape> struct backward_group {
         if (odd) {
             await_products<0>(); /* a call may use their registers */
             pin(list_of<N>(next));
-            leave_one_by_one<T, Shape>(args, notes, group, place, notes.step[stage], memory::ds_at(place.parity));
+            if (!(kind & FIRST)) leave_kept(stage ^ 1);
+            keep(stage);
         }
-        place.pass(Shape::dq_boxes / Shape::dq_together);
+        if (!(kind & FIRST)) place.advance();
         arrive_warp(&notes.q_empty[stage]);
         await_products<0>();
         pin(list_of<N>(next));
         copy_sums(s, next);
+        return next_kind;
+    }
+
+    /* dq of the last step. */
+    __device__ __forceinline__ void end_steps() {
+        int stage = at.stage ^ 1;
+        usp_sums<1, Q> dq;
+        await(&notes.paired, stage);
+        issue_queries(dq, stage);
+        await_products<0>();
+        pin(list_of<Q>(dq));
+        if (are_keys_spoilt(notes, jobs))
+            leave_kept(stage);
+        else
+            leave_queries<Shape>(dq, args.scale, notes, group, place);
+        place.advance();
     }
 
     /* ---- jobs */

@@ -17,6 +17,7 @@ template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct backward_shap
     static constexpr bool splits_queries = STEP == 128; /* of dq, among groups; else its columns are split */
     static constexpr int dq_boxes = DIM * STEP / 64 / groups / 32, dq_together = dq_boxes, dq_places = 1;
     static constexpr bool boxes_keys = true; /* dk and dv may leave in boxes */
+    static constexpr bool early_bases = STEP == 128 && EXTRAS == 0; /* loaded while scores are awaited: registers allow */
     static constexpr int copying_registers = 40, computing_registers = 232;
 
     /* A group leaves dq of 64 of the step's queries in boxes of 32 columns, some together in one place. */
@@ -52,14 +53,18 @@ struct backward_job {
     int steps, looked; /* looked: the parity of the phase in which its keys are looked over, as in steps */
 };
 
+/* The first and the last step of a job, and a step that has pairs that are not allowed. */
+enum step_kind { FIRST = 1, LAST = 2, MASKED_STEP = 4 };
+
 struct backward_step {
-    int masked, looked, last, column, columns, head;
+    int kind, looked, column, columns, head;
     float slope;
 };
 
 template <typename Shape> struct backward_notes {
     static constexpr int stages = Shape::stages, dout_stages = Shape::dout_stages;
     arrivals job_full, job_empty, keys_looked; /* the last: its keys were looked over */
+    arrivals paired; /* dS of a step is written, and dq of the one before was found */
     arrivals ended[Shape::groups], left;       /* dk and dv are stored, or in shared memory; they were read there */
     job_deals deals;
     arrivals q_full[stages], q_empty[stages], dout_full[dout_stages], dout_empty[dout_stages];
@@ -70,6 +75,7 @@ template <typename Shape> struct backward_notes {
     int spoilt_keys[2],
         spoilt[2]; /* the last job of this parity whose keys, or queries and dout, were not all finite */
     backward_step step[stages];
+    backward_step before[Shape::groups]; /* where keys are not finite: the step whose dq is to be left */
     int unclean[stages][2]; /* of a masked step, whether a warp that notes found what is not finite */
     uint32_t limit;         /* dropout's */
     query_notes<Shape> query[stages];
@@ -85,6 +91,7 @@ template <typename Shape> static __device__ __forceinline__ void begin_notes(bac
     begin_arrivals(&notes.keys_looked, 1);
     for (arrivals &ended : notes.ended) begin_arrivals(&ended, 4);
     begin_arrivals(&notes.left, 1);
+    begin_arrivals(&notes.paired, warps);
     for (int s = 0; s < Shape::stages; s++) {
         begin_arrivals(&notes.q_full[s], 3); /* the copy, two of notes */
         begin_arrivals(&notes.q_empty[s], warps);

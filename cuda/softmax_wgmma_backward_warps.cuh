@@ -118,9 +118,9 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
     }
 
     /* What is noted is on its way while the place for it is awaited. */
-    __device__ __forceinline__ void note_step(const tile_walk &walk, const softmax_job &job, bool masked, bool last,
-                                              int head) {
+    __device__ __forceinline__ void note_step(const tile_walk &walk, const softmax_job &job, int kind, int head) {
         constexpr int each = Shape::step / 64; /* queries a lane */
+        bool masked = kind & MASKED_STEP;
         int first = (DUTY - NOTES_FIRST) * 32 + lane;
         query_line_notes line[each];
         bool scaled = false;
@@ -136,7 +136,7 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         if (lane == 0) notes.query[at.stage].scaled[DUTY - NOTES_FIRST] = scaled;
         if (DUTY == NOTES_FIRST && lane == 0)
             notes.step[at.stage] = {
-                masked, looked >> at.stage & 1, last, walk.column, min(walk.columns(), Shape::step), head, slope};
+                kind, looked >> at.stage & 1, walk.column, min(walk.columns(), Shape::step), head, slope};
         arrive_warp(&notes.q_full[at.stage]);
     }
 
@@ -163,10 +163,10 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
     }
 
     /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. */
-    __device__ __forceinline__ void note_and_look(const tile_walk &walk, const softmax_job &job, bool last, int head) {
-        bool masked = !walk.full(Shape::step) || job.count < Shape::rows;
-        note_step(walk, job, masked, last, head);
-        if (masked) look_over();
+    __device__ __forceinline__ void note_and_look(const tile_walk &walk, const softmax_job &job, int kind, int head) {
+        if (!walk.full(Shape::step) || job.count < Shape::rows) kind |= MASKED_STEP;
+        note_step(walk, job, kind, head);
+        if (kind & MASKED_STEP) look_over();
     }
 
     /* Adds what the groups leave of a step's dq, by one lane; a place is free again when it has been read. */
@@ -235,6 +235,7 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
 
     __device__ __forceinline__ void run_steps(const softmax_job &job, const head_range &heads) {
         query_turns<Shape::rows> turns(args, job);
+        int kind = FIRST;
         for (tile_walk walk(args.by_key, *job.work, heads.end - heads.first); walk.running(); at.advance()) {
             tile_walk now = walk;
             int head = heads.first + now.round;
@@ -244,7 +245,8 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
             else if constexpr (DUTY == ADDS)
                 add_in_turn(turns, now, walk, head, job.batch);
             else
-                note_and_look(now, job, !walk.running(), head);
+                note_and_look(now, job, walk.running() ? kind : kind | LAST, head);
+            kind = 0;
         }
     }
 

@@ -76,13 +76,24 @@ static __device__ __forceinline__ void multiply_queries(usp_sums<1, N> &s, const
     }
 }
 
+/* The bases of a lane's queries. */
+template <int N> struct query_bases {
+    float2 base[N];
+
+    template <typename Shape> __device__ __forceinline__ void load(const query_notes<Shape> &query, int first = 0) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            base[n] = *reinterpret_cast<const float2 *>(query.base + first + usp_lane_column(n));
+    }
+};
+
 /* S^T to P^T. */
 template <typename Shape, int N>
-static __device__ __forceinline__ void weigh(usp_sums<1, N> &s, const query_notes<Shape> &query, float unit,
-                                             int first = 0) {
+static __device__ __forceinline__ void weigh(usp_sums<1, N> &s, const query_bases<N> &bases,
+                                             const query_notes<Shape> &query, float unit, int first = 0) {
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        float2 base = *reinterpret_cast<const float2 *>(query.base + first + usp_lane_column(n));
+        float2 base = bases.base[n];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float *pair = &s[0][n][r * 2];
@@ -195,7 +206,7 @@ static __device__ __noinline__ void leave_one_by_one(const usp_softmax &args, ba
             int e = Shape::dq_column(group, first + box) + i % 32;
             float sum = 0;
             for (int j = 0; j < job.count && q < step.columns && e < args.dim; j++) {
-                if (step.masked && !pair_allowed(args.pairs, step.column + q, job.begin + j)) continue;
+                if (step.kind & MASKED_STEP && !pair_allowed(args.pairs, step.column + q, job.begin + j)) continue;
                 sum = fmaf(element_of<T>(ds, j, q), element_of<T>(tiles::k_at(), j, e), sum);
             }
             uint32_t to = tiles::dq_at(group, place.stage) + box * tiles::dq_box + row * 128;
@@ -220,7 +231,7 @@ static __device__ __forceinline__ void mend_keys(const usp_softmax &args, const 
 
 /* ---- steps and jobs ---------------------------------------------------------------------------------------------- */
 
-/* All steps of a job: what begin_steps, issue_scores and run_step of a Group do. */
+/* All steps of a job: what begin_steps, issue_scores, run_step and end_steps of a Group do. */
 template <typename Group> static __device__ __forceinline__ void run_steps(Group &group) {
     auto &notes = group.notes;
     typename Group::scores s;
@@ -229,14 +240,12 @@ template <typename Group> static __device__ __forceinline__ void run_steps(Group
     group.issue_scores(s);
     await_products<0>();
     pin(list_of<Group::N>(s));
-    bool last;
+    int kind, next = notes.step[group.at.stage].kind;
     do {
-        last = notes.step[group.at.stage].last;
-        if (notes.step[group.at.stage].masked)
-            group.template run_step<true>(s, last);
-        else
-            group.template run_step<false>(s, last);
-    } while (!last);
+        kind = next;
+        next = kind & MASKED_STEP ? group.template run_step<true>(s, kind) : group.template run_step<false>(s, kind);
+    } while (!(kind & LAST));
+    group.end_steps();
 }
 
 /* Job after job: what begin_job, end_job and mend_rows of a Group do, and all steps between. */

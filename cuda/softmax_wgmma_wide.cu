@@ -79,7 +79,7 @@ template <typename T, typename Shape> struct wide_group {
 
     /* From S^T of a step to that of the next one, if there is one, whose product runs under the end of this one. dS^T
      * is written when both groups have met over P^T: then both are done with the last step's. */
-    template <bool MASKED> __device__ __forceinline__ void run_step(usp_sums<1, N> &s, bool last) {
+    template <bool MASKED> __device__ __forceinline__ int run_step(usp_sums<1, N> &s, int kind) {
         const query_notes<Shape> &query = notes.query[at.stage];
         int stage = at.stage;
         turn<Shape::dout_stages> dout = dout_of<Shape>(at);
@@ -89,7 +89,9 @@ template <typename T, typename Shape> struct wide_group {
         begin_products();
         issue_rows<T>(dp, memory::v_at(), 0, memory::dout_at(dout.stage), first_query());
         end_products();
-        weigh(s, query, args.scale * LOG2E, first_query());
+        query_bases<N> bases;
+        bases.load(query, first_query());
+        weigh(s, bases, query, args.scale * LOG2E, first_query());
         if constexpr (MASKED) {
             key_pairs(query, warp_row, args.pairs.last).mask(s, query, args.pairs.last, first_query());
             await_products<0>();
@@ -108,7 +110,8 @@ template <typename T, typename Shape> struct wide_group {
         pin(list_of<Shape::value_dim / 16>(dv));
         arrive_warp(&notes.dout_empty[dout.stage]);
         at.advance();
-        if (!last) await(&notes.q_full[at.stage], at.parity);
+        if (!(kind & LAST)) await(&notes.q_full[at.stage], at.parity);
+        int next_kind = notes.step[at.stage].kind;
         usp_sums<1, N> next; /* what s held is not kept for it */
         issue_scores(next);
         bool odd = are_keys_spoilt(notes, jobs);
@@ -127,6 +130,10 @@ template <typename T, typename Shape> struct wide_group {
         await_products<0>();
         pin(list_of<N>(next));
         copy_sums(s, next);
+        return next_kind;
+    }
+
+    __device__ __forceinline__ void end_steps() {
     }
 
     /* ---- jobs */
