@@ -114,12 +114,23 @@ static __device__ __forceinline__ void write_rows(const left_operand<K> &a, Tile
     }
 }
 
+/* The sums of COLUMNS columns from column block n on, as one list. */
+template <int COLUMNS, int N>
+static __device__ __forceinline__ float (&list_from(usp_sums<1, N> &c, int n))[COLUMNS / 2] {
+    return reinterpret_cast<float(&)[COLUMNS / 2]>(c[0][n]);
+}
+
 /* c += a b. */
 template <typename T, int N, int K, int DIM>
 static __device__ __forceinline__ void issue_columns(usp_sums<1, N> &c, const left_operand<K> &a,
                                                      slabs<K * 16, DIM> b) {
+    constexpr int most = DIM > 128 && DIM < 256 ? 128 : DIM; /* columns at once: 192 are 128 and 64 */
 #pragma unroll
-    for (int k = 0; k < K; k++) issue_product<T, true>(list_of<N>(c), a[k], b.rows(k), true);
+    for (int k = 0; k < K; k++) {
+        issue_product<T, true>(list_from<most>(c, 0), a[k], b.rows(k), true);
+        if constexpr (most < DIM)
+            issue_product<T, true>(list_from<DIM - most>(c, most / 8), a[k], b.rows(k, most), true);
+    }
 }
 
 /* One element of a tile. */

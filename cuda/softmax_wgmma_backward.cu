@@ -8,13 +8,14 @@
 /* ---- a computing warpgroup --------------------------------------------------------------------------------------- */
 
 template <typename T, typename Shape> struct backward_group {
-    static constexpr int N = Shape::step / 8, K = Shape::step / 16, D = Shape::dim / 8, E = Shape::value_dim / 8;
-    static constexpr int Q = Shape::dq_boxes * 4;
+    static constexpr int N = Shape::part / 8, K = Shape::part / 16, D = Shape::dim / 8, E = Shape::value_dim / 8;
     using memory = backward_memory<Shape>;
     using notes_type = backward_notes<Shape>;
     using element = T;
     using scores = usp_sums<1, N>;
-    static_assert(Shape::dq_places == 1 && Shape::dq_together == Shape::dq_boxes, "a place a step");
+    /* dq is found in pieces, each with a place of its own: one in each part, and one more in the last. */
+    static constexpr int Q = Shape::dq_together * 4, pieces = Shape::dq_places, late = pieces - Shape::parts;
+    static_assert(late == 0 || late == 1, "a part has one more");
     const usp_softmax &args;
     const soft_cap &cap;
     const backward_maps &maps;
@@ -99,47 +100,63 @@ template <typename T, typename Shape> struct backward_group {
         }
     }
 
-    /* This group's share of dq of the step whose dS has the place of a stage. */
-    __device__ __forceinline__ void issue_queries(usp_sums<1, Q> &dq, int stage) {
-        auto ds = memory::ds_at(stage);
-        auto k = memory::k_at();
+    /* The place of a step's dS, of the step that is under way. */
+    __device__ __forceinline__ int turn_of_pairs() const {
+        return Shape::parts == 1 ? at.stage : at.parity;
+    }
+
+    /* A tile; the compiler keeps descriptors of it in registers, for which wide heads leave none. */
+    template <typename Tile> static __device__ __forceinline__ Tile described_anew(Tile tile) {
+        if constexpr (Shape::parts > 1) pin(tile.address);
+        return tile;
+    }
+
+    /* A piece of this group's share of dq of the step whose dS has a place. */
+    __device__ __forceinline__ void issue_queries(usp_sums<1, Q> &dq, int piece, int turn) {
+        auto ds = described_anew(memory::ds_at(turn));
+        auto k = described_anew(memory::k_at());
         begin_products();
 #pragma unroll
         for (int i = 0; i < Shape::rows / 16; i++)
             issue_product<T, true, true>(list_of<Q>(dq), ds.rows(i, Shape::dq_query(group)),
-                                         k.rows(i, Shape::dq_column(group, 0)), i > 0);
+                                         k.rows(i, Shape::dq_column(group, piece * Shape::dq_together)), i > 0);
         end_products();
     }
 
-    /* Where keys are not finite: as leave_queries for the step that was kept, and keeps another one. */
-    __device__ __forceinline__ void leave_kept(int stage) {
-        meet(MEET_GROUP + group, 128);
-        leave_one_by_one<T, Shape>(args, notes, group, place, notes.before[group], memory::ds_at(stage));
-        meet(MEET_GROUP + group, 128);
+    __device__ __forceinline__ void leave(const usp_sums<1, Q> &dq) {
+        leave_queries(dq, args.scale, notes, group, place);
+        place.advance();
     }
-    __device__ __forceinline__ void keep(int stage) {
-        if (threadIdx.x % 128 == 0) notes.before[group] = notes.step[stage];
+
+    /* Where keys are not finite: as leave, for the step that was kept, whose dS is read until it returns. */
+    __device__ __forceinline__ void leave_kept(int piece, int turn) {
+        meet(MEET_GROUP + group, 128);
+        leave_one_by_one<T, Shape>(args, notes, group, place, piece * Shape::dq_together, notes.before[group],
+                                   memory::ds_at(turn));
+        meet(MEET_GROUP + group, 128);
+        place.advance();
     }
 
     __device__ __forceinline__ void issue_scores(usp_sums<1, N> &s) {
         begin_products();
-        issue_rows<T>(s, memory::k_at(), group * 64, memory::q_at(at.stage));
+        issue_rows<T>(s, described_anew(memory::k_at()), group * 64, described_anew(memory::q_at(at.stage)));
         end_products();
         if constexpr (Shape::early_bases) bases.load(notes.query[at.stage]);
     }
 
-    /* From S^T of a step to that of the next one, if there is one, and the next one's kind. dq is that of the step before:
-     * whose dS both groups have long written, so that neither waits for the other. What a step is stays in shared
-     * memory: registers are dear. */
-    template <bool MASKED> __device__ __forceinline__ int run_step(usp_sums<1, N> &s, int kind) {
+    /* From S^T of a part to that of the next one, if there is one, and its kind. dq is that of the step before, whose
+     * dS both groups have long written, so that neither waits for the other; in a job's first step it is of nothing.
+     * What a step is stays in shared memory: registers are dear. */
+    template <bool MASKED, int PART> __device__ __forceinline__ int run_part(usp_sums<1, N> &s, int kind) {
+        constexpr bool ends = PART == Shape::parts - 1, finds_late = ends && late > 0;
         const query_notes<Shape> &query = notes.query[at.stage];
-        int stage = at.stage;
+        int stage = at.stage, turn = turn_of_pairs();
         left_operand<K> p, ds;
         usp_sums<1, N> dp;
         usp_sums<1, Q> dq;
         await(&notes.dout_full[stage], at.parity);
         begin_products();
-        issue_rows<T>(dp, memory::v_at(), group * 64, memory::dout_at(stage));
+        issue_rows<T>(dp, described_anew(memory::v_at()), group * 64, described_anew(memory::dout_at(stage)));
         end_products();
         if constexpr (Shape::extras) {
             weigh_extras<MASKED>(s, p, query, scoring(cap, notes.step[stage].slope));
@@ -164,23 +181,30 @@ template <typename T, typename Shape> struct backward_group {
         else
             differ<MASKED>(dp, s, query);
         round_sums<T, K>(ds, dp);
-        await(&notes.paired, stage ^ 1);
-        write_rows<K>(ds, memory::ds_at(stage), warp_row);
+        if constexpr (PART == 0) await(&notes.paired, turn ^ 1);
+        write_rows<K>(ds, memory::ds_at(turn), warp_row, PART * Shape::part);
         publish_stores();
-        issue_queries(dq, stage ^ 1);
+        issue_queries(dq, PART, turn ^ 1);
         await_products<1>();
         pin(list_of<E>(dv));
         arrive_warp(&notes.dout_empty[stage]);
         begin_products();
         issue_columns<T>(dk, ds, memory::q_at(stage));
         end_products();
-        bool odd = are_keys_spoilt(notes, jobs);
+        bool odd = are_keys_spoilt(notes, jobs), leaves = !(kind & FIRST) && !odd;
         await_products<1>();
         pin(list_of<Q>(dq));
-        arrive_warp(&notes.paired);
-        if (!(kind & FIRST) && !odd) leave_queries<Shape>(dq, args.scale, notes, group, place);
+        if (ends && !finds_late && !odd) arrive_warp(&notes.paired);
+        if (leaves) leave(dq);
+        if constexpr (finds_late) {
+            issue_queries(dq, PART + 1, turn ^ 1);
+            await_products<0>();
+            pin(list_of<Q>(dq));
+            if (!odd) arrive_warp(&notes.paired);
+            if (leaves) leave(dq);
+        }
         at.advance();
-        if (!(kind & LAST)) await(&notes.q_full[at.stage], at.parity);
+        if (!ends || !(kind & LAST)) await(&notes.q_full[at.stage], at.parity);
         int next_kind = notes.step[at.stage].kind;
         usp_sums<1, N> next; /* what s held is not kept for it */
         issue_scores(next);
@@ -189,10 +213,11 @@ template <typename T, typename Shape> struct backward_group {
         if (odd) {
             await_products<0>(); /* a call may use their registers */
             pin(list_of<N>(next));
-            if (!(kind & FIRST)) leave_kept(stage ^ 1);
-            keep(stage);
+            if (!(kind & FIRST)) leave_kept(PART, turn ^ 1);
+            if (!(kind & FIRST) && finds_late) leave_kept(PART + 1, turn ^ 1);
+            if (ends && threadIdx.x % 128 == 0) notes.before[group] = notes.step[stage];
+            if (ends) arrive_warp(&notes.paired);
         }
-        if (!(kind & FIRST)) place.advance();
         arrive_warp(&notes.q_empty[stage]);
         await_products<0>();
         pin(list_of<N>(next));
@@ -200,19 +225,28 @@ template <typename T, typename Shape> struct backward_group {
         return next_kind;
     }
 
+    template <bool MASKED> __device__ __forceinline__ int run_step(usp_sums<1, N> &s, int kind) {
+        int next = run_part<MASKED, 0>(s, kind);
+        if constexpr (Shape::parts == 2) next = run_part<MASKED, 1>(s, kind);
+        return next;
+    }
+
     /* dq of the last step. */
     __device__ __forceinline__ void end_steps() {
-        int stage = at.stage ^ 1;
-        usp_sums<1, Q> dq;
-        await(&notes.paired, stage);
-        issue_queries(dq, stage);
-        await_products<0>();
-        pin(list_of<Q>(dq));
-        if (are_keys_spoilt(notes, jobs))
-            leave_kept(stage);
-        else
-            leave_queries<Shape>(dq, args.scale, notes, group, place);
-        place.advance();
+        int turn = turn_of_pairs() ^ 1;
+        bool odd = are_keys_spoilt(notes, jobs);
+        await(&notes.paired, turn);
+#pragma unroll
+        for (int piece = 0; piece < pieces; piece++) {
+            usp_sums<1, Q> dq;
+            issue_queries(dq, piece, turn);
+            await_products<0>();
+            pin(list_of<Q>(dq));
+            if (odd)
+                leave_kept(piece, turn);
+            else
+                leave(dq);
+        }
     }
 
     /* ---- jobs */
@@ -250,7 +284,7 @@ template <typename T, typename Shape> struct backward_group {
         if (boxes) {
             meet(MEET_BOTH, 256); /* dS of the last step has been read */
             leave_rows(dv, memory::dv_at(group));
-            await(&notes.dq_empty[group][place.stage], place.parity ^ 1);
+            for (int i = 0; i < Shape::dq_places; i++) await(&notes.dq_empty[group][i], place.parity ^ 1);
             leave_rows(dk, memory::dk_at(group));
             publish_stores();
         } else {
@@ -325,6 +359,8 @@ template <typename T> static usp_status start(const usp_gpu *gpu, const usp_soft
         USP_TRY((start_extras<T, 64>(gpu, args, stream)));
     else if (args->dim <= 128 && args->value_dim <= 128)
         USP_TRY((start_extras<T, 128>(gpu, args, stream)));
+    else if (args->dim <= 192 && args->value_dim <= 128)
+        USP_TRY((start_shape<T, backward_shape<192, 128, 64>>(gpu, args, stream)));
     else
         USP_TRY(usp_softmax_wgmma_wide_backward(gpu, args, stream));
     return args->last ? pass_sums<T, true>(gpu, args, stream) : USP_OK;

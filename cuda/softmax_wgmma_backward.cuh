@@ -1,31 +1,36 @@
 /* softmax_wgmma_backward.cuh - backward softmax attention on Hopper: sizes of tiles, and what lies in shared memory.
- * Two kernels share it: that for wide heads has its own sizes. */
+ * Two kernels share it: that for the widest heads has its own sizes. */
 #ifndef USP_CUDA_SOFTMAX_WGMMA_BACKWARD_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_BACKWARD_CUH
 #include "softmax_wgmma.cuh"
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
-/* STEP queries at a time. Sums of a thread: DIM / 2 of dk, VALUE_DIM / 2 of dv, STEP / 2 each of S and dP, of which
- * dq's DIM / 4 take the place. */
+/* STEP queries at a time, with wide heads in two parts. Sums of a thread: DIM / 2 of dk, VALUE_DIM / 2 of dv, half as
+ * many each of S and dP as a part has queries, of which those of dq take the place. */
 template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct backward_shape {
-    static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
+    static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP, parts = DIM > 128 ? 2 : 1, part = STEP / parts;
     static constexpr bool caps = EXTRAS & CAPS, slopes = EXTRAS & SLOPES, drops = EXTRAS & DROPS;
     static constexpr bool extras = EXTRAS != 0;
     static constexpr int rows = USP_WORK_ROWS, groups = 2, threads = 128 * (1 + groups);
     static constexpr int stages = 2, dout_stages = 2;   /* of queries, with what is noted of them, and of dout */
     static constexpr bool splits_queries = STEP == 128; /* of dq, among groups; else its columns are split */
-    static constexpr int dq_boxes = DIM * STEP / 64 / groups / 32, dq_together = dq_boxes, dq_places = 1;
-    static constexpr bool boxes_keys = true; /* dk and dv may leave in boxes */
-    static constexpr bool early_bases = STEP == 128 && EXTRAS == 0; /* loaded while scores are awaited: registers allow */
+    static constexpr int dq_boxes = DIM * STEP / 64 / groups / 32, dq_together = parts == 1 ? dq_boxes : 1;
+    static constexpr int dq_places = dq_boxes / dq_together;
+    static constexpr bool boxes_keys = true;                        /* dk and dv may leave in boxes */
+    static constexpr bool early_bases = STEP == 128 && EXTRAS == 0; /* loaded while scores are awaited */
     static constexpr int copying_registers = 40, computing_registers = 232;
 
-    /* A group leaves dq of 64 of the step's queries in boxes of 32 columns, some together in one place. */
+    /* A group leaves dq of 64 of the step's queries in boxes of 32 columns, some together in one place: of all columns,
+     * or of whole slabs of 64, from the first or up to the last one, and of half a slab between if their number is odd.
+     */
     static __device__ __forceinline__ int dq_query(int group) {
         return splits_queries ? group * 64 : 0;
     }
     static __device__ __forceinline__ int dq_column(int group, int box) {
-        return ((splits_queries ? 0 : group * dq_boxes) + box) * 32;
+        constexpr int whole = DIM / 128 * 64, half = DIM / 2 - whole;
+        if (splits_queries) return box * 32;
+        return box * 32 + group * (box * 32 < whole ? DIM - whole : half);
     }
 };
 
@@ -35,17 +40,17 @@ template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct backward_shap
  * its rounding to 16 bits does. */
 constexpr float UNSEEN = 1.0f / 65536;
 
-/* What the computing warps need of each query of a step: P = 2^(x - base) * factor, where the factor is what the
- * rounding of base left out. With dropout it is 1 / (1 - rate) times as large, and delta 1 - rate times. */
+/* What the computing warps need of each query of a part of a step: P = 2^(x - base) * factor, where the factor is what
+ * the rounding of base left out. With dropout it is 1 / (1 - rate) times as large, and delta 1 - rate times. */
 template <typename Shape> struct query_notes {
     int scaled[2]; /* whether a factor that a warp noted is seen */
-    float base[Shape::step], factor[Shape::step], delta[Shape::step];
+    float base[Shape::part], factor[Shape::part], delta[Shape::part];
     alignas(
-        16) int2 interval[Shape::step]; /* low, high: of a masked step, as position, key, last; read two at a time */
-    int position[Shape::step];
+        16) int2 interval[Shape::part]; /* low, high: of a masked step, as position, key, last; read two at a time */
+    int position[Shape::part];
     int key[Shape::rows], last[Shape::rows]; /* of the job's keys; no interval has those that do not exist */
-    float place[Shape::step];                /* with slopes: of the diagonal, from the job's first key on */
-    alignas(16) uint64_t word[Shape::step];
+    float place[Shape::part];                /* with slopes: of the diagonal, from the job's first key on */
+    alignas(16) uint64_t word[Shape::part];
 };
 
 struct backward_job {
@@ -53,18 +58,18 @@ struct backward_job {
     int steps, looked; /* looked: the parity of the phase in which its keys are looked over, as in steps */
 };
 
-/* The first and the last step of a job, and a step that has pairs that are not allowed. */
+/* The first and the last step of a job, and a step that has pairs that are not allowed; of all its parts. */
 enum step_kind { FIRST = 1, LAST = 2, MASKED_STEP = 4 };
 
 struct backward_step {
-    int kind, looked, column, columns, head;
+    int kind, looked, column, columns, head; /* columns, how many, of all its parts */
     float slope;
 };
 
 template <typename Shape> struct backward_notes {
     static constexpr int stages = Shape::stages, dout_stages = Shape::dout_stages;
     arrivals job_full, job_empty, keys_looked; /* the last: its keys were looked over */
-    arrivals paired; /* dS of a step is written, and dq of the one before was found */
+    arrivals paired;                           /* dS of a step is written, and dq of the one before was found */
     arrivals ended[Shape::groups], left;       /* dk and dv are stored, or in shared memory; they were read there */
     job_deals deals;
     arrivals q_full[stages], q_empty[stages], dout_full[dout_stages], dout_empty[dout_stages];
@@ -76,8 +81,8 @@ template <typename Shape> struct backward_notes {
         spoilt[2]; /* the last job of this parity whose keys, or queries and dout, were not all finite */
     backward_step step[stages];
     backward_step before[Shape::groups]; /* where keys are not finite: the step whose dq is to be left */
-    int unclean[stages][2]; /* of a masked step, whether a warp that notes found what is not finite */
-    uint32_t limit;         /* dropout's */
+    int unclean[stages][2];              /* of a masked step, whether a warp that notes found what is not finite */
+    uint32_t limit;                      /* dropout's */
     query_notes<Shape> query[stages];
     float place[Shape::rows];   /* with slopes: of the job's keys, from the first one on */
     uint32_t draw[Shape::rows]; /* what dropout draws for them */
@@ -114,8 +119,8 @@ template <typename Shape> static __device__ __forceinline__ void begin_notes(bac
 template <typename Shape> struct backward_tiles {
     using k_tile = slabs<Shape::rows, Shape::dim>;
     using v_tile = slabs<Shape::rows, Shape::value_dim>;
-    using q_tile = slabs<Shape::step, Shape::dim>;
-    using dout_tile = slabs<Shape::step, Shape::value_dim>;
+    using q_tile = slabs<Shape::part, Shape::dim>;
+    using dout_tile = slabs<Shape::part, Shape::value_dim>;
     static constexpr int k = 0, v = k + k_tile::bytes, q = v + v_tile::bytes;
     static constexpr int dout = q + Shape::stages * q_tile::bytes;
     static constexpr int dq = dout + Shape::dout_stages * dout_tile::bytes, dq_box = 64 * 128;
@@ -163,7 +168,9 @@ template <typename Shape> struct backward_memory : backward_tiles<Shape> {
     /* Between jobs: where a group's rows of dk lie, in the place of its dq, and of dv. */
     using dk_tile = slabs<64, Shape::dim>;
     using dv_tile = slabs<64, Shape::value_dim>;
-    static_assert(dk_tile::bytes <= backward_tiles<Shape>::dq_place && dv_tile::bytes <= ds_tile::bytes, "they fit");
+    static_assert(dk_tile::bytes <= Shape::dq_places * backward_tiles<Shape>::dq_place &&
+                      dv_tile::bytes <= ds_tile::bytes,
+                  "they fit");
 
     static __device__ __forceinline__ dk_tile dk_at(int group) {
         return {backward_tiles<Shape>::dq_at(group, 0)};
@@ -182,8 +189,8 @@ struct backward_maps {
 
 template <typename Shape>
 static usp_status make_backward_maps(const usp_gpu *gpu, const usp_softmax &args, backward_maps *maps) {
-    USP_TRY(make_map(gpu, args, args.dtype, false, args.q, args.dim, Shape::step, &maps->q));
-    USP_TRY(make_map(gpu, args, args.dtype, false, args.dout, args.value_dim, Shape::step, &maps->dout));
+    USP_TRY(make_map(gpu, args, args.dtype, false, args.q, args.dim, Shape::part, &maps->q));
+    USP_TRY(make_map(gpu, args, args.dtype, false, args.dout, args.value_dim, Shape::part, &maps->dout));
     USP_TRY(make_map(gpu, args, args.dtype, true, args.k, args.dim, Shape::rows, &maps->k));
     USP_TRY(make_map(gpu, args, args.dtype, true, args.v, args.value_dim, Shape::rows, &maps->v));
     USP_TRY(make_map(gpu, args, USP_F32, false, args.dq_sum, args.dim, 64, &maps->dq_sum));

@@ -74,17 +74,17 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         memory::v_at().copy(&maps.v, job.begin, job.head, job.batch, &notes.job_full);
     }
 
-    __device__ __forceinline__ void copy_step(const tile_walk &walk, int head, int batch) {
+    __device__ __forceinline__ void copy_part(int column, int head, int batch) {
         turn<Shape::dout_stages> dout = dout_of<Shape>(at);
         arrivals *q_full = &notes.q_full[at.stage], *dout_full = &notes.dout_full[dout.stage];
         if (lane != 0) return;
         await(&notes.q_empty[at.stage], at.parity ^ 1);
         if (Shape::dout_stages == 1) await(dout_full, dout.parity ^ 1); /* or who has queries might await this phase */
         arrive_with(q_full, memory::q_tile::bytes);
-        memory::q_at(at.stage).copy(&maps.q, walk.column, head, batch, q_full);
+        memory::q_at(at.stage).copy(&maps.q, column, head, batch, q_full);
         await(&notes.dout_empty[dout.stage], dout.parity ^ 1);
         arrive_with(dout_full, memory::dout_tile::bytes);
-        memory::dout_at(dout.stage).copy(&maps.dout, walk.column, head, batch, dout_full);
+        memory::dout_at(dout.stage).copy(&maps.dout, column, head, batch, dout_full);
     }
 
     __device__ __forceinline__ query_line_notes load_query(const tile_walk &walk, const softmax_job &job, int i,
@@ -117,26 +117,30 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         return seen;
     }
 
-    /* What is noted is on its way while the place for it is awaited. */
-    __device__ __forceinline__ void note_step(const tile_walk &walk, const softmax_job &job, int kind, int head) {
-        constexpr int each = Shape::step / 64; /* queries a lane */
+    /* What is noted is on its way while the place for it is awaited. A part of 32 queries is for one of the warps. */
+    __device__ __forceinline__ void note_part(const tile_walk &walk, int part, const softmax_job &job, int kind,
+                                              int head) {
+        constexpr int each = (Shape::part + 63) / 64; /* queries a lane */
+        constexpr bool notes_queries = DUTY == NOTES_FIRST || Shape::part > 32;
         bool masked = kind & MASKED_STEP;
         int first = (DUTY - NOTES_FIRST) * 32 + lane;
         query_line_notes line[each];
         bool scaled = false;
 #pragma unroll
-        for (int i = 0; i < each; i++) line[i] = load_query(walk, job, first + i * 64, masked, head);
+        for (int i = 0; i < each && notes_queries; i++)
+            line[i] = load_query(walk, job, part * Shape::part + first + i * 64, masked, head);
         key_line_notes<Shape::rows> keys(args.pairs, job, first, masked);
         float slope = Shape::slopes && DUTY == NOTES_FIRST ? scoring::slope_of(args, head, cap) : 0;
         await(&notes.q_empty[at.stage], at.parity ^ 1);
 #pragma unroll
-        for (int i = 0; i < each; i++) scaled |= note_query(notes.query[at.stage], first + i * 64, line[i], masked);
+        for (int i = 0; i < each && notes_queries; i++)
+            scaled |= note_query(notes.query[at.stage], first + i * 64, line[i], masked);
         if (masked) keys.note(notes.query[at.stage].key, notes.query[at.stage].last, first);
         scaled = __any_sync(~0u, scaled);
         if (lane == 0) notes.query[at.stage].scaled[DUTY - NOTES_FIRST] = scaled;
         if (DUTY == NOTES_FIRST && lane == 0)
-            notes.step[at.stage] = {
-                kind, looked >> at.stage & 1, walk.column, min(walk.columns(), Shape::step), head, slope};
+            notes.step[at.stage] = {kind, looked >> at.stage & 1, walk.column, min(walk.columns(), Shape::step), head,
+                                    slope};
         arrive_warp(&notes.q_full[at.stage]);
     }
 
@@ -163,9 +167,10 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
     }
 
     /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. */
-    __device__ __forceinline__ void note_and_look(const tile_walk &walk, const softmax_job &job, int kind, int head) {
+    __device__ __forceinline__ void note_and_look(const tile_walk &walk, int part, const softmax_job &job, int kind,
+                                                  int head) {
         if (!walk.full(Shape::step) || job.count < Shape::rows) kind |= MASKED_STEP;
-        note_step(walk, job, kind, head);
+        note_part(walk, part, job, kind, head);
         if (kind & MASKED_STEP) look_over();
     }
 
@@ -173,20 +178,21 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
     __device__ __forceinline__ void add_step(const tile_walk &walk, int head, int batch) {
         arrivals *read = nullptr;
 #pragma unroll
-        for (int i = 0; i < Shape::groups * Shape::dq_boxes / Shape::dq_together; i++) {
-            int group = i % Shape::groups, first = i / Shape::groups * Shape::dq_together;
-            await(&notes.dq_full[group][dq.stage], dq.parity);
+        for (int first = 0; first < Shape::dq_boxes; first += Shape::dq_together, dq.advance()) {
 #pragma unroll
-            for (int box = 0; box < Shape::dq_together; box++)
-                add_box(&maps.dq_sum, Shape::dq_column(group, first + box), walk.column + Shape::dq_query(group), head,
-                        batch, memory::dq_at(group, dq.stage) + box * memory::dq_box);
-            end_boxes();
-            if (read) {
-                await_reads<1>();
-                arrive(read);
+            for (int group = 0; group < Shape::groups; group++) {
+                await(&notes.dq_full[group][dq.stage], dq.parity);
+#pragma unroll
+                for (int box = 0; box < Shape::dq_together; box++)
+                    add_box(&maps.dq_sum, Shape::dq_column(group, first + box), walk.column + Shape::dq_query(group),
+                            head, batch, memory::dq_at(group, dq.stage) + box * memory::dq_box);
+                end_boxes();
+                if (read) {
+                    await_reads<1>();
+                    arrive(read);
+                }
+                read = &notes.dq_empty[group][dq.stage];
             }
-            read = &notes.dq_empty[group][dq.stage];
-            if (group == Shape::groups - 1) dq.advance();
         }
         await_reads<0>();
         arrive(read);
@@ -236,17 +242,18 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
     __device__ __forceinline__ void run_steps(const softmax_job &job, const head_range &heads) {
         query_turns<Shape::rows> turns(args, job);
         int kind = FIRST;
-        for (tile_walk walk(args.by_key, *job.work, heads.end - heads.first); walk.running(); at.advance()) {
+        for (tile_walk walk(args.by_key, *job.work, heads.end - heads.first); walk.running(); kind = 0) {
             tile_walk now = walk;
             int head = heads.first + now.round;
             walk.advance(Shape::step);
-            if constexpr (DUTY == COPIES)
-                copy_step(now, head, job.batch);
-            else if constexpr (DUTY == ADDS)
-                add_in_turn(turns, now, walk, head, job.batch);
-            else
-                note_and_look(now, job, walk.running() ? kind : kind | LAST, head);
-            kind = 0;
+            if (!walk.running()) kind |= LAST;
+            if constexpr (DUTY == ADDS) add_in_turn(turns, now, walk, head, job.batch);
+            for (int part = 0; part < Shape::parts && DUTY != ADDS; part++, at.advance()) {
+                if constexpr (DUTY == COPIES)
+                    copy_part(now.column + part * Shape::part, head, job.batch);
+                else
+                    note_and_look(now, part, job, kind, head);
+            }
         }
     }
 

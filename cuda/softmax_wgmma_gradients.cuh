@@ -131,33 +131,30 @@ template <int N> static __device__ __forceinline__ void copy_sums(usp_sums<1, N>
 
 /* ---- dq --------------------------------------------------------------------------------------------------------- */
 
-/* Leaves a group's share of dq of a step to be added to the sums, place after place. Chunks of 16 bytes are swizzled by
- * row & 7; neighbouring rows would meet in the same banks, so odd ones write their column blocks in another order. */
-template <typename Shape>
-static __device__ __forceinline__ void leave_queries(const usp_sums<1, Shape::dq_boxes * 4> &dq, float scale,
+/* Leaves boxes of a group's share of dq of a step to be added to the sums. Chunks of 16 bytes are swizzled by row & 7;
+ * neighbouring rows would meet in the same banks, so odd ones write their column blocks in another order. */
+template <typename Shape, int N>
+static __device__ __forceinline__ void leave_queries(const usp_sums<1, N> &dq, float scale,
                                                      backward_notes<Shape> &notes, int group,
-                                                     turn<Shape::dq_places> place) {
+                                                     const turn<Shape::dq_places> &place) {
     int row = threadIdx.x / 32 % 4 * 16 + usp_lane_row(0, 0), half = (threadIdx.x & 3) / 2;
     bool odd = row & 1;
     uint32_t at = row * 128 + ((half ^ (row & 7) ^ odd << 2) << 4) + (threadIdx.x & 1) * 8;
+    uint32_t to = backward_tiles<Shape>::dq_at(group, place.stage) + at;
+    await(&notes.dq_empty[group][place.stage], place.parity ^ 1);
+    pin(to);
 #pragma unroll
-    for (int first = 0; first < Shape::dq_boxes; first += Shape::dq_together, place.advance()) {
-        uint32_t to = backward_tiles<Shape>::dq_at(group, place.stage) + at;
-        await(&notes.dq_empty[group][place.stage], place.parity ^ 1);
-        pin(to);
+    for (int n = 0; n < N; n++) {
 #pragma unroll
-        for (int n = 0; n < Shape::dq_together * 4; n++) {
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const float *even_pair = &dq[0][first * 4 + n][r * 2], *odd_pair = &dq[0][first * 4 + (n ^ 2)][r * 2];
-                float x = odd ? odd_pair[0] : even_pair[0], y = odd ? odd_pair[1] : even_pair[1];
-                store_shared_pair((to ^ n % 4 << 5) + n / 4 * backward_tiles<Shape>::dq_box + r * 1024, x * scale,
-                                  y * scale);
-            }
+        for (int r = 0; r < 2; r++) {
+            const float *even_pair = &dq[0][n][r * 2], *odd_pair = &dq[0][n ^ 2][r * 2];
+            float x = odd ? odd_pair[0] : even_pair[0], y = odd ? odd_pair[1] : even_pair[1];
+            store_shared_pair((to ^ n % 4 << 5) + n / 4 * backward_tiles<Shape>::dq_box + r * 1024, x * scale,
+                              y * scale);
         }
-        publish_stores();
-        arrive_warp(&notes.dq_full[group][place.stage]);
     }
+    publish_stores();
+    arrive_warp(&notes.dq_full[group][place.stage]);
 }
 
 /* ---- numbers that are not finite --------------------------------------------------------------------------------- */
@@ -192,29 +189,27 @@ static __device__ __forceinline__ bool are_keys_spoilt(backward_notes<Shape> &no
     return notes.spoilt_keys[job % 2] == job;
 }
 
-/* As leave_queries, where keys are not finite: only pairs that are allowed count, one by one. */
+/* As leave_queries, boxes from `first` on, where keys are not finite: only pairs that are allowed count, one by one. */
 template <typename T, typename Shape>
 static __device__ __noinline__ void leave_one_by_one(const usp_softmax &args, backward_notes<Shape> &notes, int group,
-                                                     turn<Shape::dq_places> place, const backward_step &step,
+                                                     turn<Shape::dq_places> place, int first, const backward_step &step,
                                                      pairs_tile<Shape> ds) {
     using tiles = backward_tiles<Shape>;
     const softmax_job &job = notes.job.job;
-    for (int first = 0; first < Shape::dq_boxes; first += Shape::dq_together, place.advance()) {
-        await(&notes.dq_empty[group][place.stage], place.parity ^ 1);
-        for (int i = threadIdx.x % 128; i < Shape::dq_together * 64 * 32; i += 128) {
-            int box = i / 32 / 64, row = i / 32 % 64, q = Shape::dq_query(group) + row;
-            int e = Shape::dq_column(group, first + box) + i % 32;
-            float sum = 0;
-            for (int j = 0; j < job.count && q < step.columns && e < args.dim; j++) {
-                if (step.kind & MASKED_STEP && !pair_allowed(args.pairs, step.column + q, job.begin + j)) continue;
-                sum = fmaf(element_of<T>(ds, j, q), element_of<T>(tiles::k_at(), j, e), sum);
-            }
-            uint32_t to = tiles::dq_at(group, place.stage) + box * tiles::dq_box + row * 128;
-            store_shared(to + ((i % 32 / 4 ^ (row & 7)) << 4) + i % 4 * 4, __float_as_uint(sum * args.scale));
+    await(&notes.dq_empty[group][place.stage], place.parity ^ 1);
+    for (int i = threadIdx.x % 128; i < Shape::dq_together * 64 * 32; i += 128) {
+        int box = i / 32 / 64, row = i / 32 % 64, q = Shape::dq_query(group) + row;
+        int e = Shape::dq_column(group, first + box) + i % 32;
+        float sum = 0;
+        for (int j = 0; j < job.count && q < step.columns && e < args.dim; j++) {
+            if (step.kind & MASKED_STEP && !pair_allowed(args.pairs, step.column + q, job.begin + j)) continue;
+            sum = fmaf(element_of<T>(ds, j, q), element_of<T>(tiles::k_at(), j, e), sum);
         }
-        publish_stores();
-        arrive_warp(&notes.dq_full[group][place.stage]);
+        uint32_t to = tiles::dq_at(group, place.stage) + box * tiles::dq_box + row * 128;
+        store_shared(to + ((i % 32 / 4 ^ (row & 7)) << 4) + i % 4 * 4, __float_as_uint(sum * args.scale));
     }
+    publish_stores();
+    arrive_warp(&notes.dq_full[group][place.stage]);
 }
 
 /* Brings what was taken out of queries and dout to dk and dv of those of a job's rows that depend on it, by `threads`

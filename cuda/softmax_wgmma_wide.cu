@@ -12,16 +12,15 @@ template <typename T, typename Shape> struct wide_group {
     using notes_type = backward_notes<Shape>;
     using element = T;
     using scores = usp_sums<1, N>;
-    using dim_half = half_columns<Shape::dim>;
-    using value_half = half_columns<Shape::value_dim>;
+    static constexpr int D = Shape::dim / 16, E = Shape::value_dim / 16; /* column blocks of a group */
     const usp_softmax &args;
     notes_type &notes;
     int group, warp_row; /* this warp's first row of the job, or of dq of a step */
     turn<Shape::stages> at;
     turn<Shape::dq_places> place; /* of dq */
     int jobs;
-    typename dim_half::sums dk;
-    typename value_half::sums dv;
+    usp_sums<1, D> dk;
+    usp_sums<1, E> dv;
 
     __device__ __forceinline__ wide_group(const usp_softmax &args_, notes_type &notes_)
         : args(args_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
@@ -56,16 +55,17 @@ template <typename T, typename Shape> struct wide_group {
         begin_products();
 #pragma unroll
         for (int k = 0; k < Shape::step / 16; k++)
-            value_half::template issue<T, false>(dv, memory::p_at(stage).columns(k), memory::dout_at(dout_stage), k,
-                                                 group, true);
+            issue_product<T, true>(list_of<E>(dv), memory::p_at(stage).columns(k),
+                                   memory::dout_at(dout_stage).rows(k, group * E * 8), true);
         end_products();
     }
 
-    __device__ __forceinline__ void issue_queries(typename dim_half::sums &dq) {
+    __device__ __forceinline__ void issue_queries(usp_sums<1, D> &dq) {
         begin_products();
 #pragma unroll
         for (int k = 0; k < Shape::rows / 16; k++)
-            dim_half::template issue<T, true>(dq, memory::ds_at().rows(k), memory::k_at(), k, group, k > 0);
+            issue_product<T, true, true>(list_of<D>(dq), memory::ds_at().rows(k), memory::k_at().rows(k, group * D * 8),
+                                         k > 0);
         end_products();
     }
 
@@ -73,8 +73,21 @@ template <typename T, typename Shape> struct wide_group {
         begin_products();
 #pragma unroll
         for (int k = 0; k < Shape::step / 16; k++)
-            dim_half::template issue<T, false>(dk, memory::ds_at().columns(k), memory::q_at(stage), k, group, true);
+            issue_product<T, true>(list_of<D>(dk), memory::ds_at().columns(k),
+                                   memory::q_at(stage).rows(k, group * D * 8), true);
         end_products();
+    }
+
+    /* This group's share of dq of a step, box after box; where keys are not finite, pair by pair. */
+    __device__ __forceinline__ void leave(const usp_sums<1, D> &dq, int stage, bool odd) {
+#pragma unroll
+        for (int box = 0; box < Shape::dq_boxes; box++, place.advance()) {
+            if (odd)
+                leave_one_by_one<T, Shape>(args, notes, group, place, box, notes.step[stage], memory::ds_at());
+            else
+                leave_queries(reinterpret_cast<const usp_sums<1, 4> &>(dq[0][box * 4]), args.scale, notes, group,
+                              place);
+        }
     }
 
     /* From S^T of a step to that of the next one, if there is one, whose product runs under the end of this one. dS^T
@@ -84,7 +97,7 @@ template <typename T, typename Shape> struct wide_group {
         int stage = at.stage;
         turn<Shape::dout_stages> dout = dout_of<Shape>(at);
         usp_sums<1, N> dp;
-        typename dim_half::sums dq;
+        usp_sums<1, D> dq;
         await(&notes.dout_full[dout.stage], dout.parity);
         begin_products();
         issue_rows<T>(dp, memory::v_at(), 0, memory::dout_at(dout.stage), first_query());
@@ -107,7 +120,7 @@ template <typename T, typename Shape> struct wide_group {
         issue_queries(dq);
         issue_keys(stage);
         await_products<2>();
-        pin(list_of<Shape::value_dim / 16>(dv));
+        pin(list_of<E>(dv));
         arrive_warp(&notes.dout_empty[dout.stage]);
         at.advance();
         if (!(kind & LAST)) await(&notes.q_full[at.stage], at.parity);
@@ -116,16 +129,15 @@ template <typename T, typename Shape> struct wide_group {
         issue_scores(next);
         bool odd = are_keys_spoilt(notes, jobs);
         await_products<2>();
-        pin(list_of<Shape::dim / 16>(dq));
-        if (!odd) leave_queries<Shape>(dq, args.scale, notes, group, place);
+        pin(list_of<D>(dq));
+        if (!odd) leave(dq, stage, false);
         await_products<1>();
-        pin(list_of<Shape::dim / 16>(dk));
+        pin(list_of<D>(dk));
         if (odd) {
             await_products<0>(); /* a call may use their registers */
             pin(list_of<N>(next));
-            leave_one_by_one<T, Shape>(args, notes, group, place, notes.step[stage], memory::ds_at());
+            leave(dq, stage, true);
         }
-        place.pass(Shape::dq_boxes / Shape::dq_together);
         arrive_warp(&notes.q_empty[stage]);
         await_products<0>();
         pin(list_of<N>(next));
@@ -146,33 +158,21 @@ template <typename T, typename Shape> struct wide_group {
     __device__ __forceinline__ void begin_steps() {
     }
 
-    template <typename Half, typename To>
-    __device__ __forceinline__ void store_as(const typename Half::sums &c, const usp_tensor &to, const softmax_job &job,
-                                             int dim) {
-        int rows = job.count - warp_row;
-        To *first = usp_row<To>(to, job.begin + warp_row, job.batch, job.head);
-#pragma unroll
-        for (int n = 0; n < Half::whole / 8 + Half::rest / 8; n++) {
-            int column = Half::first_of(group, n);
-            usp_store(reinterpret_cast<const usp_sums<1, 1> &>(c[0][n]), first + column, to.stride_token, rows,
-                      dim - column);
-        }
-    }
-
-    template <typename Half>
-    __device__ __forceinline__ void store(const typename Half::sums &c, const usp_tensor &to, const softmax_job &job,
+    template <int W>
+    __device__ __forceinline__ void store(const usp_sums<1, W> &c, const usp_tensor &to, const softmax_job &job,
                                           int dim) {
+        int rows = job.count - warp_row, first = job.begin + warp_row, column = group * W * 8;
         if (args.key_dtype == USP_F32)
-            store_as<Half, float>(c, to, job, dim);
+            usp_store(c, usp_row<float>(to, first, job.batch, job.head) + column, to.stride_token, rows, dim - column);
         else
-            store_as<Half, T>(c, to, job, dim);
+            usp_store(c, usp_row<T>(to, first, job.batch, job.head) + column, to.stride_token, rows, dim - column);
     }
 
     __device__ __forceinline__ bool end_job(const softmax_job &job, bool) {
         multiply_row(0, dk, args.scale);
         multiply_row(1, dk, args.scale);
-        store<dim_half>(dk, args.dk, job, args.dim);
-        store<value_half>(dv, args.dv, job, args.value_dim);
+        store(dk, args.dk, job, args.dim);
+        store(dv, args.dv, job, args.value_dim);
         return false;
     }
 
@@ -202,8 +202,8 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
 
 /* ---- launcher ---------------------------------------------------------------------------------------------------- */
 
-template <typename T, typename shape>
-static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+template <typename T> static usp_status start(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
+    using shape = wide_shape<256, 256>;
     static_assert(wide_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
     backward_maps maps;
     int64_t jobs = count_jobs(*args, true, shape::rows);
@@ -211,11 +211,6 @@ static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_s
     USP_TRY(make_backward_maps<shape>(gpu, *args, &maps));
     return launch_staying("softmax backward", softmax_wgmma_wide_kernel<T, shape>, gpu, *args, jobs, shape::threads,
                           wide_memory<shape>::bytes, stream, maps);
-}
-
-template <typename T> static usp_status start(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
-    if (args->dim <= 192 && args->value_dim <= 128) return start_shape<T, wide_shape<192, 128>>(gpu, args, stream);
-    return start_shape<T, wide_shape<256, 256>>(gpu, args, stream);
 }
 
 extern "C" usp_status usp_softmax_wgmma_wide_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {

@@ -14,11 +14,13 @@ enum { LAUNCHES = 1000, EMULATED = 4, RESULTS = 6 };
 static const usp_gpu_softmax_case on_gpu[] = {
     {"causal", USP_BF16, BSHD, 1, 16, 16, 1, 0, 128, 128, 2048, {2048}, CAUSAL},
     {"documents", USP_BF16, BSHD, 2, 8, 2, 4, 0, 64, 64, 2000, {2000}, CAUSAL, .documents = 300},
+    {"d 192, e 128", USP_BF16, BSHD, 1, 8, 8, 1, 0, 192, 128, 1500, {1500}, CAUSAL},
     {"wide heads", USP_F16, BSHD, 1, 8, 8, 1, 0, 256, 256, 1500, {1500}, CAUSAL},
 };
 static const usp_gpu_softmax_case emulated[] = {
     {"causal", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, 400, {400}, CAUSAL},
     {"documents", USP_BF16, BSHD, 1, 4, 2, 2, 0, 64, 64, 300, {300}, CAUSAL, .documents = 70},
+    {"d 192, e 128", USP_BF16, BSHD, 1, 1, 1, 1, 0, 192, 128, 300, {300}, CAUSAL},
     {"wide heads", USP_F16, BSHD, 1, 1, 1, 1, 0, 256, 256, 150, {150}, CAUSAL},
 };
 #undef CAUSAL
