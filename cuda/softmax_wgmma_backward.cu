@@ -128,12 +128,12 @@ template <typename T, typename Shape> struct backward_group {
         place.advance();
     }
 
-    /* Where keys are not finite: as leave, for the step that was kept, whose dS is read until it returns. */
+    /* Where keys are not finite: as leave, for the step that was kept; its dS has been read when both groups meet. */
     __device__ __forceinline__ void leave_kept(int piece, int turn) {
-        meet(MEET_GROUP + group, 128);
+        meet(MEET_BOTH, 256);
         leave_one_by_one<T, Shape>(args, notes, group, place, piece * Shape::dq_together, notes.before[group],
                                    memory::ds_at(turn));
-        meet(MEET_GROUP + group, 128);
+        meet(MEET_BOTH, 256);
         place.advance();
     }
 
@@ -191,17 +191,17 @@ template <typename T, typename Shape> struct backward_group {
         begin_products();
         issue_columns<T>(dk, ds, memory::q_at(stage));
         end_products();
-        bool odd = are_keys_spoilt(notes, jobs), leaves = !(kind & FIRST) && !odd;
+        bool odd = are_keys_spoilt(notes, jobs);
         await_products<1>();
         pin(list_of<Q>(dq));
-        if (ends && !finds_late && !odd) arrive_warp(&notes.paired);
-        if (leaves) leave(dq);
+        if constexpr (ends && !finds_late) arrive_warp(&notes.paired);
+        if (!(kind & FIRST) && !odd) leave(dq);
         if constexpr (finds_late) {
             issue_queries(dq, PART + 1, turn ^ 1);
             await_products<0>();
             pin(list_of<Q>(dq));
-            if (!odd) arrive_warp(&notes.paired);
-            if (leaves) leave(dq);
+            arrive_warp(&notes.paired);
+            if (!(kind & FIRST) && !odd) leave(dq);
         }
         at.advance();
         if (!ends || !(kind & LAST)) await(&notes.q_full[at.stage], at.parity);
@@ -216,7 +216,6 @@ template <typename T, typename Shape> struct backward_group {
             if (!(kind & FIRST)) leave_kept(PART, turn ^ 1);
             if (!(kind & FIRST) && finds_late) leave_kept(PART + 1, turn ^ 1);
             if (ends && threadIdx.x % 128 == 0) notes.before[group] = notes.step[stage];
-            if (ends) arrive_warp(&notes.paired);
         }
         arrive_warp(&notes.q_empty[stage]);
         await_products<0>();
