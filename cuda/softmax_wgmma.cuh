@@ -98,9 +98,9 @@ static __device__ __forceinline__ void round_sums(left_operand<K> &a, const usp_
     }
 }
 
-/* Writes a warp's rows of a tile from `row` on, rounded, and of them the columns from `first` on, which is a multiple
- * of 8 before 64. Chunks of 16 bytes are swizzled by row & 7, so the chunk of another column block is an exclusive or
- * away. publish_stores must follow. */
+/* Writes a warp's rows of a tile from `row` on, rounded, and of them the columns from `first` on, before 64, a
+ * multiple of how many they are. Chunks of 16 bytes are swizzled by row & 7, so the chunk of another column block is an
+ * exclusive or away. publish_stores must follow. */
 template <int K, typename Tile>
 static __device__ __forceinline__ void write_rows(const left_operand<K> &a, Tile tile, int row, int first = 0) {
     row += usp_lane_row(0, 0);
@@ -181,9 +181,6 @@ template <int STAGES> struct turn {
         if (++stage < STAGES) return;
         stage = 0;
         parity ^= 1;
-    }
-    __device__ __forceinline__ void pass(int places) {
-        for (int i = 0; i < places; i++) advance();
     }
 };
 
@@ -365,7 +362,7 @@ static usp_status launch_staying(const char *what, void (*kernel)(Parameters...)
 extern "C" {
 usp_status usp_softmax_wgmma_forward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 usp_status usp_softmax_wgmma_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
-/* Called by that above for wide heads, between the passes over the sums of dq. */
+/* Called by that above for the widest heads, between the passes over the sums of dq. */
 usp_status usp_softmax_wgmma_wide_backward(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream);
 }
 

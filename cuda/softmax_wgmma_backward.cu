@@ -16,6 +16,8 @@ template <typename T, typename Shape> struct backward_group {
     /* dq is found in pieces, each with a place of its own: one in each part, and one more in the last. */
     static constexpr int Q = Shape::dq_together * 4, pieces = Shape::dq_places, late = pieces - Shape::parts;
     static_assert(late == 0 || late == 1, "a part has one more");
+    template <int PART> static constexpr bool ends = PART == Shape::parts - 1;
+    template <int PART> static constexpr bool finds_late = ends<PART> &&late > 0;
     const usp_softmax &args;
     const soft_cap &cap;
     const backward_maps &maps;
@@ -24,7 +26,7 @@ template <typename T, typename Shape> struct backward_group {
     turn<Shape::stages> at;
     turn<Shape::dq_places> place; /* of dq */
     int jobs;
-    query_bases<N> bases; /* of the step */
+    query_bases<N> bases; /* of the part */
     usp_sums<1, D> dk;
     usp_sums<1, E> dv;
 
@@ -144,22 +146,16 @@ template <typename T, typename Shape> struct backward_group {
         if constexpr (Shape::early_bases) bases.load(notes.query[at.stage]);
     }
 
-    /* From S^T of a part to that of the next one, if there is one, and its kind. dq is that of the step before, whose
-     * dS both groups have long written, so that neither waits for the other; in a job's first step it is of nothing.
-     * What a step is stays in shared memory: registers are dear. */
-    template <bool MASKED, int PART> __device__ __forceinline__ int run_part(usp_sums<1, N> &s, int kind) {
-        constexpr bool ends = PART == Shape::parts - 1, finds_late = ends && late > 0;
+    /* S^T of a part to P^T, rounded to p, while dP^T is found. */
+    template <bool MASKED>
+    __device__ __forceinline__ void weigh_part(usp_sums<1, N> &s, usp_sums<1, N> &dp, left_operand<K> &p) {
         const query_notes<Shape> &query = notes.query[at.stage];
-        int stage = at.stage, turn = turn_of_pairs();
-        left_operand<K> p, ds;
-        usp_sums<1, N> dp;
-        usp_sums<1, Q> dq;
-        await(&notes.dout_full[stage], at.parity);
+        await(&notes.dout_full[at.stage], at.parity);
         begin_products();
-        issue_rows<T>(dp, described_anew(memory::v_at()), group * 64, described_anew(memory::dout_at(stage)));
+        issue_rows<T>(dp, described_anew(memory::v_at()), group * 64, described_anew(memory::dout_at(at.stage)));
         end_products();
         if constexpr (Shape::extras) {
-            weigh_extras<MASKED>(s, p, query, scoring(cap, notes.step[stage].slope));
+            weigh_extras<MASKED>(s, p, query, scoring(cap, notes.step[at.stage].slope));
         } else {
             if constexpr (!Shape::early_bases) bases.load(query);
             weigh(s, bases, query, args.scale * LOG2E);
@@ -171,8 +167,15 @@ template <typename T, typename Shape> struct backward_group {
             pin(list_of<N>(dp));
             clean_step<T>(notes, at, jobs);
         }
+    }
+
+    /* dP^T to dS^T, rounded to ds, while dv is added to. */
+    template <bool MASKED>
+    __device__ __forceinline__ void differ_part(const usp_sums<1, N> &s, usp_sums<1, N> &dp, const left_operand<K> &p,
+                                                left_operand<K> &ds) {
+        const query_notes<Shape> &query = notes.query[at.stage];
         begin_products();
-        issue_columns<T>(dv, p, memory::dout_at(stage));
+        issue_columns<T>(dv, p, memory::dout_at(at.stage));
         end_products();
         await_products<1>();
         pin(list_of<N>(dp));
@@ -181,30 +184,49 @@ template <typename T, typename Shape> struct backward_group {
         else
             differ<MASKED>(dp, s, query);
         round_sums<T, K>(ds, dp);
-        if constexpr (PART == 0) await(&notes.paired, turn ^ 1);
-        write_rows<K>(ds, memory::ds_at(turn), warp_row, PART * Shape::part);
-        publish_stores();
-        issue_queries(dq, PART, turn ^ 1);
+    }
+
+    /* What a part finds of dq of the step before, whose dS has a place; dk is added to. */
+    template <int PART>
+    __device__ __forceinline__ void find_queries(const left_operand<K> &ds, int kind, int turn, bool &odd) {
+        usp_sums<1, Q> dq;
+        issue_queries(dq, PART, turn);
         await_products<1>();
         pin(list_of<E>(dv));
-        arrive_warp(&notes.dout_empty[stage]);
+        arrive_warp(&notes.dout_empty[at.stage]);
         begin_products();
-        issue_columns<T>(dk, ds, memory::q_at(stage));
+        issue_columns<T>(dk, ds, memory::q_at(at.stage));
         end_products();
-        bool odd = are_keys_spoilt(notes, jobs);
+        odd = are_keys_spoilt(notes, jobs);
         await_products<1>();
         pin(list_of<Q>(dq));
-        if constexpr (ends && !finds_late) arrive_warp(&notes.paired);
-        if (!(kind & FIRST) && !odd) leave(dq);
-        if constexpr (finds_late) {
-            issue_queries(dq, PART + 1, turn ^ 1);
+        if constexpr (ends<PART> && !finds_late<PART>) arrive_warp(&notes.paired);
+        if (!(kind & FIRST_STEP) && !odd) leave(dq);
+        if constexpr (finds_late<PART>) {
+            issue_queries(dq, PART + 1, turn);
             await_products<0>();
             pin(list_of<Q>(dq));
             arrive_warp(&notes.paired);
-            if (!(kind & FIRST) && !odd) leave(dq);
+            if (!(kind & FIRST_STEP) && !odd) leave(dq);
         }
+    }
+
+    /* From S^T of a part to that of the next one and its kind; behind a job's last part they are of nothing. dq is that
+     * of the step before, whose dS both groups have long written, so that neither waits for the other; in a job's first
+     * step it is of nothing. What a step is stays in shared memory: registers are dear. */
+    template <bool MASKED, int PART> __device__ __forceinline__ int run_part(usp_sums<1, N> &s, int kind) {
+        int stage = at.stage, turn = turn_of_pairs();
+        left_operand<K> p, ds;
+        usp_sums<1, N> dp;
+        bool odd;
+        weigh_part<MASKED>(s, dp, p);
+        differ_part<MASKED>(s, dp, p, ds);
+        if constexpr (PART == 0) await(&notes.paired, turn ^ 1);
+        write_rows<K>(ds, memory::ds_at(turn), warp_row, PART * Shape::part);
+        publish_stores();
+        find_queries<PART>(ds, kind, turn ^ 1, odd);
         at.advance();
-        if (!ends || !(kind & LAST)) await(&notes.q_full[at.stage], at.parity);
+        if (!ends<PART> || !(kind & LAST_STEP)) await(&notes.q_full[at.stage], at.parity);
         int next_kind = notes.step[at.stage].kind;
         usp_sums<1, N> next; /* what s held is not kept for it */
         issue_scores(next);
@@ -213,9 +235,9 @@ template <typename T, typename Shape> struct backward_group {
         if (odd) {
             await_products<0>(); /* a call may use their registers */
             pin(list_of<N>(next));
-            if (!(kind & FIRST)) leave_kept(PART, turn ^ 1);
-            if (!(kind & FIRST) && finds_late) leave_kept(PART + 1, turn ^ 1);
-            if (ends && threadIdx.x % 128 == 0) notes.before[group] = notes.step[stage];
+            if (!(kind & FIRST_STEP)) leave_kept(PART, turn ^ 1);
+            if (!(kind & FIRST_STEP) && finds_late<PART>) leave_kept(PART + 1, turn ^ 1);
+            if (ends<PART> && threadIdx.x % 128 == 0) notes.before[group] = notes.step[stage];
         }
         arrive_warp(&notes.q_empty[stage]);
         await_products<0>();
@@ -225,9 +247,8 @@ template <typename T, typename Shape> struct backward_group {
     }
 
     template <bool MASKED> __device__ __forceinline__ int run_step(usp_sums<1, N> &s, int kind) {
-        int next = run_part<MASKED, 0>(s, kind);
-        if constexpr (Shape::parts == 2) next = run_part<MASKED, 1>(s, kind);
-        return next;
+        if constexpr (Shape::parts == 2) run_part<MASKED, 0>(s, kind);
+        return run_part<MASKED, Shape::parts - 1>(s, kind);
     }
 
     /* dq of the last step. */

@@ -59,10 +59,10 @@ struct backward_job {
 };
 
 /* The first and the last step of a job, and a step that has pairs that are not allowed; of all its parts. */
-enum step_kind { FIRST = 1, LAST = 2, MASKED_STEP = 4 };
+enum step_kind { FIRST_STEP = 1, LAST_STEP = 2, MASKED_STEP = 4 };
 
 struct backward_step {
-    int kind, looked, column, columns, head; /* columns, how many, of all its parts */
+    int kind, looked, column, columns; /* columns: how many, of all its parts */
     float slope;
 };
 

@@ -8,8 +8,8 @@
 
 /* ---- the copying warps ------------------------------------------------------------------------------------------- */
 
-/* Four warps walk alike: one copies tiles, two note what is kept of half of the queries each and look over half of each
- * tile of a masked step, one looks over the keys of a job, adds dq of each step to the sums, and stores dk and dv. */
+/* Four warps walk alike: one copies tiles, two note what is kept of queries, 32 each, and look over half of each tile
+ * of a masked step, one looks over the keys of a job, adds dq of each step to the sums, and stores dk and dv. */
 enum backward_duty { COPIES, NOTES_FIRST, NOTES_SECOND, ADDS };
 
 /* What is kept of a lane's query, on its way to shared memory. */
@@ -139,8 +139,7 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         scaled = __any_sync(~0u, scaled);
         if (lane == 0) notes.query[at.stage].scaled[DUTY - NOTES_FIRST] = scaled;
         if (DUTY == NOTES_FIRST && lane == 0)
-            notes.step[at.stage] = {kind, looked >> at.stage & 1, walk.column, min(walk.columns(), Shape::step), head,
-                                    slope};
+            notes.step[at.stage] = {kind, looked >> at.stage & 1, walk.column, min(walk.columns(), Shape::step), slope};
         arrive_warp(&notes.q_full[at.stage]);
     }
 
@@ -241,12 +240,12 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
 
     __device__ __forceinline__ void run_steps(const softmax_job &job, const head_range &heads) {
         query_turns<Shape::rows> turns(args, job);
-        int kind = FIRST;
+        int kind = FIRST_STEP;
         for (tile_walk walk(args.by_key, *job.work, heads.end - heads.first); walk.running(); kind = 0) {
             tile_walk now = walk;
             int head = heads.first + now.round;
             walk.advance(Shape::step);
-            if (!walk.running()) kind |= LAST;
+            if (!walk.running()) kind |= LAST_STEP;
             if constexpr (DUTY == ADDS) add_in_turn(turns, now, walk, head, job.batch);
             for (int part = 0; part < Shape::parts && DUTY != ADDS; part++, at.advance()) {
                 if constexpr (DUTY == COPIES)

@@ -7,7 +7,7 @@
 
 /* ---- scores and their gradients ---------------------------------------------------------------------------------- */
 
-/* Accumulators here have keys for rows; their columns are the queries of a step from `first` on. */
+/* Accumulators here have keys for rows; their columns are the queries of a part of a step from `first` on. */
 
 /* The weight of a pair that is not allowed: no other weight has these bits, but of a dropped pair a weight of 0, whose
  * gradient is 0 too. */
@@ -239,7 +239,7 @@ template <typename Group> static __device__ __forceinline__ void run_steps(Group
     do {
         kind = next;
         next = kind & MASKED_STEP ? group.template run_step<true>(s, kind) : group.template run_step<false>(s, kind);
-    } while (!(kind & LAST));
+    } while (!(kind & LAST_STEP));
     group.end_steps();
 }
 

@@ -1,4 +1,4 @@
-/* softmax_wgmma_wide.cu - backward softmax attention on Hopper (sm_90a) for wide heads, 16-bit elements, all five
+/* softmax_wgmma_wide.cu - backward softmax attention on Hopper (sm_90a) for the widest heads, 16-bit elements, all five
  * products in one kernel. As softmax_wgmma_backward.cu, but dk and dv of 128 keys would not fit the registers: a job is
  * 64 keys, and two warpgroups share the work of a step. Each has S^T and dP^T of half its queries, writes P^T and dS^T
  * to shared memory, and then has half the columns of dv, dk and dq. Rows of accumulators are keys; of dq's, queries. */
@@ -123,7 +123,7 @@ template <typename T, typename Shape> struct wide_group {
         pin(list_of<E>(dv));
         arrive_warp(&notes.dout_empty[dout.stage]);
         at.advance();
-        if (!(kind & LAST)) await(&notes.q_full[at.stage], at.parity);
+        if (!(kind & LAST_STEP)) await(&notes.q_full[at.stage], at.parity);
         int next_kind = notes.step[at.stage].kind;
         usp_sums<1, N> next; /* what s held is not kept for it */
         issue_scores(next);
@@ -203,7 +203,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
 /* ---- launcher ---------------------------------------------------------------------------------------------------- */
 
 template <typename T> static usp_status start(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
-    using shape = wide_shape<256, 256>;
+    using shape = wide_shape;
     static_assert(wide_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
     backward_maps maps;
     int64_t jobs = count_jobs(*args, true, shape::rows);

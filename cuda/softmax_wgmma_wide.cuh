@@ -1,20 +1,20 @@
-/* softmax_wgmma_wide.cuh - backward softmax attention on Hopper for wide heads: sizes of tiles, what lies in shared
- * memory beside what is copied. */
+/* softmax_wgmma_wide.cuh - backward softmax attention on Hopper for the widest heads: sizes of tiles, what lies in
+ * shared memory beside what is copied. */
 #ifndef USP_CUDA_SOFTMAX_WGMMA_WIDE_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_WIDE_CUH
 #include "softmax_wgmma_gradients.cuh"
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
-/* 64 queries at a time, and as many keys: half a work item. Sums of a thread: DIM / 4 of dk and of dq, VALUE_DIM / 4 of
- * dv, 16 each of S and dP. */
-template <int DIM, int VALUE_DIM> struct wide_shape {
-    static constexpr int dim = DIM, value_dim = VALUE_DIM, step = 64, parts = 1, part = step;
+/* 64 queries at a time, and as many keys: half a work item. Sums of a thread: 64 each of dk, dq and dv, 16 each of S
+ * and dP. */
+struct wide_shape {
+    static constexpr int dim = 256, value_dim = 256, step = 64, parts = 1, part = step;
     static constexpr bool caps = false, slopes = false, drops = false, extras = false;
     static constexpr int rows = 64, groups = 2, threads = 128 * (1 + groups);
     static constexpr int stages = 2, dout_stages = 1; /* there is room for one place of dout */
     static constexpr int queries = step / groups;     /* whose S and dP one group has */
-    static constexpr int dq_boxes = DIM / groups / 32, dq_together = 1, dq_places = 2;
+    static constexpr int dq_boxes = dim / groups / 32, dq_together = 1, dq_places = 2;
     static constexpr bool boxes_keys = false;
     static constexpr int copying_registers = 24, computing_registers = 240;
 
@@ -22,7 +22,7 @@ template <int DIM, int VALUE_DIM> struct wide_shape {
         return 0;
     }
     static __device__ __forceinline__ int dq_column(int group, int box) {
-        return group * (DIM / groups) + box * 32;
+        return group * (dim / groups) + box * 32;
     }
 };
 
