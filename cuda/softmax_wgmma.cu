@@ -1,6 +1,5 @@
 /* softmax_wgmma.cu - softmax attention on Hopper (sm_90a) as a family: which calls it serves, and its table. The
- * kernels are in softmax_wgmma_forward.cu, softmax_wgmma_backward.cu and, for the widest heads, softmax_wgmma_wide.cu.
- */
+ * kernels are in softmax_wgmma_forward.cu and softmax_wgmma_backward.cu, for the widest heads softmax_wgmma_wide.cu. */
 #include "softmax_extras.cuh"
 #include "softmax_wgmma.cuh"
 

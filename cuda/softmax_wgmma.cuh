@@ -63,9 +63,15 @@ template <int ROWS, int DIM> struct slabs {
     }
 };
 
-/* The same sums as one list of registers. */
+/* The sums of COLUMNS columns from column block n on, as one list of registers. */
+template <int COLUMNS, int N>
+static __device__ __forceinline__ float (&list_from(usp_sums<1, N> &c, int n))[COLUMNS / 2] {
+    return reinterpret_cast<float(&)[COLUMNS / 2]>(c[0][n]);
+}
+
+/* All of them. */
 template <int N> static __device__ __forceinline__ float (&list_of(usp_sums<1, N> &c))[N * 4] {
-    return reinterpret_cast<float(&)[N * 4]>(c);
+    return list_from<N * 8>(c, 0);
 }
 
 template <int N> static __device__ __forceinline__ void clear(usp_sums<1, N> &c) {
@@ -112,12 +118,6 @@ static __device__ __forceinline__ void write_rows(const left_operand<K> &a, Tile
         for (int r = 0; r < 2; r++)
             store_shared((to ^ n % 8 << 4) + n / 8 * Tile::slab + r * 1024, a[n / 2][n % 2 * 2 + r]);
     }
-}
-
-/* The sums of COLUMNS columns from column block n on, as one list. */
-template <int COLUMNS, int N>
-static __device__ __forceinline__ float (&list_from(usp_sums<1, N> &c, int n))[COLUMNS / 2] {
-    return reinterpret_cast<float(&)[COLUMNS / 2]>(c[0][n]);
 }
 
 /* c += a b. */

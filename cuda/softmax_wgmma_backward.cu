@@ -17,7 +17,7 @@ template <typename T, typename Shape> struct backward_group {
     static constexpr int Q = Shape::dq_together * 4, pieces = Shape::dq_places, late = pieces - Shape::parts;
     static_assert(late == 0 || late == 1, "a part has one more");
     template <int PART> static constexpr bool ends = PART == Shape::parts - 1;
-    template <int PART> static constexpr bool finds_late = ends<PART> &&late > 0;
+    template <int PART> static constexpr bool finds_late = late > 0 && ends<PART>;
     const usp_softmax &args;
     const soft_cap &cap;
     const backward_maps &maps;
@@ -102,7 +102,7 @@ template <typename T, typename Shape> struct backward_group {
         }
     }
 
-    /* The place of a step's dS, of the step that is under way. */
+    /* The place of dS of the step that is under way. */
     __device__ __forceinline__ int turn_of_pairs() const {
         return Shape::parts == 1 ? at.stage : at.parity;
     }
@@ -186,9 +186,9 @@ template <typename T, typename Shape> struct backward_group {
         round_sums<T, K>(ds, dp);
     }
 
-    /* What a part finds of dq of the step before, whose dS has a place; dk is added to. */
-    template <int PART>
-    __device__ __forceinline__ void find_queries(const left_operand<K> &ds, int kind, int turn, bool &odd) {
+    /* What a part finds of dq of the step before, whose dS has a place; dk is added to. Returns whether keys are not
+     * finite: then dq is not left. */
+    template <int PART> __device__ __forceinline__ bool find_queries(const left_operand<K> &ds, int kind, int turn) {
         usp_sums<1, Q> dq;
         issue_queries(dq, PART, turn);
         await_products<1>();
@@ -197,7 +197,7 @@ template <typename T, typename Shape> struct backward_group {
         begin_products();
         issue_columns<T>(dk, ds, memory::q_at(at.stage));
         end_products();
-        odd = are_keys_spoilt(notes, jobs);
+        bool odd = are_keys_spoilt(notes, jobs);
         await_products<1>();
         pin(list_of<Q>(dq));
         if constexpr (ends<PART> && !finds_late<PART>) arrive_warp(&notes.paired);
@@ -209,6 +209,7 @@ template <typename T, typename Shape> struct backward_group {
             arrive_warp(&notes.paired);
             if (!(kind & FIRST_STEP) && !odd) leave(dq);
         }
+        return odd;
     }
 
     /* From S^T of a part to that of the next one and its kind; behind a job's last part they are of nothing. dq is that
@@ -218,13 +219,12 @@ template <typename T, typename Shape> struct backward_group {
         int stage = at.stage, turn = turn_of_pairs();
         left_operand<K> p, ds;
         usp_sums<1, N> dp;
-        bool odd;
         weigh_part<MASKED>(s, dp, p);
         differ_part<MASKED>(s, dp, p, ds);
         if constexpr (PART == 0) await(&notes.paired, turn ^ 1);
         write_rows<K>(ds, memory::ds_at(turn), warp_row, PART * Shape::part);
         publish_stores();
-        find_queries<PART>(ds, kind, turn ^ 1, odd);
+        bool odd = find_queries<PART>(ds, kind, turn ^ 1);
         at.advance();
         if (!ends<PART> || !(kind & LAST_STEP)) await(&notes.q_full[at.stage], at.parity);
         int next_kind = notes.step[at.stage].kind;

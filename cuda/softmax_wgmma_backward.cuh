@@ -45,8 +45,8 @@ constexpr float UNSEEN = 1.0f / 65536;
 template <typename Shape> struct query_notes {
     int scaled[2]; /* whether a factor that a warp noted is seen */
     float base[Shape::part], factor[Shape::part], delta[Shape::part];
-    alignas(
-        16) int2 interval[Shape::part]; /* low, high: of a masked step, as position, key, last; read two at a time */
+    /* Of a masked step, as position, key, last: low, high, read two at a time. */
+    alignas(16) int2 interval[Shape::part];
     int position[Shape::part];
     int key[Shape::rows], last[Shape::rows]; /* of the job's keys; no interval has those that do not exist */
     float place[Shape::part];                /* with slopes: of the diagonal, from the job's first key on */
