@@ -18,6 +18,28 @@ static __device__ __forceinline__ unsigned distance_of(int a, int b) {
     return __sad(a, b, 0u);
 }
 
+/* The first and the last of the places of a job's rows, found by a warp. */
+struct place_range {
+    int first, last;
+
+    place_range() = default;
+    __device__ __forceinline__ place_range(const int32_t *place, const softmax_job &job)
+        : first(INT32_MAX), last(-INT32_MAX) {
+        for (int i = threadIdx.x % 32; i < job.count; i += 32) {
+            first = min(first, place[job.begin + i]);
+            last = max(last, place[job.begin + i]);
+        }
+        first = __reduce_min_sync(~0u, first);
+        last = __reduce_max_sync(~0u, last);
+    }
+};
+
+/* On which side of all the others places lie, each lane of a warp knowing of its own: 1 on the first, -1 on the other,
+ * 0 on neither. There a distance is a difference, and biases are added to rows and columns alone. */
+static __device__ __forceinline__ int side_of(bool on_first, bool on_other) {
+    return __all_sync(~0u, on_first) ? 1 : __all_sync(~0u, on_other) ? -1 : 0;
+}
+
 /* Calls visit(r, n, j, value of the column) for row r of a lane's 2M rows and column j of column block n; an element is
  * c[r / 2][n][r % 2 * 2 + j]. `load` gives a column's value. */
 template <int M, int N, typename Load, typename Visit>

@@ -57,6 +57,13 @@ template <typename T, typename Shape> struct backward_group {
                                                  const scoring &rule) {
         uint32_t limit = notes.limit;
         key_pairs rows(query, warp_row, args.pairs.last);
+        constexpr bool one_sided = Shape::slopes && !MASKED;
+        float place[2] = {}, moved[2]; /* of keys; what their places add to the exponent */
+#pragma unroll
+        for (int r = 0; r < 2 && Shape::slopes; r++) {
+            place[r] = notes.place[warp_row + usp_lane_row(0, r)];
+            moved[r] = rule.slope * rule.unit * place[r];
+        }
         if constexpr (Shape::caps) cap_scores<2>(s, rule);
 #pragma unroll
         for (int n = 0; n < N; n++) {
@@ -64,10 +71,13 @@ template <typename T, typename Shape> struct backward_group {
             float *c = s[0][n], bend[4];
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int row = warp_row + usp_lane_row(0, e / 2), column = i + e % 2;
+                int column = i + e % 2;
+                float base = query.base[column];
                 if constexpr (Shape::caps) bend[e] = rule.bend(c[e]);
-                if constexpr (Shape::slopes) c[e] = rule.biased(c[e], fabsf(notes.place[row] - query.place[column]));
-                c[e] = fast_exp2(fmaf(c[e], rule.unit, -query.base[column])) * query.factor[column];
+                if constexpr (one_sided) base -= moved[e / 2];
+                if constexpr (Shape::slopes && MASKED)
+                    c[e] = rule.biased(c[e], fabsf(place[e / 2] - query.place[column]));
+                c[e] = fast_exp2(fmaf(c[e], rule.unit, -base)) * query.factor[column];
             }
 #pragma unroll
             for (int e = 0; e < 4; e++) {

@@ -2,7 +2,7 @@
  * Two kernels share it: that for the widest heads has its own sizes. */
 #ifndef USP_CUDA_SOFTMAX_WGMMA_BACKWARD_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_BACKWARD_CUH
-#include "softmax_wgmma.cuh"
+#include "softmax_wgmma_jobs.cuh"
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
@@ -41,7 +41,8 @@ template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct backward_shap
 constexpr float UNSEEN = 1.0f / 65536;
 
 /* What the computing warps need of each query of a part of a step: P = 2^(x - base) * factor, where the factor is what
- * the rounding of base left out. With dropout it is 1 / (1 - rate) times as large, and delta 1 - rate times. */
+ * the rounding of base left out. With slopes, in steps that are not masked, base has the slope times the query's place.
+ * With dropout it is 1 / (1 - rate) times as large, and delta 1 - rate times. */
 template <typename Shape> struct query_notes {
     int scaled[2]; /* whether a factor that a warp noted is seen */
     float base[Shape::part], factor[Shape::part], delta[Shape::part];
@@ -63,12 +64,17 @@ enum step_kind { FIRST_STEP = 1, LAST_STEP = 2, MASKED_STEP = 4 };
 
 struct backward_step {
     int kind, looked, column, columns; /* columns: how many, of all its parts */
-    float slope;
+    float slope;                       /* of a step that is not masked below 0, where its keys are behind its queries */
 };
+
+/* Steps that may be added, if in turns: of the two of which there is no dq yet, of that which waits to be added, and of
+ * one whose dq is found. */
+constexpr int ADMITTED = 4;
 
 template <typename Shape> struct backward_notes {
     static constexpr int stages = Shape::stages, dout_stages = Shape::dout_stages;
     arrivals job_full, job_empty, keys_looked; /* the last: its keys were looked over */
+    arrivals admitted[ADMITTED];               /* the turn of a step to be added has come */
     arrivals paired;                           /* dS of a step is written, and dq of the one before was found */
     arrivals ended[Shape::groups], left;       /* dk and dv are stored, or in shared memory; they were read there */
     job_deals deals;
@@ -97,6 +103,7 @@ template <typename Shape> static __device__ __forceinline__ void begin_notes(bac
     for (arrivals &ended : notes.ended) begin_arrivals(&ended, 4);
     begin_arrivals(&notes.left, 1);
     begin_arrivals(&notes.paired, warps);
+    for (arrivals &admitted : notes.admitted) begin_arrivals(&admitted, 1);
     for (int s = 0; s < Shape::stages; s++) {
         begin_arrivals(&notes.q_full[s], 3); /* the copy, two of notes */
         begin_arrivals(&notes.q_empty[s], warps);

@@ -45,21 +45,23 @@ template <int ROWS> struct key_line_notes {
     }
 };
 
-template <typename T, typename Shape, backward_duty DUTY> struct backward_copying {
+template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct backward_copying {
     using memory = backward_tiles<Shape>;
     using notes_type = backward_notes<Shape>;
+    using job_list_type = job_list<Shape::rows, true, IN_ORDER>;
     const usp_softmax &args;
     const backward_maps &maps;
     const soft_cap &cap;
     notes_type &notes;
     turn<Shape::stages> at;
     turn<Shape::dq_places> dq;
+    turn<ADMITTED> admitted;
     int job_parity, jobs, looked, lane; /* looked: parities, of masked steps a bit a stage */
 
     __device__ __forceinline__ backward_copying(const usp_softmax &args_, const backward_maps &maps_,
                                                 const soft_cap &cap_, notes_type &notes_)
-        : args(args_), maps(maps_), cap(cap_), notes(notes_), at{0, 0}, dq{0, 0}, job_parity(0), jobs(0), looked(0),
-          lane(threadIdx.x % 32) {
+        : args(args_), maps(maps_), cap(cap_), notes(notes_), at{0, 0}, dq{0, 0}, admitted{0, 0}, job_parity(0),
+          jobs(0), looked(0), lane(threadIdx.x % 32) {
     }
 
     __device__ __forceinline__ void start(const softmax_job &job, bool steps) {
@@ -102,12 +104,24 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         return to;
     }
 
-    /* Returns whether its factor is seen. */
-    __device__ __forceinline__ bool note_query(query_notes<Shape> &to, int i, const query_line_notes &line,
-                                               bool masked) const {
+    /* With slopes: 1 if no key of the job is behind any query of the step, -1 if none is before one, else 0. */
+    __device__ __forceinline__ int side_of_keys(const tile_walk &walk, const place_range &keys) const {
+        bool before = true, behind = true;
+#pragma unroll
+        for (int i = lane; i < Shape::step; i += 32) {
+            int place = load_or(args.pairs.diagonal, walk.column, i, walk.columns(), keys.last);
+            before = before && place >= keys.last;
+            behind = behind && place <= keys.first;
+        }
+        return side_of(before, behind);
+    }
+
+    /* Returns whether its factor is seen. `slope`: what one place adds to the base. */
+    __device__ __forceinline__ bool note_query(query_notes<Shape> &to, int i, const query_line_notes &line, bool masked,
+                                               float slope) const {
         float factor = factor_of(line.row) * (Shape::drops ? 1 / (1 - args.dropout.rate) : 1);
         bool seen = line.row.sum != 0 && !(fabsf(factor - 1) < UNSEEN);
-        to.base[i] = base_of(line.row);
+        to.base[i] = Shape::slopes ? fmaf(slope, line.place, base_of(line.row)) : base_of(line.row);
         to.factor[i] = seen ? factor : 1; /* the same weight, whatever the step's other queries need */
         to.delta[i] = line.delta * (Shape::drops ? 1 - args.dropout.rate : 1);
         if (masked) to.interval[i] = line.interval;
@@ -119,7 +133,7 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
 
     /* What is noted is on its way while the place for it is awaited. A part of 32 queries is for one of the warps. */
     __device__ __forceinline__ void note_part(const tile_walk &walk, int part, const softmax_job &job, int kind,
-                                              int head) {
+                                              int head, int side) {
         constexpr int each = (Shape::part + 63) / 64; /* queries a lane */
         constexpr bool notes_queries = DUTY == NOTES_FIRST || Shape::part > 32;
         bool masked = kind & MASKED_STEP;
@@ -130,11 +144,11 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         for (int i = 0; i < each && notes_queries; i++)
             line[i] = load_query(walk, job, part * Shape::part + first + i * 64, masked, head);
         key_line_notes<Shape::rows> keys(args.pairs, job, first, masked);
-        float slope = Shape::slopes && DUTY == NOTES_FIRST ? scoring::slope_of(args, head, cap) : 0;
+        float slope = Shape::slopes ? scoring::slope_of(args, head, cap) * (masked ? 1 : side) : 0;
         await(&notes.q_empty[at.stage], at.parity ^ 1);
 #pragma unroll
         for (int i = 0; i < each && notes_queries; i++)
-            scaled |= note_query(notes.query[at.stage], first + i * 64, line[i], masked);
+            scaled |= note_query(notes.query[at.stage], first + i * 64, line[i], masked, masked ? 0 : slope * cap.unit);
         if (masked) keys.note(notes.query[at.stage].key, notes.query[at.stage].last, first);
         scaled = __any_sync(~0u, scaled);
         if (lane == 0) notes.query[at.stage].scaled[DUTY - NOTES_FIRST] = scaled;
@@ -165,11 +179,12 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         looked ^= 1 << at.stage;
     }
 
-    /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. */
+    /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. With slopes
+     * a step of queries among the keys counts as masked. */
     __device__ __forceinline__ void note_and_look(const tile_walk &walk, int part, const softmax_job &job, int kind,
-                                                  int head) {
-        if (!walk.full(Shape::step) || job.count < Shape::rows) kind |= MASKED_STEP;
-        note_part(walk, part, job, kind, head);
+                                                  int head, int side) {
+        if (!walk.full(Shape::step) || job.count < Shape::rows || side == 0) kind |= MASKED_STEP;
+        note_part(walk, part, job, kind, head, side);
         if (kind & MASKED_STEP) look_over();
     }
 
@@ -197,22 +212,28 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
         arrive(read);
     }
 
-    /* If results must not depend on timing, when the job's turn has come. */
+    /* Where results must not depend on timing: waits until the turn of the step at `behind` has come. */
+    __device__ __forceinline__ void admit_step(query_turns<Shape::rows> &turns, tile_walk &behind,
+                                               const head_range &heads, int batch) {
+        __syncwarp(); /* its copies have begun */
+        turns.enter(batch, heads.first + behind.round);
+        turns.acquire(behind.column, min(behind.column + Shape::step, behind.end));
+        arrive_warp(&notes.admitted[admitted.stage]);
+        admitted.advance();
+        behind.advance(Shape::step);
+    }
+
+    /* By one lane: adds a step that was admitted, and tells that it has arrived. */
     __device__ __forceinline__ void add_in_turn(query_turns<Shape::rows> &turns, const tile_walk &now,
                                                 const tile_walk &next, int head, int batch) {
-        if (args.deterministic) {
-            turns.enter(batch, head);
-            turns.acquire(now.column, min(now.column + Shape::step, now.end));
-        }
-        if (lane == 0) {
-            add_step(now, head, batch);
-            bool goes_on = next.running() && next.round == now.round;
-            if (args.deterministic) {
-                await_boxes();
-                turns.release(now.column, goes_on ? turns.cell_of(next.column) : INT_MAX);
-            }
-        }
-        __syncwarp();
+        await(&notes.admitted[admitted.stage], admitted.parity);
+        admitted.advance();
+        turns.enter(batch, head);
+        add_step(now, head, batch);
+        await_boxes();
+        bool goes_on = next.running() && next.round == now.round;
+        turns.release(now.column, min(now.column + Shape::step, now.end),
+                      goes_on ? turns.cell_of(next.column) : INT_MAX);
     }
 
     __device__ __forceinline__ void look_at_keys() {
@@ -239,25 +260,45 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
     }
 
     __device__ __forceinline__ void run_steps(const softmax_job &job, const head_range &heads) {
-        query_turns<Shape::rows> turns(args, job);
+        bool bends = Shape::slopes && (DUTY == NOTES_FIRST || DUTY == NOTES_SECOND) && args.slopes;
+        place_range keys = bends ? place_range(args.pairs.key, job) : place_range();
         int kind = FIRST_STEP;
         for (tile_walk walk(args.by_key, *job.work, heads.end - heads.first); walk.running(); kind = 0) {
             tile_walk now = walk;
             int head = heads.first + now.round;
             walk.advance(Shape::step);
             if (!walk.running()) kind |= LAST_STEP;
-            if constexpr (DUTY == ADDS) add_in_turn(turns, now, walk, head, job.batch);
+            int side = bends ? side_of_keys(now, keys) : 1;
+            if (DUTY == ADDS && lane == 0) add_step(now, head, job.batch);
             for (int part = 0; part < Shape::parts && DUTY != ADDS; part++, at.advance()) {
                 if constexpr (DUTY == COPIES)
                     copy_part(now.column + part * Shape::part, head, job.batch);
                 else
-                    note_and_look(now, part, job, kind, head);
+                    note_and_look(now, part, job, kind, head, side);
             }
         }
     }
 
+    /* In order: turns are awaited a step behind the copies, when dq of that step is still to be found. */
+    __device__ __forceinline__ void run_turns(const job_list_type &list, const softmax_job &job,
+                                              const head_range &heads) {
+        query_turns<Shape::rows> turns(list, job);
+        tile_walk walk(args.by_key, *job.work, heads.end - heads.first), behind = walk;
+        for (bool first = true; walk.running(); first = false) {
+            tile_walk now = walk;
+            int head = heads.first + now.round;
+            walk.advance(Shape::step);
+            if (DUTY == ADDS && lane == 0) add_in_turn(turns, now, walk, head, job.batch);
+            if (DUTY == ADDS) continue;
+            for (int part = 0; part < Shape::parts; part++, at.advance())
+                copy_part(now.column + part * Shape::part, head, job.batch);
+            if (!first) admit_step(turns, behind, heads, job.batch);
+        }
+        if (DUTY == COPIES) admit_step(turns, behind, heads, job.batch);
+    }
+
     __device__ __forceinline__ void run() {
-        job_list<Shape::rows, true> list(args, notes.deals);
+        job_list_type list(args, notes.deals);
         for (;;) {
             softmax_job job = DUTY == COPIES ? list.deal() : list.take();
             head_range heads = readers_of(args, job.head);
@@ -266,7 +307,11 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
             if (job.count == 0) break;
             jobs++;
             if (DUTY == ADDS && steps) look_at_keys();
-            if (steps) run_steps(job, heads);
+            if constexpr (IN_ORDER && (DUTY == COPIES || DUTY == ADDS)) {
+                if (steps) run_turns(list, job, heads);
+            } else if (steps) {
+                run_steps(job, heads);
+            }
             if (DUTY == ADDS && lane == 0) store_keys(job);
             __syncwarp();
         }
@@ -274,18 +319,27 @@ template <typename T, typename Shape, backward_duty DUTY> struct backward_copyin
     }
 };
 
+template <typename T, typename Shape, bool IN_ORDER>
+static __device__ __forceinline__ void run_duty(const usp_softmax &args, const backward_maps &maps, const soft_cap &cap,
+                                                backward_notes<Shape> &notes) {
+    int duty = uniform(threadIdx.x / 32);
+    if (duty == COPIES)
+        backward_copying<T, Shape, COPIES, IN_ORDER>(args, maps, cap, notes).run();
+    else if (duty == NOTES_FIRST)
+        backward_copying<T, Shape, NOTES_FIRST, IN_ORDER>(args, maps, cap, notes).run();
+    else if (duty == NOTES_SECOND)
+        backward_copying<T, Shape, NOTES_SECOND, IN_ORDER>(args, maps, cap, notes).run();
+    else
+        backward_copying<T, Shape, ADDS, IN_ORDER>(args, maps, cap, notes).run();
+}
+
 template <typename T, typename Shape>
 static __device__ __forceinline__ void run_copying(const usp_softmax &args, const backward_maps &maps,
                                                    const soft_cap &cap, backward_notes<Shape> &notes) {
-    int duty = uniform(threadIdx.x / 32);
-    if (duty == COPIES)
-        backward_copying<T, Shape, COPIES>(args, maps, cap, notes).run();
-    else if (duty == NOTES_FIRST)
-        backward_copying<T, Shape, NOTES_FIRST>(args, maps, cap, notes).run();
-    else if (duty == NOTES_SECOND)
-        backward_copying<T, Shape, NOTES_SECOND>(args, maps, cap, notes).run();
+    if (args.deterministic)
+        run_duty<T, Shape, true>(args, maps, cap, notes);
     else
-        backward_copying<T, Shape, ADDS>(args, maps, cap, notes).run();
+        run_duty<T, Shape, false>(args, maps, cap, notes);
 }
 
 #endif

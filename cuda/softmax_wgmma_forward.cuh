@@ -3,7 +3,7 @@
 #ifndef USP_CUDA_SOFTMAX_WGMMA_FORWARD_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_FORWARD_CUH
 #include "softmax_extras.cuh"
-#include "softmax_wgmma.cuh"
+#include "softmax_wgmma_jobs.cuh"
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
@@ -30,6 +30,12 @@ template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct forward_shape
 struct forward_job {
     softmax_job job;
     int steps; /* 0: its rows meet no column */
+};
+
+/* What computing warps are told of a step of columns beside its tile. */
+struct step_note {
+    int masked, last;
+    int side; /* with slopes: 1 if no key is behind any query of the job, -1 if none is before one, else 0 */
 };
 
 template <typename Shape> struct forward_notes {
@@ -118,6 +124,16 @@ template <typename Shape> struct copying_warp {
                 key[i] = load_or(args.pairs.key, at.column, threadIdx.x + i * 32, at.columns(), origin);
         }
 
+        __device__ __forceinline__ int side_of_queries(const place_range &queries) const {
+            bool before = true, behind = true;
+#pragma unroll
+            for (int i = 0; i < count; i++) {
+                before = before && key[i] <= queries.first;
+                behind = behind && key[i] >= queries.last;
+            }
+            return side_of(before, behind);
+        }
+
         __device__ __forceinline__ void note(notes_type &notes, int stage) const {
 #pragma unroll
             for (int i = 0; i < count; i++) {
@@ -128,15 +144,21 @@ template <typename Shape> struct copying_warp {
         }
     };
 
-    __device__ __forceinline__ void copy_keys(const tile_walk &at, bool last, int head, const softmax_job &job) {
+    __device__ __forceinline__ bool has_slopes() const {
+        return Shape::slopes && args.slopes;
+    }
+
+    __device__ __forceinline__ void copy_keys(const tile_walk &at, bool last, int head, const softmax_job &job,
+                                              const place_range &queries) {
         bool full = at.full(Shape::step);
         key_extras extras(args, at, job.begin);
+        int side = has_slopes() ? extras.side_of_queries(queries) : 1;
         await(&notes.k_empty[k.stage], k.parity ^ 1);
-        if (!full) note_keys<Shape::step>(args.pairs, at, notes.key[k.stage], notes.last[k.stage]);
+        if (!full || side == 0) note_keys<Shape::step>(args.pairs, at, notes.key[k.stage], notes.last[k.stage]);
         extras.note(notes, k.stage);
         __syncwarp();
         if (leads) {
-            notes.step[k.stage] = {!full, last};
+            notes.step[k.stage] = {!full, last, side};
             arrive_with(&notes.k_full[k.stage], memory::k_tile::bytes);
             memory::k_at(k.stage).copy(&maps.k, at.column, head, job.batch, &notes.k_full[k.stage]);
         }
@@ -156,35 +178,34 @@ template <typename Shape> struct copying_warp {
         return job.count > 0 && job.work->tiles > 0;
     }
 
+    __device__ __forceinline__ softmax_job start_next(job_list<Shape::rows, false> &list) {
+        softmax_job next = list.deal();
+        start(next, has_steps(next));
+        return next;
+    }
+
     /* Values of a step are wanted when the products with the next step's keys have begun; the next job's queries, where
-     * jobs overlap, as soon as there is room for them, which is after the first step. */
-    __device__ __forceinline__ void copy_steps(const softmax_job &job, const softmax_job &next, bool &started) {
+     * jobs overlap, as soon as there is room for them, which is after the first step. Returns the next job. */
+    __device__ __forceinline__ softmax_job copy_steps(const softmax_job &job, job_list<Shape::rows, false> &list) {
+        softmax_job next = {nullptr, 0, -1, 0, 0};
+        place_range queries = has_slopes() ? place_range(args.pairs.diagonal, job) : place_range();
         int head = usp_mapped_head(args.kv, job.head), values = -1, steps = 0;
         for (tile_walk at(args.by_query, *job.work, 1); at.running(); steps++) {
             tile_walk now = at;
             at.advance(Shape::step);
-            copy_keys(now, !at.running(), head, job);
+            copy_keys(now, !at.running(), head, job, queries);
             if (values >= 0) copy_values(values, head, job.batch);
-            if (Shape::overlaps && steps == 2) {
-                start(next, has_steps(next));
-                started = true;
-            }
+            if (Shape::overlaps && steps == 2) next = start_next(list);
             values = now.column;
         }
         if (values >= 0) copy_values(values, head, job.batch);
+        return next.count >= 0 ? next : start_next(list);
     }
 
     __device__ __forceinline__ void run() {
         job_list<Shape::rows, false> list(args, notes.deals);
-        softmax_job job = list.deal();
-        start(job, has_steps(job));
-        while (job.count > 0) {
-            softmax_job next = list.deal();
-            bool started = false;
-            if (job.work->tiles > 0) copy_steps(job, next, started);
-            if (!started) start(next, has_steps(next));
-            job = next;
-        }
+        softmax_job job = start_next(list);
+        while (job.count > 0) job = copy_steps(job, list);
     }
 };
 

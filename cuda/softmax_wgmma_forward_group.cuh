@@ -36,6 +36,12 @@ template <typename T, typename Shape> struct computing_group {
         lane_peaks<1> peaks; /* with extras, as what follows */
         float place[2];      /* with slopes: as those of keys are noted */
         uint64_t word[2];
+
+        /* Each by `slope` times the row's place. */
+        __device__ __forceinline__ void move_tops(float slope) {
+            online.top[0] = fmaf(slope, place[0], online.top[0]);
+            online.top[1] = fmaf(slope, place[1], online.top[1]);
+        }
     };
 
     __device__ __forceinline__ computing_group(const usp_softmax &args_, const forward_maps &maps_,
@@ -189,7 +195,24 @@ template <typename T, typename Shape> struct computing_group {
         }
     }
 
-    /* Scores of the step at k to weights; the stage is left. */
+    /* Where all keys are on one side: subtracts what depends on the key alone. Row r is left `slope` times its place.
+     */
+    __device__ __forceinline__ float add_key_biases(usp_sums<1, N> &scores, const scoring &rule) {
+        float slope = notes.step[k.stage].side * rule.slope;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float2 key = *reinterpret_cast<const float2 *>(notes.place[k.stage] + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float *pair = &scores[0][n][r * 2];
+                pair[0] = fmaf(slope, key.x, pair[0]);
+                pair[1] = fmaf(slope, key.y, pair[1]);
+            }
+        }
+        return slope;
+    }
+
+    /* Scores of the step at k to weights; the stage is left. MASKED: or queries lie between its keys. */
     template <bool MASKED>
     __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows, float (&factor)[2]) {
         if constexpr (!Shape::extras) {
@@ -197,11 +220,16 @@ template <typename T, typename Shape> struct computing_group {
             arrive_warp(&notes.k_empty[k.stage]);
             rows.online.weigh(scores, rows.rule.unit, factor);
         } else {
+            constexpr bool one_sided = Shape::slopes && !Shape::more && !MASKED;
+            float slope = 0;
             if constexpr (Shape::caps) cap_scores<4>(scores, rows.rule);
-            if constexpr (Shape::slopes) add_biases(scores, rows);
+            if constexpr (one_sided) slope = add_key_biases(scores, rows.rule) * rows.rule.unit;
+            if constexpr (Shape::slopes && !one_sided) add_biases(scores, rows);
             mask_scores<MASKED>(scores, rows.pairs, k.stage);
             if constexpr (Shape::more) rows.peaks.look(scores);
+            if constexpr (one_sided) rows.move_tops(slope);
             rows.online.weigh(scores, rows.rule.unit, factor);
+            if constexpr (one_sided) rows.move_tops(-slope);
             if constexpr (Shape::drops) drop(scores, rows.word);
             arrive_warp(&notes.k_empty[k.stage]);
         }
@@ -228,10 +256,9 @@ template <typename T, typename Shape> struct computing_group {
         v.advance();
     }
 
-    template <bool MASKED> __device__ __forceinline__ void end_step(usp_sums<1, N> &scores) {
+    __device__ __forceinline__ void end_step(usp_sums<1, N> &scores) {
         k.advance();
         round_sums<T, K>(weights, scores);
-        unclean = MASKED;
     }
 
     template <bool MASKED> __device__ __forceinline__ void go_on(job_rows &rows, int place) {
@@ -241,7 +268,7 @@ template <typename T, typename Shape> struct computing_group {
         weigh<MASKED>(scores, rows, factor);
         leave_values();
         scale_rows(out, factor);
-        end_step<MASKED>(scores);
+        end_step(scores);
     }
 
     /* A job's first step, nothing being under way. */
@@ -252,7 +279,7 @@ template <typename T, typename Shape> struct computing_group {
         await_products<0>();
         pin(list_of<N>(scores));
         weigh<MASKED>(scores, rows, factor);
-        end_step<MASKED>(scores);
+        end_step(scores);
     }
 
     /* A job's first step, while the last values of the job before are multiplied. */
@@ -261,7 +288,7 @@ template <typename T, typename Shape> struct computing_group {
         issue_both(scores, place);
         weigh<MASKED>(scores, rows, factor);
         leave_values();
-        end_step<MASKED>(scores);
+        end_step(scores);
     }
 
     __device__ __forceinline__ void end_steps() {
@@ -274,6 +301,10 @@ template <typename T, typename Shape> struct computing_group {
     __device__ __forceinline__ step_note next_step() {
         await(&notes.k_full[k.stage], k.parity);
         return notes.step[k.stage];
+    }
+
+    static __device__ __forceinline__ bool is_bent(const step_note &step) {
+        return step.masked || (Shape::slopes && step.side == 0);
     }
 
     /* ---- jobs */
@@ -291,14 +322,15 @@ template <typename T, typename Shape> struct computing_group {
     template <bool FOLLOWS> __device__ __forceinline__ void begin_steps(begun_job &to) {
         step_note step = next_step();
         to.goes_on = !step.last;
-        if (FOLLOWS && step.masked)
+        if (FOLLOWS && is_bent(step))
             follow<true>(to.rows, to.place, to.factor);
         else if (FOLLOWS)
             follow<false>(to.rows, to.place, to.factor);
-        else if (step.masked)
+        else if (is_bent(step))
             begin<true>(to.rows, to.place, to.factor);
         else
             begin<false>(to.rows, to.place, to.factor);
+        unclean = step.masked;
     }
 
     /* The next job; `pending`: the last values of the job before are still to be multiplied. */
@@ -332,10 +364,11 @@ template <typename T, typename Shape> struct computing_group {
         while (now.goes_on) {
             step_note step = next_step();
             now.goes_on = !step.last;
-            if (step.masked)
+            if (is_bent(step))
                 go_on<true>(now.rows, now.place);
             else
                 go_on<false>(now.rows, now.place);
+            unclean = step.masked;
         }
         if (!Shape::overlaps) arrive_warp(&notes.job_empty[0]); /* the queries have been read */
     }

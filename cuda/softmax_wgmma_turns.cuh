@@ -1,26 +1,28 @@
 /* softmax_wgmma_turns.cuh - the order in which blocks add to the sums of dq, where results must not depend on timing.
  * The jobs of one head of keys have ranks, in which they are dealt. Queries are cut into cells of USP_TURN_ROWS; a job
  * adds to a cell when all jobs of lower rank that see some of its queries have. A job waits for such as were dealt
- * before it alone, so some job can always go on. */
+ * before it alone, so some job can always go on. One warp waits for turns, a step ahead of the one that adds. */
 #ifndef USP_CUDA_SOFTMAX_WGMMA_TURNS_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_TURNS_CUH
 #include <climits>
 
-#include "softmax_wgmma.cuh"
+#include "softmax_wgmma_jobs.cuh"
 
-/* By one warp, whose first lane adds. args.turns of a cell is one more than the rank of the job that added last. */
+/* By a warp. args.turns of a cell is one more than the rank of the job that added last. */
 template <int ROWS> struct query_turns {
-    static constexpr int parts = USP_WORK_ROWS / ROWS; /* of a work item */
+    using job_list_type = job_list<ROWS, true, true>;
     const usp_softmax &args;
-    int rank, head;
-    int *turn;         /* of the cells of `head` */
+    const job_list_type &list;
+    int rank, width, head; /* width: key heads side by side */
+    int *turn;             /* of the cells of `head` */
     int before, until; /* the rank of the job before this one, -1 if none, in cells from the last one asked for on */
     int held;          /* the first cell whose turn has not come */
 
-    __device__ __forceinline__ query_turns(const usp_softmax &args_, const softmax_job &job)
-        : args(args_), head(-1), turn(nullptr), before(-1), until(0), held(0) {
-        int item = (int)(job.work - args.by_key.work);
-        rank = item * parts + (job.begin - job.work->begin) / ROWS;
+    __device__ __forceinline__ query_turns(const job_list_type &list_, const softmax_job &job)
+        : args(list_.args), list(list_), width(list.width_at(job.batch * (int)heads_of(args, true) + job.head)),
+          head(-1), turn(nullptr), before(-1), until(0), held(0) {
+        int item = (int)(job.work - args.by_key.work) * list.parts + (job.begin - job.work->begin) / ROWS;
+        rank = list.ranked(item, width);
     }
 
     static __device__ __forceinline__ int cell_of(int row) {
@@ -38,9 +40,10 @@ template <int ROWS> struct query_turns {
 
     /* Whether the job of a rank sees queries of a cell, and the first cell behind where that may be otherwise. */
     __device__ __forceinline__ bool sees(int other, int cell, int &end) const {
-        const usp_work *work = args.by_key.work + other / parts;
+        int item = list.ranked(other, width);
+        const usp_work *work = args.by_key.work + item / list.parts;
         end = INT_MAX;
-        if (work->count <= other % parts * ROWS) return false;
+        if (work->count <= item % list.parts * ROWS) return false;
         for (int i = 0; i < work->tiles; i++) {
             usp_tile tile = args.by_key.tile[work->first_tile + i];
             if (tile.begin >= tile.end || cell_of(tile.end - 1) < cell) continue;
@@ -73,9 +76,9 @@ template <int ROWS> struct query_turns {
         }
     }
 
-    /* What this lane added to queries from `row` on has arrived; the job's next ones are in cells from `next` on. */
-    __device__ __forceinline__ void release(int row, int next) const {
-        for (int cell = cell_of(row); cell < min(next, held); cell++) publish(&turn[cell], rank + 1);
+    /* What this lane added to queries [row, end) has arrived; the job's next ones are in cells from `next` on. */
+    __device__ __forceinline__ void release(int row, int end, int next) const {
+        for (int cell = cell_of(row); cell < min(next, cell_of(end - 1) + 1); cell++) publish(&turn[cell], rank + 1);
     }
 };
 

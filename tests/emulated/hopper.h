@@ -74,6 +74,9 @@ static inline bool __any_sync(unsigned, bool mine) {
         if (word) return true;
     return false;
 }
+static inline bool __all_sync(unsigned all, bool mine) {
+    return !__any_sync(all, !mine);
+}
 static inline unsigned __ballot_sync(unsigned, bool mine) {
     const std::vector<uint64_t> &words = machine::gather("its warp", 32, mine);
     unsigned all = 0;
@@ -84,6 +87,9 @@ static inline int __reduce_min_sync(unsigned, int mine) {
     int least = mine;
     for (uint64_t word : machine::gather("its warp", 32, (uint64_t)mine)) least = std::min(least, (int)word);
     return least;
+}
+static inline int __reduce_max_sync(unsigned all, int mine) {
+    return -__reduce_min_sync(all, -mine);
 }
 static inline int __ffs(int bits) {
     return __builtin_ffs(bits);
@@ -219,12 +225,12 @@ static inline void copy_box(uint32_t to, const tile_map *map, int element, int t
 static inline void publish_stores() {
 }
 
-/* Blocks run one after the other: what is awaited was published, or never will be. */
+/* Blocks run one after the other: what is awaited was published, or this block will. */
 static inline void publish(int *to, int number) {
     *to = number;
 }
 static inline void await_above(const int *at, int least) {
-    if (*at <= least) machine::fail("a number that no other block will publish");
+    machine::await_above(at, least);
 }
 
 static inline uint64_t describe(uint32_t address, uint32_t slab, uint32_t offset) {

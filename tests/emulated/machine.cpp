@@ -302,6 +302,10 @@ void await(void *at, int parity) {
     wait_while("an mbarrier", a.phase, 1, parity);
 }
 
+void await_above(const int *at, int least) {
+    while (*at <= least) wait_while("a number that a block publishes", *at, ~0, *at);
+}
+
 /* ---- what is under way ------------------------------------------------------------------------------------------- */
 
 void start_copy(const std::function<void()> &copy) {

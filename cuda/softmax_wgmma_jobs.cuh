@@ -1,0 +1,116 @@
+/* softmax_wgmma_jobs.cuh - the jobs of softmax attention on Hopper: in which order blocks that stay take them, and how
+ * a block's warps learn of them. */
+#ifndef USP_CUDA_SOFTMAX_WGMMA_JOBS_CUH
+#define USP_CUDA_SOFTMAX_WGMMA_JOBS_CUH
+#include "softmax_wgmma.cuh"
+
+/* The jobs of all blocks are numbered, heavy ones first inside a bundle of heads, whose columns the cache holds. A
+ * block asks for one after the other: with jobs of such different weights no fixed order keeps all blocks busy, and
+ * some begin late, where transfers hold multiprocessors. Its first warp asks, ahead of time, and deals the numbers to
+ * the warps that walk with it. */
+constexpr int DEALS = 2, LONG_HEAD = 32768, FEW_RUNS = 4;
+
+struct job_deals {
+    arrivals full[DEALS], empty[DEALS];
+    int64_t number[DEALS];
+};
+
+static __device__ __forceinline__ void begin_deals(job_deals &deals, int readers) {
+    for (int i = 0; i < DEALS; i++) {
+        begin_arrivals(&deals.full[i], 1);
+        begin_arrivals(&deals.empty[i], readers);
+    }
+}
+
+/* Jobs of ROWS rows of a work item at most. `count` is 0 when there is none left. IN_ORDER: blocks add in the order of
+ * their jobs, so none holds a number while it works at another job. */
+template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
+    static constexpr int parts = USP_WORK_ROWS / ROWS; /* of a work item */
+    const usp_softmax &args;
+    job_deals &deals;
+    turn<DEALS> at;
+    int items, lines, bundle;
+    int64_t asked; /* by the first thread: the number to come */
+
+    __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_)
+        : args(args_), deals(deals_), at{0, 0}, items(*tiles_of(args, KEY_ROWS).works * parts),
+          lines((int)lines_of(args, KEY_ROWS)), bundle(one_by_one() ? 1 : USP_SOFTMAX_BUNDLE), asked(-1) {
+    }
+
+    /* The first item is one of the heaviest. Where the last one weighs as much, as without a mask, nothing is gained
+     * from working on several heads side by side; forward, many blocks lose step with each other over a long head, and
+     * a few of each head find more in the cache. */
+    __device__ __forceinline__ bool one_by_one() const {
+        const usp_tiles &tiles = tiles_of(args, KEY_ROWS);
+        if (items == 0 || (!KEY_ROWS && args.keys > LONG_HEAD)) return false;
+        return columns_of(tiles, tiles.work[0]) == columns_of(tiles, tiles.work[*tiles.works - 1]);
+    }
+
+    static __device__ __forceinline__ int columns_of(const usp_tiles &tiles, const usp_work &work) {
+        const usp_tile *tile = tiles.tile + work.first_tile;
+        return work.tiles == 1 ? tile->end - tile->begin : -work.tiles;
+    }
+
+    /* The item of a rank, or the rank of an item, where `width` heads are worked on side by side. In order, a job of a
+     * causal mask would wait until the one before it, which begins two steps sooner, has come to where it begins
+     * itself. So where a head has few jobs, and none goes through several heads, they are cut into runs, of two jobs of
+     * every block that works on the head, and every other run goes backward: its jobs come one behind the other. With
+     * many jobs that costs more than it gives, since jobs that are far apart find less in the cache. */
+    __device__ __forceinline__ int ranked(int item, int width) const {
+        int run = 2 * (int)gridDim.x / width;
+        bool few = items <= FEW_RUNS * run && args.heads == args.key_heads;
+        if (!IN_ORDER || !few || run < 2 || item / run % 2) return item;
+        int first = item / run * run;
+        return first + min(first + run, items) - 1 - item;
+    }
+
+    /* Heads of the bundle that has this line. */
+    __device__ __forceinline__ int width_at(int line) const {
+        return min(bundle, lines - line / bundle * bundle);
+    }
+
+    __device__ __forceinline__ int64_t ask() const {
+        return threadIdx.x == 0 ? atomicAdd(static_cast<unsigned *>(args.scratch), 1u) : 0;
+    }
+
+    /* By the first warp. Numbers without a job are not dealt. */
+    __device__ __forceinline__ softmax_job deal() {
+        for (;;) {
+            int64_t number = uniform(asked < 0 ? ask() : asked);
+            softmax_job job = job_of(number);
+            asked = IN_ORDER ? -1 : ask();
+            if (job.count < 0) continue;
+            if (threadIdx.x == 0) {
+                await(&deals.empty[at.stage], at.parity ^ 1);
+                deals.number[at.stage] = number;
+                arrive(&deals.full[at.stage]);
+            }
+            at.advance();
+            return job;
+        }
+    }
+
+    /* By the others. */
+    __device__ __forceinline__ softmax_job take() {
+        await(&deals.full[at.stage], at.parity);
+        softmax_job job = job_of(deals.number[at.stage]);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(&deals.empty[at.stage]);
+        at.advance();
+        return job;
+    }
+
+    /* count is negative if there is nothing to do. */
+    __device__ __forceinline__ softmax_job job_of(int64_t number) const {
+        if (number >= (int64_t)items * lines) return {nullptr, 0, 0, 0, 0};
+        int first = (int)(number / ((int64_t)items * bundle)) * bundle, width = min(bundle, lines - first);
+        int rest = (int)(number - (int64_t)first * items), line = first + rest % width;
+        int item = ranked(rest / width, width), skipped = item % parts * ROWS, heads = (int)heads_of(args, KEY_ROWS);
+        const usp_work *work = tiles_of(args, KEY_ROWS).work + item / parts;
+        bool idle = !KEY_ROWS && !args.first && !args.last && work->tiles == 0;
+        if (idle || work->count <= skipped) return {nullptr, 0, -1, 0, 0};
+        return {work, work->begin + skipped, min(work->count - skipped, ROWS), line % heads, line / heads};
+    }
+};
+
+#endif
