@@ -32,10 +32,15 @@ struct place_range {
         first = __reduce_min_sync(~0u, first);
         last = __reduce_max_sync(~0u, last);
     }
+
+    /* So near to each other that what a slope adds from the first to the last is as precise as a score. */
+    __device__ __forceinline__ bool is_near(float slope) const {
+        return fabsf(slope) * ((float)last - (float)first) <= 128;
+    }
 };
 
-/* On which side of all the others places lie, each lane of a warp knowing of its own: 1 on the first, -1 on the other,
- * 0 on neither. There a distance is a difference, and biases are added to rows and columns alone. */
+/* 1 if the places of every lane of a warp are on the first side of all others, -1 if all are on the other side, else 0.
+ * On one side a distance is a difference, and biases are added to rows and columns alone. */
 static __device__ __forceinline__ int side_of(bool on_first, bool on_other) {
     return __all_sync(~0u, on_first) ? 1 : __all_sync(~0u, on_other) ? -1 : 0;
 }

@@ -191,7 +191,7 @@ static __device__ __forceinline__ void arrive_warp(arrivals *at) {
 
 /* ---- pairs ------------------------------------------------------------------------------------------------------- */
 
-/* Fills in, by one warp, what usp_pairs says of the columns of a step that is not full. */
+/* Fills in, by one warp, what usp_pairs says of the columns of a step. */
 template <int STEP>
 static __device__ __forceinline__ void note_keys(const usp_pairs &pairs, const tile_walk &at, int *key, int *last) {
     for (int i = threadIdx.x & 31; i < STEP; i += 32) {

@@ -50,6 +50,16 @@ template <typename T, typename Shape> struct backward_group {
 
     /* ---- one step */
 
+    /* Of a score of the job's key `row`. The query's share of a bias is in the base where nothing is masked. */
+    template <bool MASKED>
+    __device__ __forceinline__ float exponent_of(float score, const scoring &rule, const query_notes<Shape> &query,
+                                                 int row, int column) const {
+        float base = query.base[column], place = Shape::slopes ? notes.place[row] : 0;
+        if constexpr (Shape::slopes && MASKED) score = rule.biased(score, fabsf(place - query.place[column]));
+        if constexpr (Shape::slopes && !MASKED) base = fmaf(-rule.slope * rule.unit, place, base);
+        return fmaf(score, rule.unit, -base);
+    }
+
     /* With extras: S^T to P^T times the gradient of scores by products, below 0 where the pair is dropped; P^T itself,
      * as far as it is kept, is rounded on the way. */
     template <bool MASKED>
@@ -57,13 +67,6 @@ template <typename T, typename Shape> struct backward_group {
                                                  const scoring &rule) {
         uint32_t limit = notes.limit;
         key_pairs rows(query, warp_row, args.pairs.last);
-        constexpr bool one_sided = Shape::slopes && !MASKED;
-        float place[2] = {}, moved[2]; /* of keys; what their places add to the exponent */
-#pragma unroll
-        for (int r = 0; r < 2 && Shape::slopes; r++) {
-            place[r] = notes.place[warp_row + usp_lane_row(0, r)];
-            moved[r] = rule.slope * rule.unit * place[r];
-        }
         if constexpr (Shape::caps) cap_scores<2>(s, rule);
 #pragma unroll
         for (int n = 0; n < N; n++) {
@@ -71,13 +74,9 @@ template <typename T, typename Shape> struct backward_group {
             float *c = s[0][n], bend[4];
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int column = i + e % 2;
-                float base = query.base[column];
+                int row = warp_row + usp_lane_row(0, e / 2), column = i + e % 2;
                 if constexpr (Shape::caps) bend[e] = rule.bend(c[e]);
-                if constexpr (one_sided) base -= moved[e / 2];
-                if constexpr (Shape::slopes && MASKED)
-                    c[e] = rule.biased(c[e], fabsf(place[e / 2] - query.place[column]));
-                c[e] = fast_exp2(fmaf(c[e], rule.unit, -base)) * query.factor[column];
+                c[e] = fast_exp2(exponent_of<MASKED>(c[e], rule, query, row, column)) * query.factor[column];
             }
 #pragma unroll
             for (int e = 0; e < 4; e++) {
@@ -325,11 +324,11 @@ template <typename T, typename Shape> struct backward_group {
     }
 
     __device__ __forceinline__ void mend_rows(softmax_job job) {
-        bool partial = job.count < Shape::rows;
-        meet(MEET_GROUP + group, 128); /* the rows are written */
+        bool every = job.count < Shape::rows || (Shape::slopes && args.slopes); /* full steps may be masked */
+        meet(MEET_GROUP + group, 128);                                          /* the rows are written */
         job.begin += group * 64;
         job.count = min(job.count - group * 64, 64);
-        mend_keys<T, Shape>(args, job, partial, threadIdx.x % 128, 128);
+        mend_keys<T, Shape>(args, job, every, threadIdx.x % 128, 128);
     }
 };
 

@@ -41,8 +41,8 @@ template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct backward_shap
 constexpr float UNSEEN = 1.0f / 65536;
 
 /* What the computing warps need of each query of a part of a step: P = 2^(x - base) * factor, where the factor is what
- * the rounding of base left out. With slopes, in steps that are not masked, base has the slope times the query's place.
- * With dropout it is 1 / (1 - rate) times as large, and delta 1 - rate times. */
+ * the rounding of base left out. With slopes, in steps that are not masked, base includes the slope times the query's
+ * place. With dropout it is 1 / (1 - rate) times as large, and delta 1 - rate times. */
 template <typename Shape> struct query_notes {
     int scaled[2]; /* whether a factor that a warp noted is seen */
     float base[Shape::part], factor[Shape::part], delta[Shape::part];
@@ -64,11 +64,10 @@ enum step_kind { FIRST_STEP = 1, LAST_STEP = 2, MASKED_STEP = 4 };
 
 struct backward_step {
     int kind, looked, column, columns; /* columns: how many, of all its parts */
-    float slope;                       /* of a step that is not masked below 0, where its keys are behind its queries */
+    float slope; /* of the head; its opposite in a step that is not masked, whose keys are behind its queries */
 };
 
-/* Steps that may be added, if in turns: of the two of which there is no dq yet, of that which waits to be added, and of
- * one whose dq is found. */
+/* Steps whose turns have come, if in turns: one waits to be added, dq of the next one is found, two are copied. */
 constexpr int ADMITTED = 4;
 
 template <typename Shape> struct backward_notes {

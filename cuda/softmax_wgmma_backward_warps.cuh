@@ -104,9 +104,10 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
         return to;
     }
 
-    /* With slopes: 1 if no key of the job is behind any query of the step, -1 if none is before one, else 0. */
-    __device__ __forceinline__ int side_of_keys(const tile_walk &walk, const place_range &keys) const {
-        bool before = true, behind = true;
+    /* With slopes: 1 if no key of the job is behind any query of the step, -1 if none is before one, 0 if neither, or
+     * if the keys are too far from each other. */
+    __device__ __forceinline__ int side_of_keys(const tile_walk &walk, const place_range &keys, int head) const {
+        bool before = keys.is_near(args.slopes[head]), behind = before;
 #pragma unroll
         for (int i = lane; i < Shape::step; i += 32) {
             int place = load_or(args.pairs.diagonal, walk.column, i, walk.columns(), keys.last);
@@ -268,7 +269,7 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
             int head = heads.first + now.round;
             walk.advance(Shape::step);
             if (!walk.running()) kind |= LAST_STEP;
-            int side = bends ? side_of_keys(now, keys) : 1;
+            int side = bends ? side_of_keys(now, keys, head) : 1;
             if (DUTY == ADDS && lane == 0) add_step(now, head, job.batch);
             for (int part = 0; part < Shape::parts && DUTY != ADDS; part++, at.advance()) {
                 if constexpr (DUTY == COPIES)

@@ -13,6 +13,7 @@ template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct forward_shape
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
     static constexpr bool caps = EXTRAS & CAPS, slopes = EXTRAS & SLOPES, drops = EXTRAS & DROPS;
     static constexpr bool extras = EXTRAS != 0, more = slopes && drops;
+    static constexpr bool one_sided = slopes && !more; /* biases of steps on one side are added to keys and rows */
     static constexpr int rows = USP_WORK_ROWS, groups = 2, stages = 2, threads = 128 * (1 + groups);
     /* Where exponentials take as long as products, a group's turn to multiply ends with its scores, not with its issue.
      */
@@ -35,7 +36,8 @@ struct forward_job {
 /* What computing warps are told of a step of columns beside its tile. */
 struct step_note {
     int masked, last;
-    int side; /* with slopes: 1 if no key is behind any query of the job, -1 if none is before one, else 0 */
+    int side; /* with slopes: 1 if no key is behind any query of the job, -1 if none is before one, 0 if neither, or if
+                 the queries are too far from each other */
 };
 
 template <typename Shape> struct forward_notes {
@@ -124,8 +126,9 @@ template <typename Shape> struct copying_warp {
                 key[i] = load_or(args.pairs.key, at.column, threadIdx.x + i * 32, at.columns(), origin);
         }
 
-        __device__ __forceinline__ int side_of_queries(const place_range &queries) const {
-            bool before = true, behind = true;
+        /* As step_note has it. */
+        __device__ __forceinline__ int side_of_queries(const place_range &queries, float slope) const {
+            bool before = queries.is_near(slope), behind = before;
 #pragma unroll
             for (int i = 0; i < count; i++) {
                 before = before && key[i] <= queries.first;
@@ -144,15 +147,15 @@ template <typename Shape> struct copying_warp {
         }
     };
 
-    __device__ __forceinline__ bool has_slopes() const {
-        return Shape::slopes && args.slopes;
+    __device__ __forceinline__ bool has_sides() const {
+        return Shape::one_sided && args.slopes;
     }
 
     __device__ __forceinline__ void copy_keys(const tile_walk &at, bool last, int head, const softmax_job &job,
                                               const place_range &queries) {
         bool full = at.full(Shape::step);
         key_extras extras(args, at, job.begin);
-        int side = has_slopes() ? extras.side_of_queries(queries) : 1;
+        int side = has_sides() ? extras.side_of_queries(queries, args.slopes[job.head]) : 1;
         await(&notes.k_empty[k.stage], k.parity ^ 1);
         if (!full || side == 0) note_keys<Shape::step>(args.pairs, at, notes.key[k.stage], notes.last[k.stage]);
         extras.note(notes, k.stage);
@@ -188,7 +191,7 @@ template <typename Shape> struct copying_warp {
      * jobs overlap, as soon as there is room for them, which is after the first step. Returns the next job. */
     __device__ __forceinline__ softmax_job copy_steps(const softmax_job &job, job_list<Shape::rows, false> &list) {
         softmax_job next = {nullptr, 0, -1, 0, 0};
-        place_range queries = has_slopes() ? place_range(args.pairs.diagonal, job) : place_range();
+        place_range queries = has_sides() ? place_range(args.pairs.diagonal, job) : place_range();
         int head = usp_mapped_head(args.kv, job.head), values = -1, steps = 0;
         for (tile_walk at(args.by_query, *job.work, 1); at.running(); steps++) {
             tile_walk now = at;

@@ -160,7 +160,8 @@ template <typename T, typename Shape> struct computing_group {
         clean_parity ^= 1 << v.stage;
     }
 
-    /* Scores of the step at k, of stage `stage` before it was left, to weights. MASKED is notes' word. */
+    /* Scores of the step at k, of stage `stage` before it was left, to weights. MASKED: some pairs may not be allowed.
+     */
     template <bool MASKED>
     __device__ __forceinline__ void mask_scores(usp_sums<1, N> &scores, const row_pairs &pairs, int stage) {
         if constexpr (MASKED) pairs.mask(scores, notes.key[stage], args.pairs.last ? notes.last[stage] : nullptr);
@@ -220,7 +221,7 @@ template <typename T, typename Shape> struct computing_group {
             arrive_warp(&notes.k_empty[k.stage]);
             rows.online.weigh(scores, rows.rule.unit, factor);
         } else {
-            constexpr bool one_sided = Shape::slopes && !Shape::more && !MASKED;
+            constexpr bool one_sided = Shape::one_sided && !MASKED;
             float slope = 0;
             if constexpr (Shape::caps) cap_scores<4>(scores, rows.rule);
             if constexpr (one_sided) slope = add_key_biases(scores, rows.rule) * rows.rule.unit;
@@ -304,7 +305,7 @@ template <typename T, typename Shape> struct computing_group {
     }
 
     static __device__ __forceinline__ bool is_bent(const step_note &step) {
-        return step.masked || (Shape::slopes && step.side == 0);
+        return step.masked || (Shape::one_sided && step.side == 0);
     }
 
     /* ---- jobs */

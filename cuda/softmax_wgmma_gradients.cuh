@@ -215,12 +215,12 @@ static __device__ __noinline__ void leave_one_by_one(const usp_softmax &args, ba
 /* Brings what was taken out of queries and dout to dk and dv of those of a job's rows that depend on it, by `threads`
  * threads. */
 template <typename T, typename Shape>
-static __device__ __forceinline__ void mend_keys(const usp_softmax &args, const softmax_job &job, bool partial,
+static __device__ __forceinline__ void mend_keys(const usp_softmax &args, const softmax_job &job, bool every,
                                                  int thread, int threads) {
     bool fp32 = args.key_dtype == USP_F32;
     for (int element = thread; element < max(args.dim, args.value_dim); element += threads) {
-        mend<T, true>(args, job, Shape::step, partial, element, args.dk, fp32, args.q, args.dim);
-        mend<T, true>(args, job, Shape::step, partial, element, args.dv, fp32, args.dout, args.value_dim);
+        mend<T, true>(args, job, Shape::step, every, element, args.dk, fp32, args.q, args.dim);
+        mend<T, true>(args, job, Shape::step, every, element, args.dv, fp32, args.dout, args.value_dim);
     }
 }
 

@@ -8,7 +8,8 @@
  * block asks for one after the other: with jobs of such different weights no fixed order keeps all blocks busy, and
  * some begin late, where transfers hold multiprocessors. Its first warp asks, ahead of time, and deals the numbers to
  * the warps that walk with it. */
-constexpr int DEALS = 2, LONG_HEAD = 32768, FEW_RUNS = 4;
+constexpr int DEALS = 2, LONG_HEAD = 32768;
+constexpr int FEW_RUNS = 8; /* of the jobs of a head, where it is worth their while to go backward */
 
 struct job_deals {
     arrivals full[DEALS], empty[DEALS];
@@ -55,10 +56,11 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
      * causal mask would wait until the one before it, which begins two steps sooner, has come to where it begins
      * itself. So where a head has few jobs, and none goes through several heads, they are cut into runs, of two jobs of
      * every block that works on the head, and every other run goes backward: its jobs come one behind the other. With
-     * many jobs that costs more than it gives, since jobs that are far apart find less in the cache. */
+     * many jobs, or smaller ones, which begin a step sooner, that costs what it gives: jobs that are far apart find
+     * less in the cache. */
     __device__ __forceinline__ int ranked(int item, int width) const {
         int run = 2 * (int)gridDim.x / width;
-        bool few = items <= FEW_RUNS * run && args.heads == args.key_heads;
+        bool few = items * parts <= FEW_RUNS * run && args.heads == args.key_heads;
         if (!IN_ORDER || !few || run < 2 || item / run % 2) return item;
         int first = item / run * run;
         return first + min(first + run, items) - 1 - item;

@@ -8,7 +8,8 @@
 
 #include "softmax_wgmma_jobs.cuh"
 
-/* By a warp. args.turns of a cell is one more than the rank of the job that added last. */
+/* A warp acquires, one lane of another releases. args.turns of a cell is one more than the rank of the job that added
+ * last. */
 template <int ROWS> struct query_turns {
     using job_list_type = job_list<ROWS, true, true>;
     const usp_softmax &args;

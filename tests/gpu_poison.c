@@ -203,6 +203,7 @@ static const usp_gpu_softmax_case softmax_cases[] = {
      CAUSAL,
      .shift = 70,
      .scatter = 1},
+    {"slopes, both sides", USP_BF16, BSHD, 1, 1, 1, 1, 0, 64, 64, 256, {256}, FULL, .slopes = 1},
     {"slopes and soft cap", USP_BF16, BSHD, 1, 2, 2, 1, 0, 128, 128, 150, {150}, CAUSAL, .soft_cap = 4, .slopes = 1},
 };
 #undef CAUSAL

@@ -173,6 +173,7 @@ static const usp_gpu_softmax_case softmax_cases[] = {
      .dlse = 1,
      .peaks = 1,
      .dropout = 0.2f},
+    {"slopes, scattered", USP_BF16, BSHD, 1, 8, 4, 2, 0, 128, 128, 300, {300}, FULL, .scatter = 1, .slopes = 1},
     {"slopes, both sides", USP_BF16, BSHD, 1, 8, 4, 2, 0, 128, 128, 400, {400}, FULL, .slopes = 1},
     {"slopes, both sides, two blocks",
      USP_F16,
@@ -379,11 +380,9 @@ usp_gpu_softmax usp_gpu_make_softmax(usp_gpu_test *t, const usp_gpu_softmax_case
 static const struct way {
     const char *name;
     int processors, portable, deterministic;
-} ways[] = {{"as it is", 0, 0, 0},
-            {"of one processor", 1, 0, 0},
-            {"deterministic", 0, 0, 1},
-            {"portable", 0, 1, 0},
-            {"portable, of one processor", 1, 1, 0}};
+} ways[] = {{"as it is", 0, 0, 0},      {"of one processor", 1, 0, 0},
+            {"deterministic", 0, 0, 1}, {"deterministic, of one processor", 1, 0, 1},
+            {"portable", 0, 1, 0},      {"portable, of one processor", 1, 1, 0}};
 enum { WAYS = sizeof ways / sizeof *ways };
 
 static void check_pass(usp_gpu_test *t, const usp_gpu_softmax_case *c, const struct way *way) {
