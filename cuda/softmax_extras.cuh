@@ -37,6 +37,10 @@ struct place_range {
     __device__ __forceinline__ bool is_near(float slope) const {
         return fabsf(slope) * ((float)last - (float)first) <= 128;
     }
+    /* As if they were everywhere: nothing is on a side of them. */
+    __device__ __forceinline__ void spread() {
+        first = INT32_MIN, last = INT32_MAX;
+    }
 };
 
 /* 1 if the places of every lane of a warp are on the first side of all others, -1 if all are on the other side, else 0.

@@ -264,7 +264,7 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
         bool bends = Shape::slopes && (DUTY == NOTES_FIRST || DUTY == NOTES_SECOND) && args.slopes;
         place_range keys = bends ? place_range(args.pairs.key, job) : place_range();
         int kind = FIRST_STEP;
-        for (tile_walk walk(args.by_key, *job.work, heads.end - heads.first); walk.running(); kind = 0) {
+        for (tile_walk walk = walk_of(job, heads); walk.running(); kind = 0) {
             tile_walk now = walk;
             int head = heads.first + now.round;
             walk.advance(Shape::step);
@@ -280,22 +280,41 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
         }
     }
 
+    __device__ __forceinline__ tile_walk walk_of(const softmax_job &job, const head_range &heads) const {
+        return tile_walk(args.by_key, *job.work, heads.end - heads.first);
+    }
+
     /* In order: turns are awaited a step behind the copies, when dq of that step is still to be found. */
-    __device__ __forceinline__ void run_turns(const job_list_type &list, const softmax_job &job,
-                                              const head_range &heads) {
+    __device__ __forceinline__ void copy_and_admit(const job_list_type &list, const softmax_job &job,
+                                                   const head_range &heads) {
         query_turns<Shape::rows> turns(list, job);
-        tile_walk walk(args.by_key, *job.work, heads.end - heads.first), behind = walk;
-        for (bool first = true; walk.running(); first = false) {
-            tile_walk now = walk;
-            int head = heads.first + now.round;
-            walk.advance(Shape::step);
-            if (DUTY == ADDS && lane == 0) add_in_turn(turns, now, walk, head, job.batch);
-            if (DUTY == ADDS) continue;
+        tile_walk walk = walk_of(job, heads), behind = walk;
+        for (bool first = true; walk.running(); first = false, walk.advance(Shape::step)) {
             for (int part = 0; part < Shape::parts; part++, at.advance())
-                copy_part(now.column + part * Shape::part, head, job.batch);
+                copy_part(walk.column + part * Shape::part, heads.first + walk.round, job.batch);
             if (!first) admit_step(turns, behind, heads, job.batch);
         }
-        if (DUTY == COPIES) admit_step(turns, behind, heads, job.batch);
+        admit_step(turns, behind, heads, job.batch);
+    }
+
+    __device__ __forceinline__ void add_in_turns(const job_list_type &list, const softmax_job &job,
+                                                 const head_range &heads) {
+        query_turns<Shape::rows> turns(list, job);
+        for (tile_walk walk = walk_of(job, heads); walk.running();) {
+            tile_walk now = walk;
+            walk.advance(Shape::step);
+            if (lane == 0) add_in_turn(turns, now, walk, heads.first + now.round, job.batch);
+        }
+    }
+
+    __device__ __forceinline__ void run_job(const job_list_type &list, const softmax_job &job,
+                                            const head_range &heads) {
+        if constexpr (IN_ORDER && DUTY == COPIES)
+            copy_and_admit(list, job, heads);
+        else if constexpr (IN_ORDER && DUTY == ADDS)
+            add_in_turns(list, job, heads);
+        else
+            run_steps(job, heads);
     }
 
     __device__ __forceinline__ void run() {
@@ -308,11 +327,7 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
             if (job.count == 0) break;
             jobs++;
             if (DUTY == ADDS && steps) look_at_keys();
-            if constexpr (IN_ORDER && (DUTY == COPIES || DUTY == ADDS)) {
-                if (steps) run_turns(list, job, heads);
-            } else if (steps) {
-                run_steps(job, heads);
-            }
+            if (steps) run_job(list, job, heads);
             if (DUTY == ADDS && lane == 0) store_keys(job);
             __syncwarp();
         }

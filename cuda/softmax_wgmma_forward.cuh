@@ -127,8 +127,8 @@ template <typename Shape> struct copying_warp {
         }
 
         /* As step_note has it. */
-        __device__ __forceinline__ int side_of_queries(const place_range &queries, float slope) const {
-            bool before = queries.is_near(slope), behind = before;
+        __device__ __forceinline__ int side_of_queries(const place_range &queries) const {
+            bool before = true, behind = true;
 #pragma unroll
             for (int i = 0; i < count; i++) {
                 before = before && key[i] <= queries.first;
@@ -155,7 +155,7 @@ template <typename Shape> struct copying_warp {
                                               const place_range &queries) {
         bool full = at.full(Shape::step);
         key_extras extras(args, at, job.begin);
-        int side = has_sides() ? extras.side_of_queries(queries, args.slopes[job.head]) : 1;
+        int side = has_sides() ? extras.side_of_queries(queries) : 1;
         await(&notes.k_empty[k.stage], k.parity ^ 1);
         if (!full || side == 0) note_keys<Shape::step>(args.pairs, at, notes.key[k.stage], notes.last[k.stage]);
         extras.note(notes, k.stage);
@@ -192,6 +192,7 @@ template <typename Shape> struct copying_warp {
     __device__ __forceinline__ softmax_job copy_steps(const softmax_job &job, job_list<Shape::rows, false> &list) {
         softmax_job next = {nullptr, 0, -1, 0, 0};
         place_range queries = has_sides() ? place_range(args.pairs.diagonal, job) : place_range();
+        if (has_sides() && !queries.is_near(args.slopes[job.head])) queries.spread();
         int head = usp_mapped_head(args.kv, job.head), values = -1, steps = 0;
         for (tile_walk at(args.by_query, *job.work, 1); at.running(); steps++) {
             tile_walk now = at;
