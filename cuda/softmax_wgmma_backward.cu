@@ -324,8 +324,8 @@ template <typename T, typename Shape> struct backward_group {
     }
 
     __device__ __forceinline__ void mend_rows(softmax_job job) {
-        bool every = job.count < Shape::rows || (Shape::slopes && args.slopes); /* full steps may be masked */
-        meet(MEET_GROUP + group, 128);                                          /* the rows are written */
+        meet(MEET_GROUP + group, 128); /* the rows are written */
+        bool every = job.count < Shape::rows || (Shape::slopes && args.slopes);
         job.begin += group * 64;
         job.count = min(job.count - group * 64, 64);
         mend_keys<T, Shape>(args, job, every, threadIdx.x % 128, 128);

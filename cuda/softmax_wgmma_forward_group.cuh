@@ -167,49 +167,42 @@ template <typename T, typename Shape> struct computing_group {
         if constexpr (MASKED) pairs.mask(scores, notes.key[stage], args.pairs.last ? notes.last[stage] : nullptr);
     }
 
+    /* Calls visit(element, r, number of its key) for what a lane has of row r of an accumulator. `Pair`: two numbers.
+     */
+    template <typename Pair, typename Number, typename Visit>
+    static __device__ __forceinline__ void for_keys(usp_sums<1, N> &c, const Number *of_key, const Visit &visit) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            Pair two = *reinterpret_cast<const Pair *>(of_key + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                visit(c[0][n][r * 2], r, two.x);
+                visit(c[0][n][r * 2 + 1], r, two.y);
+            }
+        }
+    }
+
     /* Takes dropped weights out. */
     __device__ __forceinline__ void drop(usp_sums<1, N> &weights, const uint64_t (&word)[2]) {
         uint32_t limit = notes.limit;
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            uint2 draw = *reinterpret_cast<const uint2 *>(notes.draw[k.stage] + usp_lane_column(n));
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float *pair = &weights[0][n][r * 2];
-                pair[0] = usp_dropout_pair(word[r], draw.x) < limit ? 0 : pair[0];
-                pair[1] = usp_dropout_pair(word[r], draw.y) < limit ? 0 : pair[1];
-            }
-        }
+        for_keys<uint2>(weights, notes.draw[k.stage], [&](float &weight, int r, uint32_t draw) {
+            weight = usp_dropout_pair(word[r], draw) < limit ? 0 : weight;
+        });
     }
 
     /* Subtracts slopes times distances. */
     __device__ __forceinline__ void add_biases(usp_sums<1, N> &scores, const job_rows &rows) {
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            float2 key = *reinterpret_cast<const float2 *>(notes.place[k.stage] + usp_lane_column(n));
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float *pair = &scores[0][n][r * 2];
-                pair[0] = rows.rule.biased(pair[0], fabsf(rows.place[r] - key.x));
-                pair[1] = rows.rule.biased(pair[1], fabsf(rows.place[r] - key.y));
-            }
-        }
+        for_keys<float2>(scores, notes.place[k.stage], [&](float &score, int r, float key) {
+            score = rows.rule.biased(score, fabsf(rows.place[r] - key));
+        });
     }
 
-    /* Where all keys are on one side: subtracts what depends on the key alone. Row r is left `slope` times its place.
-     */
+    /* Where all keys are on one side: subtracts what depends on the key alone, and returns the slope, times which each
+     * row's place is left to be subtracted. */
     __device__ __forceinline__ float add_key_biases(usp_sums<1, N> &scores, const scoring &rule) {
         float slope = notes.step[k.stage].side * rule.slope;
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            float2 key = *reinterpret_cast<const float2 *>(notes.place[k.stage] + usp_lane_column(n));
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float *pair = &scores[0][n][r * 2];
-                pair[0] = fmaf(slope, key.x, pair[0]);
-                pair[1] = fmaf(slope, key.y, pair[1]);
-            }
-        }
+        for_keys<float2>(scores, notes.place[k.stage],
+                         [&](float &score, int, float key) { score = fmaf(slope, key, score); });
         return slope;
     }
 

@@ -213,7 +213,7 @@ static __device__ __noinline__ void leave_one_by_one(const usp_softmax &args, ba
 }
 
 /* Brings what was taken out of queries and dout to dk and dv of those of a job's rows that depend on it, by `threads`
- * threads. */
+ * threads. `every`: steps that are full may have been masked too. */
 template <typename T, typename Shape>
 static __device__ __forceinline__ void mend_keys(const usp_softmax &args, const softmax_job &job, bool every,
                                                  int thread, int threads) {

@@ -12,7 +12,6 @@
  * last. */
 template <int ROWS> struct query_turns {
     using job_list_type = job_list<ROWS, true, true>;
-    const usp_softmax &args;
     const job_list_type &list;
     int rank, width, head; /* width: key heads side by side */
     int *turn;             /* of the cells of `head` */
@@ -20,9 +19,9 @@ template <int ROWS> struct query_turns {
     int held;          /* the first cell whose turn has not come */
 
     __device__ __forceinline__ query_turns(const job_list_type &list_, const softmax_job &job)
-        : args(list_.args), list(list_), width(list.width_at(job.batch * (int)heads_of(args, true) + job.head)),
-          head(-1), turn(nullptr), before(-1), until(0), held(0) {
-        int item = (int)(job.work - args.by_key.work) * list.parts + (job.begin - job.work->begin) / ROWS;
+        : list(list_), width(list.width_at(job.batch * (int)heads_of(list.args, true) + job.head)), head(-1),
+          turn(nullptr), before(-1), until(0), held(0) {
+        int item = (int)(job.work - list.args.by_key.work) * list.parts + (job.begin - job.work->begin) / ROWS;
         rank = list.ranked(item, width);
     }
 
@@ -33,20 +32,20 @@ template <int ROWS> struct query_turns {
     /* Steps of a head of queries follow. */
     __device__ __forceinline__ void enter(int batch, int head_) {
         if (head == head_) return;
-        int64_t cells = (args.queries + USP_TURN_ROWS - 1) / USP_TURN_ROWS;
+        int64_t cells = (list.args.queries + USP_TURN_ROWS - 1) / USP_TURN_ROWS;
         head = head_;
-        turn = args.turns + ((int64_t)batch * args.heads + head) * cells;
+        turn = list.args.turns + ((int64_t)batch * list.args.heads + head) * cells;
         until = held = 0;
     }
 
     /* Whether the job of a rank sees queries of a cell, and the first cell behind where that may be otherwise. */
     __device__ __forceinline__ bool sees(int other, int cell, int &end) const {
         int item = list.ranked(other, width);
-        const usp_work *work = args.by_key.work + item / list.parts;
+        const usp_work *work = list.args.by_key.work + item / list.parts;
         end = INT_MAX;
         if (work->count <= item % list.parts * ROWS) return false;
         for (int i = 0; i < work->tiles; i++) {
-            usp_tile tile = args.by_key.tile[work->first_tile + i];
+            usp_tile tile = list.args.by_key.tile[work->first_tile + i];
             if (tile.begin >= tile.end || cell_of(tile.end - 1) < cell) continue;
             bool now = cell_of(tile.begin) <= cell;
             end = now ? cell_of(tile.end - 1) + 1 : cell_of(tile.begin);
