@@ -18,8 +18,9 @@ static int total_keys(const usp_gpu_softmax_case *c) {
     return sum;
 }
 
-/* Row i of n: a permutation of 0 .. n - 1, where 7 does not divide n. */
+/* Row i of n: a permutation of 0 .. n - 1, where 7 does not divide n, or with a gap in it. */
 static int position_of(const usp_gpu_softmax_case *c, int i, int n) {
+    if (c->gap) return i < 300 ? i : i + c->gap;
     return c->scatter && n % 7 ? 7 * i % n : i;
 }
 
@@ -55,7 +56,7 @@ static void make_block(usp_gpu_test *t, usp_gpu_softmax *s, int block) {
     int first = 0, keys = total_keys(c);
     for (int i = 0; i < block; i++) first += c->keys[i];
     for (int i = 0; i < c->keys[block]; i++) {
-        int position = position_of(c, first + i, keys);
+        int position = c->gap && block > 0 ? -1 - i : position_of(c, first + i, keys);
         s->pairs.key[block][i] = position;
         s->pairs.last[block][i] = position + random_below(t, keys / 2 + 1);
     }

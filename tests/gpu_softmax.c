@@ -190,6 +190,7 @@ static const usp_gpu_softmax_case softmax_cases[] = {
      FULL,
      .shift = 90,
      .slopes = 1},
+    {"slopes, two chunks", USP_BF16, BSHD, 1, 2, 2, 1, 0, 64, 64, 400, {400, 256}, CAUSAL, .gap = 930000, .slopes = 1},
 };
 #undef CAUSAL
 #undef FULL
