@@ -190,17 +190,12 @@ template <int M, int SLACK = 8> struct online_softmax {
     /* Turns scores into weights, and brings `sums`, what was weighed so far, to the same base. */
     template <int N, int W>
     __device__ __forceinline__ void weigh(usp_sums<M, N> &scores, usp_sums<M, W> &sums, float unit) {
-        float factor[M * 2];
-        if (raise(scores, unit, factor)) {
+        float best[M * 2], factor[M * 2];
+        look(scores, unit, best);
+        if (raise(best, factor)) {
 #pragma unroll
             for (int i = 0; i < M * 2; i++) multiply_row(i, sums, factor[i]);
         }
-        weigh_rows(scores, unit);
-    }
-
-    /* The same, but what was weighed so far is left to be multiplied by factor[i]. */
-    template <int N> __device__ __forceinline__ void weigh(usp_sums<M, N> &scores, float unit, float (&factor)[M * 2]) {
-        raise(scores, unit, factor);
         weigh_rows(scores, unit);
     }
 
@@ -218,15 +213,20 @@ template <int M, int SLACK = 8> struct online_softmax {
         }
     }
 
-    /* Raises `top` where a score is far above it. Each row decides alone; the warp only agrees to look. */
+    /* The largest score of each row. */
     template <int N>
-    __device__ __forceinline__ bool raise(const usp_sums<M, N> &scores, float unit, float (&factor)[M * 2]) {
-        float best[M * 2];
+    static __device__ __forceinline__ void look(const usp_sums<M, N> &scores, float unit, float (&best)[M * 2]) {
+#pragma unroll
+        for (int i = 0; i < M * 2; i++) best[i] = row_max(lane_best(scores, i)) * unit;
+    }
+
+    /* Raises `top` where `best` is far above it, or says that there is no such row. What was weighed so far is left to
+     * be multiplied by factor[i]. Each row decides alone; the warp only agrees to look. */
+    __device__ __forceinline__ bool raise(float (&best)[M * 2], float (&factor)[M * 2]) {
         bool grown = false;
 #pragma unroll
         for (int i = 0; i < M * 2; i++) {
             factor[i] = 1;
-            best[i] = row_max(lane_best(scores, i)) * unit;
             if (best[i] - top[i] > SLACK)
                 grown = true;
             else

@@ -201,15 +201,32 @@ static __device__ __forceinline__ void note_keys(const usp_pairs &pairs, const t
     }
 }
 
+/* The keys that a query may see, so that one comparison tells: key - low, as a number without a sign, is at most span.
+ */
+struct alignas(8) key_span {
+    int low;
+    uint32_t span;
+
+    /* No key's position is as high as that where there is none. */
+    static __device__ __forceinline__ key_span of(int low, int high) {
+        low = max(low, NOWHERE + 1);
+        return low <= high ? key_span{low, (uint32_t)high - (uint32_t)low} : key_span{INT32_MAX, 0};
+    }
+    __device__ __forceinline__ bool has(int key) const {
+        return (uint32_t)key - (uint32_t)low <= span;
+    }
+};
+
 /* What it says of a lane's two rows, the warp's first one being `first`, as noted. */
 struct row_pairs {
-    int low[2], high[2], query[2];
+    key_span keys[2];
+    int query[2];
 
-    __device__ __forceinline__ void read(const int *low_, const int *high_, const int *query_, int first) {
+    __device__ __forceinline__ void read(const key_span *keys_, const int *query_, int first) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int i = first + usp_lane_row(0, r);
-            low[r] = low_[i], high[r] = high_[i], query[r] = query_[i];
+            keys[r] = keys_[i], query[r] = query_[i];
         }
     }
 
@@ -221,8 +238,8 @@ struct row_pairs {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float *pair = &c[0][n][r * 2];
-                pair[0] = two.x < low[r] || two.x > high[r] ? -INFINITY : pair[0];
-                pair[1] = two.y < low[r] || two.y > high[r] ? -INFINITY : pair[1];
+                pair[0] = keys[r].has(two.x) ? pair[0] : -INFINITY;
+                pair[1] = keys[r].has(two.y) ? pair[1] : -INFINITY;
             }
         }
         if (last) mask_behind(c, last);

@@ -54,7 +54,8 @@ template <typename Shape> struct forward_notes {
     float place[stages][Shape::slopes ? Shape::step : 1];  /* of keys, from the diagonal of the job's first row on */
     uint32_t draw[stages][Shape::drops ? Shape::step : 1]; /* what dropout draws for keys */
     uint32_t limit;                                        /* dropout's */
-    int low[slots][Shape::rows], high[slots][Shape::rows], query[slots][Shape::rows]; /* of a job's rows */
+    key_span keys[slots][Shape::rows]; /* of a job's rows */
+    int query[slots][Shape::rows];
 };
 
 template <typename Shape> struct forward_memory {
@@ -222,20 +223,20 @@ static __device__ __forceinline__ void note_rows(const usp_softmax &args, forwar
     turn<Shape::slots> slot = {0, 0};
     job_list<Shape::rows, false> list(args, notes.deals);
     for (softmax_job job = {nullptr, 0, 1, 0, 0}; job.count > 0; slot.advance()) {
-        int low[most], high[most], query[most], lane = threadIdx.x % 32;
+        key_span keys[most];
+        int query[most], lane = threadIdx.x % 32;
         job = list.take();
 #pragma unroll
         for (int n = 0; n < most; n++) {
             int i = lane + n * 32;
-            low[n] = max(load_or(args.pairs.low, job.begin, i, job.count, NOWHERE + 1), NOWHERE + 1);
-            high[n] = load_or(args.pairs.high, job.begin, i, job.count, NOWHERE);
+            keys[n] = key_span::of(load_or(args.pairs.low, job.begin, i, job.count, 0),
+                                   load_or(args.pairs.high, job.begin, i, job.count, NOWHERE));
             query[n] = args.pairs.last ? load_or(args.pairs.query, job.begin, i, job.count, 0) : 0;
         }
         await(&notes.job_empty[slot.stage], slot.parity ^ 1);
 #pragma unroll
         for (int n = 0; n < most; n++) {
-            notes.low[slot.stage][lane + n * 32] = low[n];
-            notes.high[slot.stage][lane + n * 32] = high[n];
+            notes.keys[slot.stage][lane + n * 32] = keys[n];
             notes.query[slot.stage][lane + n * 32] = query[n];
         }
         arrive_warp(&notes.job_full[slot.stage]);

@@ -39,6 +39,7 @@ template <typename T, typename Shape> struct computing_group {
 
         /* Each by `slope` times the row's place. */
         __device__ __forceinline__ void move_tops(float slope) {
+            if constexpr (!Shape::one_sided) return;
             online.top[0] = fmaf(slope, place[0], online.top[0]);
             online.top[1] = fmaf(slope, place[1], online.top[1]);
         }
@@ -57,7 +58,7 @@ template <typename T, typename Shape> struct computing_group {
     __device__ __forceinline__ void begin_rows(job_rows &to, const softmax_job &job) {
         int place = slot.stage, rows = job.count - warp_row;
         int64_t line = line_of(args, job.batch, job.head, job.begin + warp_row);
-        to.pairs.read(notes.low[place], notes.high[place], notes.query[place], warp_row);
+        to.pairs.read(notes.keys[place], notes.query[place], warp_row);
         to.rule = scoring(args, job.head, cap);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -106,7 +107,6 @@ template <typename T, typename Shape> struct computing_group {
             multiply_row(i, out, args.last ? factor : 1);
             if (i == own) own_state = state;
         }
-        if (own < 2 && own_row < rows) store_state(args, line + own_row, own_state);
         if (Shape::boxes_out && args.last && maps.has_out && job.count == Shape::rows) {
             store_out(job, place);
         } else if (args.last) {
@@ -116,6 +116,8 @@ template <typename T, typename Shape> struct computing_group {
             usp_tensor acc = acc_tensor(args);
             usp_store(out, usp_row<float>(acc, first_row, job.batch, job.head), acc.stride_token, rows, args.value_dim);
         }
+        /* Behind the boxes, before which a warp waits for all that it stored. */
+        if (own < 2 && own_row < rows) store_state(args, line + own_row, own_state);
     }
 
     /* The group's rows, by way of where its queries lay. */
@@ -206,27 +208,27 @@ template <typename T, typename Shape> struct computing_group {
         return slope;
     }
 
-    /* Scores of the step at k to weights; the stage is left. MASKED: or queries lie between its keys. */
-    template <bool MASKED>
-    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows, float (&factor)[2]) {
-        if constexpr (!Shape::extras) {
-            mask_scores<MASKED>(scores, rows.pairs, k.stage);
-            arrive_warp(&notes.k_empty[k.stage]);
-            rows.online.weigh(scores, rows.rule.unit, factor);
-        } else {
-            constexpr bool one_sided = Shape::one_sided && !MASKED;
-            float slope = 0;
-            if constexpr (Shape::caps) cap_scores<4>(scores, rows.rule);
-            if constexpr (one_sided) slope = add_key_biases(scores, rows.rule) * rows.rule.unit;
-            if constexpr (Shape::slopes && !one_sided) add_biases(scores, rows);
-            mask_scores<MASKED>(scores, rows.pairs, k.stage);
-            if constexpr (Shape::more) rows.peaks.look(scores);
-            if constexpr (one_sided) rows.move_tops(slope);
-            rows.online.weigh(scores, rows.rule.unit, factor);
-            if constexpr (one_sided) rows.move_tops(-slope);
-            if constexpr (Shape::drops) drop(scores, rows.word);
-            arrive_warp(&notes.k_empty[k.stage]);
-        }
+    /* Products of the step at k to scores. MASKED: or queries lie between its keys. Returns what tops are to be moved
+     * by while weights are found. */
+    template <bool MASKED> __device__ __forceinline__ float bend(usp_sums<1, N> &scores, job_rows &rows) {
+        constexpr bool one_sided = Shape::one_sided && !MASKED;
+        float slope = 0;
+        if constexpr (Shape::caps) cap_scores<4>(scores, rows.rule);
+        if constexpr (one_sided) slope = add_key_biases(scores, rows.rule) * rows.rule.unit;
+        if constexpr (Shape::slopes && !one_sided) add_biases(scores, rows);
+        mask_scores<MASKED>(scores, rows.pairs, k.stage);
+        if constexpr (Shape::more) rows.peaks.look(scores);
+        if constexpr (!Shape::extras) arrive_warp(&notes.k_empty[k.stage]);
+        return slope;
+    }
+
+    /* Scores to weights, above tops as they are now; the stage is left. */
+    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows) {
+        rows.online.weigh_rows(scores, rows.rule.unit);
+        if constexpr (Shape::drops) drop(scores, rows.word);
+        if constexpr (Shape::extras) arrive_warp(&notes.k_empty[k.stage]);
+        k.advance();
+        round_sums<T, K>(weights, scores);
     }
 
     /* Scores of the step at k, and under their softmax the values of the step before. */
@@ -243,6 +245,13 @@ template <typename T, typename Shape> struct computing_group {
         pin(list_of<N>(scores));
     }
 
+    __device__ __forceinline__ void issue_alone(usp_sums<1, N> &scores, int place) {
+        begin_products();
+        issue_scores(scores, place);
+        await_products<0>();
+        pin(list_of<N>(scores));
+    }
+
     __device__ __forceinline__ void leave_values() {
         await_products<0>();
         pin(list_of<W>(out));
@@ -250,39 +259,36 @@ template <typename T, typename Shape> struct computing_group {
         v.advance();
     }
 
-    __device__ __forceinline__ void end_step(usp_sums<1, N> &scores) {
-        k.advance();
-        round_sums<T, K>(weights, scores);
+    /* FIRST: of a job. PENDING: values of the step before, maybe of the job before, are still to be multiplied. The
+     * compiler finds work for the special unit and the others side by side only where no branch lies between, and if
+     * weights are rounded as they are found: so values are left, and what was summed is multiplied, before. */
+    template <bool MASKED, bool FIRST, bool PENDING>
+    __device__ __forceinline__ void take_step(job_rows &rows, int place, float (&factor)[2]) {
+        usp_sums<1, N> scores;
+        if constexpr (PENDING)
+            issue_both(scores, place);
+        else
+            issue_alone(scores, place);
+        float best[2], slope = bend<MASKED>(scores, rows);
+        online_softmax<1, 0>::look(scores, rows.rule.unit, best);
+        rows.move_tops(slope);
+        bool grown = rows.online.raise(best, factor);
+        if constexpr (PENDING) leave_values();
+        if (!FIRST && grown) {
+            multiply_row(0, out, factor[0]);
+            multiply_row(1, out, factor[1]);
+        }
+        weigh(scores, rows);
+        rows.move_tops(-slope);
     }
 
-    template <bool MASKED> __device__ __forceinline__ void go_on(job_rows &rows, int place) {
-        usp_sums<1, N> scores;
-        float factor[2];
-        issue_both(scores, place);
-        weigh<MASKED>(scores, rows, factor);
-        leave_values();
-        scale_rows(out, factor);
-        end_step(scores);
-    }
-
-    /* A job's first step, nothing being under way. */
-    template <bool MASKED> __device__ __forceinline__ void begin(job_rows &rows, int place, float (&factor)[2]) {
-        usp_sums<1, N> scores;
-        begin_products();
-        issue_scores(scores, place);
-        await_products<0>();
-        pin(list_of<N>(scores));
-        weigh<MASKED>(scores, rows, factor);
-        end_step(scores);
-    }
-
-    /* A job's first step, while the last values of the job before are multiplied. */
-    template <bool MASKED> __device__ __forceinline__ void follow(job_rows &rows, int place, float (&factor)[2]) {
-        usp_sums<1, N> scores;
-        issue_both(scores, place);
-        weigh<MASKED>(scores, rows, factor);
-        leave_values();
-        end_step(scores);
+    template <bool FIRST, bool PENDING>
+    __device__ __forceinline__ void take_step(const step_note &step, job_rows &rows, int place, float (&factor)[2]) {
+        if (is_bent(step))
+            take_step<true, FIRST, PENDING>(rows, place, factor);
+        else
+            take_step<false, FIRST, PENDING>(rows, place, factor);
+        unclean = step.masked;
     }
 
     __device__ __forceinline__ void end_steps() {
@@ -312,19 +318,10 @@ template <typename T, typename Shape> struct computing_group {
         int place;
     };
 
-    /* FOLLOWS: under the last values of the job before. */
-    template <bool FOLLOWS> __device__ __forceinline__ void begin_steps(begun_job &to) {
+    template <bool PENDING> __device__ __forceinline__ void begin_steps(begun_job &to) {
         step_note step = next_step();
         to.goes_on = !step.last;
-        if (FOLLOWS && is_bent(step))
-            follow<true>(to.rows, to.place, to.factor);
-        else if (FOLLOWS)
-            follow<false>(to.rows, to.place, to.factor);
-        else if (is_bent(step))
-            begin<true>(to.rows, to.place, to.factor);
-        else
-            begin<false>(to.rows, to.place, to.factor);
-        unclean = step.masked;
+        take_step<true, PENDING>(step, to.rows, to.place, to.factor);
     }
 
     /* The next job; `pending`: the last values of the job before are still to be multiplied. */
@@ -355,14 +352,11 @@ template <typename T, typename Shape> struct computing_group {
     __device__ __forceinline__ void run_job(begun_job &now) {
         begin_out(now.what.job, now.factor);
         leave_last(now.place);
+        float factor[2];
         while (now.goes_on) {
             step_note step = next_step();
             now.goes_on = !step.last;
-            if (is_bent(step))
-                go_on<true>(now.rows, now.place);
-            else
-                go_on<false>(now.rows, now.place);
-            unclean = step.masked;
+            take_step<false, true>(step, now.rows, now.place, factor);
         }
         if (!Shape::overlaps) arrive_warp(&notes.job_empty[0]); /* the queries have been read */
     }
