@@ -155,11 +155,12 @@ static __device__ __forceinline__ bool pair_allowed(const usp_pairs &pairs, int 
 struct soft_cap {
     static constexpr float GROWN = 2 / 0.94987231f;
     float unit, into, far, near[4], tangent;
+    float exponent[4], near_power; /* -near times unit; the fourth power of the largest product that is near 0 */
     bool used;
 };
 
 static __host__ __device__ __forceinline__ soft_cap soft_cap_of(const usp_softmax &args) {
-    soft_cap cap = {args.scale * LOG2E, 0, 0, {}, 0, args.soft_cap > 0};
+    soft_cap cap = {args.scale * LOG2E, 0, 0, {}, 0, {}, 0, args.soft_cap > 0};
     if (!cap.used) return cap;
     cap.unit = args.scale * (LOG2E / soft_cap::GROWN);
     float into = args.scale / args.soft_cap, square = into * into;
@@ -170,6 +171,8 @@ static __host__ __device__ __forceinline__ soft_cap soft_cap_of(const usp_softma
     cap.near[1] = soft_cap::GROWN * 0.33331363f * square;
     cap.near[2] = -soft_cap::GROWN * 0.13270977f * square * square;
     cap.near[3] = soft_cap::GROWN * 0.047553603f * square * square * square;
+    for (int i = 0; i < 4; i++) cap.exponent[i] = -cap.near[i] * cap.unit;
+    cap.near_power = 0.0256f / (square * square);
     return cap;
 }
 
@@ -203,6 +206,17 @@ struct scoring {
         float square = product * product;
         way = fmaf(square, fmaf(square, fmaf(square, cap.near[3], cap.near[2]), cap.near[1]), cap.near[0]);
         return product * -way;
+    }
+    __device__ __forceinline__ float capped_near(float product) const {
+        float way;
+        return capped_near(product, way);
+    }
+
+    /* Of a product near 0: what its score is above `base`, in base 2. */
+    __device__ __forceinline__ float near_exponent(float product, float base) const {
+        float square = product * product;
+        const float(&c)[4] = cap.exponent;
+        return fmaf(product, fmaf(square, fmaf(square, fmaf(square, c[3], c[2]), c[1]), c[0]), -base);
     }
     static __device__ __forceinline__ bool is_near(uint32_t way) {
         return way >= 0xc0000000u;

@@ -92,6 +92,21 @@ static __device__ __forceinline__ void cap_scores(usp_sums<M, N> &c, const scori
     }
 }
 
+/* Whether all products of a warp are near 0. None is larger than the fourth root of the sum of their fourth powers. The
+ * sign is for the compiler, which would keep squares in registers until they are wanted again. */
+template <int N> static __device__ __forceinline__ bool are_near(const usp_sums<1, N> &c, const scoring &rule) {
+    float sum[4] = {};
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float square = fabsf(c[0][n][i]) * c[0][n][i];
+            sum[i] = fmaf(square, square, sum[i]);
+        }
+    }
+    return __all_sync(~0u, sum[0] + sum[1] + sum[2] + sum[3] < rule.cap.near_power);
+}
+
 /* Turns products, rows of queries, into scores. `diagonal` gives a row's position (r < 2M), `key` a column's. */
 template <int M, int N, typename Diagonal, typename Key>
 static __device__ __forceinline__ void bend_scores(usp_sums<M, N> &c, const scoring &rule, const Diagonal &diagonal,

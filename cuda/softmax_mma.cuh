@@ -200,14 +200,20 @@ template <int M, int SLACK = 8> struct online_softmax {
     }
 
     template <int N> __device__ __forceinline__ void weigh_rows(usp_sums<M, N> &scores, float unit) {
+        weigh_rows(scores, [=](float score, float base) { return fmaf(score, unit, -base); });
+    }
+
+    /* `exponent` gives what is above the base, of a score and the row's base. */
+    template <int N, typename Exponent>
+    __device__ __forceinline__ void weigh_rows(usp_sums<M, N> &scores, const Exponent &exponent) {
 #pragma unroll
         for (int i = 0; i < M * 2; i++) {
             float base = finite_base(top[i]);
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 float *pair = &scores[i / 2][n][i % 2 * 2];
-                pair[0] = fast_exp2(fmaf(pair[0], unit, -base));
-                pair[1] = fast_exp2(fmaf(pair[1], unit, -base));
+                pair[0] = fast_exp2(exponent(pair[0], base));
+                pair[1] = fast_exp2(exponent(pair[1], base));
                 sum[i] += pair[0] + pair[1];
             }
         }

@@ -192,8 +192,8 @@ static __device__ __forceinline__ void arrive_warp(arrivals *at) {
 /* ---- pairs ------------------------------------------------------------------------------------------------------- */
 
 /* Fills in, by one warp, what usp_pairs says of the columns of a step. */
-template <int STEP>
-static __device__ __forceinline__ void note_keys(const usp_pairs &pairs, const tile_walk &at, int *key, int *last) {
+template <int STEP, typename Walk>
+static __device__ __forceinline__ void note_keys(const usp_pairs &pairs, const Walk &at, int *key, int *last) {
     for (int i = threadIdx.x & 31; i < STEP; i += 32) {
         bool exists = i < at.columns();
         key[i] = exists ? pairs.key[at.column + i] : NOWHERE;

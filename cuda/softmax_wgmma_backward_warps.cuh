@@ -260,7 +260,7 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
         arrive(&notes.left);
     }
 
-    __device__ __forceinline__ void run_steps(const softmax_job &job, const head_range &heads) {
+    __device__ __forceinline__ void run_steps(job_list_type &list, const softmax_job &job, const head_range &heads) {
         bool bends = Shape::slopes && (DUTY == NOTES_FIRST || DUTY == NOTES_SECOND) && args.slopes;
         place_range keys = bends ? place_range(args.pairs.key, job) : place_range();
         int kind = FIRST_STEP;
@@ -269,6 +269,7 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
             int head = heads.first + now.round;
             walk.advance(Shape::step);
             if (!walk.running()) kind |= LAST_STEP;
+            if (DUTY == COPIES && !walk.running()) list.ask_ahead();
             int side = bends ? side_of_keys(now, keys, head) : 1;
             if (DUTY == ADDS && lane == 0) add_step(now, head, job.batch);
             for (int part = 0; part < Shape::parts && DUTY != ADDS; part++, at.advance()) {
@@ -307,14 +308,13 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
         }
     }
 
-    __device__ __forceinline__ void run_job(const job_list_type &list, const softmax_job &job,
-                                            const head_range &heads) {
+    __device__ __forceinline__ void run_job(job_list_type &list, const softmax_job &job, const head_range &heads) {
         if constexpr (IN_ORDER && DUTY == COPIES)
             copy_and_admit(list, job, heads);
         else if constexpr (IN_ORDER && DUTY == ADDS)
             add_in_turns(list, job, heads);
         else
-            run_steps(job, heads);
+            run_steps(list, job, heads);
     }
 
     __device__ __forceinline__ void run() {

@@ -54,7 +54,7 @@ template <typename Shape> struct forward_notes {
     float place[stages][Shape::slopes ? Shape::step : 1];  /* of keys, from the diagonal of the job's first row on */
     uint32_t draw[stages][Shape::drops ? Shape::step : 1]; /* what dropout draws for keys */
     uint32_t limit;                                        /* dropout's */
-    key_span keys[slots][Shape::rows]; /* of a job's rows */
+    key_span keys[slots][Shape::rows];                     /* of a job's rows */
     int query[slots][Shape::rows];
 };
 
@@ -86,6 +86,51 @@ struct forward_maps {
     tile_map q, k, v, out;
     bool has_out; /* results may leave in boxes */
 };
+
+/* ---- steps of a job ---------------------------------------------------------------------------------------------- */
+
+/* Goes through the columns of a work item from the last ones down, as tile_walk goes up. */
+template <int STEP> struct tile_descent {
+    const usp_tile *list;
+    int index, column; /* first column of the step */
+    int begin, end, full_begin, full_end;
+
+    __device__ __forceinline__ tile_descent(const usp_tiles &all, const usp_work &work, int)
+        : list(all.tile + work.first_tile), index(work.tiles) {
+        next_tile();
+    }
+
+    __device__ __forceinline__ bool running() const {
+        return index >= 0;
+    }
+    __device__ __forceinline__ int columns() const {
+        return end - column;
+    }
+    __device__ __forceinline__ bool full(int) const {
+        return column >= full_begin && column + STEP <= full_end;
+    }
+
+    __device__ __forceinline__ void advance(int) {
+        column -= STEP;
+        if (column < begin) next_tile();
+    }
+
+    __device__ __forceinline__ void next_tile() {
+        do {
+            if (--index < 0) return;
+            begin = list[index].begin;
+            end = list[index].end;
+        } while (begin >= end);
+        column = begin + (end - begin - 1) / STEP * STEP;
+        full_begin = list[index].full_begin;
+        full_end = list[index].full_end;
+    }
+};
+
+/* With slopes the nearest keys weigh most: those that come last are taken first, and rows are not raised in every step.
+ * Without, nothing is gained, and the masked step of a causal job is better its last. */
+template <typename Shape>
+using forward_walk = std::conditional_t<Shape::one_sided, tile_descent<Shape::step>, tile_walk>;
 
 /* ---- the copying warp -------------------------------------------------------------------------------------------- */
 
@@ -120,7 +165,7 @@ template <typename Shape> struct copying_warp {
         static constexpr int count = Shape::slopes || Shape::drops ? Shape::step / 32 : 0;
         int key[count + 1], origin;
 
-        __device__ __forceinline__ key_extras(const usp_softmax &args, const tile_walk &at, int first_row) {
+        __device__ __forceinline__ key_extras(const usp_softmax &args, const forward_walk<Shape> &at, int first_row) {
             origin = Shape::slopes && args.slopes ? args.pairs.diagonal[first_row] : 0;
 #pragma unroll
             for (int i = 0; i < count; i++)
@@ -152,8 +197,8 @@ template <typename Shape> struct copying_warp {
         return Shape::one_sided && args.slopes;
     }
 
-    __device__ __forceinline__ void copy_keys(const tile_walk &at, bool last, int head, const softmax_job &job,
-                                              const place_range &queries) {
+    __device__ __forceinline__ void copy_keys(const forward_walk<Shape> &at, bool last, int head,
+                                              const softmax_job &job, const place_range &queries) {
         bool full = at.full(Shape::step);
         key_extras extras(args, at, job.begin);
         int side = has_sides() ? extras.side_of_queries(queries) : 1;
@@ -195,9 +240,10 @@ template <typename Shape> struct copying_warp {
         place_range queries = has_sides() ? place_range(args.pairs.diagonal, job) : place_range();
         if (has_sides() && !queries.is_near(args.slopes[job.head])) queries.spread();
         int head = usp_mapped_head(args.kv, job.head), values = -1, steps = 0;
-        for (tile_walk at(args.by_query, *job.work, 1); at.running(); steps++) {
-            tile_walk now = at;
+        for (forward_walk<Shape> at(args.by_query, *job.work, 1); at.running(); steps++) {
+            forward_walk<Shape> now = at;
             at.advance(Shape::step);
+            if (steps == 0) list.ask_ahead();
             copy_keys(now, !at.running(), head, job, queries);
             if (values >= 0) copy_values(values, head, job.batch);
             if (Shape::overlaps && steps == 2) next = start_next(list);
@@ -275,7 +321,8 @@ template <typename T, typename Shape> struct watching_warps {
             if (job.count == 0) return;
             if (job.work->tiles == 0) continue;
             jobs++;
-            for (tile_walk at(args.by_query, *job.work, 1); at.running(); at.advance(Shape::step), v.advance()) {
+            for (forward_walk<Shape> at(args.by_query, *job.work, 1); at.running();
+                 at.advance(Shape::step), v.advance()) {
                 await(&notes.v_full[v.stage], v.parity);
                 if (!at.full(Shape::step)) {
                     look(memory::v_at(v.stage).address);

@@ -162,15 +162,7 @@ template <typename T, typename Shape> struct computing_group {
         clean_parity ^= 1 << v.stage;
     }
 
-    /* Scores of the step at k, of stage `stage` before it was left, to weights. MASKED: some pairs may not be allowed.
-     */
-    template <bool MASKED>
-    __device__ __forceinline__ void mask_scores(usp_sums<1, N> &scores, const row_pairs &pairs, int stage) {
-        if constexpr (MASKED) pairs.mask(scores, notes.key[stage], args.pairs.last ? notes.last[stage] : nullptr);
-    }
-
-    /* Calls visit(element, r, number of its key) for what a lane has of row r of an accumulator. `Pair`: two numbers.
-     */
+    /* Calls visit(element, r, number of its key) for what a lane has of row r of an accumulator. Pair: two numbers. */
     template <typename Pair, typename Number, typename Visit>
     static __device__ __forceinline__ void for_keys(usp_sums<1, N> &c, const Number *of_key, const Visit &visit) {
 #pragma unroll
@@ -216,19 +208,11 @@ template <typename T, typename Shape> struct computing_group {
         if constexpr (Shape::caps) cap_scores<4>(scores, rows.rule);
         if constexpr (one_sided) slope = add_key_biases(scores, rows.rule) * rows.rule.unit;
         if constexpr (Shape::slopes && !one_sided) add_biases(scores, rows);
-        mask_scores<MASKED>(scores, rows.pairs, k.stage);
+        const int *last = args.pairs.last ? notes.last[k.stage] : nullptr;
+        if constexpr (MASKED) rows.pairs.mask(scores, notes.key[k.stage], last);
         if constexpr (Shape::more) rows.peaks.look(scores);
-        if constexpr (!Shape::extras) arrive_warp(&notes.k_empty[k.stage]);
+        if constexpr (!Shape::drops) arrive_warp(&notes.k_empty[k.stage]);
         return slope;
-    }
-
-    /* Scores to weights, above tops as they are now; the stage is left. */
-    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows) {
-        rows.online.weigh_rows(scores, rows.rule.unit);
-        if constexpr (Shape::drops) drop(scores, rows.word);
-        if constexpr (Shape::extras) arrive_warp(&notes.k_empty[k.stage]);
-        k.advance();
-        round_sums<T, K>(weights, scores);
     }
 
     /* Scores of the step at k, and under their softmax the values of the step before. */
@@ -259,9 +243,36 @@ template <typename T, typename Shape> struct computing_group {
         v.advance();
     }
 
-    /* FIRST: of a job. PENDING: values of the step before, maybe of the job before, are still to be multiplied. The
-     * compiler finds work for the special unit and the others side by side only where no branch lies between, and if
-     * weights are rounded as they are found: so values are left, and what was summed is multiplied, before. */
+    /* Scores to weights, of which `best` are the largest and `exponent` gives what is above the row's base. FIRST: of a
+     * job. PENDING: values of the step before, maybe of the job before, are still to be multiplied. The compiler keeps
+     * the special unit and the others at work side by side only where no branch lies between and weights are rounded as
+     * they are found: so values are left, and what was summed is multiplied, before. */
+    template <bool FIRST, bool PENDING, typename Exponent>
+    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows, float (&best)[2], float (&factor)[2],
+                                          const Exponent &exponent) {
+        bool grown = rows.online.raise(best, factor);
+        if constexpr (PENDING) leave_values();
+        if (!FIRST && grown) {
+            multiply_row(0, out, factor[0]);
+            multiply_row(1, out, factor[1]);
+        }
+        rows.online.weigh_rows(scores, exponent);
+        if constexpr (Shape::drops) drop(scores, rows.word);
+        if constexpr (Shape::drops) arrive_warp(&notes.k_empty[k.stage]);
+        k.advance();
+        round_sums<T, K>(weights, scores);
+    }
+
+    /* Where all products are near 0: the largest one gives a row's largest score, and they are capped as exponents. */
+    __device__ __forceinline__ void weigh_near(usp_sums<1, N> &products, job_rows &rows, float (&best)[2],
+                                               float (&factor)[2]) {
+        const scoring &rule = rows.rule;
+        arrive_warp(&notes.k_empty[k.stage]);
+        for (float &x : best) x = rule.near_exponent(x, 0);
+        weigh<false, true>(products, rows, best, factor,
+                           [&](float product, float base) { return rule.near_exponent(product, base); });
+    }
+
     template <bool MASKED, bool FIRST, bool PENDING>
     __device__ __forceinline__ void take_step(job_rows &rows, int place, float (&factor)[2]) {
         usp_sums<1, N> scores;
@@ -269,16 +280,17 @@ template <typename T, typename Shape> struct computing_group {
             issue_both(scores, place);
         else
             issue_alone(scores, place);
-        float best[2], slope = bend<MASKED>(scores, rows);
-        online_softmax<1, 0>::look(scores, rows.rule.unit, best);
-        rows.move_tops(slope);
-        bool grown = rows.online.raise(best, factor);
-        if constexpr (PENDING) leave_values();
-        if (!FIRST && grown) {
-            multiply_row(0, out, factor[0]);
-            multiply_row(1, out, factor[1]);
+        const scoring &rule = rows.rule;
+        float best[2];
+        if constexpr (Shape::caps && !Shape::more && !MASKED && !FIRST) {
+            online_softmax<1, 0>::look(scores, 1, best);
+            if (are_near(scores, rule)) return weigh_near(scores, rows, best, factor);
         }
-        weigh(scores, rows);
+        float slope = bend<MASKED>(scores, rows);
+        online_softmax<1, 0>::look(scores, rule.unit, best);
+        rows.move_tops(slope);
+        weigh<FIRST, PENDING>(scores, rows, best, factor,
+                              [&](float score, float base) { return fmaf(score, rule.unit, -base); });
         rows.move_tops(-slope);
     }
 

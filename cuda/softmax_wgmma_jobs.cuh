@@ -6,8 +6,8 @@
 
 /* The jobs of all blocks are numbered, heavy ones first inside a bundle of heads, whose columns the cache holds. A
  * block asks for one after the other: with jobs of such different weights no fixed order keeps all blocks busy, and
- * some begin late, where transfers hold multiprocessors. Its first warp asks, ahead of time, and deals the numbers to
- * the warps that walk with it. */
+ * some begin late, where transfers hold multiprocessors. Its first warp asks, as late as it can without a wait for the
+ * answer, and deals the numbers to the warps that walk with it. */
 constexpr int DEALS = 2, LONG_HEAD = 32768;
 constexpr int FEW_RUNS = 8; /* of the jobs of a head, where it is worth their while to go backward */
 
@@ -31,7 +31,7 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
     job_deals &deals;
     turn<DEALS> at;
     int items, lines, bundle;
-    int64_t asked; /* by the first thread: the number to come */
+    int64_t asked; /* by the first thread: the number to come, or -1 */
 
     __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_)
         : args(args_), deals(deals_), at{0, 0}, items(*tiles_of(args, KEY_ROWS).works * parts),
@@ -75,12 +75,17 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
         return threadIdx.x == 0 ? atomicAdd(static_cast<unsigned *>(args.scratch), 1u) : 0;
     }
 
+    /* By the first warp, some time before it deals. */
+    __device__ __forceinline__ void ask_ahead() {
+        asked = ask();
+    }
+
     /* By the first warp. Numbers without a job are not dealt. */
     __device__ __forceinline__ softmax_job deal() {
         for (;;) {
             int64_t number = uniform(asked < 0 ? ask() : asked);
             softmax_job job = job_of(number);
-            asked = IN_ORDER ? -1 : ask();
+            asked = -1;
             if (job.count < 0) continue;
             if (threadIdx.x == 0) {
                 await(&deals.empty[at.stage], at.parity ^ 1);
