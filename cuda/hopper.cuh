@@ -41,6 +41,18 @@ static __device__ __forceinline__ void await(arrivals *at, int parity) {
                  : "memory");
 }
 
+/* Whether a wait would be over at once. */
+static __device__ __forceinline__ bool is_over(arrivals *at, int parity) {
+    int over;
+    asm volatile("{ .reg .pred over;\n"
+                 "mbarrier.test_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+                 "selp.s32 %0, 1, 0, over; }"
+                 : "=r"(over)
+                 : "r"(shared_address(at)), "r"(parity)
+                 : "memory");
+    return over;
+}
+
 /* ---- copies of tiles (TMA) --------------------------------------------------------------------------------------- */
 
 /* A tensor as copies see it: [batch][head][token][dim], boxes of 64 elements of so many tokens. */

@@ -87,6 +87,25 @@ struct forward_maps {
     bool has_out; /* results may leave in boxes */
 };
 
+/* ---- what a computing lane keeps ----------------------------------------------------------------------------------- */
+
+/* Of its two rows of a job, beside out. */
+template <typename Shape> struct forward_rows {
+    online_softmax<1, 0> online;
+    row_pairs pairs;
+    scoring rule;
+    lane_peaks<1> peaks; /* with extras, as what follows */
+    float place[2];      /* with slopes: as those of keys are noted */
+    uint64_t word[2];
+
+    /* Each by `slope` times the row's place. */
+    __device__ __forceinline__ void move_tops(float slope) {
+        if constexpr (!Shape::one_sided) return;
+        online.top[0] = fmaf(slope, place[0], online.top[0]);
+        online.top[1] = fmaf(slope, place[1], online.top[1]);
+    }
+};
+
 /* ---- steps of a job ---------------------------------------------------------------------------------------------- */
 
 /* Goes through the columns of a work item from the last ones down, as tile_walk goes up. */

@@ -22,34 +22,21 @@ template <typename T, typename Shape> struct computing_group {
     turn<Shape::slots> slot; /* of the next job */
     int clean_parity;        /* of v_clean: a bit a stage */
     bool unclean;            /* the values that come next are of a masked step */
+    step_note step;          /* that at k, */
+    bool ahead;              /* if its keys are known to be there */
     bool held;               /* the place of the job before */
 
     usp_sums<1, W> out;
     left_operand<K> weights;
     int jobs; /* with steps, so far */
 
-    /* What is kept of this lane's rows of a job, beside out. */
-    struct job_rows {
-        online_softmax<1, 0> online;
-        row_pairs pairs;
-        scoring rule;
-        lane_peaks<1> peaks; /* with extras, as what follows */
-        float place[2];      /* with slopes: as those of keys are noted */
-        uint64_t word[2];
-
-        /* Each by `slope` times the row's place. */
-        __device__ __forceinline__ void move_tops(float slope) {
-            if constexpr (!Shape::one_sided) return;
-            online.top[0] = fmaf(slope, place[0], online.top[0]);
-            online.top[1] = fmaf(slope, place[1], online.top[1]);
-        }
-    };
+    using job_rows = forward_rows<Shape>;
 
     __device__ __forceinline__ computing_group(const usp_softmax &args_, const forward_maps &maps_,
                                                const soft_cap &cap_, notes_type &notes_)
         : args(args_), maps(maps_), cap(cap_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
           warp_row((threadIdx.x / 32 - 4) * 16), k{0, 0}, v{0, 0}, slot{0, 0}, clean_parity(0), unclean(false),
-          held(false), jobs(0) {
+          held(false), ahead(false), jobs(0) {
         if (group == 1) pass(MEET_TURN, 256);
     }
 
@@ -177,9 +164,9 @@ template <typename T, typename Shape> struct computing_group {
     }
 
     /* Takes dropped weights out. */
-    __device__ __forceinline__ void drop(usp_sums<1, N> &weights, const uint64_t (&word)[2]) {
+    __device__ __forceinline__ void drop(usp_sums<1, N> &weights, const uint64_t (&word)[2], int stage) {
         uint32_t limit = notes.limit;
-        for_keys<uint2>(weights, notes.draw[k.stage], [&](float &weight, int r, uint32_t draw) {
+        for_keys<uint2>(weights, notes.draw[stage], [&](float &weight, int r, uint32_t draw) {
             weight = usp_dropout_pair(word[r], draw) < limit ? 0 : weight;
         });
     }
@@ -256,10 +243,13 @@ template <typename T, typename Shape> struct computing_group {
             multiply_row(0, out, factor[0]);
             multiply_row(1, out, factor[1]);
         }
+        int stage = k.stage;
+        look_ahead();
         rows.online.weigh_rows(scores, exponent);
-        if constexpr (Shape::drops) drop(scores, rows.word);
-        if constexpr (Shape::drops) arrive_warp(&notes.k_empty[k.stage]);
-        k.advance();
+        if constexpr (Shape::drops) {
+            drop(scores, rows.word, stage);
+            arrive_warp(&notes.k_empty[stage]);
+        }
         round_sums<T, K>(weights, scores);
     }
 
@@ -294,13 +284,15 @@ template <typename T, typename Shape> struct computing_group {
         rows.move_tops(-slope);
     }
 
+    /* Returns whether there are more. */
     template <bool FIRST, bool PENDING>
-    __device__ __forceinline__ void take_step(const step_note &step, job_rows &rows, int place, float (&factor)[2]) {
-        if (is_bent(step))
+    __device__ __forceinline__ bool take_step(job_rows &rows, int place, float (&factor)[2]) {
+        bool goes_on = !step.last;
+        if (is_bent())
             take_step<true, FIRST, PENDING>(rows, place, factor);
         else
             take_step<false, FIRST, PENDING>(rows, place, factor);
-        unclean = step.masked;
+        return goes_on;
     }
 
     __device__ __forceinline__ void end_steps() {
@@ -310,12 +302,23 @@ template <typename T, typename Shape> struct computing_group {
         leave_values();
     }
 
-    __device__ __forceinline__ step_note next_step() {
+    __device__ __forceinline__ void await_keys() {
+        if (ahead) return;
         await(&notes.k_full[k.stage], k.parity);
-        return notes.step[k.stage];
+        step = notes.step[k.stage];
     }
 
-    static __device__ __forceinline__ bool is_bent(const step_note &step) {
+    /* While a step's weights are found: to ask for the next one, and to be told, takes time of which there is none
+     * later.
+     */
+    __device__ __forceinline__ void look_ahead() {
+        k.advance();
+        unclean = step.masked;
+        ahead = __all_sync(~0u, is_over(&notes.k_full[k.stage], k.parity));
+        if (ahead) step = notes.step[k.stage];
+    }
+
+    __device__ __forceinline__ bool is_bent() const {
         return step.masked || (Shape::one_sided && step.side == 0);
     }
 
@@ -331,9 +334,8 @@ template <typename T, typename Shape> struct computing_group {
     };
 
     template <bool PENDING> __device__ __forceinline__ void begin_steps(begun_job &to) {
-        step_note step = next_step();
-        to.goes_on = !step.last;
-        take_step<true, PENDING>(step, to.rows, to.place, to.factor);
+        await_keys();
+        to.goes_on = take_step<true, PENDING>(to.rows, to.place, to.factor);
     }
 
     /* The next job; `pending`: the last values of the job before are still to be multiplied. */
@@ -366,9 +368,8 @@ template <typename T, typename Shape> struct computing_group {
         leave_last(now.place);
         float factor[2];
         while (now.goes_on) {
-            step_note step = next_step();
-            now.goes_on = !step.last;
-            take_step<false, true>(step, now.rows, now.place, factor);
+            await_keys();
+            now.goes_on = take_step<false, true>(now.rows, now.place, factor);
         }
         if (!Shape::overlaps) arrive_warp(&notes.job_empty[0]); /* the queries have been read */
     }

@@ -191,6 +191,9 @@ static inline void arrive_with(arrivals *at, int bytes) {
 static inline void await(arrivals *at, int parity) {
     machine::await(at, parity);
 }
+static inline bool is_over(arrivals *at, int parity) {
+    return machine::is_over(at, parity);
+}
 
 /* What the emulated driver writes in the place of a CUtensorMap. */
 typedef struct emulated_map {

@@ -302,6 +302,11 @@ void await(void *at, int parity) {
     wait_while("an mbarrier", a.phase, 1, parity);
 }
 
+bool is_over(void *at, int parity) {
+    maybe_yield();
+    return (arrivals_at(at).phase & 1) != parity;
+}
+
 void await_above(const int *at, int least) {
     while (*at <= least) wait_while("a number that a block publishes", *at, ~0, *at);
 }

@@ -42,6 +42,7 @@ void begin_arrivals(void *at, int count);
 void arrive(void *at, int bytes_announced);
 void bytes_arrived(void *at, int bytes);
 void await(void *at, int parity);
+bool is_over(void *at, int parity);
 /* A number in memory that threads raise. */
 void await_above(const int *at, int least);
 
