@@ -87,7 +87,7 @@ struct forward_maps {
     bool has_out; /* results may leave in boxes */
 };
 
-/* ---- what a computing lane keeps ----------------------------------------------------------------------------------- */
+/* ---- what a computing lane keeps --------------------------------------------------------------------------------- */
 
 /* Of its two rows of a job, beside out. */
 template <typename Shape> struct forward_rows {
