@@ -8,7 +8,7 @@ RMS of the difference over the RMS of the true result. Where a gradient is 0 in 
 gradient's RMS) they are over the RMS of the largest one of dq, dk and dv; the column "relative to" says which.
 The CSV has a row for each kind of inputs and result, a column for each side; "-" where a side refuses.
 
-    normal          q, k, v ~ N(0, 1); once more at d 64, all else at d 128
+    normal          q, k, v ~ N(0, 1); once more at d 64 and at 192/128, all else at d 128
     std 8           q, k, v ~ N(0, 64): nearly all weight of a row on one key, anywhere
     equal keys      all rows of k are one row: out is a mean; dq is 0
     equal values    all rows of v are one row: out is that; dq and dk are 0
@@ -58,9 +58,10 @@ def offset(inputs):
 
 def all_kinds():
     """(work, what makes its inputs of normal ones); the work's name is that of the inputs."""
-    def work(name, tokens=4096, heads=4, dim=128):
-        return Work(name, tokens, heads, dim=dim, batch=1)
+    def work(name, tokens=4096, heads=4, dim=128, value_dim=0):
+        return Work(name, tokens, heads, dim=dim, value_dim=value_dim, batch=1)
     return [(work("normal"), normal), (work("normal d 64", dim=64), normal),
+            (work("normal 192/128", dim=192, value_dim=128), normal),
             (work("std 8"), wide), (work("equal keys"), equal_keys), (work("equal values"), equal_values),
             (work("dominant key"), dominant), (work("64K keys", 65536, 2), normal), (work("lse 1e4"), offset)]
 

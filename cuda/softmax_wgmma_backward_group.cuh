@@ -17,6 +17,9 @@ template <typename T, typename Shape> struct backward_group {
     static constexpr int Q = Shape::dq_together * 4, pieces = Shape::dq_places, late = pieces - Shape::parts;
     static_assert(late == 0 || late == 1, "a part has one more");
     template <int PART> static constexpr bool ends = PART == Shape::parts - 1;
+    /* A wait that is over at once takes time too, of which there is some where products are awaited. Steps of 128
+     * queries and parts of steps are there too late for that. */
+    static constexpr bool waits_early = Shape::step == 64 && Shape::parts == 1;
     template <int PART> static constexpr bool finds_late = late > 0 && ends<PART>;
     const usp_softmax &args;
     const soft_cap &cap;
@@ -170,9 +173,9 @@ template <typename T, typename Shape> struct backward_group {
 
     /* S^T of a part to P^T, rounded to p, while dP^T is found. */
     template <bool MASKED>
-    __device__ __forceinline__ void weigh_part(usp_sums<1, N> &s, usp_sums<1, N> &dp, left_operand<K> &p) {
+    __device__ __forceinline__ void weigh_part(usp_sums<1, N> &s, usp_sums<1, N> &dp, left_operand<K> &p, int kind) {
         const query_notes<Shape> &query = notes.query[at.stage];
-        await(&notes.dout_full[at.stage], at.parity);
+        if (!waits_early || (kind & FIRST_STEP)) await(&notes.dout_full[at.stage], at.parity);
         begin_products();
         issue_rows<T>(dp, described_anew(memory::v_at()), group * 64, described_anew(memory::dout_at(at.stage)));
         end_products();
@@ -194,11 +197,12 @@ template <typename T, typename Shape> struct backward_group {
     /* dP^T to dS^T, rounded to ds, while dv is added to. */
     template <bool MASKED>
     __device__ __forceinline__ void differ_part(const usp_sums<1, N> &s, usp_sums<1, N> &dp, const left_operand<K> &p,
-                                                left_operand<K> &ds) {
+                                                left_operand<K> &ds, int turn) {
         const query_notes<Shape> &query = notes.query[at.stage];
         begin_products();
         issue_columns<T>(dv, p, memory::dout_at(at.stage));
         end_products();
+        if constexpr (waits_early) await(&notes.paired, turn ^ 1);
         await_products<1>();
         pin(list_of<N>(dp));
         if constexpr (Shape::extras)
@@ -206,6 +210,11 @@ template <typename T, typename Shape> struct backward_group {
         else
             differ<MASKED>(dp, s, query);
         round_sums<T, K>(ds, dp);
+    }
+
+    /* Whether a part is not a job's last one. */
+    template <int PART> static __device__ __forceinline__ bool goes_on(int kind) {
+        return !ends<PART> || !(kind & LAST_STEP);
     }
 
     /* What a part finds of dq of the step before, whose dS has a place; dk is added to. Returns whether keys are not
@@ -220,6 +229,8 @@ template <typename T, typename Shape> struct backward_group {
         issue_columns<T>(dk, ds, memory::q_at(at.stage));
         end_products();
         bool odd = are_keys_spoilt(notes, jobs);
+        at.advance();
+        if (waits_early && goes_on<PART>(kind)) await(&notes.q_full[at.stage], at.parity);
         await_products<1>();
         pin(list_of<Q>(dq));
         if constexpr (ends<PART> && !finds_late<PART>) arrive_warp(&notes.paired);
@@ -241,17 +252,17 @@ template <typename T, typename Shape> struct backward_group {
         int stage = at.stage, turn = turn_of_pairs();
         left_operand<K> p, ds;
         usp_sums<1, N> dp;
-        weigh_part<MASKED>(s, dp, p);
-        differ_part<MASKED>(s, dp, p, ds);
-        if constexpr (PART == 0) await(&notes.paired, turn ^ 1);
+        weigh_part<MASKED>(s, dp, p, kind);
+        differ_part<MASKED>(s, dp, p, ds, turn);
+        if constexpr (PART == 0 && !waits_early) await(&notes.paired, turn ^ 1);
         write_rows<K>(ds, memory::ds_at(turn), warp_row, PART * Shape::part);
         publish_stores();
         bool odd = find_queries<PART>(ds, kind, turn ^ 1);
-        at.advance();
-        if (!ends<PART> || !(kind & LAST_STEP)) await(&notes.q_full[at.stage], at.parity);
+        if (!waits_early && goes_on<PART>(kind)) await(&notes.q_full[at.stage], at.parity);
         int next_kind = notes.step[at.stage].kind;
         usp_sums<1, N> next; /* what s held is not kept for it */
         issue_scores(next);
+        if (waits_early && goes_on<PART>(kind)) await(&notes.dout_full[at.stage], at.parity);
         await_products<1>();
         pin(list_of<D>(dk));
         if (odd) {
