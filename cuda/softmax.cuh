@@ -177,8 +177,8 @@ static __host__ __device__ __forceinline__ soft_cap soft_cap_of(const usp_softma
 }
 
 /* How a product q.k becomes a score, for one head; the score times `unit` is in base 2, which is left to the weight's
- * multiplication. Every kernel of a pass computes the same bits, as a score depends on its pair alone; but for slopes,
- * where kernels for Hopper take a difference of places apart. */
+ * multiplication. Every kernel of a pass computes the same bits, as a score depends on its pair alone; but on Hopper,
+ * for slopes, where a difference of places is taken apart, and for near_exponent, which rounds elsewhere. */
 struct scoring {
     soft_cap cap;
     float slope, unit;

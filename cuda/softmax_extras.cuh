@@ -132,6 +132,36 @@ static __device__ __forceinline__ void drop_weights(usp_sums<M, N> &c, float rat
     });
 }
 
+/* Which pairs of an accumulator are dropped: a bit for each of what a lane has of its two rows. */
+template <int N> struct dropped_pairs {
+    static_assert(N <= 16, "a row's bits are a word");
+    uint32_t row[2];
+
+    /* While scores are found. `draw`: by column. Without a word to the other lanes, here to itself, the compiler would
+     * find it all out when it is wanted. */
+    __device__ __forceinline__ void draw(const uint64_t (&word)[2], const uint32_t *draw, uint32_t limit) {
+        row[0] = row[1] = 0;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            uint2 two = *reinterpret_cast<const uint2 *>(draw + usp_lane_column(n));
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                if (usp_dropout_pair(word[r], two.x) < limit) row[r] |= 1u << 2 * n;
+                if (usp_dropout_pair(word[r], two.y) < limit) row[r] |= 2u << 2 * n;
+            }
+        }
+        for (uint32_t &bits : row) bits = __shfl_xor_sync(~0u, bits, 0);
+    }
+
+    __device__ __forceinline__ void take_out(usp_sums<1, N> &weights) const {
+#pragma unroll
+        for (int i = 0; i < N * 4; i++) {
+            float &weight = weights[0][i / 4][i % 4];
+            weight = row[i % 4 / 2] & 1u << (i / 4 * 2 + i % 2) ? 0 : weight;
+        }
+    }
+};
+
 /* Each lane's largest scores of its rows, before any scale. */
 template <int M> struct lane_peaks {
     float best[M * 2];

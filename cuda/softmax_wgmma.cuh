@@ -207,7 +207,7 @@ struct alignas(8) key_span {
     int low;
     uint32_t span;
 
-    /* No key's position is as high as that where there is none. */
+    /* An empty one has the last position of all, where no key is: a sequence has fewer tokens. */
     static __device__ __forceinline__ key_span of(int low, int high) {
         low = max(low, NOWHERE + 1);
         return low <= high ? key_span{low, (uint32_t)high - (uint32_t)low} : key_span{INT32_MAX, 0};

@@ -194,7 +194,7 @@ template <typename T, typename Shape> struct backward_group {
         }
     }
 
-    /* dP^T to dS^T, rounded to ds, while dv is added to. */
+    /* dP^T to dS^T, rounded to ds, while dv is added to. dS has place `turn`, which the other group may still read. */
     template <bool MASKED>
     __device__ __forceinline__ void differ_part(const usp_sums<1, N> &s, usp_sums<1, N> &dp, const left_operand<K> &p,
                                                 left_operand<K> &ds, int turn) {
@@ -212,13 +212,18 @@ template <typename T, typename Shape> struct backward_group {
         round_sums<T, K>(ds, dp);
     }
 
+    /* In turns, queries are copied when the step before the last one may be added, which must not wait for them. */
+    __device__ __forceinline__ bool queries_come_early() const {
+        return waits_early && !args.deterministic;
+    }
+
     /* Whether a part is not a job's last one. */
     template <int PART> static __device__ __forceinline__ bool goes_on(int kind) {
         return !ends<PART> || !(kind & LAST_STEP);
     }
 
-    /* What a part finds of dq of the step before, whose dS has a place; dk is added to. Returns whether keys are not
-     * finite: then dq is not left. */
+    /* What a part finds of dq of the step before, whose dS has a place; dk is added to, and the next part is at hand.
+     * Returns whether keys are not finite: then dq is not left. */
     template <int PART> __device__ __forceinline__ bool find_queries(const left_operand<K> &ds, int kind, int turn) {
         usp_sums<1, Q> dq;
         issue_queries(dq, PART, turn);
@@ -230,7 +235,7 @@ template <typename T, typename Shape> struct backward_group {
         end_products();
         bool odd = are_keys_spoilt(notes, jobs);
         at.advance();
-        if (waits_early && goes_on<PART>(kind)) await(&notes.q_full[at.stage], at.parity);
+        if (queries_come_early() && goes_on<PART>(kind)) await(&notes.q_full[at.stage], at.parity);
         await_products<1>();
         pin(list_of<Q>(dq));
         if constexpr (ends<PART> && !finds_late<PART>) arrive_warp(&notes.paired);
@@ -258,7 +263,7 @@ template <typename T, typename Shape> struct backward_group {
         write_rows<K>(ds, memory::ds_at(turn), warp_row, PART * Shape::part);
         publish_stores();
         bool odd = find_queries<PART>(ds, kind, turn ^ 1);
-        if (!waits_early && goes_on<PART>(kind)) await(&notes.q_full[at.stage], at.parity);
+        if (!queries_come_early() && goes_on<PART>(kind)) await(&notes.q_full[at.stage], at.parity);
         int next_kind = notes.step[at.stage].kind;
         usp_sums<1, N> next; /* what s held is not kept for it */
         issue_scores(next);

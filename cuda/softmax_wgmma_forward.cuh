@@ -1,5 +1,5 @@
-/* softmax_wgmma_forward.cuh - forward softmax attention on Hopper: sizes of tiles, what lies in shared memory, and the
- * warps that bring there what the computing ones want. */
+/* softmax_wgmma_forward.cuh - forward softmax attention on Hopper: sizes of tiles, what lies in shared memory, what
+ * computing lanes keep, the order of steps, and the warps that bring what the computing ones want. */
 #ifndef USP_CUDA_SOFTMAX_WGMMA_FORWARD_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_FORWARD_CUH
 #include "softmax_extras.cuh"
@@ -108,7 +108,8 @@ template <typename Shape> struct forward_rows {
 
 /* ---- steps of a job ---------------------------------------------------------------------------------------------- */
 
-/* Goes through the columns of a work item from the last ones down, as tile_walk goes up. */
+/* Goes through the columns of a work item from the last ones down, as tile_walk goes up, and as which it is used:
+ * rounds and the step's columns are known here. */
 template <int STEP> struct tile_descent {
     const usp_tile *list;
     int index, column; /* first column of the step */

@@ -1,6 +1,6 @@
 /* softmax_wgmma_forward_group.cuh - forward softmax attention on Hopper: a computing warpgroup, which has 64 of a job's
- * 128 queries. While one group finds weights the other multiplies, and within each the products of one step run under
- * the softmax of the next. */
+ * 128 queries. While one group finds weights the other multiplies, and within each the values of one step are
+ * multiplied while the largest scores of the next are found. */
 #ifndef USP_CUDA_SOFTMAX_WGMMA_FORWARD_GROUP_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_FORWARD_GROUP_CUH
 #include "softmax_wgmma_forward.cuh"
@@ -22,13 +22,14 @@ template <typename T, typename Shape> struct computing_group {
     turn<Shape::slots> slot; /* of the next job */
     int clean_parity;        /* of v_clean: a bit a stage */
     bool unclean;            /* the values that come next are of a masked step */
+    bool held;               /* the place of the job before */
     step_note step;          /* that at k, */
     bool ahead;              /* if its keys are known to be there */
-    bool held;               /* the place of the job before */
 
     usp_sums<1, W> out;
     left_operand<K> weights;
-    int jobs; /* with steps, so far */
+    dropped_pairs<N> dropped; /* of the step */
+    int jobs;                 /* with steps, so far */
 
     using job_rows = forward_rows<Shape>;
 
@@ -103,7 +104,7 @@ template <typename T, typename Shape> struct computing_group {
             usp_tensor acc = acc_tensor(args);
             usp_store(out, usp_row<float>(acc, first_row, job.batch, job.head), acc.stride_token, rows, args.value_dim);
         }
-        /* Behind the boxes, before which a warp waits for all that it stored. */
+        /* Behind the boxes: what publishes them to the copy engine waits for all that was stored before. */
         if (own < 2 && own_row < rows) store_state(args, line + own_row, own_state);
     }
 
@@ -132,9 +133,10 @@ template <typename T, typename Shape> struct computing_group {
 
     /* ---- one step */
 
-    __device__ __forceinline__ void issue_scores(usp_sums<1, N> &scores, int place) {
+    __device__ __forceinline__ void issue_scores(usp_sums<1, N> &scores, const job_rows &rows, int place) {
         issue_rows<T>(scores, memory::q_at(place), group * 64, memory::k_at(k.stage));
         end_products();
+        if constexpr (Shape::drops) dropped.draw(rows.word, notes.draw[k.stage], notes.limit);
     }
 
     __device__ __forceinline__ void issue_values() {
@@ -149,12 +151,11 @@ template <typename T, typename Shape> struct computing_group {
         clean_parity ^= 1 << v.stage;
     }
 
-    /* Calls visit(element, r, number of its key) for what a lane has of row r of an accumulator. Pair: two numbers. */
-    template <typename Pair, typename Number, typename Visit>
-    static __device__ __forceinline__ void for_keys(usp_sums<1, N> &c, const Number *of_key, const Visit &visit) {
+    /* Calls visit(element, r, place of its key) for what a lane has of row r of the step's scores. */
+    template <typename Visit> __device__ __forceinline__ void for_places(usp_sums<1, N> &c, const Visit &visit) const {
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            Pair two = *reinterpret_cast<const Pair *>(of_key + usp_lane_column(n));
+            float2 two = *reinterpret_cast<const float2 *>(notes.place[k.stage] + usp_lane_column(n));
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 visit(c[0][n][r * 2], r, two.x);
@@ -163,17 +164,9 @@ template <typename T, typename Shape> struct computing_group {
         }
     }
 
-    /* Takes dropped weights out. */
-    __device__ __forceinline__ void drop(usp_sums<1, N> &weights, const uint64_t (&word)[2], int stage) {
-        uint32_t limit = notes.limit;
-        for_keys<uint2>(weights, notes.draw[stage], [&](float &weight, int r, uint32_t draw) {
-            weight = usp_dropout_pair(word[r], draw) < limit ? 0 : weight;
-        });
-    }
-
     /* Subtracts slopes times distances. */
     __device__ __forceinline__ void add_biases(usp_sums<1, N> &scores, const job_rows &rows) {
-        for_keys<float2>(scores, notes.place[k.stage], [&](float &score, int r, float key) {
+        for_places(scores, [&](float &score, int r, float key) {
             score = rows.rule.biased(score, fabsf(rows.place[r] - key));
         });
     }
@@ -182,13 +175,12 @@ template <typename T, typename Shape> struct computing_group {
      * row's place is left to be subtracted. */
     __device__ __forceinline__ float add_key_biases(usp_sums<1, N> &scores, const scoring &rule) {
         float slope = notes.step[k.stage].side * rule.slope;
-        for_keys<float2>(scores, notes.place[k.stage],
-                         [&](float &score, int, float key) { score = fmaf(slope, key, score); });
+        for_places(scores, [&](float &score, int, float key) { score = fmaf(slope, key, score); });
         return slope;
     }
 
-    /* Products of the step at k to scores. MASKED: or queries lie between its keys. Returns what tops are to be moved
-     * by while weights are found. */
+    /* Products of the step at k to scores; the stage is left. MASKED: some pairs may not be allowed, or queries lie
+     * between its keys. Returns what tops are to be moved by while weights are found. */
     template <bool MASKED> __device__ __forceinline__ float bend(usp_sums<1, N> &scores, job_rows &rows) {
         constexpr bool one_sided = Shape::one_sided && !MASKED;
         float slope = 0;
@@ -198,15 +190,15 @@ template <typename T, typename Shape> struct computing_group {
         const int *last = args.pairs.last ? notes.last[k.stage] : nullptr;
         if constexpr (MASKED) rows.pairs.mask(scores, notes.key[k.stage], last);
         if constexpr (Shape::more) rows.peaks.look(scores);
-        if constexpr (!Shape::drops) arrive_warp(&notes.k_empty[k.stage]);
+        arrive_warp(&notes.k_empty[k.stage]);
         return slope;
     }
 
-    /* Scores of the step at k, and under their softmax the values of the step before. */
-    __device__ __forceinline__ void issue_both(usp_sums<1, N> &scores, int place) {
+    /* Scores of the step at k, which are there behind this, and values of the step before, which may not be. */
+    __device__ __forceinline__ void issue_both(usp_sums<1, N> &scores, const job_rows &rows, int place) {
         meet(MEET_TURN + group, 256);
         begin_products();
-        issue_scores(scores, place);
+        issue_scores(scores, rows, place);
         await_values();
         begin_products();
         issue_values();
@@ -216,9 +208,9 @@ template <typename T, typename Shape> struct computing_group {
         pin(list_of<N>(scores));
     }
 
-    __device__ __forceinline__ void issue_alone(usp_sums<1, N> &scores, int place) {
+    __device__ __forceinline__ void issue_alone(usp_sums<1, N> &scores, const job_rows &rows, int place) {
         begin_products();
-        issue_scores(scores, place);
+        issue_scores(scores, rows, place);
         await_products<0>();
         pin(list_of<N>(scores));
     }
@@ -243,13 +235,9 @@ template <typename T, typename Shape> struct computing_group {
             multiply_row(0, out, factor[0]);
             multiply_row(1, out, factor[1]);
         }
-        int stage = k.stage;
         look_ahead();
         rows.online.weigh_rows(scores, exponent);
-        if constexpr (Shape::drops) {
-            drop(scores, rows.word, stage);
-            arrive_warp(&notes.k_empty[stage]);
-        }
+        if constexpr (Shape::drops) dropped.take_out(scores);
         round_sums<T, K>(weights, scores);
     }
 
@@ -267,9 +255,9 @@ template <typename T, typename Shape> struct computing_group {
     __device__ __forceinline__ void take_step(job_rows &rows, int place, float (&factor)[2]) {
         usp_sums<1, N> scores;
         if constexpr (PENDING)
-            issue_both(scores, place);
+            issue_both(scores, rows, place);
         else
-            issue_alone(scores, place);
+            issue_alone(scores, rows, place);
         const scoring &rule = rows.rule;
         float best[2];
         if constexpr (Shape::caps && !Shape::more && !MASKED && !FIRST) {
@@ -308,9 +296,8 @@ template <typename T, typename Shape> struct computing_group {
         step = notes.step[k.stage];
     }
 
-    /* While a step's weights are found: to ask for the next one, and to be told, takes time of which there is none
-     * later.
-     */
+    /* Leaves the step, whose note is read no more, for the one at k from now on, if its keys are there: while weights
+     * are found, since to ask and to be told takes time, of which there is none later. */
     __device__ __forceinline__ void look_ahead() {
         k.advance();
         unclean = step.masked;

@@ -6,8 +6,8 @@
 
 /* The jobs of all blocks are numbered, heavy ones first inside a bundle of heads, whose columns the cache holds. A
  * block asks for one after the other: with jobs of such different weights no fixed order keeps all blocks busy, and
- * some begin late, where transfers hold multiprocessors. Its first warp asks, as late as it can without a wait for the
- * answer, and deals the numbers to the warps that walk with it. */
+ * some begin late, where transfers hold multiprocessors. Its first warp asks, some time before it needs the
+ * answer but no job earlier, and deals the numbers to the warps that walk with it. */
 constexpr int DEALS = 2, LONG_HEAD = 32768;
 constexpr int FEW_RUNS = 8; /* of the jobs of a head, where it is worth their while to go backward */
 
