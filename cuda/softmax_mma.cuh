@@ -196,10 +196,6 @@ template <int M, int SLACK = 8> struct online_softmax {
 #pragma unroll
             for (int i = 0; i < M * 2; i++) multiply_row(i, sums, factor[i]);
         }
-        weigh_rows(scores, unit);
-    }
-
-    template <int N> __device__ __forceinline__ void weigh_rows(usp_sums<M, N> &scores, float unit) {
         weigh_rows(scores, [=](float score, float base) { return fmaf(score, unit, -base); });
     }
 

@@ -68,13 +68,12 @@ template <typename T, typename Shape> struct backward_group {
     template <bool MASKED>
     __device__ __forceinline__ void weigh_extras(usp_sums<1, N> &s, left_operand<K> &p, const query_notes<Shape> &query,
                                                  const scoring &rule) {
-        auto as_it_is = [](float score) { return score; };
         if constexpr (Shape::caps) {
             auto near = [&](float product) { return rule.capped_near(product); };
             if (are_near(s, rule)) return weigh_capped<MASKED>(s, p, query, rule, near);
             cap_scores<2>(s, rule);
         }
-        weigh_capped<MASKED>(s, p, query, rule, as_it_is);
+        weigh_capped<MASKED>(s, p, query, rule, [](float score) { return score; });
     }
 
     /* The same, of scores that `capped` caps, if they are not yet. */
