@@ -97,6 +97,11 @@ template <int LEFT> static __device__ __forceinline__ void await_reads() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
 }
 
+/* Brings a line of memory nearer, for a load soon. */
+static __device__ __forceinline__ void fetch_ahead(const void *line) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(line));
+}
+
 /* Waits until all boxes of this thread have been added or written. */
 static __device__ __forceinline__ void await_boxes() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
@@ -164,6 +169,11 @@ template <int N> static __device__ __forceinline__ void pin(uint32_t (&a)[N]) {
 /* What follows from x is computed anew behind here, rather than kept in registers. */
 static __device__ __forceinline__ void pin(uint32_t &x) {
     asm volatile("" : "+r"(x));
+}
+
+/* x is known before what is stored behind here. */
+static __device__ __forceinline__ void pin(float &x) {
+    asm volatile("" : "+f"(x)::"memory");
 }
 
 /* The other way round: behind here a pointer is kept, rather than computed anew. */

@@ -155,12 +155,15 @@ static __device__ __forceinline__ bool pair_allowed(const usp_pairs &pairs, int 
 struct soft_cap {
     static constexpr float GROWN = 2 / 0.94987231f;
     float unit, into, far, near[4], tangent;
-    float exponent[4], near_power; /* -near times unit; the fourth power of the largest product that is near 0 */
+    float exponent[4];               /* -near times unit: gives the score in base 2 */
+    float nearest[2], slant[2];      /* up to 0.1: the same, to 2^-19, and what bend gives, to 2^-16 */
+    float near_power, nearest_power; /* the squares of the largest products up to 0.4, or 0.1, */
+    float span;                      /* whose scores, in base 2, are at most this */
     bool used;
 };
 
 static __host__ __device__ __forceinline__ soft_cap soft_cap_of(const usp_softmax &args) {
-    soft_cap cap = {args.scale * LOG2E, 0, 0, {}, 0, {}, 0, args.soft_cap > 0};
+    soft_cap cap = {args.scale * LOG2E, 0, 0, {}, 0, {}, {}, {}, 0, 0, 0, args.soft_cap > 0};
     if (!cap.used) return cap;
     cap.unit = args.scale * (LOG2E / soft_cap::GROWN);
     float into = args.scale / args.soft_cap, square = into * into;
@@ -172,7 +175,14 @@ static __host__ __device__ __forceinline__ soft_cap soft_cap_of(const usp_softma
     cap.near[2] = -soft_cap::GROWN * 0.13270977f * square * square;
     cap.near[3] = soft_cap::GROWN * 0.047553603f * square * square * square;
     for (int i = 0; i < 4; i++) cap.exponent[i] = -cap.near[i] * cap.unit;
-    cap.near_power = 0.0256f / (square * square);
+    cap.nearest[0] = 0.99999834f * args.scale * LOG2E;
+    cap.nearest[1] = -0.33200482f * args.scale * LOG2E * square;
+    cap.slant[0] = 0.9999917f;
+    cap.slant[1] = -0.99336267f * square;
+    cap.span = args.dtype == USP_F16 ? 7 : 32; /* weights of such scores above a base from -span on fit the dtype */
+    float most = cap.span / (args.scale * LOG2E);
+    cap.near_power = fminf(most * most, 0.16f / square);
+    cap.nearest_power = fminf(most * most, 0.01f / square);
     return cap;
 }
 
@@ -212,11 +222,17 @@ struct scoring {
         return capped_near(product, way);
     }
 
-    /* Of a product near 0: what its score is above `base`, in base 2. */
-    __device__ __forceinline__ float near_exponent(float product, float base) const {
+    /* Of a product near 0, up to 0.1 if NEAREST: what its score is above `base`, in base 2. */
+    template <bool NEAREST> __device__ __forceinline__ float near_exponent(float product, float base) const {
         float square = product * product;
         const float(&c)[4] = cap.exponent;
-        return fmaf(product, fmaf(square, fmaf(square, fmaf(square, c[3], c[2]), c[1]), c[0]), -base);
+        float of_square = NEAREST ? fmaf(square, cap.nearest[1], cap.nearest[0])
+                                  : fmaf(square, fmaf(square, fmaf(square, c[3], c[2]), c[1]), c[0]);
+        return fmaf(product, of_square, -base);
+    }
+    /* As bend, of a product up to 0.1. */
+    __device__ __forceinline__ float near_bend(float product) const {
+        return fmaf(product * product, cap.slant[1], cap.slant[0]);
     }
     static __device__ __forceinline__ bool is_near(uint32_t way) {
         return way >= 0xc0000000u;
@@ -282,16 +298,16 @@ static __device__ __forceinline__ row_state complete(row_state row) {
     return row.sum == 0 ? row_state{-INFINITY, 0} : row_state{top, sum};
 }
 
-static __device__ __forceinline__ float natural_lse(row_state row) {
-    return row.sum == 0 ? -INFINITY : fmaf(row.top, LN2, logf(row.sum));
+/* What is kept of a row behind this fold. */
+static __device__ __forceinline__ row_state left_state(const usp_softmax &args, row_state row) {
+    return args.last ? complete(row) : row;
 }
 
-/* Writes what is kept of a row to `line`, completed if this is the last fold. */
-static __device__ __forceinline__ void store_state(const usp_softmax &args, int64_t line, row_state row) {
-    if (args.last) row = complete(row);
-    args.top[line] = row.top;
-    args.sum[line] = row.sum;
-    if (args.last && args.lse) args.lse[line] = natural_lse(row);
+/* Writes it to `line`. The sum of a completed row is so near 1 that it is one more than its logarithm. */
+static __device__ __forceinline__ void store_state(const usp_softmax &args, int64_t line, row_state left) {
+    args.top[line] = left.top;
+    args.sum[line] = left.sum;
+    if (args.last && args.lse) args.lse[line] = fmaf(left.top, LN2, left.sum - 1);
 }
 
 /* Backward: P = 2^(x - base) * factor, which is 0 for a row without keys. */

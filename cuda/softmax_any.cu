@@ -214,7 +214,7 @@ static __global__ void __launch_bounds__(WARPS * 32)
         float factor = args.last ? finish_row(state[r], sink_of(args, job.head), 1 / (1 - args.dropout.rate)) : 1;
         float best = warp_max(peak[r]) * rule.unit * LN2;
         if (threadIdx.x % 32 == 0) {
-            store_state(args, line + r, state[r]);
+            store_state(args, line + r, left_state(args, state[r]));
             if (args.peak) args.peak[line + r] = args.first ? best : fmaxf(args.peak[line + r], best);
         }
         store_row<T>(out[r], args.last ? args.out : acc, !args.last, rows.first + r, job, factor, args.value_dim);

@@ -92,19 +92,18 @@ static __device__ __forceinline__ void cap_scores(usp_sums<M, N> &c, const scori
     }
 }
 
-/* Whether all products of a warp are near 0. None is larger than the fourth root of the sum of their fourth powers. The
- * sign is for the compiler, which would keep squares in registers until they are wanted again. */
-template <int N> static __device__ __forceinline__ bool are_near(const usp_sums<1, N> &c, const scoring &rule) {
-    float sum[4] = {};
+/* None of a lane's products is larger than the root of this: none of four is larger than that of the sum of their
+ * squares. */
+template <int N> static __device__ __forceinline__ float power_of(const usp_sums<1, N> &c) {
+    float most = 0;
 #pragma unroll
     for (int n = 0; n < N; n++) {
+        float sum = c[0][n][0] * c[0][n][0];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float square = fabsf(c[0][n][i]) * c[0][n][i];
-            sum[i] = fmaf(square, square, sum[i]);
-        }
+        for (int i = 1; i < 4; i++) sum = fmaf(c[0][n][i], c[0][n][i], sum);
+        most = fmaxf(most, sum);
     }
-    return __all_sync(~0u, sum[0] + sum[1] + sum[2] + sum[3] < rule.cap.near_power);
+    return most;
 }
 
 /* Turns products, rows of queries, into scores. `diagonal` gives a row's position (r < 2M), `key` a column's. */
@@ -131,36 +130,6 @@ static __device__ __forceinline__ void drop_weights(usp_sums<M, N> &c, float rat
         if (usp_dropout_word(word(r), position) < limit) c[r / 2][n][r % 2 * 2 + j] = 0;
     });
 }
-
-/* Which pairs of an accumulator are dropped: a bit for each of what a lane has of its two rows. */
-template <int N> struct dropped_pairs {
-    static_assert(N <= 16, "a row's bits are a word");
-    uint32_t row[2];
-
-    /* While scores are found. `draw`: by column. Without a word to the other lanes, here to itself, the compiler would
-     * find it all out when it is wanted. */
-    __device__ __forceinline__ void draw(const uint64_t (&word)[2], const uint32_t *draw, uint32_t limit) {
-        row[0] = row[1] = 0;
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            uint2 two = *reinterpret_cast<const uint2 *>(draw + usp_lane_column(n));
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                if (usp_dropout_pair(word[r], two.x) < limit) row[r] |= 1u << 2 * n;
-                if (usp_dropout_pair(word[r], two.y) < limit) row[r] |= 2u << 2 * n;
-            }
-        }
-        for (uint32_t &bits : row) bits = __shfl_xor_sync(~0u, bits, 0);
-    }
-
-    __device__ __forceinline__ void take_out(usp_sums<1, N> &weights) const {
-#pragma unroll
-        for (int i = 0; i < N * 4; i++) {
-            float &weight = weights[0][i / 4][i % 4];
-            weight = row[i % 4 / 2] & 1u << (i / 4 * 2 + i % 2) ? 0 : weight;
-        }
-    }
-};
 
 /* Each lane's largest scores of its rows, before any scale. */
 template <int M> struct lane_peaks {

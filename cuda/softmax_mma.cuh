@@ -196,21 +196,26 @@ template <int M, int SLACK = 8> struct online_softmax {
 #pragma unroll
             for (int i = 0; i < M * 2; i++) multiply_row(i, sums, factor[i]);
         }
-        weigh_rows(scores, [=](float score, float base) { return fmaf(score, unit, -base); });
+        weigh_rows(
+            scores, [=](float score, float base) { return fmaf(score, unit, -base); }, [](float *, int, int) {});
     }
 
-    /* `exponent` gives what is above the base, of a score and the row's base. */
-    template <int N, typename Exponent>
-    __device__ __forceinline__ void weigh_rows(usp_sums<M, N> &scores, const Exponent &exponent) {
+    /* `exponent` gives what is above the base, of a score and the row's base; `drop` takes weights out, once they are
+     * in the sum: a pair of them of row i in column block n. */
+    template <int N, typename Exponent, typename Drop>
+    __device__ __forceinline__ void weigh_rows(usp_sums<M, N> &scores, const Exponent &exponent, const Drop &drop) {
+        float base[M * 2];
 #pragma unroll
-        for (int i = 0; i < M * 2; i++) {
-            float base = finite_base(top[i]);
+        for (int i = 0; i < M * 2; i++) base[i] = finite_base(top[i]);
 #pragma unroll
-            for (int n = 0; n < N; n++) {
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+            for (int i = 0; i < M * 2; i++) {
                 float *pair = &scores[i / 2][n][i % 2 * 2];
-                pair[0] = fast_exp2(exponent(pair[0], base));
-                pair[1] = fast_exp2(exponent(pair[1], base));
+                pair[0] = fast_exp2(exponent(pair[0], base[i]));
+                pair[1] = fast_exp2(exponent(pair[1], base[i]));
                 sum[i] += pair[0] + pair[1];
+                drop(pair, i, n);
             }
         }
     }

@@ -107,7 +107,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         multiply_row(i, out, args.last ? factor : 1);
         if (i == own) own_state = state;
     }
-    if (own < M * 2 && own_row < rows) store_state(args, line + own_row, own_state);
+    if (own < M * 2 && own_row < rows) store_state(args, line + own_row, left_state(args, own_state));
     if (args.last)
         usp_store(out, usp_row<T>(args.out, first_row, job.batch, job.head), args.out.stride_token, rows,
                   args.value_dim);

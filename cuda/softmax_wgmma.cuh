@@ -181,6 +181,10 @@ template <int STAGES> struct turn {
         stage = 0;
         parity ^= 1;
     }
+    /* The place among twice as many, of what is wanted when this one has been left. */
+    __device__ __forceinline__ int of_twice() const {
+        return stage + parity * STAGES;
+    }
 };
 
 /* A warp of those that an arrival barrier counts: all its lanes are done with something, or have brought it. */
@@ -191,15 +195,31 @@ static __device__ __forceinline__ void arrive_warp(arrivals *at) {
 
 /* ---- pairs ------------------------------------------------------------------------------------------------------- */
 
-/* Fills in, by one warp, what usp_pairs says of the columns of a step. */
-template <int STEP, typename Walk>
-static __device__ __forceinline__ void note_keys(const usp_pairs &pairs, const Walk &at, int *key, int *last) {
-    for (int i = threadIdx.x & 31; i < STEP; i += 32) {
-        bool exists = i < at.columns();
-        key[i] = exists ? pairs.key[at.column + i] : NOWHERE;
-        if (pairs.last) last[i] = exists ? pairs.last[at.column + i] : 0;
+/* What usp_pairs says of a lane's columns of a step, if that is masked: on its way while a place for it is awaited. */
+template <int STEP> struct column_notes {
+    static constexpr int each = (STEP + 31) / 32;
+    int key[each], last[each];
+
+    template <typename Walk> __device__ __forceinline__ void load(const usp_pairs &pairs, const Walk &at) {
+#pragma unroll
+        for (int n = 0; n < each; n++) {
+            int i = threadIdx.x % 32 + n * 32;
+            key[n] = load_or(pairs.key, at.column, i, at.columns(), NOWHERE);
+            if (pairs.last) last[n] = load_or(pairs.last, at.column, i, at.columns(), 0);
+        }
     }
-}
+
+    /* By a warp. */
+    __device__ __forceinline__ void note(int *to_key, int *to_last, bool trees) const {
+#pragma unroll
+        for (int n = 0; n < each; n++) {
+            int i = threadIdx.x % 32 + n * 32;
+            if (i >= STEP) continue;
+            to_key[i] = key[n];
+            if (trees) to_last[i] = last[n];
+        }
+    }
+};
 
 /* The keys that a query may see, so that one comparison tells: key - low, as a number without a sign, is at most span.
  */

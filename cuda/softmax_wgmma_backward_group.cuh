@@ -55,31 +55,53 @@ template <typename T, typename Shape> struct backward_group {
 
     /* Of a score of the job's key `row`. The query's share of a bias is in the base where nothing is masked. */
     template <bool MASKED>
-    __device__ __forceinline__ float exponent_of(float score, const scoring &rule, const query_notes<Shape> &query,
-                                                 int row, int column) const {
-        float base = query.base[column], place = Shape::slopes ? notes.place[row] : 0;
+    __device__ __forceinline__ float exponent_of(float score, float base, const scoring &rule,
+                                                 const query_notes<Shape> &query, int row, int column) const {
+        float place = Shape::slopes ? notes.place[row] : 0;
         if constexpr (Shape::slopes && MASKED) score = rule.biased(score, fabsf(place - query.place[column]));
         if constexpr (Shape::slopes && !MASKED) base = fmaf(-rule.slope * rule.unit, place, base);
         return fmaf(score, rule.unit, -base);
     }
 
-    /* With extras: S^T to P^T times the gradient of scores by products, below 0 where the pair is dropped; P^T itself,
-     * as far as it is kept, is rounded on the way. */
+    /* With a soft cap or dropout: S^T to P^T times the gradient of scores by products, below 0 where the pair is
+     * dropped; P^T itself, as far as it is kept, is rounded on the way. */
     template <bool MASKED>
     __device__ __forceinline__ void weigh_extras(usp_sums<1, N> &s, left_operand<K> &p, const query_notes<Shape> &query,
                                                  const scoring &rule) {
-        if constexpr (Shape::caps) {
-            auto near = [&](float product) { return rule.capped_near(product); };
-            if (are_near(s, rule)) return weigh_capped<MASKED>(s, p, query, rule, near);
-            cap_scores<2>(s, rule);
+        if constexpr (Shape::caps && !Shape::slopes && !Shape::drops && !MASKED) {
+            bool scaled = query.scaled[0] | query.scaled[1];
+            bool near = __all_sync(~0u, power_of(s) < rule.cap.nearest_power);
+            if (near) return scaled ? weigh_near<true>(s, p, query, rule) : weigh_near<false>(s, p, query, rule);
         }
-        weigh_capped<MASKED>(s, p, query, rule, [](float score) { return score; });
+        if constexpr (Shape::caps) cap_scores<2>(s, rule);
+        weigh_capped<MASKED>(s, p, query, rule);
     }
 
-    /* The same, of scores that `capped` caps, if they are not yet. */
-    template <bool MASKED, typename Capped>
+    /* The same of products up to 0.1 of the cap. SCALED: factors are seen. */
+    template <bool SCALED>
+    __device__ __forceinline__ void weigh_near(usp_sums<1, N> &s, left_operand<K> &p, const query_notes<Shape> &query,
+                                               const scoring &rule) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float *c = s[0][n], bend[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int column = usp_lane_column(n) + e % 2;
+                bend[e] = rule.near_bend(c[e]);
+                c[e] = fast_exp2(rule.template near_exponent<true>(c[e], query.base[column]));
+                if constexpr (SCALED) c[e] *= query.factor[column];
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++) p[n / 2][n % 2 * 2 + r] = usp_pack<T>(c[r * 2], c[r * 2 + 1]);
+#pragma unroll
+            for (int e = 0; e < 4; e++) c[e] *= bend[e];
+        }
+    }
+
+    /* The same of capped scores. */
+    template <bool MASKED>
     __device__ __forceinline__ void weigh_capped(usp_sums<1, N> &s, left_operand<K> &p, const query_notes<Shape> &query,
-                                                 const scoring &rule, const Capped &capped) {
+                                                 const scoring &rule) {
         uint32_t limit = notes.limit;
         key_pairs rows(query, warp_row, args.pairs.last);
 #pragma unroll
@@ -89,9 +111,9 @@ template <typename T, typename Shape> struct backward_group {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 int row = warp_row + usp_lane_row(0, e / 2), column = i + e % 2;
-                float score = capped(c[e]);
-                if constexpr (Shape::caps) bend[e] = rule.bend(score);
-                c[e] = fast_exp2(exponent_of<MASKED>(score, rule, query, row, column)) * query.factor[column];
+                if constexpr (Shape::caps) bend[e] = rule.bend(c[e]);
+                float exponent = exponent_of<MASKED>(c[e], query.base[column], rule, query, row, column);
+                c[e] = fast_exp2(exponent) * query.factor[column];
             }
 #pragma unroll
             for (int e = 0; e < 4; e++) {
@@ -178,11 +200,14 @@ template <typename T, typename Shape> struct backward_group {
         begin_products();
         issue_rows<T>(dp, described_anew(memory::v_at()), group * 64, described_anew(memory::dout_at(at.stage)));
         end_products();
-        if constexpr (Shape::extras) {
-            weigh_extras<MASKED>(s, p, query, scoring(cap, notes.step[at.stage].slope));
+        const scoring rule(cap, notes.step[at.stage].slope);
+        if constexpr (Shape::caps || Shape::drops) {
+            weigh_extras<MASKED>(s, p, query, rule);
         } else {
             if constexpr (!Shape::early_bases) bases.load(query);
-            weigh(s, bases, query, args.scale * LOG2E);
+            weigh(s, bases, query, [&](float score, float base, int r, int column) {
+                return exponent_of<MASKED>(score, base, rule, query, warp_row + usp_lane_row(0, r), column);
+            });
             if constexpr (MASKED) key_pairs(query, warp_row, args.pairs.last).mask(s, query, args.pairs.last);
             round_sums<T, K>(p, s);
         }
@@ -204,7 +229,7 @@ template <typename T, typename Shape> struct backward_group {
         if constexpr (waits_early) await(&notes.paired, turn ^ 1);
         await_products<1>();
         pin(list_of<N>(dp));
-        if constexpr (Shape::extras)
+        if constexpr (Shape::drops)
             differ_extras<MASKED>(dp, s, query);
         else
             differ<MASKED>(dp, s, query);

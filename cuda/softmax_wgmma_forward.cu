@@ -25,7 +25,6 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
         begin_deals(notes.deals, 3); /* the warps beside the copying one */
         publish_arrivals();
         for (int &spoilt : notes.spoilt) spoilt = 0;
-        notes.limit = usp_dropout_limit(args.dropout.rate);
     }
     __syncthreads();
     if (threadIdx.x < 128) {

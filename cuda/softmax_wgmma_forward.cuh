@@ -51,10 +51,11 @@ template <typename Shape> struct forward_notes {
     step_note step[stages];
     alignas(8) int key[stages][Shape::step]; /* these are read two at a time */
     int last[stages][Shape::step];
-    float place[stages][Shape::slopes ? Shape::step : 1];  /* of keys, from the diagonal of the job's first row on */
-    uint32_t draw[stages][Shape::drops ? Shape::step : 1]; /* what dropout draws for keys */
-    uint32_t limit;                                        /* dropout's */
-    key_span keys[slots][Shape::rows];                     /* of a job's rows */
+    /* of keys, from the diagonal of the job's first row on */
+    float place[Shape::slopes ? stages : 1][Shape::slopes ? Shape::step : 1];
+    /* what dropout draws for keys, kept when their stage has been left */
+    alignas(Shape::drops ? 8 : 4) uint32_t draw[Shape::drops ? 2 * stages : 1][Shape::drops ? Shape::step : 1];
+    key_span keys[slots][Shape::rows]; /* of a job's rows */
     int query[slots][Shape::rows];
 };
 
@@ -96,7 +97,8 @@ template <typename Shape> struct forward_rows {
     scoring rule;
     lane_peaks<1> peaks; /* with extras, as what follows */
     float place[2];      /* with slopes: as those of keys are noted */
-    uint64_t word[2];
+    uint64_t word[2];    /* of dropout, */
+    uint32_t limit;      /* below which pairs are dropped */
 
     /* Each by `slope` times the row's place. */
     __device__ __forceinline__ void move_tops(float slope) {
@@ -105,6 +107,20 @@ template <typename Shape> struct forward_rows {
         online.top[1] = fmaf(slope, place[1], online.top[1]);
     }
 };
+
+/* Calls visit(element, r, place of its key) for what a lane has of row r of a step's scores. */
+template <int N, typename Visit>
+static __device__ __forceinline__ void for_places(usp_sums<1, N> &c, const float *place, const Visit &visit) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        float2 two = *reinterpret_cast<const float2 *>(place + usp_lane_column(n));
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            visit(c[0][n][r * 2], r, two.x);
+            visit(c[0][n][r * 2 + 1], r, two.y);
+        }
+    }
+}
 
 /* ---- steps of a job ---------------------------------------------------------------------------------------------- */
 
@@ -203,12 +219,12 @@ template <typename Shape> struct copying_warp {
             return side_of(before, behind);
         }
 
-        __device__ __forceinline__ void note(notes_type &notes, int stage) const {
+        __device__ __forceinline__ void note(notes_type &notes, const turn<Shape::stages> &k) const {
 #pragma unroll
             for (int i = 0; i < count; i++) {
                 int column = threadIdx.x + i * 32;
-                if constexpr (Shape::slopes) notes.place[stage][column] = (float)(key[i] - origin);
-                if constexpr (Shape::drops) notes.draw[stage][column] = usp_dropout_key(key[i]);
+                if constexpr (Shape::slopes) notes.place[k.stage][column] = (float)(key[i] - origin);
+                if constexpr (Shape::drops) notes.draw[k.of_twice()][column] = usp_dropout_key(key[i]);
             }
         }
     };
@@ -221,10 +237,13 @@ template <typename Shape> struct copying_warp {
                                               const softmax_job &job, const place_range &queries) {
         bool full = at.full(Shape::step);
         key_extras extras(args, at, job.begin);
+        column_notes<Shape::step> columns;
+        if (!full) columns.load(args.pairs, at);
         int side = has_sides() ? extras.side_of_queries(queries) : 1;
         await(&notes.k_empty[k.stage], k.parity ^ 1);
-        if (!full || side == 0) note_keys<Shape::step>(args.pairs, at, notes.key[k.stage], notes.last[k.stage]);
-        extras.note(notes, k.stage);
+        if (full && side == 0) columns.load(args.pairs, at);
+        if (!full || side == 0) columns.note(notes.key[k.stage], notes.last[k.stage], args.pairs.last);
+        extras.note(notes, k);
         __syncwarp();
         if (leads) {
             notes.step[k.stage] = {!full, last, side};
@@ -249,7 +268,9 @@ template <typename Shape> struct copying_warp {
 
     __device__ __forceinline__ softmax_job start_next(job_list<Shape::rows, false> &list) {
         softmax_job next = list.deal();
-        start(next, has_steps(next));
+        bool steps = has_steps(next);
+        if (steps) fetch_ahead(args.by_query.tile + next.work->first_tile);
+        start(next, steps);
         return next;
     }
 

@@ -28,8 +28,7 @@ template <typename T, typename Shape> struct computing_group {
 
     usp_sums<1, W> out;
     left_operand<K> weights;
-    dropped_pairs<N> dropped; /* of the step */
-    int jobs;                 /* with steps, so far */
+    int jobs; /* with steps, so far */
 
     using job_rows = forward_rows<Shape>;
 
@@ -59,6 +58,7 @@ template <typename T, typename Shape> struct computing_group {
 
     __device__ __forceinline__ void begin_extras(job_rows &to, const softmax_job &job, int rows) {
         to.peaks = {};
+        to.limit = usp_dropout_limit(args.dropout.rate);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int row = usp_lane_row(0, r), query = job.begin + warp_row + row;
@@ -95,6 +95,8 @@ template <typename T, typename Shape> struct computing_group {
             multiply_row(i, out, args.last ? factor : 1);
             if (i == own) own_state = state;
         }
+        own_state = left_state(args, own_state);
+        pin(own_state.top), pin(own_state.sum); /* while rows are multiplied */
         if (Shape::boxes_out && args.last && maps.has_out && job.count == Shape::rows) {
             store_out(job, place);
         } else if (args.last) {
@@ -133,10 +135,9 @@ template <typename T, typename Shape> struct computing_group {
 
     /* ---- one step */
 
-    __device__ __forceinline__ void issue_scores(usp_sums<1, N> &scores, const job_rows &rows, int place) {
+    __device__ __forceinline__ void issue_scores(usp_sums<1, N> &scores, int place) {
         issue_rows<T>(scores, memory::q_at(place), group * 64, memory::k_at(k.stage));
         end_products();
-        if constexpr (Shape::drops) dropped.draw(rows.word, notes.draw[k.stage], notes.limit);
     }
 
     __device__ __forceinline__ void issue_values() {
@@ -151,22 +152,9 @@ template <typename T, typename Shape> struct computing_group {
         clean_parity ^= 1 << v.stage;
     }
 
-    /* Calls visit(element, r, place of its key) for what a lane has of row r of the step's scores. */
-    template <typename Visit> __device__ __forceinline__ void for_places(usp_sums<1, N> &c, const Visit &visit) const {
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            float2 two = *reinterpret_cast<const float2 *>(notes.place[k.stage] + usp_lane_column(n));
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                visit(c[0][n][r * 2], r, two.x);
-                visit(c[0][n][r * 2 + 1], r, two.y);
-            }
-        }
-    }
-
     /* Subtracts slopes times distances. */
     __device__ __forceinline__ void add_biases(usp_sums<1, N> &scores, const job_rows &rows) {
-        for_places(scores, [&](float &score, int r, float key) {
+        for_places(scores, notes.place[k.stage], [&](float &score, int r, float key) {
             score = rows.rule.biased(score, fabsf(rows.place[r] - key));
         });
     }
@@ -175,7 +163,8 @@ template <typename T, typename Shape> struct computing_group {
      * row's place is left to be subtracted. */
     __device__ __forceinline__ float add_key_biases(usp_sums<1, N> &scores, const scoring &rule) {
         float slope = notes.step[k.stage].side * rule.slope;
-        for_places(scores, [&](float &score, int, float key) { score = fmaf(slope, key, score); });
+        for_places(scores, notes.place[k.stage],
+                   [&](float &score, int, float key) { score = fmaf(slope, key, score); });
         return slope;
     }
 
@@ -187,18 +176,18 @@ template <typename T, typename Shape> struct computing_group {
         if constexpr (Shape::caps) cap_scores<4>(scores, rows.rule);
         if constexpr (one_sided) slope = add_key_biases(scores, rows.rule) * rows.rule.unit;
         if constexpr (Shape::slopes && !one_sided) add_biases(scores, rows);
-        const int *last = args.pairs.last ? notes.last[k.stage] : nullptr;
-        if constexpr (MASKED) rows.pairs.mask(scores, notes.key[k.stage], last);
+        if constexpr (MASKED)
+            rows.pairs.mask(scores, notes.key[k.stage], args.pairs.last ? notes.last[k.stage] : nullptr);
         if constexpr (Shape::more) rows.peaks.look(scores);
         arrive_warp(&notes.k_empty[k.stage]);
         return slope;
     }
 
     /* Scores of the step at k, which are there behind this, and values of the step before, which may not be. */
-    __device__ __forceinline__ void issue_both(usp_sums<1, N> &scores, const job_rows &rows, int place) {
+    __device__ __forceinline__ void issue_both(usp_sums<1, N> &scores, int place) {
         meet(MEET_TURN + group, 256);
         begin_products();
-        issue_scores(scores, rows, place);
+        issue_scores(scores, place);
         await_values();
         begin_products();
         issue_values();
@@ -208,9 +197,9 @@ template <typename T, typename Shape> struct computing_group {
         pin(list_of<N>(scores));
     }
 
-    __device__ __forceinline__ void issue_alone(usp_sums<1, N> &scores, const job_rows &rows, int place) {
+    __device__ __forceinline__ void issue_alone(usp_sums<1, N> &scores, int place) {
         begin_products();
-        issue_scores(scores, rows, place);
+        issue_scores(scores, place);
         await_products<0>();
         pin(list_of<N>(scores));
     }
@@ -222,65 +211,65 @@ template <typename T, typename Shape> struct computing_group {
         v.advance();
     }
 
-    /* Scores to weights, of which `best` are the largest and `exponent` gives what is above the row's base. FIRST: of a
-     * job. PENDING: values of the step before, maybe of the job before, are still to be multiplied. The compiler keeps
-     * the special unit and the others at work side by side only where no branch lies between and weights are rounded as
-     * they are found: so values are left, and what was summed is multiplied, before. */
-    template <bool FIRST, bool PENDING, typename Exponent>
-    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows, float (&best)[2], float (&factor)[2],
-                                          const Exponent &exponent) {
+    /* Scores to weights; `exponent` gives what is above the row's base. The compiler keeps the special unit and the
+     * others at work side by side only where no branch lies between and weights are rounded as they are found. Dropped
+     * ones are in the sum. */
+    template <typename Exponent>
+    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows, const Exponent &exponent) {
+        const uint32_t *draw = notes.draw[k.of_twice()];
+        look_ahead();
+        rows.online.weigh_rows(scores, exponent, [&](float *pair, int r, int n) {
+            if constexpr (!Shape::drops) return;
+            uint2 two = *reinterpret_cast<const uint2 *>(draw + usp_lane_column(n));
+            pair[0] = usp_dropout_pair(rows.word[r], two.x) < rows.limit ? 0 : pair[0];
+            pair[1] = usp_dropout_pair(rows.word[r], two.y) < rows.limit ? 0 : pair[1];
+        });
+        round_sums<T, K>(weights, scores);
+    }
+
+    /* Brings the base of rows to their largest scores, `best`, and what was summed to that base. FIRST: of a job.
+     * PENDING: values of the step before, maybe of the job before, are still to be multiplied. */
+    template <bool FIRST, bool PENDING>
+    __device__ __forceinline__ void raise(job_rows &rows, float (&best)[2], float (&factor)[2]) {
         bool grown = rows.online.raise(best, factor);
         if constexpr (PENDING) leave_values();
         if (!FIRST && grown) {
             multiply_row(0, out, factor[0]);
             multiply_row(1, out, factor[1]);
         }
-        look_ahead();
-        rows.online.weigh_rows(scores, exponent);
-        if constexpr (Shape::drops) dropped.take_out(scores);
-        round_sums<T, K>(weights, scores);
     }
 
-    /* Where all products are near 0: the largest one gives a row's largest score, and they are capped as exponents. */
-    __device__ __forceinline__ void weigh_near(usp_sums<1, N> &products, job_rows &rows, float (&best)[2],
-                                               float (&factor)[2]) {
-        const scoring &rule = rows.rule;
+    /* Where all products are near 0 and no base is far below: weights fit their dtype, so that no base is raised, and
+     * no largest score is looked for. Products are capped as exponents. */
+    template <bool NEAREST> __device__ __forceinline__ void weigh_near(usp_sums<1, N> &products, job_rows &rows) {
         arrive_warp(&notes.k_empty[k.stage]);
-        for (float &x : best) x = rule.near_exponent(x, 0);
-        weigh<false, true>(products, rows, best, factor,
-                           [&](float product, float base) { return rule.near_exponent(product, base); });
+        leave_values();
+        weigh(products, rows, [rule = rows.rule](float product, float base) {
+            return rule.template near_exponent<NEAREST>(product, base);
+        });
     }
 
     template <bool MASKED, bool FIRST, bool PENDING>
     __device__ __forceinline__ void take_step(job_rows &rows, int place, float (&factor)[2]) {
         usp_sums<1, N> scores;
         if constexpr (PENDING)
-            issue_both(scores, rows, place);
+            issue_both(scores, place);
         else
-            issue_alone(scores, rows, place);
+            issue_alone(scores, place);
         const scoring &rule = rows.rule;
         float best[2];
         if constexpr (Shape::caps && !Shape::more && !MASKED && !FIRST) {
-            online_softmax<1, 0>::look(scores, 1, best);
-            if (are_near(scores, rule)) return weigh_near(scores, rows, best, factor);
+            bool held = fminf(rows.online.top[0], rows.online.top[1]) >= -rule.cap.span;
+            float power = power_of(scores);
+            if (__all_sync(~0u, held & (power < rule.cap.nearest_power))) return weigh_near<true>(scores, rows);
+            if (__all_sync(~0u, held & (power < rule.cap.near_power))) return weigh_near<false>(scores, rows);
         }
         float slope = bend<MASKED>(scores, rows);
         online_softmax<1, 0>::look(scores, rule.unit, best);
         rows.move_tops(slope);
-        weigh<FIRST, PENDING>(scores, rows, best, factor,
-                              [&](float score, float base) { return fmaf(score, rule.unit, -base); });
+        raise<FIRST, PENDING>(rows, best, factor);
+        weigh(scores, rows, [&](float score, float base) { return fmaf(score, rule.unit, -base); });
         rows.move_tops(-slope);
-    }
-
-    /* Returns whether there are more. */
-    template <bool FIRST, bool PENDING>
-    __device__ __forceinline__ bool take_step(job_rows &rows, int place, float (&factor)[2]) {
-        bool goes_on = !step.last;
-        if (is_bent())
-            take_step<true, FIRST, PENDING>(rows, place, factor);
-        else
-            take_step<false, FIRST, PENDING>(rows, place, factor);
-        return goes_on;
     }
 
     __device__ __forceinline__ void end_steps() {
@@ -322,7 +311,11 @@ template <typename T, typename Shape> struct computing_group {
 
     template <bool PENDING> __device__ __forceinline__ void begin_steps(begun_job &to) {
         await_keys();
-        to.goes_on = take_step<true, PENDING>(to.rows, to.place, to.factor);
+        to.goes_on = !step.last;
+        if (is_bent())
+            take_step<true, true, PENDING>(to.rows, to.place, to.factor);
+        else
+            take_step<false, true, PENDING>(to.rows, to.place, to.factor);
     }
 
     /* The next job; `pending`: the last values of the job before are still to be multiplied. */
@@ -350,13 +343,24 @@ template <typename T, typename Shape> struct computing_group {
         arrive_warp(&notes.job_empty[place ^ 1]);
     }
 
+    template <bool MASKED> __device__ __forceinline__ void go_on(begun_job &now) {
+        float factor[2];
+        now.goes_on = !step.last;
+        take_step<MASKED, false, true>(now.rows, now.place, factor);
+    }
+
+    /* Most steps are not masked: their loop has no other jump, and its code lies together. */
     __device__ __forceinline__ void run_job(begun_job &now) {
         begin_out(now.what.job, now.factor);
         leave_last(now.place);
-        float factor[2];
         while (now.goes_on) {
             await_keys();
-            now.goes_on = take_step<false, true>(now.rows, now.place, factor);
+            if (is_bent()) {
+                go_on<true>(now);
+                continue;
+            }
+            do go_on<false>(now);
+            while (now.goes_on && ahead && !is_bent());
         }
         if (!Shape::overlaps) arrive_warp(&notes.job_empty[0]); /* the queries have been read */
     }

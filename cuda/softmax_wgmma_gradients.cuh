@@ -87,18 +87,19 @@ template <int N> struct query_bases {
     }
 };
 
-/* S^T to P^T. */
-template <typename Shape, int N>
+/* S^T to P^T; `exponent` gives what is above the base, of a score, the base, a row of a lane's two, and a column. */
+template <typename Shape, int N, typename Exponent>
 static __device__ __forceinline__ void weigh(usp_sums<1, N> &s, const query_bases<N> &bases,
-                                             const query_notes<Shape> &query, float unit, int first = 0) {
+                                             const query_notes<Shape> &query, const Exponent &exponent, int first = 0) {
 #pragma unroll
     for (int n = 0; n < N; n++) {
         float2 base = bases.base[n];
+        int column = first + usp_lane_column(n);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float *pair = &s[0][n][r * 2];
-            pair[0] = fast_exp2(fmaf(pair[0], unit, -base.x));
-            pair[1] = fast_exp2(fmaf(pair[1], unit, -base.y));
+            pair[0] = fast_exp2(exponent(pair[0], base.x, r, column));
+            pair[1] = fast_exp2(exponent(pair[1], base.y, r, column + 1));
         }
     }
     if (N > 8 || (query.scaled[0] | query.scaled[1])) multiply_queries(s, query, first); /* N > 8: registers are dear */

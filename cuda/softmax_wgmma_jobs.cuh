@@ -7,13 +7,13 @@
 /* The jobs of all blocks are numbered, heavy ones first inside a bundle of heads, whose columns the cache holds. A
  * block asks for one after the other: with jobs of such different weights no fixed order keeps all blocks busy, and
  * some begin late, where transfers hold multiprocessors. Its first warp asks, some time before it needs the
- * answer but no job earlier, and deals the numbers to the warps that walk with it. */
+ * answer but no job earlier, and deals the jobs to the warps that walk with it. */
 constexpr int DEALS = 2, LONG_HEAD = 32768;
 constexpr int FEW_RUNS = 8; /* of the jobs of a head, where it is worth their while to go backward */
 
 struct job_deals {
     arrivals full[DEALS], empty[DEALS];
-    int64_t number[DEALS];
+    softmax_job job[DEALS];
 };
 
 static __device__ __forceinline__ void begin_deals(job_deals &deals, int readers) {
@@ -83,13 +83,12 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
     /* By the first warp. Numbers without a job are not dealt. */
     __device__ __forceinline__ softmax_job deal() {
         for (;;) {
-            int64_t number = uniform(asked < 0 ? ask() : asked);
-            softmax_job job = job_of(number);
+            softmax_job job = job_of(uniform(asked < 0 ? ask() : asked));
             asked = -1;
             if (job.count < 0) continue;
             if (threadIdx.x == 0) {
                 await(&deals.empty[at.stage], at.parity ^ 1);
-                deals.number[at.stage] = number;
+                deals.job[at.stage] = job;
                 arrive(&deals.full[at.stage]);
             }
             at.advance();
@@ -100,7 +99,7 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
     /* By the others. */
     __device__ __forceinline__ softmax_job take() {
         await(&deals.full[at.stage], at.parity);
-        softmax_job job = job_of(deals.number[at.stage]);
+        softmax_job job = deals.job[at.stage];
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive(&deals.empty[at.stage]);
         at.advance();

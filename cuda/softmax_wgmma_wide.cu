@@ -104,7 +104,10 @@ template <typename T, typename Shape> struct wide_group {
         end_products();
         query_bases<N> bases;
         bases.load(query, first_query());
-        weigh(s, bases, query, args.scale * LOG2E, first_query());
+        float unit = args.scale * LOG2E;
+        weigh(
+            s, bases, query, [=](float score, float base, int, int) { return fmaf(score, unit, -base); },
+            first_query());
         if constexpr (MASKED) {
             key_pairs(query, warp_row, args.pairs.last).mask(s, query, args.pairs.last, first_query());
             await_products<0>();

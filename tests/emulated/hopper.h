@@ -267,6 +267,8 @@ template <typename T, int N> static inline void pin(T (&)[N]) {
 }
 static inline void pin(uint32_t &) {
 }
+static inline void pin(float &) {
+}
 static inline void pin(float *&) {
 }
 
@@ -313,6 +315,8 @@ static inline void end_boxes() {
 template <int LEFT> static inline void await_reads() {
     for (emulated_boxes &own = own_boxes(); own.size() > LEFT + 1; own.pop_front())
         for (auto &write : own.front()) write();
+}
+static inline void fetch_ahead(const void *) {
 }
 static inline void await_boxes() {
     await_reads<0>();
