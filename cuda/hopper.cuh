@@ -171,14 +171,14 @@ static __device__ __forceinline__ void pin(uint32_t &x) {
     asm volatile("" : "+r"(x));
 }
 
-/* x is known before what is stored behind here. */
-static __device__ __forceinline__ void pin(float &x) {
-    asm volatile("" : "+f"(x)::"memory");
-}
-
 /* The other way round: behind here a pointer is kept, rather than computed anew. */
 static __device__ __forceinline__ void pin(float *&x) {
     asm volatile("" : "+l"(x));
+}
+
+/* x is known before what is stored behind here. */
+static __device__ __forceinline__ void pin(float &x) {
+    asm volatile("" : "+f"(x)::"memory");
 }
 
 /* ---- warps ------------------------------------------------------------------------------------------------------- */

@@ -3,9 +3,9 @@
  *
  * What is kept of a row is in base 2, in every family: the weight of a pair is 2^(x - top), where x is its score times
  * log2(e); top is a number that was rounded before any weight was taken, so forward and backward mean the same by it.
- * Between folds top is the largest x or a little less. After the last one it is the base-2 log-sum-exp, rounded, and
- * sum, near 1, is what the rounding left out. acc sums kept weights times values; dropout's factor 1 / (1 - rate)
- * comes with the last fold. */
+ * Between folds top is the largest x or less, by no more than weights have room for. After the last one it is the
+ * base-2 log-sum-exp, rounded, and sum, near 1, is what the rounding left out. acc sums kept weights times values;
+ * dropout's factor 1 / (1 - rate) comes with the last fold. */
 #ifndef USP_CUDA_SOFTMAX_CUH
 #define USP_CUDA_SOFTMAX_CUH
 #include "dropout.h"
@@ -179,7 +179,8 @@ static __host__ __device__ __forceinline__ soft_cap soft_cap_of(const usp_softma
     cap.nearest[1] = -0.33200482f * args.scale * LOG2E * square;
     cap.slant[0] = 0.9999917f;
     cap.slant[1] = -0.99336267f * square;
-    cap.span = args.dtype == USP_F16 ? 7 : 32; /* weights of such scores above a base from -span on fit the dtype */
+    cap.span =
+        args.dtype == USP_F16 ? 7 : 16; /* no such weight above a base from -span on is too large for its dtype */
     float most = cap.span / (args.scale * LOG2E);
     cap.near_power = fminf(most * most, 0.16f / square);
     cap.nearest_power = fminf(most * most, 0.01f / square);
@@ -188,7 +189,7 @@ static __host__ __device__ __forceinline__ soft_cap soft_cap_of(const usp_softma
 
 /* How a product q.k becomes a score, for one head; the score times `unit` is in base 2, which is left to the weight's
  * multiplication. Every kernel of a pass computes the same bits, as a score depends on its pair alone; but on Hopper,
- * for slopes, where a difference of places is taken apart, and for near_exponent, which rounds elsewhere. */
+ * for slopes, where a difference of places is taken apart, and for near_exponent, whose polynomial is shorter. */
 struct scoring {
     soft_cap cap;
     float slope, unit;
@@ -216,10 +217,6 @@ struct scoring {
         float square = product * product;
         way = fmaf(square, fmaf(square, fmaf(square, cap.near[3], cap.near[2]), cap.near[1]), cap.near[0]);
         return product * -way;
-    }
-    __device__ __forceinline__ float capped_near(float product) const {
-        float way;
-        return capped_near(product, way);
     }
 
     /* Of a product near 0, up to 0.1 if NEAREST: what its score is above `base`, in base 2. */
@@ -303,7 +300,8 @@ static __device__ __forceinline__ row_state left_state(const usp_softmax &args, 
     return args.last ? complete(row) : row;
 }
 
-/* Writes it to `line`. The sum of a completed row is so near 1 that it is one more than its logarithm. */
+/* Writes what left_state gave to `line`. The sum of a completed row is so near 1 that it is one more than its
+ * logarithm. */
 static __device__ __forceinline__ void store_state(const usp_softmax &args, int64_t line, row_state left) {
     args.top[line] = left.top;
     args.sum[line] = left.sum;

@@ -93,17 +93,17 @@ static __device__ __forceinline__ void cap_scores(usp_sums<M, N> &c, const scori
 }
 
 /* None of a lane's products is larger than the root of this: none of four is larger than that of the sum of their
- * squares. */
+ * squares. A NaN if there is one among them: its bits are more than those of any number from 0 on. */
 template <int N> static __device__ __forceinline__ float power_of(const usp_sums<1, N> &c) {
-    float most = 0;
+    uint32_t most = 0;
 #pragma unroll
     for (int n = 0; n < N; n++) {
         float sum = c[0][n][0] * c[0][n][0];
 #pragma unroll
         for (int i = 1; i < 4; i++) sum = fmaf(c[0][n][i], c[0][n][i], sum);
-        most = fmaxf(most, sum);
+        most = max(most, __float_as_uint(sum));
     }
-    return most;
+    return __uint_as_float(most);
 }
 
 /* Turns products, rows of queries, into scores. `diagonal` gives a row's position (r < 2M), `key` a column's. */

@@ -175,8 +175,8 @@ template <int M, int W> static __device__ __forceinline__ void multiply_row(int 
 /* The softmax of M * 16 rows of a warp, fed step by step. Weights are 2^(unit score - top); `top` follows a row's
  * largest score only when that has grown by more than a factor 2^SLACK of weight, so that the sums are rarely rescaled;
  * weights and sums stay far inside fp32 (and weights inside fp16) either way. Without slack a row's largest weight is
- * 1, which no dtype rounds: rows of which one key has nearly all weight are as exact as they can be. `unit` must be
- * positive. */
+ * 1, which no dtype rounds: rows of which one key has nearly all weight are as exact as they can be. Who knows that
+ * scores are small may weigh rows without raising them. `unit` must be positive. */
 template <int M, int SLACK = 8> struct online_softmax {
     float top[M * 2];
     float sum[M * 2]; /* this lane's share of the row's weights */

@@ -69,16 +69,14 @@ template <typename T, typename Shape> struct backward_group {
     __device__ __forceinline__ void weigh_extras(usp_sums<1, N> &s, left_operand<K> &p, const query_notes<Shape> &query,
                                                  const scoring &rule) {
         if constexpr (Shape::caps && !Shape::slopes && !Shape::drops && !MASKED) {
-            bool scaled = query.scaled[0] | query.scaled[1];
-            bool near = __all_sync(~0u, power_of(s) < rule.cap.nearest_power);
-            if (near) return scaled ? weigh_near<true>(s, p, query, rule) : weigh_near<false>(s, p, query, rule);
+            bool near = !(query.scaled[0] | query.scaled[1]) && __all_sync(~0u, power_of(s) < rule.cap.nearest_power);
+            if (near) return weigh_near(s, p, query, rule);
         }
         if constexpr (Shape::caps) cap_scores<2>(s, rule);
         weigh_capped<MASKED>(s, p, query, rule);
     }
 
-    /* The same of products up to 0.1 of the cap. SCALED: factors are seen. */
-    template <bool SCALED>
+    /* The same of products up to 0.1 of the cap, where no factor is seen. */
     __device__ __forceinline__ void weigh_near(usp_sums<1, N> &s, left_operand<K> &p, const query_notes<Shape> &query,
                                                const scoring &rule) {
 #pragma unroll
@@ -89,7 +87,6 @@ template <typename T, typename Shape> struct backward_group {
                 int column = usp_lane_column(n) + e % 2;
                 bend[e] = rule.near_bend(c[e]);
                 c[e] = fast_exp2(rule.template near_exponent<true>(c[e], query.base[column]));
-                if constexpr (SCALED) c[e] *= query.factor[column];
             }
 #pragma unroll
             for (int r = 0; r < 2; r++) p[n / 2][n % 2 * 2 + r] = usp_pack<T>(c[r * 2], c[r * 2 + 1]);
@@ -132,10 +129,10 @@ template <typename T, typename Shape> struct backward_group {
         }
     }
 
-    /* What weigh_extras left, and dP^T, to dS^T over the scale. */
+    /* With dropout: what weigh_extras left, and dP^T, to dS^T over the scale. */
     template <bool MASKED>
-    __device__ __forceinline__ void differ_extras(usp_sums<1, N> &dp, const usp_sums<1, N> &p,
-                                                  const query_notes<Shape> &query) {
+    __device__ __forceinline__ void differ_kept(usp_sums<1, N> &dp, const usp_sums<1, N> &p,
+                                                const query_notes<Shape> &query) {
 #pragma unroll
         for (int n = 0; n < N; n++) {
             float2 delta = *reinterpret_cast<const float2 *>(query.delta + usp_lane_column(n));
@@ -230,7 +227,7 @@ template <typename T, typename Shape> struct backward_group {
         await_products<1>();
         pin(list_of<N>(dp));
         if constexpr (Shape::drops)
-            differ_extras<MASKED>(dp, s, query);
+            differ_kept<MASKED>(dp, s, query);
         else
             differ<MASKED>(dp, s, query);
         round_sums<T, K>(ds, dp);

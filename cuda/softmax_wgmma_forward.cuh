@@ -49,11 +49,11 @@ template <typename Shape> struct forward_notes {
     forward_job job[slots];
     int spoilt[4]; /* by job % 4, of jobs with steps: the last one whose values were not all finite */
     step_note step[stages];
-    alignas(8) int key[stages][Shape::step]; /* these are read two at a time */
-    int last[stages][Shape::step];
-    /* of keys, from the diagonal of the job's first row on */
-    float place[Shape::slopes ? stages : 1][Shape::slopes ? Shape::step : 1];
-    /* what dropout draws for keys, kept when their stage has been left */
+    alignas(8) int key[stages][Shape::step]; /* these four are read two at a time */
+    alignas(8) int last[stages][Shape::step];
+    /* Of keys, from the diagonal of the job's first row on; what dropout draws for them, kept when the stage is left.
+     */
+    alignas(Shape::slopes ? 8 : 4) float place[Shape::slopes ? stages : 1][Shape::slopes ? Shape::step : 1];
     alignas(Shape::drops ? 8 : 4) uint32_t draw[Shape::drops ? 2 * stages : 1][Shape::drops ? Shape::step : 1];
     key_span keys[slots][Shape::rows]; /* of a job's rows */
     int query[slots][Shape::rows];
@@ -237,12 +237,12 @@ template <typename Shape> struct copying_warp {
                                               const softmax_job &job, const place_range &queries) {
         bool full = at.full(Shape::step);
         key_extras extras(args, at, job.begin);
-        column_notes<Shape::step> columns;
-        if (!full) columns.load(args.pairs, at);
         int side = has_sides() ? extras.side_of_queries(queries) : 1;
+        bool bent = !full || side == 0;
+        column_notes<Shape::step> columns;
+        if (bent) columns.load(args.pairs, at);
         await(&notes.k_empty[k.stage], k.parity ^ 1);
-        if (full && side == 0) columns.load(args.pairs, at);
-        if (!full || side == 0) columns.note(notes.key[k.stage], notes.last[k.stage], args.pairs.last);
+        if (bent) columns.note(notes.key[k.stage], notes.last[k.stage], args.pairs.last);
         extras.note(notes, k);
         __syncwarp();
         if (leads) {

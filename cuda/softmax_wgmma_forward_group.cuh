@@ -216,7 +216,7 @@ template <typename T, typename Shape> struct computing_group {
      * ones are in the sum. */
     template <typename Exponent>
     __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows, const Exponent &exponent) {
-        const uint32_t *draw = notes.draw[k.of_twice()];
+        const uint32_t *draw = Shape::drops ? notes.draw[k.of_twice()] : nullptr;
         look_ahead();
         rows.online.weigh_rows(scores, exponent, [&](float *pair, int r, int n) {
             if constexpr (!Shape::drops) return;
@@ -259,10 +259,10 @@ template <typename T, typename Shape> struct computing_group {
         const scoring &rule = rows.rule;
         float best[2];
         if constexpr (Shape::caps && !Shape::more && !MASKED && !FIRST) {
-            bool held = fminf(rows.online.top[0], rows.online.top[1]) >= -rule.cap.span;
+            bool based = fminf(rows.online.top[0], rows.online.top[1]) >= -rule.cap.span;
             float power = power_of(scores);
-            if (__all_sync(~0u, held & (power < rule.cap.nearest_power))) return weigh_near<true>(scores, rows);
-            if (__all_sync(~0u, held & (power < rule.cap.near_power))) return weigh_near<false>(scores, rows);
+            if (__all_sync(~0u, based & (power < rule.cap.nearest_power))) return weigh_near<true>(scores, rows);
+            if (__all_sync(~0u, based & (power < rule.cap.near_power))) return weigh_near<false>(scores, rows);
         }
         float slope = bend<MASKED>(scores, rows);
         online_softmax<1, 0>::look(scores, rule.unit, best);

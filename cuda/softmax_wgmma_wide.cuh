@@ -10,7 +10,7 @@
  * and dP. */
 struct wide_shape {
     static constexpr int dim = 256, value_dim = 256, step = 64, parts = 1, part = step;
-    static constexpr bool caps = false, slopes = false, drops = false, extras = false;
+    static constexpr bool caps = false, slopes = false, drops = false;
     static constexpr int rows = 64, groups = 2, threads = 128 * (1 + groups);
     static constexpr int stages = 2, dout_stages = 1; /* there is room for one place of dout */
     static constexpr int queries = step / groups;     /* whose S and dP one group has */

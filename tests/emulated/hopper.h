@@ -99,6 +99,11 @@ static inline unsigned __float_as_uint(float x) {
     memcpy(&bits, &x, sizeof bits);
     return bits;
 }
+static inline float __uint_as_float(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
 template <typename T> static inline T emulated_shuffle(T mine, int lane) {
     uint64_t word = 0;
     T theirs;
