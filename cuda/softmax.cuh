@@ -179,8 +179,8 @@ static __host__ __device__ __forceinline__ soft_cap soft_cap_of(const usp_softma
     cap.nearest[1] = -0.33200482f * args.scale * LOG2E * square;
     cap.slant[0] = 0.9999917f;
     cap.slant[1] = -0.99336267f * square;
-    cap.span =
-        args.dtype == USP_F16 ? 7 : 16; /* no such weight above a base from -span on is too large for its dtype */
+    /* No such weight above a base from -span on is too large for its dtype. */
+    cap.span = args.dtype == USP_F16 ? 7 : 16;
     float most = cap.span / (args.scale * LOG2E);
     cap.near_power = fminf(most * most, 0.16f / square);
     cap.nearest_power = fminf(most * most, 0.01f / square);

@@ -196,8 +196,8 @@ template <int M, int SLACK = 8> struct online_softmax {
 #pragma unroll
             for (int i = 0; i < M * 2; i++) multiply_row(i, sums, factor[i]);
         }
-        weigh_rows(
-            scores, [=](float score, float base) { return fmaf(score, unit, -base); }, [](float *, int, int) {});
+        auto exponent = [=](float score, float base) { return fmaf(score, unit, -base); };
+        weigh_rows(scores, exponent, [](float *, int, int) {});
     }
 
     /* `exponent` gives what is above the base, of a score and the row's base; `drop` takes weights out, once they are

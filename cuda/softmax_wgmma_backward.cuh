@@ -11,6 +11,7 @@
 template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct backward_shape {
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP, parts = DIM > 128 ? 2 : 1, part = STEP / parts;
     static constexpr bool caps = EXTRAS & CAPS, slopes = EXTRAS & SLOPES, drops = EXTRAS & DROPS;
+    static constexpr bool more = slopes && drops;
     static constexpr int rows = USP_WORK_ROWS, groups = 2, threads = 128 * (1 + groups);
     static constexpr int stages = 2, dout_stages = 2;   /* of queries, with what is noted of them, and of dout */
     static constexpr bool splits_queries = STEP == 128; /* of dq, among groups; else its columns are split */

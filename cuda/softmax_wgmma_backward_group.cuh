@@ -68,7 +68,7 @@ template <typename T, typename Shape> struct backward_group {
     template <bool MASKED>
     __device__ __forceinline__ void weigh_extras(usp_sums<1, N> &s, left_operand<K> &p, const query_notes<Shape> &query,
                                                  const scoring &rule) {
-        if constexpr (Shape::caps && !Shape::slopes && !Shape::drops && !MASKED) {
+        if constexpr (Shape::caps && !Shape::more && !MASKED) {
             bool near = !(query.scaled[0] | query.scaled[1]) && __all_sync(~0u, power_of(s) < rule.cap.nearest_power);
             if (near) return weigh_near(s, p, query, rule);
         }

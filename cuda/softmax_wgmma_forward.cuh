@@ -51,7 +51,7 @@ template <typename Shape> struct forward_notes {
     step_note step[stages];
     alignas(8) int key[stages][Shape::step]; /* these four are read two at a time */
     alignas(8) int last[stages][Shape::step];
-    /* Of keys, from the diagonal of the job's first row on; what dropout draws for them, kept when the stage is left.
+    /* Of keys, from the diagonal of the job's first row on; what dropout draws for them, also when the stage is left.
      */
     alignas(Shape::slopes ? 8 : 4) float place[Shape::slopes ? stages : 1][Shape::slopes ? Shape::step : 1];
     alignas(Shape::drops ? 8 : 4) uint32_t draw[Shape::drops ? 2 * stages : 1][Shape::drops ? Shape::step : 1];

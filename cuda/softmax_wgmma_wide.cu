@@ -105,9 +105,8 @@ template <typename T, typename Shape> struct wide_group {
         query_bases<N> bases;
         bases.load(query, first_query());
         float unit = args.scale * LOG2E;
-        weigh(
-            s, bases, query, [=](float score, float base, int, int) { return fmaf(score, unit, -base); },
-            first_query());
+        auto exponent = [=](float score, float base, int, int) { return fmaf(score, unit, -base); };
+        weigh(s, bases, query, exponent, first_query());
         if constexpr (MASKED) {
             key_pairs(query, warp_row, args.pairs.last).mask(s, query, args.pairs.last, first_query());
             await_products<0>();
