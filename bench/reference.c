@@ -73,11 +73,11 @@ static double score_of(const usp_reference *r, int head, int64_t distance, doubl
 
 /* By what dropout multiplies the pair's probability. */
 static double kept(const usp_reference *r, int batch, int head, int64_t query, int64_t key) {
-    float rate = r->layer->dropout;
+    float rate = usp_dropout_rate(r->layer->dropout);
     if (!(rate > 0)) return 1;
     uint32_t line = (uint32_t)(batch * r->config->heads + head);
     uint64_t row = usp_dropout_row(r->dropout_state[0], r->dropout_state[1], line, (uint32_t)query);
-    return usp_dropout_word(row, (uint32_t)key) < usp_dropout_limit(rate) ? 0 : 1 / (1 - (double)rate);
+    return usp_dropout_number(row, (uint32_t)key) < usp_dropout_limit(rate) ? 0 : 1 / (1 - (double)rate);
 }
 
 /* P = exp(s - lse), dS = P (kept dP - delta); dP has variance value_dim for inputs of variance 1. Sizes are those of a

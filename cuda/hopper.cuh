@@ -140,6 +140,12 @@ static __device__ __forceinline__ uint64_t describe(uint32_t address, uint32_t s
     return (uint64_t)(swizzle_128 | eight_rows) << 32 | low;
 }
 
+/* Describes rows of 16 bytes (8 elements), one behind the other, that stand for 16 columns: both halves are alike. */
+static __device__ __forceinline__ uint64_t describe_narrow(uint32_t address) {
+    constexpr uint32_t eight_rows = 128 >> 4;
+    return (uint64_t)eight_rows << 32 | address >> 4;
+}
+
 /* Before the first product after registers that it reads were written. */
 static __device__ __forceinline__ void begin_products() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -192,9 +198,9 @@ static __device__ __forceinline__ void pass(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/* A number that is the same in all lanes, and known to be. */
-template <typename Number> static __device__ __forceinline__ Number uniform(Number x) {
-    return __shfl_sync(~0u, x, 0);
+/* A lane's number, the same in all lanes, and known to be. */
+template <typename Number> static __device__ __forceinline__ Number uniform(Number x, int lane = 0) {
+    return __shfl_sync(~0u, x, lane);
 }
 
 /* All warps of a warpgroup: each thread has so many registers from now on. */

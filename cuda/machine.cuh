@@ -61,6 +61,17 @@ template <> __device__ __forceinline__ uint32_t pack_positive<__half>(float low,
     return pair;
 }
 
+/* Of two words, a half for each: all its bits if the number in the word's bits 16 to 30 is below that half of `limits`,
+ * else none. Numbers are compared as floats of 16 bits; above 0x7c00 they are none, and below nothing. */
+static __device__ __forceinline__ uint32_t halves_below(uint32_t first, uint32_t second, uint32_t limits) {
+    uint32_t below;
+    asm("{ .reg .b32 pair; prmt.b32 pair, %1, %2, 0x7632; abs.f16x2 pair, pair;\n"
+        "set.lt.u32.f16x2 %0, pair, %3; }"
+        : "=r"(below)
+        : "r"(first), "r"(second), "r"(limits));
+    return below;
+}
+
 /* taint + 0 * pair: stays 0 as long as pairs are finite. */
 template <typename T> static __device__ __forceinline__ uint32_t usp_taint(uint32_t taint, uint32_t pair);
 

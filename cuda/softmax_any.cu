@@ -101,8 +101,8 @@ struct pair_rule {
 /* Must this pair of a query head be dropped? */
 static __device__ __forceinline__ bool drops(const usp_softmax &args, int batch, int head, int query, int position) {
     if (!(args.dropout.rate > 0)) return false;
-    uint32_t word = usp_dropout_word(dropout_row(args, batch, head, query), position);
-    return word < usp_dropout_limit(args.dropout.rate);
+    uint32_t number = usp_dropout_number(dropout_row(args, batch, head, query), position);
+    return number < usp_dropout_limit(args.dropout.rate);
 }
 
 static __device__ __forceinline__ pair_rule rule_of(const usp_softmax &args, const scoring &rule, float product,

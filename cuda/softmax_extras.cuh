@@ -127,7 +127,7 @@ static __device__ __forceinline__ void drop_weights(usp_sums<M, N> &c, float rat
     uint32_t limit = usp_dropout_limit(rate);
     if (limit == 0) return;
     for_elements<M, N>(key, [&](int r, int n, int j, int position) {
-        if (usp_dropout_word(word(r), position) < limit) c[r / 2][n][r % 2 * 2 + j] = 0;
+        if (usp_dropout_number(word(r), position) < limit) c[r / 2][n][r % 2 * 2 + j] = 0;
     });
 }
 
@@ -174,7 +174,7 @@ struct query_line {
 static __device__ __forceinline__ void bend_pair(float &x, float &d, const scoring &rule, const query_line &line,
                                                  int position, uint32_t limit, float keep) {
     float bend, score = rule.score(x, distance_of(line.diagonal, position), bend);
-    bool kept = limit == 0 || usp_dropout_word(line.word, position) >= limit;
+    bool kept = limit == 0 || usp_dropout_number(line.word, position) >= limit;
     float weight = fast_exp2(fmaf(score, rule.unit, -line.base)) * line.factor;
     d = weight * bend * ((kept ? d * keep : 0) - line.delta);
     x = kept ? weight : 0;

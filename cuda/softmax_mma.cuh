@@ -197,25 +197,40 @@ template <int M, int SLACK = 8> struct online_softmax {
             for (int i = 0; i < M * 2; i++) multiply_row(i, sums, factor[i]);
         }
         auto exponent = [=](float score, float base) { return fmaf(score, unit, -base); };
-        weigh_rows(scores, exponent, [](float *, int, int) {});
+        find_exponents<0>(scores, top, exponent);
+        find_weights<0>(scores, [](float *, int, int) {});
     }
 
-    /* `exponent` gives what is above the base, of a score and the row's base; `drop` takes weights out, once they are
-     * in the sum: a pair of them of row i in column block n. */
-    template <int N, typename Exponent, typename Drop>
-    __device__ __forceinline__ void weigh_rows(usp_sums<M, N> &scores, const Exponent &exponent, const Drop &drop) {
+    /* Turns scores into what is above `base`, of which `exponent` tells, and those of EARLY column blocks into weights.
+     */
+    template <int EARLY, int N, typename Exponent>
+    static __device__ __forceinline__ void find_exponents(usp_sums<M, N> &scores, const float (&top)[M * 2],
+                                                          const Exponent &exponent) {
         float base[M * 2];
 #pragma unroll
         for (int i = 0; i < M * 2; i++) base[i] = finite_base(top[i]);
 #pragma unroll
         for (int n = 0; n < N; n++) {
 #pragma unroll
+            for (int i = 0; i < M * 4; i++) {
+                float &x = scores[i / 4][n][i % 4];
+                x = exponent(x, base[i / 2]);
+                if (n < EARLY) x = fast_exp2(x);
+            }
+        }
+    }
+
+    /* The others, and sums of all. `use` is called when a pair of them, of row i in column block n, is in the sum. */
+    template <int EARLY, int N, typename Use>
+    __device__ __forceinline__ void find_weights(usp_sums<M, N> &exponents, const Use &use) {
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
             for (int i = 0; i < M * 2; i++) {
-                float *pair = &scores[i / 2][n][i % 2 * 2];
-                pair[0] = fast_exp2(exponent(pair[0], base[i]));
-                pair[1] = fast_exp2(exponent(pair[1], base[i]));
+                float *pair = &exponents[i / 2][n][i % 2 * 2];
+                if (n >= EARLY) pair[0] = fast_exp2(pair[0]), pair[1] = fast_exp2(pair[1]);
                 sum[i] += pair[0] + pair[1];
-                drop(pair, i, n);
+                use(pair, i, n);
             }
         }
     }

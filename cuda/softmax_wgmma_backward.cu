@@ -13,7 +13,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
     auto &notes = *shared_at<backward_notes<Shape>>(backward_memory<Shape>::notes);
     if (threadIdx.x == 0) {
         begin_notes(notes);
-        notes.limit = usp_dropout_limit(args.dropout.rate);
+        notes.limit = usp_dropout_limit(args.dropout.rate) << 17;
     }
     __syncthreads();
     if (threadIdx.x < 128) {

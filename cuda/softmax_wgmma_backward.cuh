@@ -17,6 +17,7 @@ template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct backward_shap
     static constexpr bool splits_queries = STEP == 128; /* of dq, among groups; else its columns are split */
     static constexpr int dq_boxes = DIM * STEP / 64 / groups / 32, dq_together = parts == 1 ? dq_boxes : 1;
     static constexpr int dq_places = dq_boxes / dq_together;
+    static constexpr bool rests_late = false;                       /* the last box of dq is left a step late */
     static constexpr bool boxes_keys = true;                        /* dk and dv may leave in boxes */
     static constexpr bool early_bases = STEP == 128 && EXTRAS == 0; /* loaded while scores are awaited */
     static constexpr int copying_registers = 40, computing_registers = 232;

@@ -10,7 +10,14 @@
 
 /* Four warps walk alike: one copies tiles, two note what is kept of queries, 32 each, and look over half of each tile
  * of a masked step, one looks over the keys of a job, adds dq of each step to the sums, and stores dk and dv. */
-enum backward_duty { COPIES, NOTES_FIRST, NOTES_SECOND, ADDS };
+enum backward_duty { COPIES, NOTES, ADDS };
+
+/* With slopes: that of a head, and whether a job's keys are near enough to each other for it. */
+struct head_slope {
+    int head;
+    float slope;
+    bool near;
+};
 
 /* What is kept of a lane's query, on its way to shared memory. */
 struct query_line_notes {
@@ -57,11 +64,12 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
     turn<Shape::dq_places> dq;
     turn<ADMITTED> admitted;
     int job_parity, jobs, looked, lane; /* looked: parities, of masked steps a bit a stage */
+    int half;                           /* of two warps that note, which share code: it is less to fetch */
 
     __device__ __forceinline__ backward_copying(const usp_softmax &args_, const backward_maps &maps_,
                                                 const soft_cap &cap_, notes_type &notes_)
         : args(args_), maps(maps_), cap(cap_), notes(notes_), at{0, 0}, dq{0, 0}, admitted{0, 0}, job_parity(0),
-          jobs(0), looked(0), lane(threadIdx.x % 32) {
+          jobs(0), looked(0), lane(threadIdx.x % 32), half(DUTY == NOTES ? uniform(threadIdx.x / 32) - 1 : 0) {
     }
 
     __device__ __forceinline__ void start(const softmax_job &job, bool steps) {
@@ -100,14 +108,14 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
         if (masked) to.interval = {max(args.pairs.low[query], NOWHERE + 1), args.pairs.high[query]};
         if (masked && args.pairs.last) to.position = args.pairs.query[query];
         if (Shape::slopes && args.slopes) to.place = (float)(args.pairs.diagonal[query] - args.pairs.key[job.begin]);
-        if (Shape::drops && args.dropout.rate > 0) to.word = dropout_row(args, job.batch, head, query);
+        if (Shape::drops && args.dropout.rate > 0)
+            to.word = usp_dropout_twice(dropout_row(args, job.batch, head, query));
         return to;
     }
 
-    /* With slopes: 1 if no key of the job is behind any query of the step, -1 if none is before one, 0 if neither, or
-     * if the keys are too far from each other. */
-    __device__ __forceinline__ int side_of_keys(const tile_walk &walk, const place_range &keys, int head) const {
-        bool before = keys.is_near(args.slopes[head]), behind = before;
+    /* With slopes: 1 if no key of the job is behind any query of the step, -1 if none is before one, else 0. */
+    __device__ __forceinline__ int side_of_keys(const tile_walk &walk, const place_range &keys) const {
+        bool before = true, behind = true;
 #pragma unroll
         for (int i = lane; i < Shape::step; i += 32) {
             int place = load_or(args.pairs.diagonal, walk.column, i, walk.columns(), keys.last);
@@ -134,26 +142,25 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
 
     /* What is noted is on its way while the place for it is awaited. A part of 32 queries is for one of the warps. */
     __device__ __forceinline__ void note_part(const tile_walk &walk, int part, const softmax_job &job, int kind,
-                                              int head, int side) {
+                                              int head, float slope) {
         constexpr int each = (Shape::part + 63) / 64; /* queries a lane */
-        constexpr bool notes_queries = DUTY == NOTES_FIRST || Shape::part > 32;
+        bool notes_queries = half == 0 || Shape::part > 32;
         bool masked = kind & MASKED_STEP;
-        int first = (DUTY - NOTES_FIRST) * 32 + lane;
+        int first = half * 32 + lane;
         query_line_notes line[each];
         bool scaled = false;
 #pragma unroll
         for (int i = 0; i < each && notes_queries; i++)
             line[i] = load_query(walk, job, part * Shape::part + first + i * 64, masked, head);
         key_line_notes<Shape::rows> keys(args.pairs, job, first, masked);
-        float slope = Shape::slopes ? scoring::slope_of(args, head, cap) * (masked ? 1 : side) : 0;
         await(&notes.q_empty[at.stage], at.parity ^ 1);
 #pragma unroll
         for (int i = 0; i < each && notes_queries; i++)
             scaled |= note_query(notes.query[at.stage], first + i * 64, line[i], masked, masked ? 0 : slope * cap.unit);
         if (masked) keys.note(notes.query[at.stage].key, notes.query[at.stage].last, first);
         scaled = __any_sync(~0u, scaled);
-        if (lane == 0) notes.query[at.stage].scaled[DUTY - NOTES_FIRST] = scaled;
-        if (DUTY == NOTES_FIRST && lane == 0)
+        if (lane == 0) notes.query[at.stage].scaled[half] = scaled;
+        if (half == 0 && lane == 0)
             notes.step[at.stage] = {kind, looked >> at.stage & 1, walk.column, min(walk.columns(), Shape::step), slope};
         arrive_warp(&notes.q_full[at.stage]);
     }
@@ -164,8 +171,8 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
     }
 
     template <typename Tile> __device__ __forceinline__ bool is_half_unclean(Tile tile) const {
-        constexpr int half = Tile::bytes / 2;
-        return is_unclean<half>(tile.address + (DUTY - NOTES_FIRST) * half);
+        constexpr int bytes = Tile::bytes / 2;
+        return is_unclean<bytes>(tile.address + half * bytes);
     }
 
     /* Products of a masked step wait for this, where weights of 0 meet what is not finite. */
@@ -175,7 +182,7 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
         bool unclean = is_half_unclean(memory::q_at(at.stage));
         await(&notes.dout_full[dout.stage], dout.parity);
         unclean |= is_half_unclean(memory::dout_at(dout.stage));
-        if (lane == 0) notes.unclean[at.stage][DUTY - NOTES_FIRST] = unclean;
+        if (lane == 0) notes.unclean[at.stage][half] = unclean;
         arrive_warp(&notes.looked[at.stage]);
         looked ^= 1 << at.stage;
     }
@@ -183,9 +190,9 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
     /* A job of fewer keys than a tile has rows masks the others in every step: they must add nothing to dq. With slopes
      * a step of queries among the keys counts as masked. */
     __device__ __forceinline__ void note_and_look(const tile_walk &walk, int part, const softmax_job &job, int kind,
-                                                  int head, int side) {
+                                                  int head, const head_slope &slope, int side) {
         if (!walk.full(Shape::step) || job.count < Shape::rows || side == 0) kind |= MASKED_STEP;
-        note_part(walk, part, job, kind, head, side);
+        note_part(walk, part, job, kind, head, kind & MASKED_STEP ? slope.slope : slope.slope * side);
         if (kind & MASKED_STEP) look_over();
     }
 
@@ -208,6 +215,10 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
                 }
                 read = &notes.dq_empty[group][dq.stage];
             }
+            if (!Shape::rests_late || first != Shape::dq_places - 1) continue;
+            await_reads<0>(); /* no place waits for a box that comes later */
+            arrive(read);
+            read = nullptr;
         }
         await_reads<0>();
         arrive(read);
@@ -261,8 +272,9 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
     }
 
     __device__ __forceinline__ void run_steps(job_list_type &list, const softmax_job &job, const head_range &heads) {
-        bool bends = Shape::slopes && (DUTY == NOTES_FIRST || DUTY == NOTES_SECOND) && args.slopes;
+        bool bends = Shape::slopes && DUTY == NOTES && args.slopes;
         place_range keys = bends ? place_range(args.pairs.key, job) : place_range();
+        head_slope slope = {-1, 0, false};
         int kind = FIRST_STEP;
         for (tile_walk walk = walk_of(job, heads); walk.running(); kind = 0) {
             tile_walk now = walk;
@@ -270,13 +282,15 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
             walk.advance(Shape::step);
             if (!walk.running()) kind |= LAST_STEP;
             if (DUTY == COPIES && !walk.running()) list.ask_ahead();
-            int side = bends ? side_of_keys(now, keys, head) : 1;
+            if (bends && slope.head != head)
+                slope = {head, scoring::slope_of(args, head, cap), keys.is_near(args.slopes[head])};
+            int side = !bends ? 1 : slope.near ? side_of_keys(now, keys) : 0;
             if (DUTY == ADDS && lane == 0) add_step(now, head, job.batch);
             for (int part = 0; part < Shape::parts && DUTY != ADDS; part++, at.advance()) {
                 if constexpr (DUTY == COPIES)
                     copy_part(now.column + part * Shape::part, head, job.batch);
                 else
-                    note_and_look(now, part, job, kind, head, side);
+                    note_and_look(now, part, job, kind, head, slope, side);
             }
         }
     }
@@ -338,13 +352,11 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
 template <typename T, typename Shape, bool IN_ORDER>
 static __device__ __forceinline__ void run_duty(const usp_softmax &args, const backward_maps &maps, const soft_cap &cap,
                                                 backward_notes<Shape> &notes) {
-    int duty = uniform(threadIdx.x / 32);
-    if (duty == COPIES)
+    int warp = uniform(threadIdx.x / 32);
+    if (warp == 0)
         backward_copying<T, Shape, COPIES, IN_ORDER>(args, maps, cap, notes).run();
-    else if (duty == NOTES_FIRST)
-        backward_copying<T, Shape, NOTES_FIRST, IN_ORDER>(args, maps, cap, notes).run();
-    else if (duty == NOTES_SECOND)
-        backward_copying<T, Shape, NOTES_SECOND, IN_ORDER>(args, maps, cap, notes).run();
+    else if (warp <= 2)
+        backward_copying<T, Shape, NOTES, IN_ORDER>(args, maps, cap, notes).run();
     else
         backward_copying<T, Shape, ADDS, IN_ORDER>(args, maps, cap, notes).run();
 }

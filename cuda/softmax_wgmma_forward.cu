@@ -1,6 +1,7 @@
 /* softmax_wgmma_forward.cu - forward softmax attention on Hopper (sm_90a), 16-bit elements. A block stays and takes job
  * after job of 128 queries: one warp copies tiles, others note and watch, two warpgroups compute. */
 #include "softmax_wgmma_forward_group.cuh"
+#include "softmax_wgmma_forward_warps.cuh"
 
 /* ---- kernel ------------------------------------------------------------------------------------------------------ */
 
@@ -12,11 +13,11 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
     if (threadIdx.x == 0) {
         constexpr int warps = 4 * Shape::groups;
         for (int s = 0; s < Shape::slots; s++) {
-            begin_arrivals(&notes.job_full[s], 2); /* the copying warp, the one that notes rows */
+            begin_arrivals(&notes.job_full[s], 2); /* the copying warp, the noting one */
             begin_arrivals(&notes.job_empty[s], warps);
         }
         for (int s = 0; s < Shape::stages; s++) {
-            begin_arrivals(&notes.k_full[s], 1);
+            begin_arrivals(&notes.k_full[s], 1 + Shape::notes_apart); /* as job_full */
             begin_arrivals(&notes.v_full[s], 1);
             begin_arrivals(&notes.k_empty[s], warps);
             begin_arrivals(&notes.v_empty[s], warps + 2); /* and watching ones */
@@ -26,14 +27,15 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
         publish_arrivals();
         for (int &spoilt : notes.spoilt) spoilt = 0;
     }
+    if constexpr (Shape::one_sided) number_keys<T>(notes.number);
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<Shape::copying_registers>();
         int warp = uniform(threadIdx.x / 32);
         if (warp == 0)
-            copying_warp<Shape>(args, maps, notes).run();
+            copying_warp<T, Shape>(args, maps, notes).run();
         else if (warp == 1)
-            note_rows<Shape>(args, notes);
+            noting_warp<T, Shape>(args, notes).run();
         else
             watching_warps<T, Shape>(args, notes).run();
     } else {

@@ -31,13 +31,14 @@ template <typename T, typename Shape> struct computing_group {
     int jobs; /* with steps, so far */
 
     using job_rows = forward_rows<Shape>;
+    template <bool MASKED> static constexpr bool is_biased = Shape::one_sided && !MASKED;
 
     __device__ __forceinline__ computing_group(const usp_softmax &args_, const forward_maps &maps_,
                                                const soft_cap &cap_, notes_type &notes_)
         : args(args_), maps(maps_), cap(cap_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
           warp_row((threadIdx.x / 32 - 4) * 16), k{0, 0}, v{0, 0}, slot{0, 0}, clean_parity(0), unclean(false),
           held(false), ahead(false), jobs(0) {
-        if (group == 1) pass(MEET_TURN, 256);
+        if (Shape::turns && group == 1) pass(MEET_TURN, 256);
     }
 
     /* ---- rows */
@@ -58,7 +59,7 @@ template <typename T, typename Shape> struct computing_group {
 
     __device__ __forceinline__ void begin_extras(job_rows &to, const softmax_job &job, int rows) {
         to.peaks = {};
-        to.limit = usp_dropout_limit(args.dropout.rate);
+        to.limits = usp_dropout_limit(args.dropout.rate) * 0x10001;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int row = usp_lane_row(0, r), query = job.begin + warp_row + row;
@@ -135,8 +136,17 @@ template <typename T, typename Shape> struct computing_group {
 
     /* ---- one step */
 
-    __device__ __forceinline__ void issue_scores(usp_sums<1, N> &scores, int place) {
+    /* Of a step without masks, with slopes: the left operand of biases. */
+    __device__ __forceinline__ void read_slope(uint32_t (&part)[4]) const {
+        part[0] = part[1] = notes.bias[k.stage].part[threadIdx.x & 3];
+        part[2] = part[3] = 0;
+    }
+
+    template <bool BIASED>
+    __device__ __forceinline__ void issue_scores(usp_sums<1, N> &scores, int place, const uint32_t (&slope)[4]) {
         issue_rows<T>(scores, memory::q_at(place), group * 64, memory::k_at(k.stage));
+        if constexpr (BIASED)
+            issue_product<T, false>(list_of<N>(scores), slope, describe_narrow(shared_address(notes.number)), true);
         end_products();
     }
 
@@ -159,47 +169,40 @@ template <typename T, typename Shape> struct computing_group {
         });
     }
 
-    /* Where all keys are on one side: subtracts what depends on the key alone, and returns the slope, times which each
-     * row's place is left to be subtracted. */
-    __device__ __forceinline__ float add_key_biases(usp_sums<1, N> &scores, const scoring &rule) {
-        float slope = notes.step[k.stage].side * rule.slope;
-        for_places(scores, notes.place[k.stage],
-                   [&](float &score, int, float key) { score = fmaf(slope, key, score); });
-        return slope;
-    }
-
-    /* Products of the step at k to scores; the stage is left. MASKED: some pairs may not be allowed, or queries lie
-     * between its keys. Returns what tops are to be moved by while weights are found. */
-    template <bool MASKED> __device__ __forceinline__ float bend(usp_sums<1, N> &scores, job_rows &rows) {
-        constexpr bool one_sided = Shape::one_sided && !MASKED;
-        float slope = 0;
+    /* Products of the step at k to scores; the stage is left. MASKED: some pairs may not be allowed, or biases are
+     * still to be subtracted; else scores become `shift` less than they are, which is each row's. */
+    template <bool MASKED>
+    __device__ __forceinline__ void bend(usp_sums<1, N> &scores, job_rows &rows, float (&shift)[2]) {
         if constexpr (Shape::caps) cap_scores<4>(scores, rows.rule);
-        if constexpr (one_sided) slope = add_key_biases(scores, rows.rule) * rows.rule.unit;
-        if constexpr (Shape::slopes && !one_sided) add_biases(scores, rows);
+        if constexpr (is_biased<MASKED>) rows.shift_by(notes.bias[k.stage], shift);
+        if constexpr (Shape::slopes && !is_biased<MASKED>) add_biases(scores, rows);
         if constexpr (MASKED)
             rows.pairs.mask(scores, notes.key[k.stage], args.pairs.last ? notes.last[k.stage] : nullptr);
         if constexpr (Shape::more) rows.peaks.look(scores);
         arrive_warp(&notes.k_empty[k.stage]);
-        return slope;
     }
 
     /* Scores of the step at k, which are there behind this, and values of the step before, which may not be. */
-    __device__ __forceinline__ void issue_both(usp_sums<1, N> &scores, int place) {
-        meet(MEET_TURN + group, 256);
+    template <bool BIASED> __device__ __forceinline__ void issue_both(usp_sums<1, N> &scores, int place) {
+        uint32_t slope[4];
+        if constexpr (BIASED) read_slope(slope);
+        if constexpr (Shape::turns) meet(MEET_TURN + group, 256);
         begin_products();
-        issue_scores(scores, place);
+        issue_scores<BIASED>(scores, place, slope);
         await_values();
         begin_products();
         issue_values();
-        if (!Shape::long_turns) pass(MEET_TURN + (group ^ 1), 256);
+        if constexpr (Shape::turns && !Shape::long_turns) pass(MEET_TURN + (group ^ 1), 256);
         await_products<1>();
-        if (Shape::long_turns) pass(MEET_TURN + (group ^ 1), 256);
+        if constexpr (Shape::turns && Shape::long_turns) pass(MEET_TURN + (group ^ 1), 256);
         pin(list_of<N>(scores));
     }
 
-    __device__ __forceinline__ void issue_alone(usp_sums<1, N> &scores, int place) {
+    template <bool BIASED> __device__ __forceinline__ void issue_alone(usp_sums<1, N> &scores, int place) {
+        uint32_t slope[4];
+        if constexpr (BIASED) read_slope(slope);
         begin_products();
-        issue_scores(scores, place);
+        issue_scores<BIASED>(scores, place, slope);
         await_products<0>();
         pin(list_of<N>(scores));
     }
@@ -211,51 +214,48 @@ template <typename T, typename Shape> struct computing_group {
         v.advance();
     }
 
-    /* Scores to weights; `exponent` gives what is above the row's base. The compiler keeps the special unit and the
-     * others at work side by side only where no branch lies between and weights are rounded as they are found. Dropped
-     * ones are in the sum. */
-    template <typename Exponent>
-    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows, const Exponent &exponent) {
+    /* Scores to weights; `exponent` gives what is above a row's base, `leave` leaves values of the step before, which
+     * are multiplied while exponents, and the first EARLY column blocks of weights, are found: about as long as it
+     * takes. The compiler keeps the special unit and the others at work side by side only where no branch lies between
+     * and weights are rounded as they are found. Dropped ones are in the sum. */
+    template <int EARLY, typename Exponent, typename Leave>
+    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows, const float (&top)[2],
+                                          const Exponent &exponent, const Leave &leave) {
         const uint32_t *draw = Shape::drops ? notes.draw[k.of_twice()] : nullptr;
+        online_softmax<1, 0>::find_exponents<EARLY>(scores, top, exponent);
+        if constexpr (EARLY > 0) pin(list_of<N>(scores));
+        leave();
         look_ahead();
-        rows.online.weigh_rows(scores, exponent, [&](float *pair, int r, int n) {
-            if constexpr (!Shape::drops) return;
-            uint2 two = *reinterpret_cast<const uint2 *>(draw + usp_lane_column(n));
-            pair[0] = usp_dropout_pair(rows.word[r], two.x) < rows.limit ? 0 : pair[0];
-            pair[1] = usp_dropout_pair(rows.word[r], two.y) < rows.limit ? 0 : pair[1];
+        rows.online.template find_weights<EARLY>(scores, [&](const float *pair, int r, int n) {
+            uint32_t rounded = usp_pack<T>(pair[0], pair[1]);
+            if constexpr (Shape::drops) rounded &= ~dropped(draw, rows, r, n);
+            weights[n / 2][n % 2 * 2 + r] = rounded;
         });
-        round_sums<T, K>(weights, scores);
     }
 
-    /* Brings the base of rows to their largest scores, `best`, and what was summed to that base. FIRST: of a job.
-     * PENDING: values of the step before, maybe of the job before, are still to be multiplied. */
-    template <bool FIRST, bool PENDING>
-    __device__ __forceinline__ void raise(job_rows &rows, float (&best)[2], float (&factor)[2]) {
-        bool grown = rows.online.raise(best, factor);
-        if constexpr (PENDING) leave_values();
-        if (!FIRST && grown) {
-            multiply_row(0, out, factor[0]);
-            multiply_row(1, out, factor[1]);
-        }
+    /* All bits of those of a row's pair of weights in column block n that are dropped. */
+    static __device__ __forceinline__ uint32_t dropped(const uint32_t *draw, const job_rows &rows, int r, int n) {
+        uint2 two = *reinterpret_cast<const uint2 *>(draw + usp_lane_column(n));
+        return halves_below(usp_dropout_pair(rows.word[r], two.x), usp_dropout_pair(rows.word[r], two.y), rows.limits);
     }
 
     /* Where all products are near 0 and no base is far below: weights fit their dtype, so that no base is raised, and
      * no largest score is looked for. Products are capped as exponents. */
     template <bool NEAREST> __device__ __forceinline__ void weigh_near(usp_sums<1, N> &products, job_rows &rows) {
         arrive_warp(&notes.k_empty[k.stage]);
-        leave_values();
-        weigh(products, rows, [rule = rows.rule](float product, float base) {
+        auto exponent = [rule = rows.rule](float product, float base) {
             return rule.template near_exponent<NEAREST>(product, base);
-        });
+        };
+        weigh<N>(products, rows, rows.online.top, exponent, [&] { leave_values(); });
     }
 
     template <bool MASKED, bool FIRST, bool PENDING>
     __device__ __forceinline__ void take_step(job_rows &rows, int place, float (&factor)[2]) {
         usp_sums<1, N> scores;
         if constexpr (PENDING)
-            issue_both(scores, place);
+            issue_both<is_biased<MASKED>>(scores, place);
         else
-            issue_alone(scores, place);
+            issue_alone<is_biased<MASKED>>(scores, place);
         const scoring &rule = rows.rule;
         float best[2];
         if constexpr (Shape::caps && !Shape::more && !MASKED && !FIRST) {
@@ -264,12 +264,20 @@ template <typename T, typename Shape> struct computing_group {
             if (__all_sync(~0u, based & (power < rule.cap.nearest_power))) return weigh_near<true>(scores, rows);
             if (__all_sync(~0u, based & (power < rule.cap.near_power))) return weigh_near<false>(scores, rows);
         }
-        float slope = bend<MASKED>(scores, rows);
+        float shift[2] = {};
+        bend<MASKED>(scores, rows, shift);
         online_softmax<1, 0>::look(scores, rule.unit, best);
-        rows.move_tops(slope);
-        raise<FIRST, PENDING>(rows, best, factor);
-        weigh(scores, rows, [&](float score, float base) { return fmaf(score, rule.unit, -base); });
-        rows.move_tops(-slope);
+        if constexpr (is_biased<MASKED>) best[0] -= shift[0], best[1] -= shift[1];
+        bool grown = rows.online.raise(best, factor);
+        float top[2] = {rows.online.top[0], rows.online.top[1]};
+        if constexpr (is_biased<MASKED>) top[0] += shift[0], top[1] += shift[1];
+        auto exponent = [&](float score, float base) { return fmaf(score, rule.unit, -base); };
+        weigh<MASKED ? 0 : Shape::early>(scores, rows, top, exponent, [&] {
+            if constexpr (PENDING) leave_values();
+            if (FIRST || !grown) return;
+            multiply_row(0, out, factor[0]);
+            multiply_row(1, out, factor[1]);
+        });
     }
 
     __device__ __forceinline__ void end_steps() {
@@ -295,7 +303,7 @@ template <typename T, typename Shape> struct computing_group {
     }
 
     __device__ __forceinline__ bool is_bent() const {
-        return step.masked || (Shape::one_sided && step.side == 0);
+        return Shape::one_sided ? step.bent : step.masked;
     }
 
     /* ---- jobs */

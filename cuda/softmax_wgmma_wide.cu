@@ -21,10 +21,12 @@ template <typename T, typename Shape> struct wide_group {
     int jobs;
     usp_sums<1, D> dk;
     usp_sums<1, E> dv;
+    usp_sums<1, 4> rest; /* the last box of dq of the step before, */
+    bool rests;          /* if it is still to be left */
 
     __device__ __forceinline__ wide_group(const usp_softmax &args_, notes_type &notes_)
         : args(args_), notes(notes_), group(uniform(threadIdx.x / 128) - 1),
-          warp_row(threadIdx.x / 32 % 4 * 16), at{0, 0}, place{0, 0}, jobs(0) {
+          warp_row(threadIdx.x / 32 % 4 * 16), at{0, 0}, place{0, 0}, jobs(0), rests(false) {
     }
 
     /* ---- one step */
@@ -78,16 +80,27 @@ template <typename T, typename Shape> struct wide_group {
         end_products();
     }
 
-    /* This group's share of dq of a step, box after box; where keys are not finite, pair by pair. */
-    __device__ __forceinline__ void leave(const usp_sums<1, D> &dq, int stage, bool odd) {
-#pragma unroll
-        for (int box = 0; box < Shape::dq_boxes; box++, place.advance()) {
-            if (odd)
-                leave_one_by_one<T, Shape>(args, notes, group, place, box, notes.step[stage], memory::ds_at());
-            else
-                leave_queries(reinterpret_cast<const usp_sums<1, 4> &>(dq[0][box * 4]), args.scale, notes, group,
-                              place);
-        }
+    /* A box of this group's share of dq of a step. There are four, and places for two: two are left before scores of
+     * the next step are found, which read as much shared memory as there is time for, one behind them, when the first
+     * one has been read, and one under dP of the next step. */
+    static __device__ __forceinline__ const usp_sums<1, 4> &box_of(const usp_sums<1, D> &dq, int box) {
+        return reinterpret_cast<const usp_sums<1, 4> &>(dq[0][box * 4]);
+    }
+
+    __device__ __forceinline__ void leave(const usp_sums<1, 4> &box) {
+        leave_queries(box, args.scale, notes, group, place);
+        place.advance();
+    }
+
+    __device__ __forceinline__ void leave_rest() {
+        if (rests) leave(rest);
+        rests = false;
+    }
+
+    /* All of them where keys are not finite, pair by pair. */
+    __device__ __forceinline__ void leave_odd(int stage) {
+        for (int box = 0; box < Shape::dq_boxes; box++, place.advance())
+            leave_one_by_one<T, Shape>(args, notes, group, place, box, notes.step[stage], memory::ds_at());
     }
 
     /* From S^T of a step to that of the next one, if there is one, whose product runs under the end of this one. dS^T
@@ -102,6 +115,7 @@ template <typename T, typename Shape> struct wide_group {
         begin_products();
         issue_rows<T>(dp, memory::v_at(), 0, memory::dout_at(dout.stage), first_query());
         end_products();
+        leave_rest();
         query_bases<N> bases;
         bases.load(query, first_query());
         float unit = args.scale * LOG2E;
@@ -124,21 +138,25 @@ template <typename T, typename Shape> struct wide_group {
         await_products<2>();
         pin(list_of<E>(dv));
         arrive_warp(&notes.dout_empty[dout.stage]);
+        bool odd = are_keys_spoilt(notes, jobs);
+        await_products<1>();
+        pin(list_of<D>(dq));
+        if (!odd) leave(box_of(dq, 0)), leave(box_of(dq, 1));
         at.advance();
         if (!(kind & LAST_STEP)) await(&notes.q_full[at.stage], at.parity);
         int next_kind = notes.step[at.stage].kind;
         usp_sums<1, N> next; /* what s held is not kept for it */
         issue_scores(next);
-        bool odd = are_keys_spoilt(notes, jobs);
-        await_products<2>();
-        pin(list_of<D>(dq));
-        if (!odd) leave(dq, stage, false);
         await_products<1>();
         pin(list_of<D>(dk));
-        if (odd) {
+        if (!odd) {
+            leave(box_of(dq, 2));
+            copy_sums(rest, box_of(dq, 3));
+            rests = true;
+        } else {
             await_products<0>(); /* a call may use their registers */
             pin(list_of<N>(next));
-            leave(dq, stage, true);
+            leave_odd(stage);
         }
         arrive_warp(&notes.q_empty[stage]);
         await_products<0>();
@@ -148,6 +166,7 @@ template <typename T, typename Shape> struct wide_group {
     }
 
     __device__ __forceinline__ void end_steps() {
+        leave_rest();
     }
 
     /* ---- jobs */

@@ -15,7 +15,7 @@ struct wide_shape {
     static constexpr int stages = 2, dout_stages = 1; /* there is room for one place of dout */
     static constexpr int queries = step / groups;     /* whose S and dP one group has */
     static constexpr int dq_boxes = dim / groups / 32, dq_together = 1, dq_places = 2;
-    static constexpr bool boxes_keys = false;
+    static constexpr bool rests_late = true, boxes_keys = false;
     static constexpr int copying_registers = 24, computing_registers = 240;
 
     static __device__ __forceinline__ int dq_query(int) {

@@ -391,7 +391,7 @@ typedef struct usp_layer_config {
     usp_alignment alignment; /* of the diagonal */
     usp_route route;
     float soft_cap; /* score = soft_cap tanh(score / soft_cap); 0: none (Gemma 2, arXiv 2408.00118) */
-    float dropout;  /* the part of all probabilities that is dropped, in [0, 1); 0: none */
+    float dropout;  /* the part of all probabilities that is dropped, in [0, 0.95], rounded to 2^-15; 0: none */
     int sinks;      /* 1: forward and backward read sinks, backward writes dsinks (arXiv 2309.17453, learned) */
     int dlse;       /* 1, with return_lse: backward reads dlse */
     int max_logit;  /* 1: forward writes max_logit */

@@ -5,6 +5,7 @@
  * the gradients of each stage's keys begin fresh, go straight to their owner and are added there, in the order of
  * stages. All sums are fp32. */
 #include "attn.h"
+#include "dropout.h"
 #include "error.h"
 #include "parcels.h"
 
@@ -120,7 +121,7 @@ static usp_softmax arguments_of(const usp_layer *layer, const usp_inner *inner, 
                          .soft_cap = c->soft_cap,
                          .slopes = layer->slopes,
                          .sinks = inner->sinks,
-                         .dropout = {c->dropout, own.first, layer->heads, inner->dropout_state},
+                         .dropout = {usp_dropout_rate(c->dropout), own.first, layer->heads, inner->dropout_state},
                          .queries = usp_plan_queries(layer->plan),
                          .q = inner->q,
                          .deterministic = c->deterministic,

@@ -70,10 +70,10 @@ typedef struct usp_copy {
     int accumulate;
 } usp_copy;
 
-/* Attention dropout (lib/dropout.h): a pair is kept iff its word, a function of the state and of (batch, head of the
- * whole layer, query position, key position), is at least rate * 2^32; what is kept is divided by 1 - rate. */
+/* Attention dropout (lib/dropout.h): a pair is kept iff its number, a function of the state and of (batch, head of
+ * the whole layer, query position, key position), is at least rate * 2^15; what is kept is divided by 1 - rate. */
 typedef struct usp_dropout {
-    float rate;            /* 0: none, and `state` is not read */
+    float rate;            /* as usp_dropout_rate rounds it; 0: none, and `state` is not read */
     int first_head, heads; /* head h of the call is first_head + h of `heads` of the layer */
     const uint64_t *state; /* device memory: seed, offset */
 } usp_dropout;

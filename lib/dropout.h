@@ -38,14 +38,29 @@ USP_ANYWHERE uint32_t usp_dropout_pair(uint64_t row, uint32_t key) {
     return (uint32_t)row * key + (uint32_t)(row >> 32);
 }
 
-/* The same by the key's position. */
-USP_ANYWHERE uint32_t usp_dropout_word(uint64_t row, uint32_t key) {
-    return usp_dropout_pair(row, usp_dropout_key(key));
+/* The number of a pair, uniform in 15 bits: those of its word below the upper one, so that tensor-core kernels compare
+ * the numbers of two pairs at once, as floats of 16 bits. */
+USP_ANYWHERE uint32_t usp_dropout_number(uint64_t row, uint32_t key) {
+    return usp_dropout_pair(row, usp_dropout_key(key)) >> 16 & 0x7fff;
 }
 
-/* Words below it are dropped; rate in [0, 1). */
+/* The largest rate: numbers above 0x7c00 are no floats, which a limit must be. */
+#define USP_DROPOUT_MOST 0.95f
+
+/* Pairs whose numbers are below it are dropped. */
 USP_ANYWHERE uint32_t usp_dropout_limit(float rate) {
-    return (uint32_t)((double)rate * 4294967296.0);
+    return (uint32_t)(rate * 32768 + 0.5f);
+}
+
+/* The part of all pairs that is dropped: the rate, rounded. */
+USP_ANYWHERE float usp_dropout_rate(float rate) {
+    return (float)usp_dropout_limit(rate) / 32768;
+}
+
+/* For whoever compares words, one at a time: theirs are twice as large, and dropped below a limit 2^17 times as large.
+ */
+USP_ANYWHERE uint64_t usp_dropout_twice(uint64_t row) {
+    return row >> 32 << 33 | (uint32_t)(row << 1);
 }
 
 #endif

@@ -1,12 +1,12 @@
 /* fields.c - the table of a layer's fields, in the order of the struct, and how a row is read. */
 #include "fields.h"
+#include "dropout.h"
 #include <float.h>
 #include <stdio.h>
 #include <string.h>
 
 enum { MOST = 65536 };
 
-/* dropout ends at the last float before 1. */
 const usp_layer_field usp_layer_fields[] = {
     {"attention", offsetof(usp_layer_config, attention), USP_FIELD_ENUM, 0, 0, 1, 2, "softmax|linear", NULL},
     {"mask", offsetof(usp_layer_config, mask), USP_FIELD_ENUM, 0, 0, 1, 2, "causal|full", NULL},
@@ -40,8 +40,8 @@ const usp_layer_field usp_layer_fields[] = {
      "How keys travel the ring (auto)"},
     {"soft_cap", offsetof(usp_layer_config, soft_cap), USP_FIELD_FLOAT, USP_SOFTMAX, 0, 0, FLT_MAX, NULL,
      "Scores s become X tanh(s / X); 0: they stay (0)"},
-    {"dropout", offsetof(usp_layer_config, dropout), USP_FIELD_FLOAT, USP_SOFTMAX, 0, 0, 0x1.fffffep-1, NULL,
-     "Part of the probabilities that is dropped, less than 1 (0)"},
+    {"dropout", offsetof(usp_layer_config, dropout), USP_FIELD_FLOAT, USP_SOFTMAX, 0, 0, USP_DROPOUT_MOST, NULL,
+     "Part of the probabilities that is dropped, 0.95 at most (0)"},
     {"sinks", offsetof(usp_layer_config, sinks), USP_FIELD_FLAG, USP_SOFTMAX, 0, 0, 1, NULL, NULL},
     {"dlse", offsetof(usp_layer_config, dlse), USP_FIELD_FLAG, USP_SOFTMAX, 0, 0, 1, NULL, NULL},
     {"max_logit", offsetof(usp_layer_config, max_logit), USP_FIELD_FLAG, USP_SOFTMAX, 0, 0, 1, NULL, NULL},

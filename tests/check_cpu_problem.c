@@ -112,8 +112,8 @@ static double kept(const row *r, int key) {
     if (!p->has.dropout) return 1;
     uint32_t line = (uint32_t)(r->b * d->heads + d->first_head + r->h);
     uint64_t word_row = usp_dropout_row(p->state[0], p->state[1], line, (uint32_t)p->pairs.query[r->query]);
-    uint32_t word = usp_dropout_word(word_row, (uint32_t)p->pairs.key[key]);
-    return (double)word >= (double)d->rate * 4294967296.0 ? 1 / (1 - (double)d->rate) : 0;
+    uint32_t number = usp_dropout_number(word_row, (uint32_t)p->pairs.key[key]);
+    return (double)number >= floor((double)d->rate * 32768 + 0.5) ? 1 / (1 - (double)d->rate) : 0;
 }
 
 static size_t stat_at(const row *r) {

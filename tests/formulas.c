@@ -52,7 +52,7 @@ static void check_dropped(usp_rank *rank, const usp_case *c, const float *out) {
         int query = (int)(i / DROPPED / c->heads % DROPPED), batch = (int)(i / DROPPED / c->heads / DROPPED);
         uint64_t row = usp_dropout_row(usp_dropout_words[0], usp_dropout_words[1], (uint32_t)(batch * c->heads + head),
                                        (uint32_t)query);
-        int kept = key <= query && usp_dropout_word(row, (uint32_t)key) >= usp_dropout_limit(c->dropout);
+        int kept = key <= query && usp_dropout_number(row, (uint32_t)key) >= usp_dropout_limit(c->dropout);
         if ((out[i] != 0) != kept) {
             usp_say(rank, "batch %d head %d: query %d has %g of key %d", batch, head, query, (double)out[i], key);
             return;

@@ -18,10 +18,10 @@ static int total_keys(const usp_gpu_softmax_case *c) {
     return sum;
 }
 
-/* Row i of n: a permutation of 0 .. n - 1, where 7 does not divide n, or with a gap in it. */
+/* Row i of n: a permutation of 0 .. n - 1, where 7 does not divide n, some apart, or with a gap in it. */
 static int position_of(const usp_gpu_softmax_case *c, int i, int n) {
     if (c->gap) return i < 300 ? i : i + c->gap;
-    return c->scatter && n % 7 ? 7 * i % n : i;
+    return (c->scatter && n % 7 ? 7 * i % n : i) * (c->apart ? c->apart : 1);
 }
 
 static int32_t to_int32(int64_t x) {

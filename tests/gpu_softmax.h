@@ -17,6 +17,7 @@ typedef struct usp_gpu_softmax_case {
     int left, right;                       /* USP_GPU_NO_LIMIT: none */
     int shift;                             /* the first query's position; the first key's is 0 */
     int scatter;                           /* 1: neighbouring rows have far positions */
+    int apart;                             /* how far neighbouring rows' positions are from each other; 0: 1 */
     int gap;       /* before row 300, as of two chunks of a rank; later blocks come before all */
     int documents; /* their mean length; 0: one */
     int random;

@@ -120,8 +120,8 @@ static void score_pair(const usp_oracle *o, rows r, int b, int h, int64_t i, int
     if (o->dropout == 0) return;
     uint64_t row =
         usp_dropout_row(o->dropout_state[0], o->dropout_state[1], (uint32_t)(b * usp_oracle_heads(o) + h), (uint32_t)i);
-    int keep = usp_dropout_word(row, (uint32_t)j) >= usp_dropout_limit(o->dropout);
-    p->kept[j] = keep ? 1 / (1 - (double)o->dropout) : 0;
+    int keep = usp_dropout_number(row, (uint32_t)j) >= usp_dropout_limit(o->dropout);
+    p->kept[j] = keep ? 1 / (1 - (double)usp_dropout_rate(o->dropout)) : 0;
 }
 
 /* Scores of one query, their log-sum-exp with the sink, and their largest. */

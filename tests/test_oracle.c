@@ -319,9 +319,9 @@ Test(oracle, dropout_drops_its_part) {
             uint64_t row = usp_dropout_row(words[0], words[1], line, i);
             uint64_t other = usp_dropout_row(others[0], others[1], line, i);
             for (uint32_t j = 0; j < 200; j++, count++) {
-                int drop = usp_dropout_word(row, j) < limit;
+                int drop = usp_dropout_number(row, j) < limit;
                 dropped += drop;
-                unlike += drop != (usp_dropout_word(other, j) < limit);
+                unlike += drop != (usp_dropout_number(other, j) < limit);
             }
         }
     double n = (double)count;
@@ -339,12 +339,12 @@ Test(oracle, dropout_of_neighbours_is_unrelated) {
     for (uint32_t at = 0; at < lines * size * size; at++) {
         uint32_t line = at / size / size, i = at / size % size, j = at % size;
         uint64_t row = usp_dropout_row(1, 2, line, i), below = usp_dropout_row(1, 2, line, i + 1);
-        if (usp_dropout_word(row, j) >= limit) continue;
-        int right = usp_dropout_word(row, j + 1) < limit, down = usp_dropout_word(below, j) < limit;
+        if (usp_dropout_number(row, j) >= limit) continue;
+        int right = usp_dropout_number(row, j + 1) < limit, down = usp_dropout_number(below, j) < limit;
         keys += right;
         queries += down;
-        heads += usp_dropout_word(usp_dropout_row(1, 2, line + 1, i), j) < limit;
-        corners += right && down && usp_dropout_word(below, j + 1) < limit;
+        heads += usp_dropout_number(usp_dropout_row(1, 2, line + 1, i), j) < limit;
+        corners += right && down && usp_dropout_number(below, j + 1) < limit;
     }
     const int64_t found[] = {keys, queries, heads, corners};
     for (int i = 0; i < 4; i++) {

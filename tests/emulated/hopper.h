@@ -173,6 +173,10 @@ static inline float fast_reciprocal(float x) {
 template <typename T> static inline uint32_t pack_positive(float low, float high) {
     return usp_pack<T>(low < 0 ? 0 : low, high < 0 ? 0 : high);
 }
+static inline uint32_t halves_below(uint32_t first, uint32_t second, uint32_t limits) {
+    bool low = (first >> 16 & 0x7fff) < (limits & 0xffff), high = (second >> 16 & 0x7fff) < limits >> 16;
+    return (low ? 0xffffu : 0) | (high ? 0xffff0000u : 0);
+}
 template <typename T> static inline uint32_t usp_taint(uint32_t taint, uint32_t pair) {
     float2 x = usp_unpack<T>(pair);
     return taint | !isfinite(x.x) | !isfinite(x.y);
@@ -245,6 +249,11 @@ static inline uint64_t describe(uint32_t address, uint32_t slab, uint32_t offset
     constexpr uint32_t swizzle_128 = 1u << 30, eight_rows = 1024 >> 4;
     uint32_t low = (slab >> 4 << 16 | address >> 4) + (offset >> 4);
     return (uint64_t)(swizzle_128 | eight_rows) << 32 | low;
+}
+
+static inline uint64_t describe_narrow(uint32_t address) {
+    constexpr uint32_t eight_rows = 128 >> 4;
+    return (uint64_t)eight_rows << 32 | address >> 4;
 }
 
 template <typename T> static float emulated_decode(uint16_t word) {
@@ -333,8 +342,8 @@ static inline void meet(int id, int threads) {
 static inline void pass(int id, int threads) {
     machine::barrier(id, threads, false);
 }
-template <typename Number> static inline Number uniform(Number x) {
-    return emulated_shuffle(x, 0);
+template <typename Number> static inline Number uniform(Number x, int lane = 0) {
+    return emulated_shuffle(x, lane);
 }
 template <int COUNT> static inline void give_registers() {
 }

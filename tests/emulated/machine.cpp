@@ -317,14 +317,19 @@ void start_copy(const std::function<void()> &copy) {
     now->copies.push_back(copy);
 }
 
-/* An element of a tile in shared memory, swizzled by 128 bytes. `inner`: along the 128-byte rows. */
-static float element(const product &p, uint64_t tile, bool inner_is_other, int other, int k) {
+/* Where an element of a tile is in shared memory: its rows have 128 bytes and are swizzled, or 16 and are not. `inner`:
+ * along the rows. */
+static uint32_t address_of(uint64_t tile, int inner, int outer) {
     uint32_t base = (uint32_t)(tile & 0x3fff) << 4, slab = (uint32_t)(tile >> 16 & 0x3fff) << 4;
-    uint32_t eight_rows = (uint32_t)(tile >> 32 & 0x3fff) << 4;
-    int inner = inner_is_other ? other : k, outer = inner_is_other ? k : other;
-    uint32_t at = base + (uint32_t)(inner / 64) * slab + (uint32_t)(outer / 8) * eight_rows;
-    at += (uint32_t)(outer % 8) * 128 + (uint32_t)(inner % 64) * 2;
-    at ^= (at >> 7 & 7) << 4;
+    uint32_t at = base + (uint32_t)(outer / 8) * ((uint32_t)(tile >> 32 & 0x3fff) << 4);
+    bool swizzled = tile >> 62;
+    if (!swizzled) return at + (uint32_t)(inner / 8) * slab + (uint32_t)(outer % 8) * 16 + (uint32_t)(inner % 8) * 2;
+    at += (uint32_t)(inner / 64) * slab + (uint32_t)(outer % 8) * 128 + (uint32_t)(inner % 64) * 2;
+    return at ^ (at >> 7 & 7) << 4;
+}
+
+static float element(const product &p, uint64_t tile, bool inner_is_other, int other, int k) {
+    uint32_t at = address_of(tile, inner_is_other ? other : k, inner_is_other ? k : other);
     uint16_t word;
     if (at + 2 > now->shared) fail("a product reads behind shared memory");
     memcpy(&word, memory + at, 2);
