@@ -45,10 +45,10 @@ def key_words(key):
 
 def kept(work, words, head, row, key):
     """What dropout makes of a weight, [rows, keys]: 0 or 1 / (1 - rate). row [rows, 1], key [keys]."""
-    rate = as_fp32(work.options["dropout"])
+    limit = int(as_fp32(work.options["dropout"]) * 2 ** 15 + 0.5)
     shared = row_words(words, head, row)
     pair = ((shared & LOW) * key_words(key) + shifted(shared, 32)) & LOW
-    return (pair >= int(rate * 2 ** 32)).double() / (1 - rate)
+    return ((pair >> 16 & 0x7fff) >= limit).double() / (1 - limit / 2 ** 15)
 
 
 # ---- truth -----------------------------------------------------------------------------------------------------------

@@ -201,8 +201,8 @@ template <int M, int SLACK = 8> struct online_softmax {
         find_weights<0>(scores, [](float *, int, int) {});
     }
 
-    /* Turns scores into what is above `base`, of which `exponent` tells, and those of EARLY column blocks into weights.
-     */
+    /* Turns scores into what is above the bases of `top`, of which `exponent` tells, and those of EARLY column blocks
+     * into weights. */
     template <int EARLY, int N, typename Exponent>
     static __device__ __forceinline__ void find_exponents(usp_sums<M, N> &scores, const float (&top)[M * 2],
                                                           const Exponent &exponent) {

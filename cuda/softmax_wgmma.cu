@@ -29,8 +29,7 @@ static int fits(const usp_gpu *gpu, const usp_softmax *args, usp_softmax_call ca
     if (forward)
         return (!a.last || usp_rows_aligned(a.out, 2)) &&
                ((a.first && a.last) || pairs_aligned(usp_tensor{a.acc, 0, 0, 0}));
-    bool bounded = a.dtype != USP_F16 || 1 - a.dropout.rate > 1.0f / 32768; /* weights over 1 - rate are rounded */
-    return (!a.deterministic || a.turns) && bounded && is_copied(a, false, a.dout) && a.dq_sum.data &&
+    return (!a.deterministic || a.turns) && is_copied(a, false, a.dout) && a.dq_sum.data &&
            is_copied(a, false, a.dq_sum, 4) && (!a.last || result_fits(a.dq, a.dtype)) &&
            result_fits(a.dk, a.key_dtype) && result_fits(a.dv, a.key_dtype);
 }

@@ -52,7 +52,7 @@ template <typename Shape> struct query_notes {
     int position[Shape::part];
     int key[Shape::rows], last[Shape::rows]; /* of the job's keys; no interval has those that do not exist */
     float place[Shape::part];                /* with slopes: of the diagonal, from the job's first key on */
-    alignas(16) uint64_t word[Shape::part];
+    alignas(16) uint64_t word[Shape::part];  /* with dropout: usp_dropout_twice */
 };
 
 struct backward_job {
@@ -88,7 +88,7 @@ template <typename Shape> struct backward_notes {
     backward_step step[stages];
     backward_step before[Shape::groups]; /* where keys are not finite: the step whose dq is to be left */
     int unclean[stages][2];              /* of a masked step, whether a warp that notes found what is not finite */
-    uint32_t limit;                      /* dropout's */
+    uint32_t limit;                      /* dropout's, of words that are twice as large */
     query_notes<Shape> query[stages];
     float place[Shape::rows];   /* with slopes: of the job's keys, from the first one on */
     uint32_t draw[Shape::rows]; /* what dropout draws for them */

@@ -13,8 +13,8 @@ template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct forward_shape
     static constexpr int dim = DIM, value_dim = VALUE_DIM, step = STEP;
     static constexpr bool caps = EXTRAS & CAPS, slopes = EXTRAS & SLOPES, drops = EXTRAS & DROPS;
     static constexpr bool extras = EXTRAS != 0, more = slopes && drops;
-    static constexpr bool notes_apart = slopes || drops; /* what steps ask is noted by a warp of its own */
-    static constexpr bool one_sided = slopes && !more;   /* biases of steps on one side are added to keys and rows */
+    static constexpr bool notes_apart = slopes || drops;        /* what steps ask is noted by a warp of its own */
+    static constexpr bool one_sided = slopes && !more && !caps; /* biases on one side are a product, and a row's */
     static constexpr int rows = USP_WORK_ROWS, groups = 2, stages = 2, threads = 128 * (1 + groups);
     /* Where exponentials take as long as products, a group's turn to multiply ends with its scores, not with its issue.
      * What dropout draws takes longer than products: there are no turns, and both groups may find weights at a time. */
@@ -121,7 +121,7 @@ template <typename Shape> struct forward_rows {
     uint64_t word[2];    /* of dropout, */
     uint32_t limits;     /* below which pairs are dropped, twice */
 
-    /* What the rows' biases are more than those of keys. */
+    /* How much more the scores of a biased step are than they should be. */
     __device__ __forceinline__ void shift_by(const bias_note &bias, float (&shift)[2]) const {
         shift[0] = bias.slope * (place[0] - bias.first);
         shift[1] = bias.slope * (place[1] - bias.first);

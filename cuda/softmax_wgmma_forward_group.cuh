@@ -1,6 +1,6 @@
 /* softmax_wgmma_forward_group.cuh - forward softmax attention on Hopper: a computing warpgroup, which has 64 of a job's
- * 128 queries. While one group finds weights the other multiplies, and within each the values of one step are
- * multiplied while the largest scores of the next are found. */
+ * 128 queries. While one group finds weights the other multiplies (but with dropout), and within each the values of one
+ * step are multiplied while the largest scores and the exponents of the next are found. */
 #ifndef USP_CUDA_SOFTMAX_WGMMA_FORWARD_GROUP_CUH
 #define USP_CUDA_SOFTMAX_WGMMA_FORWARD_GROUP_CUH
 #include "softmax_wgmma_forward.cuh"
@@ -170,7 +170,7 @@ template <typename T, typename Shape> struct computing_group {
     }
 
     /* Products of the step at k to scores; the stage is left. MASKED: some pairs may not be allowed, or biases are
-     * still to be subtracted; else scores become `shift` less than they are, which is each row's. */
+     * still to be subtracted; else scores are each row's `shift` more than they should be. */
     template <bool MASKED>
     __device__ __forceinline__ void bend(usp_sums<1, N> &scores, job_rows &rows, float (&shift)[2]) {
         if constexpr (Shape::caps) cap_scores<4>(scores, rows.rule);

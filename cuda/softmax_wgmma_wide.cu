@@ -103,41 +103,16 @@ template <typename T, typename Shape> struct wide_group {
             leave_one_by_one<T, Shape>(args, notes, group, place, box, notes.step[stage], memory::ds_at());
     }
 
-    /* From S^T of a step to that of the next one, if there is one, whose product runs under the end of this one. dS^T
-     * is written when both groups have met over P^T: then both are done with the last step's. */
-    template <bool MASKED> __device__ __forceinline__ int run_step(usp_sums<1, N> &s, int kind) {
-        const query_notes<Shape> &query = notes.query[at.stage];
+    /* dq and dk of a step whose dS^T is shared, and S^T of the next one, if there is one, whose product runs under
+     * them. */
+    __device__ __forceinline__ int find_queries(usp_sums<1, N> &s, int kind) {
         int stage = at.stage;
-        turn<Shape::dout_stages> dout = dout_of<Shape>(at);
-        usp_sums<1, N> dp;
         usp_sums<1, D> dq;
-        await(&notes.dout_full[dout.stage], dout.parity);
-        begin_products();
-        issue_rows<T>(dp, memory::v_at(), 0, memory::dout_at(dout.stage), first_query());
-        end_products();
-        leave_rest();
-        query_bases<N> bases;
-        bases.load(query, first_query());
-        float unit = args.scale * LOG2E;
-        auto exponent = [=](float score, float base, int, int) { return fmaf(score, unit, -base); };
-        weigh(s, bases, query, exponent, first_query());
-        if constexpr (MASKED) {
-            key_pairs(query, warp_row, args.pairs.last).mask(s, query, args.pairs.last, first_query());
-            await_products<0>();
-            pin(list_of<N>(dp));
-            clean_step<T>(notes, at, jobs);
-        }
-        share_pairs(s, memory::p_at(stage));
-        issue_values(stage, dout.stage);
-        await_products<1>();
-        pin(list_of<N>(dp));
-        differ<MASKED>(dp, s, query, first_query());
-        share_pairs(dp, memory::ds_at());
         issue_queries(dq);
         issue_keys(stage);
         await_products<2>();
         pin(list_of<E>(dv));
-        arrive_warp(&notes.dout_empty[dout.stage]);
+        arrive_warp(&notes.dout_empty[dout_of<Shape>(at).stage]);
         bool odd = are_keys_spoilt(notes, jobs);
         await_products<1>();
         pin(list_of<D>(dq));
@@ -163,6 +138,38 @@ template <typename T, typename Shape> struct wide_group {
         pin(list_of<N>(next));
         copy_sums(s, next);
         return next_kind;
+    }
+
+    /* From S^T of a step to that of the next one. dS^T is written when both groups have met over P^T: then both are
+     * done with the last step's. */
+    template <bool MASKED> __device__ __forceinline__ int run_step(usp_sums<1, N> &s, int kind) {
+        const query_notes<Shape> &query = notes.query[at.stage];
+        int stage = at.stage;
+        turn<Shape::dout_stages> dout = dout_of<Shape>(at);
+        usp_sums<1, N> dp;
+        await(&notes.dout_full[dout.stage], dout.parity);
+        begin_products();
+        issue_rows<T>(dp, memory::v_at(), 0, memory::dout_at(dout.stage), first_query());
+        end_products();
+        leave_rest();
+        query_bases<N> bases;
+        bases.load(query, first_query());
+        float unit = args.scale * LOG2E;
+        auto exponent = [=](float score, float base, int, int) { return fmaf(score, unit, -base); };
+        weigh(s, bases, query, exponent, first_query());
+        if constexpr (MASKED) {
+            key_pairs(query, warp_row, args.pairs.last).mask(s, query, args.pairs.last, first_query());
+            await_products<0>();
+            pin(list_of<N>(dp));
+            clean_step<T>(notes, at, jobs);
+        }
+        share_pairs(s, memory::p_at(stage));
+        issue_values(stage, dout.stage);
+        await_products<1>();
+        pin(list_of<N>(dp));
+        differ<MASKED>(dp, s, query, first_query());
+        share_pairs(dp, memory::ds_at());
+        return find_queries(s, kind);
     }
 
     __device__ __forceinline__ void end_steps() {

@@ -6,8 +6,8 @@
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
-/* 64 queries at a time, and as many keys: half a work item. Sums of a thread: 64 each of dk, dq and dv, 16 each of S
- * and dP. */
+/* 64 queries at a time, and as many keys: half a work item. Sums of a thread: 64 each of dk, dq and dv, 16 each of S,
+ * dP, and dq of the step before. */
 struct wide_shape {
     static constexpr int dim = 256, value_dim = 256, step = 64, parts = 1, part = step;
     static constexpr bool caps = false, slopes = false, drops = false;

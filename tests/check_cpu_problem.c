@@ -53,7 +53,7 @@ static void draw_extras(check *c, problem *p) {
     p->state[0] = (uint64_t)usp_check_pick(c, INT32_MAX) << 20, p->state[1] = (uint64_t)usp_check_pick(c, 99);
     if (p->has.cap) a->soft_cap = 0.5f + (float)usp_check_pick(c, 3);
     if (p->has.dropout)
-        a->dropout = (usp_dropout){0.1f * (float)(1 + usp_check_pick(c, 6)), usp_check_pick(c, 3), a->heads + 2, NULL};
+        a->dropout = (usp_dropout){usp_dropout_rate(0.1f * (float)(1 + usp_check_pick(c, 6))), usp_check_pick(c, 3), a->heads + 2, NULL};
 }
 
 problem usp_check_problem(check *c, usp_dtype dtype, int dim, int value_dim, int queries, int keys, extras has) {
@@ -113,7 +113,7 @@ static double kept(const row *r, int key) {
     uint32_t line = (uint32_t)(r->b * d->heads + d->first_head + r->h);
     uint64_t word_row = usp_dropout_row(p->state[0], p->state[1], line, (uint32_t)p->pairs.query[r->query]);
     uint32_t number = usp_dropout_number(word_row, (uint32_t)p->pairs.key[key]);
-    return (double)number >= floor((double)d->rate * 32768 + 0.5) ? 1 / (1 - (double)d->rate) : 0;
+    return (double)number >= (double)d->rate * 32768 ? 1 / (1 - (double)d->rate) : 0;
 }
 
 static size_t stat_at(const row *r) {

@@ -450,7 +450,7 @@ mistake "'foo' is none of softmax, linear" --kind foo
 mistake "'foo' is none of zigzag, contiguous, stripe, documents, custom" --layout foo
 mistake "'foo' is none of f32, f16, bf16" --dtype foo
 for number in -1 1e-60 1e60 nan x; do mistake "'$number' is not a float32 from 0" "--scale=$number"; done
-mistake "'1' is not a float32 from 0" --dropout 1
+mistake "'0.96' is not a float32 from 0" --dropout 0.96
 for number in -1 1.5 x 3G; do mistake "'$number' is not a whole number from -1" "--window-left=$number"; done
 mistake "'foo' is none of auto|relay|direct|gathered" --route foo
 mistake "'' is not a number in (0, 1]" --kind linear --decay 0.9,
@@ -521,7 +521,7 @@ for end in '>/dev/full' '>&-'; do
     expect 2 sh -c "\"\$@\" $end" sh "$bench" --info
 done
 expect 64 "$bench" --documents 9:8
-expect 64 "$bench" --dropout 1
+expect 64 "$bench" --dropout 0.96
 expect 64 "$bench" --kind foo
 grep -q "'foo' is no list of softmax, linear, nor both" log || fail "no names of kinds: $(cat log)"
 expect 64 "$bench" --device foo

@@ -174,6 +174,7 @@ template <typename T> static inline uint32_t pack_positive(float low, float high
     return usp_pack<T>(low < 0 ? 0 : low, high < 0 ? 0 : high);
 }
 static inline uint32_t halves_below(uint32_t first, uint32_t second, uint32_t limits) {
+    if ((limits & 0xffff) > 0x7c00 || limits >> 16 > 0x7c00) machine::fail("a limit of numbers is no float");
     bool low = (first >> 16 & 0x7fff) < (limits & 0xffff), high = (second >> 16 & 0x7fff) < limits >> 16;
     return (low ? 0xffffu : 0) | (high ? 0xffff0000u : 0);
 }
