@@ -37,10 +37,6 @@ struct forward_job {
     int steps; /* 0: its rows meet no column */
 };
 
-template <typename T> static __device__ __forceinline__ float round_to(float x) {
-    return usp_to_float(usp_from_float<T>(x));
-}
-
 /* What computing warps are told of a step of columns beside its tile. */
 struct step_note {
     int masked, last;

@@ -6,6 +6,10 @@
 
 /* ---- what steps ask ---------------------------------------------------------------------------------------------- */
 
+template <typename T> static __device__ __forceinline__ float round_to(float x) {
+    return usp_to_float(usp_from_float<T>(x));
+}
+
 /* What slopes and dropout ask of a lane's keys of a step. */
 template <typename T, typename Shape> struct key_extras {
     static constexpr int count = Shape::slopes || Shape::drops ? Shape::step / 32 : 0;
@@ -242,12 +246,12 @@ template <typename T, typename Shape> struct noting_warp {
 
     __device__ __forceinline__ void run() {
         job_list<Shape::rows, false> list(args, notes.deals);
-        softmax_job job;
-        do {
-            job = list.take();
+        for (;;) {
+            softmax_job job = list.take();
             note_rows(job);
-            if (Shape::notes_apart && job.count > 0 && job.work->tiles > 0) note_steps(job);
-        } while (job.count > 0);
+            if (job.count == 0) return;
+            if (Shape::notes_apart && job.work->tiles > 0) note_steps(job);
+        }
     }
 };
 

@@ -53,7 +53,8 @@ static void draw_extras(check *c, problem *p) {
     p->state[0] = (uint64_t)usp_check_pick(c, INT32_MAX) << 20, p->state[1] = (uint64_t)usp_check_pick(c, 99);
     if (p->has.cap) a->soft_cap = 0.5f + (float)usp_check_pick(c, 3);
     if (p->has.dropout)
-        a->dropout = (usp_dropout){usp_dropout_rate(0.1f * (float)(1 + usp_check_pick(c, 6))), usp_check_pick(c, 3), a->heads + 2, NULL};
+        a->dropout = (usp_dropout){usp_dropout_rate(0.1f * (float)(1 + usp_check_pick(c, 6))), usp_check_pick(c, 3),
+                                   a->heads + 2, NULL};
 }
 
 problem usp_check_problem(check *c, usp_dtype dtype, int dim, int value_dim, int queries, int keys, extras has) {

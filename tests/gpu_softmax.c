@@ -287,7 +287,8 @@ static void set_extras(usp_softmax *a, const usp_gpu_world *w, const usp_gpu_sof
     a->soft_cap = c->soft_cap;
     a->slopes = c->slopes ? usp_gpu_at(w, s->slopes_at) : NULL;
     a->sinks = c->sinks ? usp_gpu_at(w, s->sinks_at) : NULL;
-    if (c->dropout > 0) a->dropout = (usp_dropout){usp_dropout_rate(c->dropout), 3, c->heads + 5, usp_gpu_at(w, s->state_at)};
+    if (c->dropout > 0)
+        a->dropout = (usp_dropout){usp_dropout_rate(c->dropout), 3, c->heads + 5, usp_gpu_at(w, s->state_at)};
 }
 
 usp_softmax usp_gpu_softmax_args(const usp_gpu_world *w, const usp_gpu_softmax *s, int block) {
@@ -389,7 +390,8 @@ static void make_kept(usp_gpu_test *t, usp_gpu_softmax *s) {
     usp_gpu_fill(t, &s->dlse, 1);
 }
 
-/* Slopes as ALiBi has them, and others from the third head on; sinks on both sides of usual scores, and one that weighs nothing. */
+/* Slopes as ALiBi has them, and others from the third head on; sinks on both sides of usual scores, and one that weighs
+ * nothing. */
 static void make_tables(usp_gpu_test *t, usp_gpu_softmax *s) {
     float slopes[16] = {0.5f, 0.25f, 0, -0.3f, 0.7f, 3}, sinks[16];
     uint64_t state[2] = {0x123456789abcdefu + t->random, 42};

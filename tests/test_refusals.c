@@ -242,7 +242,8 @@ static void try_range(const scene *s, const usp_layer_field *field) {
     try_number(s, field, field->least - 1);
     try_number(s, field, field->form == USP_FIELD_ENUM ? INT32_MIN : field->least - 2);
     if (field->most < 1e30 && (field->most < INT32_MAX || field->form == USP_FIELD_INT64))
-        try_number(s, field, field->form == USP_FIELD_FLOAT ? nextafterf((float)field->most, INFINITY) : field->most + 1);
+        try_number(s, field,
+                   field->form == USP_FIELD_FLOAT ? nextafterf((float)field->most, INFINITY) : field->most + 1);
 }
 
 /* In a layer of the other kind, or of its kind with the other mask. */
