@@ -3,10 +3,11 @@
 
     python3 bench/compare_torch.py --library build/libusp.so [--works d128] [--csv FILE]
 
-Each work is checked against float64, then timed in turn with its peers: scaled_dot_product_attention by cuDNN on a GPU,
-with --flash2 also by FlashAttention-2, FlashAttention-3 where `flash_attn_interface` can be imported, and the library
-itself: without the option that the work is about, in bf16, without the window, or at the mean length of its documents,
-each counted as often as it has pairs. The example of embedding the library from Python is torch_layer.py.
+Each work is checked against float64 (a wrong one is named, not timed, and the exit status is 1), then timed in turn
+with its peers: scaled_dot_product_attention by cuDNN on a GPU, with --flash2 also by FlashAttention-2, FlashAttention-3
+where `flash_attn_interface` can be imported, and the library itself: without the option that the work is about, in
+bf16, without the window, or at the mean length of its documents, each counted as often as it has pairs. The example of
+embedding the library from Python is torch_layer.py.
 
 The CSV has a row for each work, pass and peer: work, pass, usp_ms, usp_tflops, peer, peer_ms, peer_tflops, ratio (of
 TFLOP/s, usp over peer), errors (relative RMS against float64, the largest of a pass' results; of the peer against its
@@ -76,6 +77,14 @@ def errors_of(sides):
     return [errors(side, exact[side.work.name]) for side in sides]
 
 
+def check(wrong):
+    """Refuses what is wrong: beyond twice the largest error of the peers, or 2^-7 without any."""
+    for call, error in wrong[0].items():
+        budget = 2 * max((peer[call] for peer in wrong[1:]), default=2 ** -8)
+        if not error <= budget:
+            raise RuntimeError(f"{call} is wrong by {error:.3g}, where {budget:.3g} is allowed: not timed")
+
+
 def row_of(call, sides, measured, wrong, i):
     """A row of the CSV: sides[0] and, but for i = 0, its peer i."""
     rates = [side.work.flops(call) / ms / 1e9 for side, (ms, _) in zip(sides, measured)]
@@ -96,6 +105,7 @@ def compare(library, mesh, work, device, options):
     complain = lambda side, reason: print(f"{work.name}: {side.name}: {reason}", file=sys.stderr)
     sides = [ours] + serving(peers_of(library, mesh, work, inputs, options.flash2), complain)
     wrong = errors_of(sides)
+    check(wrong)
     rows = []
     for call in ("forward", "backward"):
         measured = [summary(list_) for list_ in times(sides, call, device, options.rounds)]
@@ -135,7 +145,7 @@ def read_options():
 
 
 def main():
-    options, rows = read_options(), []
+    options, rows, failed = read_options(), [], 0
     device = torch.device(options.device)
     print("  ".join(f"{column:>12}" for column in COLUMNS))
     with one_rank(options.library, device) as (library, mesh):
@@ -147,13 +157,15 @@ def main():
                 found = compare(library, mesh, tried, device, options)
             except RuntimeError as failure:
                 print(f"{work.name}: {failure}", file=sys.stderr)
+                failed = 1
                 continue
             for row in found:
                 print("  ".join(f"{text(row.get(column, '')):>12}" for column in COLUMNS), flush=True)
             rows += found
     if options.csv:
         write(options.csv, rows)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
