@@ -42,6 +42,7 @@ template <typename Move> static __device__ __forceinline__ void for_units(const 
 }
 
 static __global__ void __launch_bounds__(threads_per_block) copy_vectors(const __grid_constant__ copy_list list) {
+    begin_kernel();
     for_units(list, [](const usp_copy &copy, const copy_unit &unit) {
         size_t skip = unit.column * sizeof(uint4);
         const char *from = usp_row_bytes(copy.from, copy.from_dtype, unit.from_row, unit.batch, unit.head) + skip;
@@ -52,6 +53,7 @@ static __global__ void __launch_bounds__(threads_per_block) copy_vectors(const _
 
 template <typename From, typename To>
 static __global__ void __launch_bounds__(threads_per_block) copy_elements(const __grid_constant__ copy_list list) {
+    begin_kernel();
     for_units(list, [](const usp_copy &copy, const copy_unit &unit) {
         float value = usp_to_float(usp_row<From>(copy.from, unit.from_row, unit.batch, unit.head)[unit.column]);
         To *to = usp_row<To>(copy.to, unit.to_row, unit.batch, unit.head) + unit.column;

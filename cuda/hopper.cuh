@@ -187,7 +187,23 @@ static __device__ __forceinline__ void pin(float &x) {
     asm volatile("" : "+f"(x)::"memory");
 }
 
+/* By a warp: four blocks of 8 x 8 16-bit elements as an accumulator has them. Lanes 8 i to 8 i + 7 give the addresses
+ * of the rows of block i. (PTX ISA, "stmatrix".) */
+static __device__ __forceinline__ void store_blocks(uint32_t address, const uint32_t (&block)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(block[0]),
+                 "r"(block[1]), "r"(block[2]), "r"(block[3])
+                 : "memory");
+}
+
 /* ---- warps ------------------------------------------------------------------------------------------------------- */
+
+/* True in one lane of a warp, of which all are here. Its branch is known to have one thread: copies need no loop over
+ * lanes. (PTX ISA, "elect.sync".) */
+static __device__ __forceinline__ bool is_leader() {
+    uint32_t chosen;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(chosen));
+    return chosen != 0;
+}
 
 /* Barrier `id` from 1 on among `threads` threads: waits for all, or arrives and goes on. */
 static __device__ __forceinline__ void meet(int id, int threads) {

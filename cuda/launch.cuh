@@ -1,9 +1,30 @@
-/* launch.cuh - a checked launch. */
+/* launch.cuh - a checked launch, and how a kernel begins. */
 #ifndef USP_CUDA_LAUNCH_CUH
 #define USP_CUDA_LAUNCH_CUH
 #include <utility>
 
 #include "common.cuh"
+
+/* All that the stream had before this kernel is done, and seen, behind here. From sm_90 on blocks begin while what is
+ * before them still ends, so every kernel calls this before it touches memory. (PTX ISA, "griddepcontrol".) */
+static __device__ __forceinline__ void begin_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* The next kernel's blocks may begin from now on, as there is room for them. */
+static __device__ __forceinline__ void begin_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/* Whether the code of a kernel that this GPU runs has the wait of begin_kernel. */
+template <typename... Parameters> static bool begins_early(void (*kernel)(Parameters...)) {
+    cudaFuncAttributes of = {};
+    return cudaFuncGetAttributes(&of, kernel) == cudaSuccess && of.ptxVersion >= 90;
+}
 
 /* Launches and reports; more than 48 KB of shared memory is asked for. `what` names the kernel in the error. */
 template <typename... Parameters, typename... Arguments>
@@ -18,20 +39,17 @@ static usp_status usp_cuda_launch(const char *what, void (*kernel)(Parameters...
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = begins_early(kernel);
+    config.attrs = &early;
+    config.numAttrs = 1;
     if (error == cudaSuccess) {
         error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
     }
     if (error == cudaSuccess) return USP_OK;
     cudaGetLastError();
     return usp_fail(USP_DEVICE, "%s did not start: %s", what, cudaGetErrorString(error));
-}
-
-/* Sets memory to zeros, in the order of the stream. */
-static inline usp_status usp_cuda_clear(const char *what, void *memory, size_t bytes, usp_stream stream) {
-    cudaError_t error = cudaMemsetAsync(memory, 0, bytes, (cudaStream_t)stream);
-    if (error == cudaSuccess) return USP_OK;
-    cudaGetLastError();
-    return usp_fail(USP_DEVICE, "%s could not clear memory: %s", what, cudaGetErrorString(error));
 }
 
 #endif

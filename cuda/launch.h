@@ -35,6 +35,8 @@ enum { USP_COPY_UNITS = 1 << 30 };
 /* `most`: USP_COPY_UNITS. */
 usp_status usp_cuda_copy_rows(const usp_copy *copies, int count, int64_t most, usp_stream stream);
 usp_status usp_cuda_scale(float *data, int64_t count, float factor, usp_stream stream);
+/* Zeros, in the order of the stream: sooner than the runtime's memset, behind which a kernel begins late. */
+usp_status usp_cuda_clear(int *words, int64_t count, usp_stream stream);
 
 #ifdef __cplusplus
 }

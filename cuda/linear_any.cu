@@ -34,6 +34,7 @@ static __device__ void add_products(float (&sum)[2][2], const tile<depth> &k, co
 
 /* Grid: (places, state tiles). */
 template <typename T> static __global__ void __launch_bounds__(threads_per_block) totals(usp_linear linear) {
+    begin_kernel();
     __shared__ tile<depth> k, v;
     usp_place place = usp_find_place(linear);
     usp_time time = usp_leaving_time(linear, usp_block_time(linear, linear.block[place.block]));
@@ -159,6 +160,7 @@ static __device__ void put_row(const float (&sum)[value_columns], const usp_line
 /* Grid: (places, value tiles). PAIRS: the products inside the block and the state before it; else the chunk's state. */
 template <typename T, bool PAIRS>
 static __global__ void __launch_bounds__(threads_per_block) output(usp_linear linear) {
+    begin_kernel();
     __shared__ tile<side> q, k;
     output_work work;
     work.place = usp_find_place(linear);

@@ -18,6 +18,7 @@ static constexpr int threads_per_value = 2;
 template <typename T, int DIM, int VALUE>
 static __global__ void __launch_bounds__(threads_per_value *VALUE, 2)
     totals(const __grid_constant__ usp_linear linear) {
+    begin_kernel();
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int stage = rows * (DIM + VALUE) * 2, threads = threads_per_value * VALUE;
     uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + table_bytes;
@@ -52,6 +53,7 @@ static __global__ void __launch_bounds__(threads_per_value *VALUE, 2)
 template <typename T, int DIM, int VALUE, bool DOCUMENTS>
 static __global__ void __launch_bounds__(threads_per_value *VALUE, 2)
     output(const __grid_constant__ usp_linear linear) {
+    begin_kernel();
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int q_bytes = rows * DIM * 2, stage = rows * (2 * DIM + VALUE) * 2, threads = threads_per_value * VALUE;
     uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + table_bytes + pair_bytes;
@@ -115,6 +117,7 @@ static __global__ void __launch_bounds__(threads_per_value *VALUE, 2)
 
 template <typename T, int DIM, int VALUE>
 static __global__ void __launch_bounds__(threads_per_value *VALUE, 2) apply(const __grid_constant__ usp_linear linear) {
+    begin_kernel();
     extern __shared__ __align__(1024) unsigned char shared[];
     constexpr int stage = rows * DIM * 2, threads = threads_per_value * VALUE;
     uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + table_bytes;

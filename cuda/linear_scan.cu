@@ -61,6 +61,7 @@ static __device__ __forceinline__ void read_batch(batch<V> &to, const V *data, c
  * `first_group` on). */
 template <typename V>
 static __global__ void __launch_bounds__(threads_per_block) scan_states(usp_scan scan, int first_group) {
+    begin_kernel();
     int64_t vectors = scan.elements / static_cast<int64_t>(sizeof(V) / sizeof(float)); /* of one head */
     int64_t state = vectors * scan.heads * scan.batch, at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at >= state) return;

@@ -5,6 +5,7 @@
 static constexpr unsigned threads_per_block = 128;
 
 static __global__ void __launch_bounds__(threads_per_block) scale_floats(float *data, int64_t count, float factor) {
+    begin_kernel();
     int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at < count) data[at] *= factor;
 }

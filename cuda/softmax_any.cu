@@ -162,6 +162,7 @@ static __device__ float weigh_any(row_state &row, float (&sums)[WIDTH], float sc
 template <typename T>
 static __global__ void __launch_bounds__(WARPS * 32)
     softmax_forward_any_kernel(const __grid_constant__ usp_softmax args) {
+    begin_kernel();
     extern __shared__ float shared[];
     float *q = shared, *columns = q + BLOCK * padded(args.dim);
     softmax_job job = take_job<false>(args, BLOCK);
@@ -239,6 +240,7 @@ static __device__ __forceinline__ pair_gradient gradient_of(const usp_softmax &a
 template <typename T>
 static __global__ void __launch_bounds__(WARPS * 32)
     softmax_backward_query_any_kernel(const __grid_constant__ usp_softmax args) {
+    begin_kernel();
     extern __shared__ float shared[];
     float *q = shared, *dout = q + BLOCK * padded(args.dim);
     float *columns = dout + BLOCK * padded(args.value_dim);
@@ -292,6 +294,7 @@ static __global__ void __launch_bounds__(WARPS * 32)
 template <typename T>
 static __global__ void __launch_bounds__(WARPS * 32)
     softmax_backward_key_any_kernel(const __grid_constant__ usp_softmax args) {
+    begin_kernel();
     extern __shared__ float shared[];
     float *k = shared, *v = k + BLOCK * padded(args.dim);
     float *columns = v + BLOCK * padded(args.value_dim);

@@ -67,6 +67,7 @@ static __device__ __forceinline__ row_state load_state(const usp_softmax &args, 
 template <typename T, int DIM, typename Shape, bool EXTRAS>
 static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     softmax_backward_query_kernel(const __grid_constant__ usp_softmax args) {
+    begin_kernel();
     using memory = backward_query_memory<DIM, Shape, EXTRAS>;
     using pairs = typename memory::pairs;
     constexpr int M = Shape::blocks, N = Shape::step / 8, threads = Shape::threads;
@@ -186,6 +187,7 @@ template <int DIM, typename Shape, bool EXTRAS> struct backward_key_memory {
 template <typename T, int DIM, typename Shape, bool EXTRAS>
 static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     softmax_backward_key_kernel(const __grid_constant__ usp_softmax args) {
+    begin_kernel();
     using memory = backward_key_memory<DIM, Shape, EXTRAS>;
     using pairs = typename memory::pairs;
     constexpr int M = Shape::blocks, N = Shape::step / 8, threads = Shape::threads, step = Shape::step;

@@ -13,6 +13,7 @@ template <int DIM, typename Shape, bool EXTRAS> struct forward_memory {
 template <typename T, int DIM, typename Shape, bool EXTRAS>
 static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
     softmax_forward_kernel(const __grid_constant__ usp_softmax args) {
+    begin_kernel();
     constexpr int M = Shape::blocks, N = Shape::step / 8, W = DIM / 8, threads = Shape::threads;
     using memory = forward_memory<DIM, Shape, EXTRAS>;
     using pairs = typename memory::pairs;

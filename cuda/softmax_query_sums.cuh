@@ -10,6 +10,7 @@ constexpr int SUM_THREADS = 256;
 template <typename T, bool FINISH>
 static __global__ void __launch_bounds__(SUM_THREADS)
     softmax_query_sums_kernel(const __grid_constant__ usp_softmax args) {
+    begin_kernel();
     int chunks = args.dim / 8, rows = SUM_THREADS / chunks, row = threadIdx.x / chunks;
     int element = threadIdx.x % chunks * 8, lines = args.batch * args.heads;
     if (row >= rows) return;

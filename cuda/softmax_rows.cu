@@ -39,6 +39,7 @@ static __device__ __forceinline__ float part_by_one(const T *dout, const T *out,
 template <typename T, bool EIGHT, int LANES>
 static __global__ void __launch_bounds__(DELTA_THREADS)
     softmax_delta_kernel(const __grid_constant__ usp_softmax args, float *delta) {
+    begin_kernel();
     constexpr int rows = DELTA_THREADS / LANES;
     int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, lines = args.batch * args.heads;
     for (int line = blockIdx.y; line < lines; line += gridDim.y) {
@@ -113,6 +114,7 @@ static __device__ void fold_head(float *result, const usp_softmax &args, float b
 /* A sink weighs as a key of its score would, and has no value: its dS is - P delta. */
 static __global__ void __launch_bounds__(HEAD_THREADS)
     softmax_sinks_kernel(const __grid_constant__ usp_softmax args, float *gradient) {
+    begin_kernel();
     float sink = args.sinks[blockIdx.x] * LOG2E;
     auto value = [&](int64_t line) {
         row_state row = {args.top[line], args.sum[line]};
@@ -123,6 +125,7 @@ static __global__ void __launch_bounds__(HEAD_THREADS)
 
 static __global__ void __launch_bounds__(HEAD_THREADS)
     softmax_peaks_kernel(const __grid_constant__ usp_softmax args, float *most) {
+    begin_kernel();
     auto value = [&](int64_t line) { return args.peak[line]; };
     fold_head(most, args, -INFINITY, value, [](float a, float b) { return fmaxf(a, b); });
 }

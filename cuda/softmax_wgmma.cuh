@@ -108,15 +108,11 @@ static __device__ __forceinline__ void round_sums(left_operand<K> &a, const usp_
  * exclusive or away. publish_stores must follow. */
 template <int K, typename Tile>
 static __device__ __forceinline__ void write_rows(const left_operand<K> &a, Tile tile, int row, int first = 0) {
-    row += usp_lane_row(0, 0);
-    uint32_t to = tile.address + row * 128 + (((row & 7) ^ first / 8) << 4) + (threadIdx.x & 3) * 4;
+    int lane = threadIdx.x % 32, chunk = first / 8 + lane / 16;
+    uint32_t to = tile.address + (row + lane % 16) * 128 + ((lane % 8 ^ chunk) << 4);
     pin(to);
 #pragma unroll
-    for (int n = 0; n < 2 * K; n++) {
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-            store_shared((to ^ n % 8 << 4) + n / 8 * Tile::slab + r * 1024, a[n / 2][n % 2 * 2 + r]);
-    }
+    for (int k = 0; k < K; k++) store_blocks((to ^ k % 4 << 5) + k / 4 * Tile::slab, a[k]);
 }
 
 /* c += a b. */
@@ -190,7 +186,7 @@ template <int STAGES> struct turn {
 /* A warp of those that an arrival barrier counts: all its lanes are done with something, or have brought it. */
 static __device__ __forceinline__ void arrive_warp(arrivals *at) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(at);
+    if (is_leader()) arrive(at);
 }
 
 /* ---- pairs ------------------------------------------------------------------------------------------------------- */
@@ -287,7 +283,7 @@ static usp_status launch_staying(const char *what, void (*kernel)(Parameters...)
                                  const usp_softmax &args, int64_t jobs, int threads, size_t shared, usp_stream stream,
                                  const More &...more) {
     dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
-    USP_TRY(usp_cuda_clear(what, args.scratch, USP_WGMMA_SCRATCH, stream));
+    USP_TRY(usp_cuda_clear(static_cast<int *>(args.scratch), USP_WGMMA_SCRATCH / sizeof(int), stream));
     return usp_cuda_launch(what, kernel, grid, dim3(threads), shared, stream, args, more...);
 }
 

@@ -15,6 +15,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
         begin_notes(notes);
         notes.limit = usp_dropout_limit(args.dropout.rate) << 17;
     }
+    begin_kernel();
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<Shape::copying_registers>();
@@ -49,7 +50,7 @@ static usp_status start_extras(const usp_gpu *gpu, const usp_softmax *args, usp_
 
 static usp_status clear_turns(const usp_softmax &args, usp_stream stream) {
     int64_t cells = (args.queries + USP_TURN_ROWS - 1) / USP_TURN_ROWS, turns = cells * args.batch * args.heads;
-    return usp_cuda_clear("softmax backward", args.turns, (size_t)turns * sizeof *args.turns, stream);
+    return usp_cuda_clear(args.turns, turns, stream);
 }
 
 /* Sums of dq begin with the first block of keys, and become dq with the last. */

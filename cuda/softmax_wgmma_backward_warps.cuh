@@ -74,7 +74,7 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
 
     __device__ __forceinline__ void start(const softmax_job &job, bool steps) {
         job_parity ^= 1;
-        if (lane != 0) return;
+        if (!is_leader()) return;
         await(&notes.job_empty, job_parity);
         notes.job = {job, steps, looked};
         looked ^= steps;
@@ -87,7 +87,7 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
     __device__ __forceinline__ void copy_part(int column, int head, int batch) {
         turn<Shape::dout_stages> dout = dout_of<Shape>(at);
         arrivals *q_full = &notes.q_full[at.stage], *dout_full = &notes.dout_full[dout.stage];
-        if (lane != 0) return;
+        if (!is_leader()) return;
         await(&notes.q_empty[at.stage], at.parity ^ 1);
         if (Shape::dout_stages == 1) await(dout_full, dout.parity ^ 1); /* or who has queries might await this phase */
         arrive_with(q_full, memory::q_tile::bytes);
@@ -285,7 +285,7 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
             if (bends && slope.head != head)
                 slope = {head, scoring::slope_of(args, head, cap), keys.is_near(args.slopes[head])};
             int side = !bends ? 1 : slope.near ? side_of_keys(now, keys) : 0;
-            if (DUTY == ADDS && lane == 0) add_step(now, head, job.batch);
+            if (DUTY == ADDS && is_leader()) add_step(now, head, job.batch);
             for (int part = 0; part < Shape::parts && DUTY != ADDS; part++, at.advance()) {
                 if constexpr (DUTY == COPIES)
                     copy_part(now.column + part * Shape::part, head, job.batch);
@@ -318,7 +318,7 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
         for (tile_walk walk = walk_of(job, heads); walk.running();) {
             tile_walk now = walk;
             walk.advance(Shape::step);
-            if (lane == 0) add_in_turn(turns, now, walk, heads.first + now.round, job.batch);
+            if (is_leader()) add_in_turn(turns, now, walk, heads.first + now.round, job.batch);
         }
     }
 
@@ -332,7 +332,7 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
     }
 
     __device__ __forceinline__ void run() {
-        job_list_type list(args, notes.deals);
+        job_list_type list(args, notes.deals, DUTY == COPIES ? job_list_type::ask(args) : job_list_type::none);
         for (;;) {
             softmax_job job = DUTY == COPIES ? list.deal() : list.take();
             head_range heads = readers_of(args, job.head);
@@ -342,7 +342,7 @@ template <typename T, typename Shape, backward_duty DUTY, bool IN_ORDER> struct 
             jobs++;
             if (DUTY == ADDS && steps) look_at_keys();
             if (steps) run_job(list, job, heads);
-            if (DUTY == ADDS && lane == 0) store_keys(job);
+            if (DUTY == ADDS && is_leader()) store_keys(job);
             __syncwarp();
         }
         if (DUTY == ADDS) await_boxes();

@@ -28,6 +28,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
         for (int &spoilt : notes.spoilt) spoilt = 0;
     }
     if constexpr (Shape::one_sided) number_keys<T>(notes.number);
+    begin_kernel();
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<Shape::copying_registers>();

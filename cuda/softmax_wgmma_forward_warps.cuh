@@ -111,16 +111,15 @@ template <typename T, typename Shape> struct copying_warp {
     notes_type &notes;
     turn<Shape::stages> k, v;
     turn<Shape::slots> slot;
-    bool leads;
 
     __device__ __forceinline__ copying_warp(const usp_softmax &args_, const forward_maps &maps_, notes_type &notes_)
-        : args(args_), maps(maps_), notes(notes_), k{0, 0}, v{0, 0}, slot{0, 0}, leads(threadIdx.x % 32 == 0) {
+        : args(args_), maps(maps_), notes(notes_), k{0, 0}, v{0, 0}, slot{0, 0} {
     }
 
     /* The queries of a job, and what it is. */
     __device__ __forceinline__ void start(const softmax_job &job, bool steps) {
         arrivals *full = &notes.job_full[slot.stage];
-        if (leads) {
+        if (is_leader()) {
             await(&notes.job_empty[slot.stage], slot.parity ^ 1);
             notes.job[slot.stage] = {job, steps};
             arrive_with(full, steps ? memory::q_tile::bytes : 0);
@@ -130,7 +129,7 @@ template <typename T, typename Shape> struct copying_warp {
     }
 
     __device__ __forceinline__ void copy_keys(const forward_walk<Shape> &at, const softmax_job &job, int head) {
-        if (leads) {
+        if (is_leader()) {
             arrive_with(&notes.k_full[k.stage], memory::k_tile::bytes);
             memory::k_at(k.stage).copy(&maps.k, at.column, head, job.batch, &notes.k_full[k.stage]);
         }
@@ -141,7 +140,7 @@ template <typename T, typename Shape> struct copying_warp {
     __device__ __forceinline__ void begin_step(const forward_walk<Shape> &at, bool last, const softmax_job &job,
                                                int head) {
         if constexpr (Shape::notes_apart) {
-            if (leads) await(&notes.k_empty[k.stage], k.parity ^ 1);
+            if (is_leader()) await(&notes.k_empty[k.stage], k.parity ^ 1);
         } else {
             step_notes<T, Shape> step(args, at, biased_job<Shape>(args, job));
             await(&notes.k_empty[k.stage], k.parity ^ 1);
@@ -152,7 +151,7 @@ template <typename T, typename Shape> struct copying_warp {
     }
 
     __device__ __forceinline__ void copy_values(int column, int head, int batch) {
-        if (leads) {
+        if (is_leader()) {
             await(&notes.v_empty[v.stage], v.parity ^ 1);
             arrive_with(&notes.v_full[v.stage], memory::v_tile::bytes);
             memory::v_at(v.stage).copy(&maps.v, column, head, batch, &notes.v_full[v.stage]);
@@ -175,23 +174,26 @@ template <typename T, typename Shape> struct copying_warp {
     /* Values of a step are wanted when the products with the next step's keys have begun; the next job's queries, where
      * jobs overlap, as soon as there is room for them, which is after the first step. Returns the next job. */
     __device__ __forceinline__ softmax_job copy_steps(const softmax_job &job, job_list<Shape::rows, false> &list) {
-        softmax_job next = {nullptr, 0, -1, 0, 0};
-        int head = usp_mapped_head(args.kv, job.head), values = -1, steps = 0;
-        for (forward_walk<Shape> at(args.by_query, *job.work, 1); at.running(); steps++) {
+        softmax_job next;
+        int head = usp_mapped_head(args.kv, job.head), values = -1;
+        forward_walk<Shape> at(args.by_query, *job.work, 1);
+        for (int steps = 0;; steps++) {
             forward_walk<Shape> now = at;
-            at.advance(Shape::step);
+            bool goes_on = now.running();
+            if (goes_on) at.advance(Shape::step);
             if (steps == 0) list.ask_ahead();
-            begin_step(now, !at.running(), job, head);
-            if (values >= 0) copy_values(values, head, job.batch);
-            if (Shape::overlaps && steps == 2) next = start_next(list);
+            if (goes_on) begin_step(now, !at.running(), job, head);
+            if (steps > 0) copy_values(values, head, job.batch);
+            bool room = Shape::overlaps ? steps == 2 || (!goes_on && steps < 2) : !goes_on;
+            if (room) next = start_next(list);
+            if (!goes_on) return next;
             values = now.column;
         }
-        if (values >= 0) copy_values(values, head, job.batch);
-        return next.count >= 0 ? next : start_next(list);
     }
 
     __device__ __forceinline__ void run() {
-        job_list<Shape::rows, false> list(args, notes.deals);
+        using jobs = job_list<Shape::rows, false>;
+        jobs list(args, notes.deals, jobs::ask(args));
         softmax_job job = start_next(list);
         while (job.count > 0) job = copy_steps(job, list);
     }
@@ -273,6 +275,7 @@ template <typename T, typename Shape> struct watching_warps {
 
     __device__ __forceinline__ void clean(uint32_t tile) {
         notes.spoilt[jobs % 4] = jobs;
+#pragma unroll 1
         for (int at = thread * 16; at < memory::v_tile::bytes; at += threads * 16)
             for (int i = 0; i < 16; i += 4) usp_clear_pair<T>(tile + at + i);
         publish_stores();

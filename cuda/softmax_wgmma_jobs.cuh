@@ -27,15 +27,20 @@ static __device__ __forceinline__ void begin_deals(job_deals &deals, int readers
  * their jobs, so none holds a number while it works at another job. */
 template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
     static constexpr int parts = USP_WORK_ROWS / ROWS; /* of a work item */
+    /* No memory holds the rows of 2^32 jobs. Division of 32 bits takes less time, which is all others' where jobs are
+     * short, and more registers, of which backward's warps have none. */
+    using number = std::conditional_t<KEY_ROWS, int64_t, uint32_t>;
+    static constexpr number none = (number)-1;
     const usp_softmax &args;
     job_deals &deals;
     turn<DEALS> at;
     int items, lines, bundle;
-    int64_t asked; /* by the first thread: the number to come, or -1 */
+    number asked; /* by the first thread: the number to come, or none */
 
-    __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_)
+    /* `asked_`: by the first warp, its first number, which is on its way while the list is looked at. */
+    __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_, number asked_ = none)
         : args(args_), deals(deals_), at{0, 0}, items(*tiles_of(args, KEY_ROWS).works * parts),
-          lines((int)lines_of(args, KEY_ROWS)), bundle(one_by_one() ? 1 : USP_SOFTMAX_BUNDLE), asked(-1) {
+          lines((int)lines_of(args, KEY_ROWS)), bundle(one_by_one() ? 1 : USP_SOFTMAX_BUNDLE), asked(asked_) {
     }
 
     /* The first item is one of the heaviest. Where the last one weighs as much, as without a mask, nothing is gained
@@ -71,20 +76,20 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
         return min(bundle, lines - line / bundle * bundle);
     }
 
-    __device__ __forceinline__ int64_t ask() const {
+    static __device__ __forceinline__ number ask(const usp_softmax &args) {
         return threadIdx.x == 0 ? atomicAdd(static_cast<unsigned *>(args.scratch), 1u) : 0;
     }
 
     /* By the first warp, some time before it deals. */
     __device__ __forceinline__ void ask_ahead() {
-        asked = ask();
+        asked = ask(args);
     }
 
     /* By the first warp. Numbers without a job are not dealt. */
     __device__ __forceinline__ softmax_job deal() {
         for (;;) {
-            softmax_job job = job_of(uniform(asked < 0 ? ask() : asked));
-            asked = -1;
+            softmax_job job = job_of(uniform(asked == none ? ask(args) : asked));
+            asked = none;
             if (job.count < 0) continue;
             if (threadIdx.x == 0) {
                 await(&deals.empty[at.stage], at.parity ^ 1);
@@ -100,17 +105,16 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
     __device__ __forceinline__ softmax_job take() {
         await(&deals.full[at.stage], at.parity);
         softmax_job job = deals.job[at.stage];
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(&deals.empty[at.stage]);
+        arrive_warp(&deals.empty[at.stage]);
         at.advance();
         return job;
     }
 
     /* count is negative if there is nothing to do. */
-    __device__ __forceinline__ softmax_job job_of(int64_t number) const {
-        if (number >= (int64_t)items * lines) return {nullptr, 0, 0, 0, 0};
-        int first = (int)(number / ((int64_t)items * bundle)) * bundle, width = min(bundle, lines - first);
-        int rest = (int)(number - (int64_t)first * items), line = first + rest % width;
+    __device__ __forceinline__ softmax_job job_of(number n) const {
+        if (n >= (number)items * (number)lines) return {nullptr, 0, 0, 0, 0};
+        int first = (int)(n / ((number)items * (number)bundle)) * bundle, width = min(bundle, lines - first);
+        int rest = (int)(n - (number)first * (number)items), line = first + rest % width;
         int item = ranked(rest / width, width), skipped = item % parts * ROWS, heads = (int)heads_of(args, KEY_ROWS);
         const usp_work *work = tiles_of(args, KEY_ROWS).work + item / parts;
         bool idle = !KEY_ROWS && !args.first && !args.last && work->tiles == 0;

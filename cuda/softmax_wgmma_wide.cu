@@ -217,6 +217,7 @@ static __global__ void __launch_bounds__(Shape::threads, 1)
     softmax_wgmma_wide_kernel(const __grid_constant__ usp_softmax args, const __grid_constant__ backward_maps maps) {
     auto &notes = *shared_at<backward_notes<Shape>>(wide_memory<Shape>::notes);
     if (threadIdx.x == 0) begin_notes(notes);
+    begin_kernel();
     __syncthreads();
     if (threadIdx.x < 128) {
         give_registers<Shape::copying_registers>();

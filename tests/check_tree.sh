@@ -24,6 +24,9 @@ none "a .cu file shows a name that is not usp_" "$(
 none "a .cu file does more than to launch kernels" "$(
     grep -nE 'cuda(Malloc|Free|Memcpy|Memset|Stream[A-Z]|Event|Host|DeviceSync|Set|Graph)|\b(malloc|calloc|free|new|delete|std::)\b' cuda/*.cu |
     grep -vE 'std::is_|^[^:]*:[0-9]+: *(//|/?\*)' || true)"
+none "a kernel does not call begin_kernel" "$(for file in $(grep -l __global__ cuda/*.cu cuda/*.cuh); do
+    [ "$(grep -c __global__ "$file")" = "$(grep -c ' begin_kernel();' "$file")" ] || echo "$file"
+done)"
 none "a constructor of a backend is called outside lib/world.c" "$(
     grep -rnE 'usp_(comm_create|device_create)_[a-z_]+\(' lib comm cuda --include='*.c' |
     grep -vE '^lib/world\.c|^[^:]*:[0-9]+:(usp_status|void)|^lib/absent\.c' || true)"

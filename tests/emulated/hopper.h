@@ -164,6 +164,13 @@ static inline void store_shared_pair(uint32_t address, float x, float y) {
     memcpy(machine::shared_memory() + address, &x, sizeof x);
     memcpy(machine::shared_memory() + address + 4, &y, sizeof y);
 }
+static inline bool is_leader() {
+    return threadIdx.x % 32 == 0;
+}
+static inline void store_blocks(uint32_t address, const uint32_t (&block)[4]) {
+    int lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; i++) store_shared(emulated_shuffle(address, i * 8 + lane / 4) + lane % 4 * 4, block[i]);
+}
 static inline float fast_exp2(float x) {
     return exp2f(x);
 }
@@ -366,10 +373,12 @@ static usp_status usp_cuda_launch(const char *, void (*kernel)(Parameters...), d
 }
 
 /* What is cleared before a launch is where its blocks ask for jobs. */
-static inline usp_status usp_cuda_clear(const char *, void *memory, size_t bytes, usp_stream) {
-    memset(memory, 0, bytes);
-    machine::begin_jobs(memory);
+extern "C" inline usp_status usp_cuda_clear(int *words, int64_t count, usp_stream) {
+    memset(words, 0, (size_t)count * sizeof *words);
+    machine::begin_jobs(words);
     return USP_OK;
+}
+static inline void begin_kernel() {
 }
 
 #endif
