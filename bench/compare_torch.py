@@ -10,7 +10,7 @@ bf16, without the window, or at the mean length of its documents, each counted a
 embedding the library from Python is torch_layer.py.
 
 The CSV has a row for each work, pass and peer: work, pass, usp_ms, usp_tflops, peer, peer_ms, peer_tflops, ratio (of
-TFLOP/s, usp over peer), errors (relative RMS against float64, the largest of a pass' results; of the peer against its
+TFLOP/s, usp over peer; the median over rounds), errors (relative RMS against float64, the largest of a pass' results; of the peer against its
 own work), and the spreads of both times (half the range of their middle half, over the median). TFLOP/s are of allowed
 pairs: 2 products forward, 5 backward."""
 import argparse
@@ -43,8 +43,8 @@ def elapsed(begin, end):
     return begin.elapsed_time(end) if hasattr(begin, "elapsed_time") else 1e3 * (end - begin)
 
 
-def times(sides, call, device, rounds):
-    """Milliseconds of each side's call, the sides in turn."""
+def take_turns(sides, call, device, rounds):
+    """Milliseconds of each side's call in each round, the sides in turn."""
     marks = [[] for _ in sides]
     for _ in range(rounds):
         for side, list_ in zip(sides, marks):
@@ -53,12 +53,26 @@ def times(sides, call, device, rounds):
             list_.append((begin, clock(device)))
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return [[elapsed(*pair) for pair in list_[len(list_) // 4:]] for list_ in marks]
+    return [[elapsed(*pair) for pair in list_] for list_ in marks]
+
+
+LEAST_MS = 250  # of calls of a pass, so that short ones see more than one state of the clock
+
+
+def times(sides, call, device, rounds):
+    """The same when the GPU is warm."""
+    round_ms = sum(list_[-1] for list_ in take_turns(sides, call, device, max(2, rounds // 4)))
+    return take_turns(sides, call, device, max(rounds, int(LEAST_MS / round_ms)))
 
 
 def summary(list_):
     low, middle, high = statistics.quantiles(list_, n=4)
     return middle, (high - low) / 2 / middle
+
+
+def speedup(mine, theirs):
+    """The median over rounds: two calls of a round have the same clock, those of different rounds may not."""
+    return statistics.median(their / my for my, their in zip(mine, theirs))
 
 
 # ---- program ---------------------------------------------------------------------------------------------------------
@@ -86,13 +100,15 @@ def check(wrong):
 
 
 def row_of(call, sides, measured, wrong, i):
-    """A row of the CSV: sides[0] and, but for i = 0, its peer i."""
-    rates = [side.work.flops(call) / ms / 1e9 for side, (ms, _) in zip(sides, measured)]
-    row = {"work": sides[0].work.name, "pass": call, "usp_ms": measured[0][0], "usp_tflops": rates[0],
-           "usp_error": wrong[0][call], "usp_spread": measured[0][1]}
+    """A row of the CSV: sides[0] and, but for i = 0, its peer i; `measured` as times gives it."""
+    flops = [side.work.flops(call) for side in sides]
+    ms, spread = zip(*map(summary, measured))
+    row = {"work": sides[0].work.name, "pass": call, "usp_ms": ms[0], "usp_tflops": flops[0] / ms[0] / 1e9,
+           "usp_error": wrong[0][call], "usp_spread": spread[0]}
     if i:
-        row |= {"peer": sides[i].name, "peer_ms": measured[i][0], "peer_tflops": rates[i],
-                "ratio": rates[0] / rates[i], "peer_error": wrong[i][call], "peer_spread": measured[i][1]}
+        row |= {"peer": sides[i].name, "peer_ms": ms[i], "peer_tflops": flops[i] / ms[i] / 1e9,
+                "ratio": speedup(measured[0], measured[i]) * flops[0] / flops[i], "peer_error": wrong[i][call],
+                "peer_spread": spread[i]}
     return row
 
 
@@ -108,7 +124,7 @@ def compare(library, mesh, work, device, options):
     check(wrong)
     rows = []
     for call in ("forward", "backward"):
-        measured = [summary(list_) for list_ in times(sides, call, device, options.rounds)]
+        measured = times(sides, call, device, options.rounds)
         rows += [row_of(call, sides, measured, wrong, i) for i in (range(1, len(sides)) if sides[1:] else (0,))]
         if options.kernels:
             print_kernels(f"{work.name} {call}", getattr(ours, call))

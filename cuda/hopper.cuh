@@ -197,8 +197,8 @@ static __device__ __forceinline__ void store_blocks(uint32_t address, const uint
 
 /* ---- warps ------------------------------------------------------------------------------------------------------- */
 
-/* True in one lane of a warp, of which all are here. Its branch is known to have one thread: copies need no loop over
- * lanes. (PTX ISA, "elect.sync".) */
+/* True in one lane of a warp, of which all are here, always the same one: groups of copies are a thread's own. Its
+ * branch is known to have one thread, so that copies need no loop over lanes. (PTX ISA, "elect.sync".) */
 static __device__ __forceinline__ bool is_leader() {
     uint32_t chosen;
     asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(chosen));

@@ -6,7 +6,8 @@
 #include "common.cuh"
 
 /* All that the stream had before this kernel is done, and seen, behind here. From sm_90 on blocks begin while what is
- * before them still ends, so every kernel calls this before it touches memory. (PTX ISA, "griddepcontrol".) */
+ * before them still ends, so every kernel calls this before it touches memory, of which nothing may count as constant
+ * (__ldg, __restrict__). (PTX ISA, "griddepcontrol".) */
 static __device__ __forceinline__ void begin_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -20,7 +21,8 @@ static __device__ __forceinline__ void begin_next_kernel() {
 #endif
 }
 
-/* Whether the code of a kernel that this GPU runs has the wait of begin_kernel. */
+/* Whether the code of a kernel that this GPU runs has the wait of begin_kernel: that which a newer GPU's driver makes
+ * of compute_80 has none. Asked each time, since GPUs differ. */
 template <typename... Parameters> static bool begins_early(void (*kernel)(Parameters...)) {
     cudaFuncAttributes of = {};
     return cudaFuncGetAttributes(&of, kernel) == cudaSuccess && of.ptxVersion >= 90;

@@ -34,7 +34,7 @@ static __device__ __forceinline__ void step(float4 &x, float decay, bool anew, c
 
 /* Where state `index` lies in data. */
 static __device__ __forceinline__ int place_of(const usp_scan &scan, int index) {
-    return scan.place ? __ldg(scan.place + index) : index;
+    return scan.place ? scan.place[index] : index;
 }
 
 /* The next `ahead` states of a group in the order of the scan, the rows of each, and where documents begin in time. */
@@ -52,8 +52,8 @@ static __device__ __forceinline__ void read_batch(batch<V> &to, const V *data, c
         if (j >= left) break;
         to.total[j] = data[place_of(scan, first + j * direction) * state];
         const usp_scan_step &from = scan.step[first + j * direction];
-        to.length[j] = __ldg(&from.length);
-        to.anew[j] = __ldg(direction > 0 ? &from.begins : &from.ends);
+        to.length[j] = from.length;
+        to.anew[j] = direction > 0 ? from.begins : from.ends;
     }
 }
 

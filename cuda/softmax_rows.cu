@@ -13,7 +13,7 @@ static __device__ __forceinline__ float part_by_eight(const T *dout, const T *ou
     float sum = 0;
 #pragma unroll 2
     for (int d = lane * 8; d < dim; d += LANES * 8) {
-        uint4 x = __ldg(reinterpret_cast<const uint4 *>(out + d)), y = __ldg(reinterpret_cast<const uint4 *>(dout + d));
+        uint4 x = *reinterpret_cast<const uint4 *>(out + d), y = *reinterpret_cast<const uint4 *>(dout + d);
         const uint32_t outs[4] = {x.x, x.y, x.z, x.w}, douts[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
         for (int i = 0; i < 4; i++) {

@@ -171,11 +171,18 @@ template <typename T, typename Shape> struct copying_warp {
         return next;
     }
 
-    /* Values of a step are wanted when the products with the next step's keys have begun; the next job's queries, where
-     * jobs overlap, as soon as there is room for them, which is after the first step. Returns the next job. */
+    /* The next job's queries are wanted, where jobs overlap, as soon as their place is left, which is in the job's
+     * first step; asked for in the third one they do not hold up keys. With fewer steps, or one place, at the job's
+     * end. */
+    static __device__ __forceinline__ bool is_next_wanted(int steps, bool goes_on) {
+        if (!Shape::overlaps) return !goes_on;
+        return goes_on ? steps == 2 : steps <= 2;
+    }
+
+    /* Values of a step are wanted when the products with the next step's keys have begun. Returns the next job. */
     __device__ __forceinline__ softmax_job copy_steps(const softmax_job &job, job_list<Shape::rows, false> &list) {
         softmax_job next;
-        int head = usp_mapped_head(args.kv, job.head), values = -1;
+        int head = usp_mapped_head(args.kv, job.head), values;
         forward_walk<Shape> at(args.by_query, *job.work, 1);
         for (int steps = 0;; steps++) {
             forward_walk<Shape> now = at;
@@ -184,8 +191,7 @@ template <typename T, typename Shape> struct copying_warp {
             if (steps == 0) list.ask_ahead();
             if (goes_on) begin_step(now, !at.running(), job, head);
             if (steps > 0) copy_values(values, head, job.batch);
-            bool room = Shape::overlaps ? steps == 2 || (!goes_on && steps < 2) : !goes_on;
-            if (room) next = start_next(list);
+            if (is_next_wanted(steps, goes_on)) next = start_next(list);
             if (!goes_on) return next;
             values = now.column;
         }

@@ -24,6 +24,8 @@ none "a .cu file shows a name that is not usp_" "$(
 none "a .cu file does more than to launch kernels" "$(
     grep -nE 'cuda(Malloc|Free|Memcpy|Memset|Stream[A-Z]|Event|Host|DeviceSync|Set|Graph)|\b(malloc|calloc|free|new|delete|std::)\b' cuda/*.cu |
     grep -vE 'std::is_|^[^:]*:[0-9]+: *(//|/?\*)' || true)"
+none "memory counts as constant, which a kernel that begins early must not have" "$(
+    grep -nE '__ldg|__restrict__|ld\.global\.nc' cuda/*.cu cuda/*.cuh | grep -v 'cuda/launch.cuh' || true)"
 none "a kernel does not call begin_kernel" "$(for file in $(grep -l __global__ cuda/*.cu cuda/*.cuh); do
     [ "$(grep -c __global__ "$file")" = "$(grep -c ' begin_kernel();' "$file")" ] || echo "$file"
 done)"

@@ -51,6 +51,8 @@ void await_above(const int *at, int least);
 /* A copy, at any time from now on. */
 void start_copy(const std::function<void()> &copy);
 
+constexpr int GROUP = 128; /* threads of a warpgroup */
+
 /* One product of a warpgroup, as each of its threads sees it: sums of `words` floats, the left operand in registers or
  * in shared memory. Nothing is read or written before the group of products has been waited for. */
 struct product {
@@ -64,6 +66,8 @@ struct product {
 void issue(const product &product);
 void end_products();
 void await_products(int left);
+/* What one is, at once: `of` as all threads see it, with so many bytes of shared memory. */
+void multiply(const product (&of)[GROUP], size_t shared);
 
 } /* namespace machine */
 
