@@ -49,7 +49,7 @@ template <bool KEY_ROWS> static __device__ __forceinline__ softmax_job take_job(
     unsigned line = first + blockIdx.x % width, index = item / parts, skipped = item % parts * rows;
     const usp_work *work = tiles.work + min(index, (unsigned)tiles.capacity - 1);
     bool idle = !KEY_ROWS && !args.first && !args.last && work->tiles == 0;
-    int left = first < lines && (int)index < *tiles.works && !idle ? work->count - (int)skipped : 0;
+    int left = first < lines && (int)index < tiles.count->works && !idle ? work->count - (int)skipped : 0;
     return {work, work->begin + (int)skipped, min(left, rows), (int)(line % heads), (int)(line / heads)};
 }
 

@@ -39,22 +39,17 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
 
     /* `asked_`: by the first warp, its first number, which is on its way while the list is looked at. */
     __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_, number asked_ = none)
-        : args(args_), deals(deals_), at{0, 0}, items(*tiles_of(args, KEY_ROWS).works * parts),
-          lines((int)lines_of(args, KEY_ROWS)), bundle(one_by_one() ? 1 : USP_SOFTMAX_BUNDLE), asked(asked_) {
+        : args(args_), deals(deals_), at{0, 0}, lines((int)lines_of(args, KEY_ROWS)), asked(asked_) {
+        usp_tile_count count = *tiles_of(args, KEY_ROWS).count;
+        items = count.works * parts;
+        bundle = count.even && is_head_short() ? 1 : USP_SOFTMAX_BUNDLE;
     }
 
-    /* The first item is one of the heaviest. Where the last one weighs as much, as without a mask, nothing is gained
-     * from working on several heads side by side; forward, many blocks lose step with each other over a long head, and
-     * a few of each head find more in the cache. */
-    __device__ __forceinline__ bool one_by_one() const {
-        const usp_tiles &tiles = tiles_of(args, KEY_ROWS);
-        if (items == 0 || (!KEY_ROWS && args.keys > LONG_HEAD)) return false;
-        return columns_of(tiles, tiles.work[0]) == columns_of(tiles, tiles.work[*tiles.works - 1]);
-    }
-
-    static __device__ __forceinline__ int columns_of(const usp_tiles &tiles, const usp_work &work) {
-        const usp_tile *tile = tiles.tile + work.first_tile;
-        return work.tiles == 1 ? tile->end - tile->begin : -work.tiles;
+    /* Where all items weigh alike, as without a mask, nothing is gained from working on several heads side by side;
+     * forward, many blocks lose step with each other over a long head, and a few of each head find more in the cache.
+     */
+    __device__ __forceinline__ bool is_head_short() const {
+        return KEY_ROWS || args.keys <= LONG_HEAD;
     }
 
     /* The item of a rank, or the rank of an item, where `width` heads are worked on side by side. In order, a job of a

@@ -47,13 +47,18 @@ typedef struct usp_tile {
     int32_t begin, end, full_begin, full_end;
 } usp_tile;
 
+/* Items of a list. even: the last one has as many columns as the first; says nothing that results depend on. */
+typedef struct usp_tile_count {
+    int32_t works, even;
+} usp_tile_count;
+
 /* A list whose number of items is read on the device, so that captured launches follow new documents: a grid has room
- * for `capacity` items, and what is behind *works returns at once. Items with more columns come first: a device that
- * begins them in this order ends with light ones. */
+ * for `capacity` items, and what is behind count->works returns at once. Items with more columns come first: a device
+ * that begins them in this order ends with light ones. */
 typedef struct usp_tiles {
     const usp_work *work;
     const usp_tile *tile;
-    const int32_t *works;
+    const usp_tile_count *count;
     int capacity;
 } usp_tiles;
 

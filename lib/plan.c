@@ -115,11 +115,11 @@ static void plan_stage(const usp_sequence *sequence, usp_plan *plan, int t, usp_
     list.works = 0;
     if (list.work) list.work = plan->host.work + t * plan->query_works;
     usp_tiles_by_query(&list, &queries, &keys, t == 0 || t == plan->route.last);
-    plan->host.works[t] = (int32_t)list.works;
+    plan->host.count[t] = usp_tiles_count(&list);
     list.works = 0;
     if (list.work) list.work = plan->host.work + stages * plan->query_works + t * plan->key_works;
     usp_tiles_by_key(&list, &queries, &keys);
-    plan->host.works[stages + t] = (int32_t)list.works;
+    plan->host.count[stages + t] = usp_tiles_count(&list);
     tiles->tiles = list.tiles;
 }
 
@@ -181,10 +181,10 @@ usp_pairs usp_plan_pairs(const usp_plan *plan, const usp_plan_arrays *arrays, in
 usp_tiles usp_plan_tiles(const usp_plan *plan, const usp_plan_arrays *arrays, int t, int by_key) {
     int64_t stages = plan->route.stages;
     if (!by_key)
-        return (usp_tiles){arrays->work + t * plan->query_works, arrays->tile, arrays->works + t,
+        return (usp_tiles){arrays->work + t * plan->query_works, arrays->tile, arrays->count + t,
                            (int)plan->query_works};
     return (usp_tiles){arrays->work + stages * plan->query_works + t * plan->key_works, arrays->tile,
-                       arrays->works + stages + t, (int)plan->key_works};
+                       arrays->count + stages + t, (int)plan->key_works};
 }
 
 double usp_plan_work(const usp_sequence *sequence, const usp_plan *plan, int r) {

@@ -18,8 +18,8 @@ typedef struct usp_shape {
 
 /* What the device reads, and the host's copy of it. */
 typedef struct usp_plan_arrays {
-    int32_t *works; /* [2][stages] items by query and by key */
-    usp_work *work; /* [stages][query_works], then [stages][key_works] */
+    usp_tile_count *count; /* [2][stages] items by query and by key */
+    usp_work *work;        /* [stages][query_works], then [stages][key_works] */
     usp_tile *tile;
     int32_t *query, *low, *high, *diagonal; /* [query_limit] own rows */
     int32_t *key, *last;                    /* own rows, then those of every other stage */

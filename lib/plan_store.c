@@ -106,7 +106,7 @@ static usp_plan_arrays carve_softmax(const usp_sequence *sequence, const usp_pla
     int64_t stages = plan->route.stages, queries = plan->query_limit, keys = usp_plan_first_key(plan, (int)stages);
     size_t row = sizeof(int32_t);
     usp_plan_arrays a = {0};
-    a.works = usp_carve(arena, (size_t)(2 * stages) * sizeof *a.works);
+    a.count = usp_carve(arena, (size_t)(2 * stages) * sizeof *a.count);
     a.work = usp_carve(arena, (size_t)(stages * (plan->query_works + plan->key_works)) * sizeof *a.work);
     a.query = usp_carve(arena, (size_t)queries * row);
     a.low = usp_carve(arena, (size_t)queries * row);

@@ -17,9 +17,9 @@ static void add_tile(usp_tile_list *list, int64_t begin, int64_t end, int64_t fu
     list->tiles++;
 }
 
-static int64_t columns_of(const usp_tile_list *list, int64_t first_tile) {
+static int64_t columns_of(const usp_tile_list *list, int64_t first, int64_t end) {
     int64_t columns = 0;
-    for (int64_t i = first_tile; list->tile && i < list->tiles; i++) columns += list->tile[i].end - list->tile[i].begin;
+    for (int64_t i = first; list->tile && i < end; i++) columns += list->tile[i].end - list->tile[i].begin;
     return columns;
 }
 
@@ -51,6 +51,17 @@ static void put_in_order(usp_tile_list *list, int64_t first) {
     if (!list->work) return;
     usp_sort(list->order, (size_t)(list->works - first), sizeof *list->order, by_key);
     for (int64_t i = first; i < list->works; i++) list->work[i] = list->order[i - first].work;
+}
+
+static int64_t columns_of_work(const usp_tile_list *list, const usp_work *work) {
+    return columns_of(list, work->first_tile, work->first_tile + work->tiles);
+}
+
+usp_tile_count usp_tiles_count(const usp_tile_list *list) {
+    const usp_work *first = list->work;
+    int even =
+        first && list->works > 0 && columns_of_work(list, first) == columns_of_work(list, first + list->works - 1);
+    return (usp_tile_count){(int32_t)list->works, even};
 }
 
 /* ---- by query ---------------------------------------------------------------------------------------------------- */
@@ -121,7 +132,7 @@ void usp_tiles_by_query(usp_tile_list *list, const usp_query_rows *queries, cons
         extremes e = extremes_of(queries, begin, begin + count);
         if (e.low <= e.high) add_query_tiles(list, keys, &e);
         if (whole || list->tiles > first_tile)
-            add_work(list, first, begin, count, first_tile, columns_of(list, first_tile));
+            add_work(list, first, begin, count, first_tile, columns_of(list, first_tile, list->tiles));
     }
     put_in_order(list, first);
 }
@@ -168,7 +179,7 @@ void usp_tiles_by_key(usp_tile_list *list, const usp_query_rows *queries, const 
         int64_t count = usp_least(keys->rows - begin, USP_WORK_ROWS), first_tile = list->tiles;
         key_extremes e = key_extremes_of(keys, begin, begin + count);
         add_key_tiles(list, queries, &e, keys->last != NULL);
-        add_work(list, first, begin, count, first_tile, power_below(columns_of(list, first_tile)));
+        add_work(list, first, begin, count, first_tile, power_below(columns_of(list, first_tile, list->tiles)));
     }
     put_in_order(list, first);
 }

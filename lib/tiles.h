@@ -40,5 +40,7 @@ typedef struct usp_tile_list {
  * with as many columns to a power of two are in the order of their rows. */
 void usp_tiles_by_query(usp_tile_list *list, const usp_query_rows *queries, const usp_key_rows *keys, int whole);
 void usp_tiles_by_key(usp_tile_list *list, const usp_query_rows *queries, const usp_key_rows *keys);
+/* Of a list of one stage. */
+usp_tile_count usp_tiles_count(const usp_tile_list *list);
 
 #endif

@@ -104,7 +104,7 @@ static void swap_work(usp_work *a, usp_work *b) {
 /* Items in any order, and rubbish behind them. */
 static void make_list(check *c, const side *x, int whole, list *l) {
     int tiles = 0, most = usp_check_pick(c, 3) ? USP_WORK_ROWS : 1 + usp_check_pick(c, 40);
-    l->works = 0, l->capacity = x->rows + 1;
+    l->count = (usp_tile_count){0, usp_check_pick(c, 2)}, l->capacity = x->rows + 1;
     memset(l->work, 0x7f, sizeof *l->work * (size_t)l->capacity);
     for (int begin = 0, end; begin < x->rows; begin = end) {
         int count = 1 + usp_check_pick(c, most);
@@ -113,15 +113,15 @@ static void make_list(check *c, const side *x, int whole, list *l) {
         add_tiles(c, x, &work, l->tile + tiles);
         tiles += work.tiles;
         if (!work.tiles && !whole) continue;
-        l->work[l->works] = work;
-        swap_work(&l->work[l->works], &l->work[usp_check_pick(c, l->works + 1)]);
-        l->works++;
+        l->work[l->count.works] = work;
+        swap_work(&l->work[l->count.works], &l->work[usp_check_pick(c, l->count.works + 1)]);
+        l->count.works++;
     }
 }
 
 void usp_check_lists(check *c, problem *p, int from, int to, int whole) {
     make_list(c, &(side){&p->pairs, 0, from, p->pairs.queries, to - from}, whole, &p->by_query);
     make_list(c, &(side){&p->pairs, 1, from, to - from, p->pairs.queries}, 1, &p->by_key);
-    p->args.by_query = (usp_tiles){p->by_query.work, p->by_query.tile, &p->by_query.works, p->by_query.capacity};
-    p->args.by_key = (usp_tiles){p->by_key.work, p->by_key.tile, &p->by_key.works, p->by_key.capacity};
+    p->args.by_query = (usp_tiles){p->by_query.work, p->by_query.tile, &p->by_query.count, p->by_query.capacity};
+    p->args.by_key = (usp_tiles){p->by_key.work, p->by_key.tile, &p->by_key.count, p->by_key.capacity};
 }

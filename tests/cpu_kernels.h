@@ -66,7 +66,7 @@ typedef struct pairs {
 typedef struct list {
     usp_work *work;
     usp_tile *tile;
-    int32_t works;
+    usp_tile_count count;
     int capacity;
 } list;
 

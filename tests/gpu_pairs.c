@@ -122,7 +122,8 @@ static usp_gpu_plan make_plan(usp_gpu_test *t, const side *x) {
         tiles += add_tiles(t, x, &work[works], tile + tiles);
     }
     usp_gpu_plan plan = {.capacity = works + random_below(t, 3)};
-    plan.works = usp_gpu_put(t, &works, sizeof works);
+    usp_tile_count count = {works, random_below(t, 2)};
+    plan.count = usp_gpu_put(t, &count, sizeof count);
     plan.tile = usp_gpu_put(t, tile, sizeof *tile * (size_t)tiles);
     plan.work = usp_gpu_put_part(t, work, sizeof *work * (size_t)works, sizeof *work * (size_t)plan.capacity);
     free(work), free(tile);

@@ -253,7 +253,7 @@ static const usp_gpu_softmax_case softmax_cases[] = {
 /* ---- calls ------------------------------------------------------------------------------------------------------- */
 
 static usp_tiles tiles_at(const usp_gpu_world *w, const usp_gpu_plan *p) {
-    return (usp_tiles){usp_gpu_at(w, p->work), usp_gpu_at(w, p->tile), usp_gpu_at(w, p->works), p->capacity};
+    return (usp_tiles){usp_gpu_at(w, p->work), usp_gpu_at(w, p->tile), usp_gpu_at(w, p->count), p->capacity};
 }
 
 static usp_pairs pairs_at(const usp_gpu_world *w, const usp_gpu_softmax *s, int block) {

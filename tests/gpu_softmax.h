@@ -38,7 +38,7 @@ typedef struct usp_gpu_pairs {
 
 /* Places of lists in the slabs. */
 typedef struct usp_gpu_plan {
-    size_t work, tile, works;
+    size_t work, tile, count;
     int capacity;
 } usp_gpu_plan;
 

@@ -52,7 +52,8 @@ static usp_gpu_plan plain_plan(usp_gpu_test *t, int tokens, int causal, int keys
     usp_gpu_plan plan = {.capacity = works};
     plan.work = usp_gpu_upload(t, work, sizeof *work * (size_t)works);
     plan.tile = usp_gpu_upload(t, tile, sizeof *tile * (size_t)works);
-    plan.works = usp_gpu_upload(t, &works, sizeof works);
+    usp_tile_count count = {works, !causal || works == 1};
+    plan.count = usp_gpu_upload(t, &count, sizeof count);
     free(work), free(tile);
     return plan;
 }

@@ -226,7 +226,7 @@ static double tiles_of(const usp_plan *plan) {
     double tiles = 0;
     for (int t = 0; t < plan->route.stages; t++) {
         usp_tiles list = usp_plan_tiles(plan, &plan->host, t, 0);
-        for (int w = 0; w < *list.works; w++)
+        for (int w = 0; w < list.count->works; w++)
             for (int i = 0; i < list.work[w].tiles; i++) {
                 const usp_tile *tile = &list.tile[list.work[w].first_tile + i];
                 tiles += (tile->end - tile->begin + 63) / 64;

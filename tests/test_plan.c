@@ -167,9 +167,10 @@ static int is_allowed(const usp_pairs *p, int64_t q, int64_t k) {
 static int count_pairs(usp_rank *rank, const usp_plan *plan, int t, int by_key, unsigned char *pairs) {
     usp_pairs p = usp_plan_pairs(plan, &plan->host, t);
     usp_tiles tiles = usp_plan_tiles(plan, &plan->host, t, by_key);
-    int64_t rows = 0, before = INT64_MAX;
-    if (*tiles.works > tiles.capacity) return usp_say(rank, "%d items, room for %d", *tiles.works, tiles.capacity);
-    for (int w = 0; w < *tiles.works; w++) {
+    int64_t rows = 0, most = -1, before = INT64_MAX;
+    int works = tiles.count->works;
+    if (works > tiles.capacity) return usp_say(rank, "%d items, room for %d", works, tiles.capacity);
+    for (int w = 0; w < works; w++) {
         const usp_work *work = &tiles.work[w];
         int64_t columns = 0;
         rows += work->count;
@@ -188,7 +189,9 @@ static int count_pairs(usp_rank *rank, const usp_plan *plan, int t, int by_key, 
         }
         if (columns > before) return usp_say(rank, "item %d has more columns than the one before", w);
         before = columns;
+        if (w == 0) most = columns;
     }
+    if (tiles.count->even != (works > 0 && before == most)) return usp_say(rank, "even: %d", tiles.count->even);
     int64_t all = by_key ? plan->route.stage[t].rows : usp_plan_queries(plan);
     int whole = by_key || t == 0 || t == plan->route.last;
     return !whole || rows == all ? 0 : usp_say(rank, "%lld of %lld rows have work", (long long)rows, (long long)all);

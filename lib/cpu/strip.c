@@ -82,7 +82,7 @@ static void place(usp_strip *s, const usp_work *work, int first) {
 }
 
 void usp_strip_walk(usp_strip *s, const usp_tiles *tiles, usp_strip_fn run) {
-    for (int w = 0; w < *tiles->works; w++)
+    for (int w = 0; w < tiles->count->works; w++)
         for (int first = 0; first < tiles->work[w].count; first += s->block) {
             place(s, tiles->work + w, first);
             run(s, tiles->work + w);
