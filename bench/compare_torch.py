@@ -10,9 +10,9 @@ bf16, without the window, or at the mean length of its documents, each counted a
 embedding the library from Python is torch_layer.py.
 
 The CSV has a row for each work, pass and peer: work, pass, usp_ms, usp_tflops, peer, peer_ms, peer_tflops, ratio (of
-TFLOP/s, usp over peer; the median over rounds), errors (relative RMS against float64, the largest of a pass' results; of the peer against its
-own work), and the spreads of both times (half the range of their middle half, over the median). TFLOP/s are of allowed
-pairs: 2 products forward, 5 backward."""
+TFLOP/s, usp over peer; the median over rounds), errors (relative RMS against float64, the largest of a pass' results;
+of the peer against its own work), and the spreads of both times (half the range of their middle half, over the median).
+TFLOP/s are of allowed pairs: 2 products forward, 5 backward."""
 import argparse
 import csv
 import re

@@ -116,8 +116,9 @@ def all_works():
 
 
 def draw(work, device, seed=1):
-    """Normal inputs, the same for the same shape and seed: q, k, v, dout [batch, heads, tokens, dim] over [batch, tokens, heads,
-    dim] in memory; sinks fp32 [heads] and dropout's seed and offset int64 [2], where the work has them, else None."""
+    """Normal inputs, the same for the same shape and seed: q, k, v, dout [batch, heads, tokens, dim] over [batch,
+    tokens, heads, dim] in memory; sinks fp32 [heads] and dropout's seed and offset int64 [2], where the work has
+    them, else None."""
     torch.manual_seed(seed)
     def normal(heads, dim):
         x = torch.randn(work.batch, work.tokens, heads, dim, device=device)

@@ -112,6 +112,16 @@ static __device__ __forceinline__ void publish_stores() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/* ---- shared memory ----------------------------------------------------------------------------------------------- */
+
+/* By a warp: four blocks of 8 x 8 16-bit elements as an accumulator has them. Lanes 8 i to 8 i + 7 give the addresses
+ * of the rows of block i. (PTX ISA, "stmatrix".) */
+static __device__ __forceinline__ void store_blocks(uint32_t address, const uint32_t (&block)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(block[0]),
+                 "r"(block[1]), "r"(block[2]), "r"(block[3])
+                 : "memory");
+}
+
 /* ---- order among blocks ------------------------------------------------------------------------------------------ */
 
 /* Tells other blocks a number in memory: boxes of this thread that it awaited, and what it wrote, come before. */
@@ -185,14 +195,6 @@ static __device__ __forceinline__ void pin(float *&x) {
 /* x is known before what is stored behind here. */
 static __device__ __forceinline__ void pin(float &x) {
     asm volatile("" : "+f"(x)::"memory");
-}
-
-/* By a warp: four blocks of 8 x 8 16-bit elements as an accumulator has them. Lanes 8 i to 8 i + 7 give the addresses
- * of the rows of block i. (PTX ISA, "stmatrix".) */
-static __device__ __forceinline__ void store_blocks(uint32_t address, const uint32_t (&block)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(block[0]),
-                 "r"(block[1]), "r"(block[2]), "r"(block[3])
-                 : "memory");
 }
 
 /* ---- warps ------------------------------------------------------------------------------------------------------- */

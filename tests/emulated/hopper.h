@@ -164,16 +164,6 @@ static inline void store_shared_pair(uint32_t address, float x, float y) {
     memcpy(machine::shared_memory() + address, &x, sizeof x);
     memcpy(machine::shared_memory() + address + 4, &y, sizeof y);
 }
-/* Any lane, as long as it is the same one. */
-static inline bool is_leader() {
-    machine::gather("its warp", 32, 0);
-    return threadIdx.x % 32 == 5;
-}
-static inline void store_blocks(uint32_t address, const uint32_t (&block)[4]) {
-    int lane = threadIdx.x % 32;
-    if (address % 16) machine::fail("the row of a block is not at a 16-byte boundary");
-    for (int i = 0; i < 4; i++) store_shared(emulated_shuffle(address, i * 8 + lane / 4) + lane % 4 * 4, block[i]);
-}
 static inline float fast_exp2(float x) {
     return exp2f(x);
 }
@@ -359,6 +349,16 @@ template <typename Number> static inline Number uniform(Number x, int lane = 0) 
 template <int COUNT> static inline void give_registers() {
 }
 template <int COUNT> static inline void take_registers() {
+}
+/* Any lane, as long as it is the same one. */
+static inline bool is_leader() {
+    machine::gather("its warp", 32, 0);
+    return threadIdx.x % 32 == 5;
+}
+static inline void store_blocks(uint32_t address, const uint32_t (&block)[4]) {
+    int lane = threadIdx.x % 32;
+    if (address % 16) machine::fail("the row of a block is not at a 16-byte boundary");
+    for (int i = 0; i < 4; i++) store_shared(emulated_shuffle(address, i * 8 + lane / 4) + lane % 4 * 4, block[i]);
 }
 
 /* ---- launch.cuh -------------------------------------------------------------------------------------------------- */

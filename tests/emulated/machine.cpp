@@ -16,7 +16,7 @@ namespace machine {
 
 namespace {
 
-constexpr int WARP = 32, STACK = 1 << 17;
+constexpr int STACK = 1 << 17;
 
 struct fiber {
     ucontext_t begin;

@@ -51,7 +51,7 @@ void await_above(const int *at, int least);
 /* A copy, at any time from now on. */
 void start_copy(const std::function<void()> &copy);
 
-constexpr int GROUP = 128; /* threads of a warpgroup */
+constexpr int GROUP = 128, WARP = 32; /* threads of a warpgroup, of a warp */
 
 /* One product of a warpgroup, as each of its threads sees it: sums of `words` floats, the left operand in registers or
  * in shared memory. Nothing is read or written before the group of products has been waited for. */

@@ -7,8 +7,6 @@ extern unsigned char memory[]; /* as kernels declare it */
 
 namespace machine {
 
-constexpr int WARP = 32;
-
 /* Where an element of a tile is in shared memory: its rows have 128 bytes and are swizzled, or 16 and are not. `inner`:
  * along the rows. */
 static uint32_t address_of(uint64_t tile, int inner, int outer) {
