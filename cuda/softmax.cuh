@@ -155,10 +155,10 @@ static __device__ __forceinline__ bool pair_allowed(const usp_pairs &pairs, int 
 struct soft_cap {
     static constexpr float GROWN = 2 / 0.94987231f;
     float unit, into, far, near[4], tangent;
-    float exponent[4];               /* -near times unit: gives the score in base 2 */
-    float nearest[2], slant[2];      /* up to 0.1: the same, to 2^-19, and what bend gives, to 2^-16 */
-    float near_power, nearest_power; /* the squares of the largest products up to 0.4, or 0.1, */
-    float span;                      /* whose scores, in base 2, are at most this */
+    float exponent[4];             /* -near times unit: gives the score in base 2 */
+    float nearest[2], slant[2];    /* up to 0.1: the same, to 2^-19, and what bend gives, to 2^-16 */
+    float near_size, nearest_size; /* the largest products up to 0.4, or 0.1, */
+    float span;                    /* whose scores, in base 2, are at most this */
     bool used;
 };
 
@@ -182,8 +182,8 @@ static __host__ __device__ __forceinline__ soft_cap soft_cap_of(const usp_softma
     /* No such weight above a base from -span on is too large for its dtype. */
     cap.span = args.dtype == USP_F16 ? 7 : 16;
     float most = cap.span / (args.scale * LOG2E);
-    cap.near_power = fminf(most * most, 0.16f / square);
-    cap.nearest_power = fminf(most * most, 0.01f / square);
+    cap.near_size = fminf(most, 0.4f / into);
+    cap.nearest_size = fminf(most, 0.1f / into);
     return cap;
 }
 

@@ -92,18 +92,16 @@ static __device__ __forceinline__ void cap_scores(usp_sums<M, N> &c, const scori
     }
 }
 
-/* None of a lane's products is larger than the root of this: none of four is larger than that of the sum of their
- * squares. A NaN if there is one among them: its bits are more than those of any number from 0 on. */
-template <int N> static __device__ __forceinline__ float power_of(const usp_sums<1, N> &c) {
-    uint32_t most = 0;
+/* The largest of a lane's products without its sign, in four chains. A NaN counts nothing: what it makes is NaN either
+ * way. */
+template <int N> static __device__ __forceinline__ float size_of(const usp_sums<1, N> &c) {
+    float most[4] = {};
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        float sum = c[0][n][0] * c[0][n][0];
 #pragma unroll
-        for (int i = 1; i < 4; i++) sum = fmaf(c[0][n][i], c[0][n][i], sum);
-        most = max(most, __float_as_uint(sum));
+        for (int i = 0; i < 4; i++) most[i] = fmaxf(most[i], fabsf(c[0][n][i]));
     }
-    return __uint_as_float(most);
+    return fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
 }
 
 /* Turns products, rows of queries, into scores. `diagonal` gives a row's position (r < 2M), `key` a column's. */

@@ -151,6 +151,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         usp_multiply_columns<T>(dq, ds, k.rows_from(buffer * Shape::step));
     }
     usp_fetched();
+    __syncthreads(); /* a job without columns has met none since its note */
 
     job = note.job;
     first_row = job.begin + warp_row, rows = job.count - warp_row;
@@ -281,6 +282,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         usp_multiply_columns<T>(dk, ds, q.rows_from(buffer * step));
     }
     usp_fetched();
+    __syncthreads(); /* a job without columns has met none since its note */
 
     job = note.job;
     first_row = job.begin + warp_row, rows = job.count - warp_row;

@@ -93,6 +93,7 @@ static __global__ void __launch_bounds__(Shape::threads, Shape::resident)
         usp_multiply_columns<T>(out, scores, v.rows_from(buffer * Shape::step));
     }
     usp_fetched();
+    __syncthreads(); /* a job without columns has met none since its note */
 
     job = note.job;
     first_row = job.begin + warp_row, rows = job.count - warp_row;

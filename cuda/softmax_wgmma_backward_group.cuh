@@ -69,7 +69,7 @@ template <typename T, typename Shape> struct backward_group {
     __device__ __forceinline__ void weigh_extras(usp_sums<1, N> &s, left_operand<K> &p, const query_notes<Shape> &query,
                                                  const scoring &rule) {
         if constexpr (Shape::caps && !Shape::more && !MASKED) {
-            bool near = !(query.scaled[0] | query.scaled[1]) && __all_sync(~0u, power_of(s) < rule.cap.nearest_power);
+            bool near = !(query.scaled[0] | query.scaled[1]) && __all_sync(~0u, size_of(s) < rule.cap.nearest_size);
             if (near) return weigh_near(s, p, query, rule);
         }
         if constexpr (Shape::caps) cap_scores<2>(s, rule);

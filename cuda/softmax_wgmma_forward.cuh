@@ -117,6 +117,21 @@ template <typename Shape> struct forward_rows {
     uint64_t word[2];    /* of dropout, */
     uint32_t limits;     /* below which pairs are dropped, twice */
 
+    /* `first`: the warp's first row of the job. */
+    __device__ __forceinline__ void begin_extras(const usp_softmax &args, const softmax_job &job, int first) {
+        peaks = {};
+        limits = usp_dropout_limit(args.dropout.rate) * 0x10001;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = first + usp_lane_row(0, r), query = job.begin + row;
+            place[r] = 0, word[r] = 0;
+            if (row >= job.count) continue;
+            if (Shape::slopes && args.slopes)
+                place[r] = (float)(args.pairs.diagonal[query] - args.pairs.diagonal[job.begin]);
+            if (Shape::drops && args.dropout.rate > 0) word[r] = dropout_row(args, job.batch, job.head, query);
+        }
+    }
+
     /* How much more the scores of a biased step are than they should be. */
     __device__ __forceinline__ void shift_by(const bias_note &bias, float (&shift)[2]) const {
         shift[0] = bias.slope * (place[0] - bias.first);

@@ -54,22 +54,7 @@ template <typename T, typename Shape> struct computing_group {
             bool kept = !args.first && row < rows;
             to.online.begin(i, {kept ? args.top[line + row] : -INFINITY, kept ? args.sum[line + row] : 0});
         }
-        if constexpr (Shape::extras) begin_extras(to, job, rows);
-    }
-
-    __device__ __forceinline__ void begin_extras(job_rows &to, const softmax_job &job, int rows) {
-        to.peaks = {};
-        to.limits = usp_dropout_limit(args.dropout.rate) * 0x10001;
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int row = usp_lane_row(0, r), query = job.begin + warp_row + row;
-            to.place[r] = 0;
-            if (Shape::slopes && args.slopes && row < rows)
-                to.place[r] = (float)(args.pairs.diagonal[query] - args.pairs.diagonal[job.begin]);
-            to.word[r] = 0;
-            if (Shape::drops && args.dropout.rate > 0 && row < rows)
-                to.word[r] = dropout_row(args, job.batch, job.head, query);
-        }
+        if constexpr (Shape::extras) to.begin_extras(args, job, warp_row);
     }
 
     __device__ __forceinline__ void begin_out(const softmax_job &job, const float (&factor)[2]) {
@@ -214,19 +199,13 @@ template <typename T, typename Shape> struct computing_group {
         v.advance();
     }
 
-    /* Scores to weights; `exponent` gives what is above a row's base, `leave` leaves values of the step before, which
-     * are multiplied while exponents, and the first EARLY column blocks of weights, are found: about as long as it
-     * takes. The compiler keeps the special unit and the others at work side by side only where no branch lies between
-     * and weights are rounded as they are found. Dropped ones are in the sum. */
-    template <int EARLY, typename Exponent, typename Leave>
-    __device__ __forceinline__ void weigh(usp_sums<1, N> &scores, job_rows &rows, const float (&top)[2],
-                                          const Exponent &exponent, const Leave &leave) {
+    /* Exponents, of which those of EARLY column blocks are weights already, to weights. Dropped ones are in the sum.
+     * The compiler keeps the special unit and the others at work side by side only where no branch lies between and
+     * weights are rounded as they are found. */
+    template <int EARLY> __device__ __forceinline__ void find_weights(usp_sums<1, N> &exponents, job_rows &rows) {
         const uint32_t *draw = Shape::drops ? notes.draw[k.of_twice()] : nullptr;
-        online_softmax<1, 0>::find_exponents<EARLY>(scores, top, exponent);
-        if constexpr (EARLY > 0) pin(list_of<N>(scores));
-        leave();
         look_ahead();
-        rows.online.template find_weights<EARLY>(scores, [&](const float *pair, int r, int n) {
+        rows.online.template find_weights<EARLY>(exponents, [&](const float *pair, int r, int n) {
             uint32_t rounded = usp_pack<T>(pair[0], pair[1]);
             if constexpr (Shape::drops) rounded &= ~dropped(draw, rows, r, n);
             weights[n / 2][n % 2 * 2 + r] = rounded;
@@ -239,32 +218,38 @@ template <typename T, typename Shape> struct computing_group {
         return halves_below(usp_dropout_pair(rows.word[r], two.x), usp_dropout_pair(rows.word[r], two.y), rows.limits);
     }
 
-    /* Where all products are near 0 and no base is far below: weights fit their dtype, so that no base is raised, and
-     * no largest score is looked for. Products are capped as exponents. */
-    template <bool NEAREST> __device__ __forceinline__ void weigh_near(usp_sums<1, N> &products, job_rows &rows) {
+    /* Steps that ask whether all products are near 0. Each warp answers for itself, so no instruction of the whole
+     * group may lie on one of the ways. */
+    template <bool MASKED, bool FIRST>
+    static constexpr bool asks_near = Shape::caps && !Shape::more && !MASKED && !FIRST;
+    /* Column blocks whose weights are found while values of the step before are multiplied: about as long as it takes.
+     * Where ways meet behind them none of the others begins before: 9 was measured to be best. */
+    template <bool MASKED, bool FIRST>
+    static constexpr int early = asks_near<MASKED, FIRST> ? 9
+                                 : MASKED                 ? 0
+                                                          : Shape::early;
+
+    /* Products to exponents where all are near 0 and no base is far below: weights fit their dtype, so that no base is
+     * raised, and no largest score is looked for. */
+    template <bool NEAREST> __device__ __forceinline__ void find_near(usp_sums<1, N> &products, job_rows &rows) {
         arrive_warp(&notes.k_empty[k.stage]);
         auto exponent = [rule = rows.rule](float product, float base) {
             return rule.template near_exponent<NEAREST>(product, base);
         };
-        weigh<N>(products, rows, rows.online.top, exponent, [&] { leave_values(); });
+        online_softmax<1, 0>::find_exponents<early<false, false>>(products, rows.online.top, exponent);
     }
 
-    template <bool MASKED, bool FIRST, bool PENDING>
-    __device__ __forceinline__ void take_step(job_rows &rows, int place, float (&factor)[2]) {
-        usp_sums<1, N> scores;
-        if constexpr (PENDING)
-            issue_both<is_biased<MASKED>>(scores, place);
-        else
-            issue_alone<is_biased<MASKED>>(scores, place);
+    /* Products to exponents; the stage is left. Says whether rows have grown, by which factors. */
+    template <bool MASKED, bool FIRST>
+    __device__ __forceinline__ bool find_exponents(usp_sums<1, N> &scores, job_rows &rows, float (&factor)[2]) {
         const scoring &rule = rows.rule;
-        float best[2];
-        if constexpr (Shape::caps && !Shape::more && !MASKED && !FIRST) {
+        if constexpr (asks_near<MASKED, FIRST>) {
             bool based = fminf(rows.online.top[0], rows.online.top[1]) >= -rule.cap.span;
-            float power = power_of(scores);
-            if (__all_sync(~0u, based & (power < rule.cap.nearest_power))) return weigh_near<true>(scores, rows);
-            if (__all_sync(~0u, based & (power < rule.cap.near_power))) return weigh_near<false>(scores, rows);
+            float size = size_of(scores);
+            if (__all_sync(~0u, based & (size < rule.cap.nearest_size))) return find_near<true>(scores, rows), false;
+            if (__all_sync(~0u, based & (size < rule.cap.near_size))) return find_near<false>(scores, rows), false;
         }
-        float shift[2] = {};
+        float best[2], shift[2] = {};
         bend<MASKED>(scores, rows, shift);
         online_softmax<1, 0>::look(scores, rule.unit, best);
         if constexpr (is_biased<MASKED>) best[0] -= shift[0], best[1] -= shift[1];
@@ -272,12 +257,26 @@ template <typename T, typename Shape> struct computing_group {
         float top[2] = {rows.online.top[0], rows.online.top[1]};
         if constexpr (is_biased<MASKED>) top[0] += shift[0], top[1] += shift[1];
         auto exponent = [&](float score, float base) { return fmaf(score, rule.unit, -base); };
-        weigh<MASKED ? 0 : Shape::early>(scores, rows, top, exponent, [&] {
-            if constexpr (PENDING) leave_values();
-            if (FIRST || !grown) return;
+        online_softmax<1, 0>::find_exponents<early<MASKED, FIRST>>(scores, top, exponent);
+        return grown;
+    }
+
+    template <bool MASKED, bool FIRST, bool PENDING>
+    __device__ __forceinline__ void take_step(job_rows &rows, int place, float (&factor)[2]) {
+        constexpr int EARLY = early<MASKED, FIRST>;
+        usp_sums<1, N> scores;
+        if constexpr (PENDING)
+            issue_both<is_biased<MASKED>>(scores, place);
+        else
+            issue_alone<is_biased<MASKED>>(scores, place);
+        bool grown = find_exponents<MASKED, FIRST>(scores, rows, factor);
+        if constexpr (EARLY > 0) pin(list_of<N>(scores));
+        if constexpr (PENDING) leave_values();
+        if (!FIRST && grown) {
             multiply_row(0, out, factor[0]);
             multiply_row(1, out, factor[1]);
-        });
+        }
+        find_weights<EARLY>(scores, rows);
     }
 
     __device__ __forceinline__ void end_steps() {

@@ -34,17 +34,20 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
     const usp_softmax &args;
     job_deals &deals;
     turn<DEALS> at;
-    int items, lines, bundle;
-    number asked; /* by the first thread: the number to come, or none */
+    int items, lines, bundle, last; /* last: the first line of the last bundle */
+    number asked;                   /* by the first thread: the number to come, or none */
 
     /* `asked_`: by the first warp, its first number, which is on its way while the list is looked at. Where all items
      * weigh alike, as without a mask, nothing is gained from working on several heads side by side; forward, many
-     * blocks lose step with each other over a long head, and a few of each head find more in the cache. */
+     * blocks lose step with each other over a long head, and a few of each head find more in the cache. And forward the
+     * last bundle has up to twice as many heads, and so more light jobs for the end, when blocks wait for each other.
+     */
     __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_, number asked_ = none)
         : args(args_), deals(deals_), at{0, 0}, lines((int)lines_of(args, KEY_ROWS)), asked(asked_) {
         usp_tile_count count = *tiles_of(args, KEY_ROWS).count;
         items = count.works * parts;
         bundle = count.even && (KEY_ROWS || args.keys <= LONG_HEAD) ? 1 : USP_SOFTMAX_BUNDLE;
+        last = max(lines - 1 - (KEY_ROWS ? 0 : bundle), 0) / bundle * bundle;
     }
 
     /* The item of a rank, or the rank of an item, where `width` heads are worked on side by side. In order, a job of a
@@ -63,7 +66,7 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
 
     /* Heads of the bundle that has this line. */
     __device__ __forceinline__ int width_at(int line) const {
-        return min(bundle, lines - line / bundle * bundle);
+        return line < last ? bundle : lines - last;
     }
 
     static __device__ __forceinline__ number ask(const usp_softmax &args) {
@@ -103,7 +106,7 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
     /* count is negative if there is nothing to do. */
     __device__ __forceinline__ softmax_job job_of(number n) const {
         if (n >= (number)items * (number)lines) return {nullptr, 0, 0, 0, 0};
-        int first = (int)(n / ((number)items * (number)bundle)) * bundle, width = min(bundle, lines - first);
+        int first = min((int)(n / ((number)items * (number)bundle)) * bundle, last), width = width_at(first);
         int rest = (int)(n - (number)first * (number)items), line = first + rest % width;
         int item = ranked(rest / width, width), skipped = item % parts * ROWS, heads = (int)heads_of(args, KEY_ROWS);
         const usp_work *work = tiles_of(args, KEY_ROWS).work + item / parts;

@@ -342,7 +342,9 @@ void end_products() {
 void await_products(int left) {
     int group = thread() / GROUP, done = (int)self().groups.size() - left;
     int upto = done > 0 ? self().groups[(size_t)done - 1] : 0;
-    gather("its products", GROUP, 0);
+    uint64_t place = (uint64_t)(uintptr_t)__builtin_return_address(0);
+    for (uint64_t other : gather("its products", GROUP, place))
+        if (other != place) fail("warps of a group wait for products at different places");
     compute_up_to(group, upto);
 }
 

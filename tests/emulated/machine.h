@@ -65,6 +65,7 @@ struct product {
 };
 void issue(const product &product);
 void end_products();
+/* By all threads of the warpgroup at one place of the program, as PTX demands of its ".aligned" instructions. */
 void await_products(int left);
 /* What one is, at once: `of` as all threads see it, with so many bytes of shared memory. */
 void multiply(const product (&of)[GROUP], size_t shared);
