@@ -157,7 +157,7 @@ struct soft_cap {
     float unit, into, far, near[4], tangent;
     float exponent[4];             /* -near times unit: gives the score in base 2 */
     float nearest[2], slant[2];    /* up to 0.1: the same, to 2^-19, and what bend gives, to 2^-16 */
-    float near_size, nearest_size; /* the largest products up to 0.4, or 0.1, */
+    float near_size, nearest_size; /* the largest products up to 0.4, or 0.1, 0 if their polynomial has no numbers, */
     float span;                    /* whose scores, in base 2, are at most this */
     bool used;
 };
@@ -181,9 +181,9 @@ static __host__ __device__ __forceinline__ soft_cap soft_cap_of(const usp_softma
     cap.slant[1] = -0.99336267f * square;
     /* No such weight above a base from -span on is too large for its dtype. */
     cap.span = args.dtype == USP_F16 ? 7 : 16;
-    float most = cap.span / (args.scale * LOG2E);
-    cap.near_size = fminf(most, 0.4f / into);
-    cap.nearest_size = fminf(most, 0.1f / into);
+    float most = fminf(cap.span / (args.scale * LOG2E), 1e19f); /* its square is a number */
+    cap.near_size = fabsf(cap.exponent[3]) < INFINITY ? fminf(most, 0.4f / into) : 0;
+    cap.nearest_size = fabsf(cap.nearest[1]) < INFINITY && square < INFINITY ? fminf(most, 0.1f / into) : 0;
     return cap;
 }
 

@@ -239,7 +239,7 @@ template <typename T, typename Shape> struct computing_group {
         online_softmax<1, 0>::find_exponents<early<false, false>>(products, rows.online.top, exponent);
     }
 
-    /* Products to exponents; the stage is left. Says whether rows have grown, by which factors. */
+    /* Products to exponents; the stage is left. Says whether rows have grown; if so, by which factors. */
     template <bool MASKED, bool FIRST>
     __device__ __forceinline__ bool find_exponents(usp_sums<1, N> &scores, job_rows &rows, float (&factor)[2]) {
         const scoring &rule = rows.rule;

@@ -34,7 +34,7 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
     const usp_softmax &args;
     job_deals &deals;
     turn<DEALS> at;
-    int items, lines, bundle, last; /* last: the first line of the last bundle */
+    int items, lines, bundle, last; /* last: forward, the first line of the last bundle */
     number asked;                   /* by the first thread: the number to come, or none */
 
     /* `asked_`: by the first warp, its first number, which is on its way while the list is looked at. Where all items
@@ -47,7 +47,7 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
         usp_tile_count count = *tiles_of(args, KEY_ROWS).count;
         items = count.works * parts;
         bundle = count.even && (KEY_ROWS || args.keys <= LONG_HEAD) ? 1 : USP_SOFTMAX_BUNDLE;
-        last = max(lines - 1 - (KEY_ROWS ? 0 : bundle), 0) / bundle * bundle;
+        last = max(lines - 1 - bundle, 0) / bundle * bundle;
     }
 
     /* The item of a rank, or the rank of an item, where `width` heads are worked on side by side. In order, a job of a
@@ -64,9 +64,9 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
         return first + min(first + run, items) - 1 - item;
     }
 
-    /* Heads of the bundle that has this line. */
+    /* Backward: heads of the bundle that has this line. */
     __device__ __forceinline__ int width_at(int line) const {
-        return line < last ? bundle : lines - last;
+        return min(bundle, lines - line / bundle * bundle);
     }
 
     static __device__ __forceinline__ number ask(const usp_softmax &args) {
@@ -106,7 +106,8 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
     /* count is negative if there is nothing to do. */
     __device__ __forceinline__ softmax_job job_of(number n) const {
         if (n >= (number)items * (number)lines) return {nullptr, 0, 0, 0, 0};
-        int first = min((int)(n / ((number)items * (number)bundle)) * bundle, last), width = width_at(first);
+        int first = (int)(n / ((number)items * (number)bundle)) * bundle, width = min(bundle, lines - first);
+        if (!KEY_ROWS && first >= last) first = last, width = lines - last;
         int rest = (int)(n - (number)first * (number)items), line = first + rest % width;
         int item = ranked(rest / width, width), skipped = item % parts * ROWS, heads = (int)heads_of(args, KEY_ROWS);
         const usp_work *work = tiles_of(args, KEY_ROWS).work + item / parts;

@@ -275,7 +275,8 @@ static inline void begin_products() {
 static inline void end_products() {
     machine::end_products();
 }
-template <int LEFT> static inline void await_products() {
+/* In place: the machine looks at where it is called. */
+template <int LEFT> __attribute__((always_inline)) static inline void await_products() {
     machine::await_products(LEFT);
 }
 template <typename T, int N> static inline void pin(T (&)[N]) {
