@@ -22,6 +22,8 @@ template <int DIM, int VALUE_DIM, int STEP, int EXTRAS = 0> struct forward_shape
     /* Column blocks of weights that are found while values of the step before are multiplied; with the widest heads
      * those take so many registers that nothing is gained. */
     static constexpr int early = DIM <= 192 ? 3 : 0;
+    /* The same where a soft cap's ways meet behind them, so that none of the others begins before: measured. */
+    static constexpr int early_near = 9;
     /* Two jobs at a time, where their queries fit: the next one's first scores run under the last values of this one,
      * whose results leave from where its queries lay. */
     static constexpr int slots = DIM <= 128 ? 2 : 1;

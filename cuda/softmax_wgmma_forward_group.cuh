@@ -222,12 +222,10 @@ template <typename T, typename Shape> struct computing_group {
      * group may lie on one of the ways. */
     template <bool MASKED, bool FIRST>
     static constexpr bool asks_near = Shape::caps && !Shape::more && !MASKED && !FIRST;
-    /* Column blocks whose weights are found while values of the step before are multiplied: about as long as it takes.
-     * Where ways meet behind them none of the others begins before: 9 was measured to be best. */
     template <bool MASKED, bool FIRST>
-    static constexpr int early = asks_near<MASKED, FIRST> ? 9
-                                 : MASKED                 ? 0
-                                                          : Shape::early;
+    static constexpr int early = MASKED                     ? 0
+                                 : asks_near<MASKED, FIRST> ? Shape::early_near
+                                                            : Shape::early;
 
     /* Products to exponents where all are near 0 and no base is far below: weights fit their dtype, so that no base is
      * raised, and no largest score is looked for. */
@@ -236,7 +234,7 @@ template <typename T, typename Shape> struct computing_group {
         auto exponent = [rule = rows.rule](float product, float base) {
             return rule.template near_exponent<NEAREST>(product, base);
         };
-        online_softmax<1, 0>::find_exponents<early<false, false>>(products, rows.online.top, exponent);
+        online_softmax<1, 0>::find_exponents<Shape::early_near>(products, rows.online.top, exponent);
     }
 
     /* Products to exponents; the stage is left. Says whether rows have grown; if so, by which factors. */
