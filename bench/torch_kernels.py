@@ -1,42 +1,43 @@
 """torch_kernels.py - what part of a layer's time its GPU kernels are, by PyTorch's profiler."""
 import collections
+import math
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 
-def kernel_times(call, calls):
-    """Microseconds a call of everything that runs on the GPU, by its name: the profiler sees what any library of the
+def traced(call, calls):
+    """The names and times, in microseconds, of all that runs on the GPU: the profiler sees what any library of the
     process launches."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    found = collections.Counter()
-    for event in seen.events():
-        if event.device_type == DeviceType.CUDA:
-            found[event.name] += event.time_range.elapsed_us() / calls
-    return found
+    return [(e.name, e.time_range.start, e.time_range.end) for e in seen.events() if e.device_type == DeviceType.CUDA]
 
 
-def call_time(call, calls):
-    """Microseconds of a call among calls one behind the other, without the profiler."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return 1e3 * begin.elapsed_time(end) / calls
+def busy_time(ranges):
+    """How long at least one of the ranges lasts; a kernel may begin before the one in front of it has ended."""
+    busy, end = 0, -math.inf
+    for first, last in sorted(ranges):
+        busy += max(last - max(first, end), 0)
+        end = max(end, last)
+    return busy
 
 
 def print_kernels(name, call, calls=16):
-    """Each kernel's time, their sum, the call's time, and the sum over it: the call's rate over that of its kernels."""
-    call_time(call, calls)
-    whole = call_time(call, calls)
-    kernels = kernel_times(call, calls)
-    for kernel, us in kernels.most_common():
+    """Each kernel's time a call, and what part of the time of calls one behind the other kernels run: the call's rate
+    over that of its kernels, at one clock."""
+    for _ in range(calls):
+        call()
+    torch.cuda.synchronize()
+    seen = traced(call, calls)
+    found = collections.Counter()
+    for kernel, begin, end in seen:
+        found[kernel] += (end - begin) / calls
+    for kernel, us in found.most_common():
         print(f"{us:12.1f} us  {kernel[:100]}")
-    total = sum(kernels.values())
-    print(f"{name}: kernels {total:.1f} us, a call {whole:.1f} us, ratio {total / whole:.3f}", flush=True)
+    busy = busy_time([(begin, end) for _, begin, end in seen]) / calls
+    whole = (max(end for _, _, end in seen) - min(begin for _, begin, _ in seen)) / calls
+    print(f"{name}: kernels {busy:.1f} us, a call {whole:.1f} us, ratio {busy / whole:.3f}", flush=True)

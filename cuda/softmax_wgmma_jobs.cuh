@@ -8,7 +8,8 @@
  * block asks for one after the other: with jobs of such different weights no fixed order keeps all blocks busy, and
  * some begin late, where transfers hold multiprocessors. Its first warp asks, some time before it needs the
  * answer but no job earlier, and deals the jobs to the warps that walk with it. */
-constexpr int DEALS = 2, LONG_HEAD = 32768;
+constexpr int DEALS = 2;
+constexpr int LONG_HEAD = 32768, LONG_BUNDLE = 4; /* keys of a head; long heads side by side backward */
 constexpr int FEW_RUNS = 8; /* of the jobs of a head, where it is worth their while to go backward */
 
 struct job_deals {
@@ -39,14 +40,17 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
 
     /* `asked_`: by the first warp, its first number, which is on its way while the list is looked at. Where all items
      * weigh alike, as without a mask, nothing is gained from working on several heads side by side; forward, many
-     * blocks lose step with each other over a long head, and a few of each head find more in the cache. And forward the
-     * last bundle has up to twice as many heads, and so more light jobs for the end, when blocks wait for each other.
+     * blocks lose step with each other over a long head, and a few of each head find more in the cache. Backward it is
+     * the columns of a few long heads that are found there. And forward the last bundle has up to twice as many heads,
+     * and so more light jobs for the end, when blocks wait for each other.
      */
     __device__ __forceinline__ job_list(const usp_softmax &args_, job_deals &deals_, number asked_ = none)
         : args(args_), deals(deals_), at{0, 0}, lines((int)lines_of(args, KEY_ROWS)), asked(asked_) {
         usp_tile_count count = *tiles_of(args, KEY_ROWS).count;
         items = count.works * parts;
-        bundle = count.even && (KEY_ROWS || args.keys <= LONG_HEAD) ? 1 : USP_SOFTMAX_BUNDLE;
+        bool long_heads = args.keys > LONG_HEAD;
+        bundle = KEY_ROWS && !IN_ORDER && long_heads ? LONG_BUNDLE : USP_SOFTMAX_BUNDLE;
+        if (count.even && (KEY_ROWS || !long_heads)) bundle = 1;
         last = max(lines - 1 - bundle, 0) / bundle * bundle;
     }
 
