@@ -2,6 +2,7 @@
  * Exits 0 if all agree and 1 if not; without a GPU it says why and exits 77. It tests kernels, not layers.
  *
  *   gpu_kernels [common | linear | softmax | views | repeats | poison]    checks all entries, or those of one kind
+ *   gpu_kernels --every N [...]                                           of cases that compare, one in N
  *   gpu_kernels --time [linear | softmax]                                 times them */
 #include <stdio.h>
 #include <stdlib.h>
@@ -312,7 +313,7 @@ static const struct kind_tests {
 enum { KINDS = sizeof kinds / sizeof *kinds };
 
 typedef struct chosen_tests {
-    int time, first, end; /* kinds first .. end - 1 */
+    int time, every, first, end; /* kinds first .. end - 1 */
 } chosen_tests;
 
 static void run_chosen(usp_gpu_test *t, const chosen_tests *chosen) {
@@ -343,6 +344,7 @@ static int run_tests(usp_gpu_test *t, const chosen_tests *chosen) {
     t->again = host_slab(), t->free_to_write = host_slab();
     t->exact.scratch = t->plain.scratch = aligned_alloc(64, USP_GPU_SCRATCH);
     if (!t->exact.scratch) exit(1);
+    t->every = chosen->every;
     run_chosen(t, chosen);
     free(t->exact.scratch);
     free(t->exact.base), free(t->plain.base), free(t->before), free(t->after), free(t->again), free(t->free_to_write);
@@ -355,9 +357,13 @@ static int run_tests(usp_gpu_test *t, const chosen_tests *chosen) {
 static int choose_tests(int arguments, char **argument, chosen_tests *chosen) {
     *chosen = (chosen_tests){.end = KINDS};
     if (arguments > 0 && strcmp(argument[0], "--time") == 0) chosen->time = 1, arguments--, argument++;
+    if (arguments > 1 && strcmp(argument[0], "--every") == 0) {
+        chosen->every = atoi(argument[1]), arguments -= 2, argument += 2;
+        if (chosen->every < 1) return 0;
+    }
     for (int i = 0; i < KINDS && arguments == 1; i++)
         if (strcmp(argument[0], kinds[i].name) == 0 && (!chosen->time || kinds[i].time)) {
-            *chosen = (chosen_tests){chosen->time, i, i + 1};
+            chosen->first = i, chosen->end = i + 1;
             return 1;
         }
     return arguments == 0;
@@ -370,10 +376,10 @@ int main(int argc, char **argv) {
     usp_gpu_test t = {.random = 314159265};
     setvbuf(stdout, NULL, _IOLBF, 0); /* a run that is stopped has shown what it had */
     if (!choose_tests(argc - 1, argv + 1, &chosen)) {
-        fprintf(
-            stderr,
-            "usage: %s [common | linear | softmax | views | repeats | poison]\n       %s --time [linear | softmax]\n",
-            argv[0], argv[0]);
+        fprintf(stderr,
+                "usage: %s [--every N] [common | linear | softmax | views | repeats | poison]\n"
+                "       %s --time [linear | softmax]\n",
+                argv[0], argv[0]);
         return 2;
     }
     if (usp_device_create_cuda(&host, &t.gpu.device) != USP_OK) {

@@ -66,7 +66,7 @@ static int run_both(usp_gpu_test *t, usp_gpu_call call, const void *args, const 
     const usp_gpu_view *v = p->view;
     int64_t row = (((int64_t)p->token * v->batch + p->batch) * v->heads + p->head) * v->dim;
     float kept[1024];
-    int fine = usp_gpu_run_alone(t, "clean", call, args, t->after);
+    int fine = usp_gpu_is_drawn(t) && usp_gpu_run_alone(t, "clean", call, args, t->after);
     for (int x = 0; x < v->dim; x++) {
         kept[x] = usp_gpu_get(t, v, t->before, row + x);
         if (hits(p, x)) usp_gpu_set(t, v, t->before, row + x, p->value);

@@ -18,6 +18,7 @@ void usp_gpu_fail(usp_gpu_test *t, const char *what, const char *why) {
 
 void usp_gpu_begin_case(usp_gpu_test *t, usp_dtype dtype) {
     t->used = 0;
+    t->cases++;
     t->exact.dtype = USP_F32;
     t->plain.dtype = t->gpu.dtype = dtype;
 }
@@ -213,13 +214,18 @@ static void forgive_unordered(usp_gpu_test *t) {
             memcpy(t->again + t->output[n]->at, t->after + t->output[n]->at, t->output[n]->bytes);
 }
 
+int usp_gpu_is_drawn(const usp_gpu_test *t) {
+    return t->every == 0 || t->cases % t->every == 0;
+}
+
 void usp_gpu_run(usp_gpu_test *t, const char *what, usp_gpu_call call, const void *args,
                  const usp_gpu_view *const *outputs) {
     for (t->outputs = 0; outputs[t->outputs]; t->outputs++) t->output[t->outputs] = outputs[t->outputs];
     memcpy(t->before, t->plain.base, t->used);
     if (call(&t->exact, args) != USP_OK || call(&t->plain, args) != USP_OK) {
         usp_gpu_fail(t, what, usp_last_error());
-    } else if (usp_gpu_run_alone(t, what, call, args, t->after) && usp_gpu_run_alone(t, what, call, args, t->again)) {
+    } else if (usp_gpu_is_drawn(t) && usp_gpu_run_alone(t, what, call, args, t->after) &&
+               usp_gpu_run_alone(t, what, call, args, t->again)) {
         mark_outputs(t);
         check_untouched(t, what);
         for (int n = 0; n < t->outputs; n++)
