@@ -84,18 +84,21 @@ def scales(own):
     return {name: (own[largest], largest) if own[name] < 1e-6 * own[largest] else (own[name], name) for name in RESULTS}
 
 
-def differences(side, exact):
+def differences(make, exact):
     """RMS of the difference of each result; nothing of a side that refuses the work."""
+    side = None
     try:
+        side = make()
         side.forward()
         side.backward()
         found = {name: rms(x - getattr(exact, name)) for name, x in parts(side).items()}
         lse = side.lse
     except RuntimeError as reason:
-        print(f"{side.work.name}: {side.name}: {reason}", file=sys.stderr)
+        print(f"refused: {reason}", file=sys.stderr)
         return {}
     finally:
-        side.close()
+        if side:
+            side.close()
     return found if lse is None else found | {"lse": rms(lse[0, :1] - exact.lse)}
 
 
@@ -107,7 +110,7 @@ def add_draw(squares, library, mesh, work, inputs):
     for name in RESULTS:
         squares["truth", name] += rms(getattr(exact, name)) ** 2
     for side, make in zip(SIDES, makers):
-        for name, difference in differences(make(), exact).items():
+        for name, difference in differences(make, exact).items():
             squares[side, name] += difference ** 2
 
 
@@ -136,7 +139,12 @@ def read_options():
     parser.add_argument("--draws", type=int, default=16, help="inputs of each kind; an eighth of 64K tokens")
     parser.add_argument("--tokens", type=int, default=0, help="at most so many tokens, to try the program")
     parser.add_argument("--csv", default="")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.draws < 1:
+        parser.error("--draws must be 1 or more")
+    if options.tokens and options.tokens < 16:
+        parser.error("--tokens must be 16 or more")
+    return options
 
 
 def main():
@@ -156,7 +164,8 @@ def main():
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+    return int(any(row["libusp"] in ("-", "nan") for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,10 +3,11 @@
 
     python3 bench/compare_torch.py --library build/libusp.so [--works d128] [--csv FILE]
 
-Each work is checked against float64 (a wrong one is named, not timed, and the exit status is 1), then timed in turn
-with its peers: scaled_dot_product_attention by cuDNN on a GPU, with --flash2 also by FlashAttention-2, FlashAttention-3
-where `flash_attn_interface` can be imported, and the library itself: without the option that the work is about, in
-bf16, without the window, or at the mean length of its documents, each counted as often as it has pairs. The example of
+Each work is checked against float64, in one batch entry and the heads of one key head, and to be finite in all others
+(a wrong one is named, not timed, and the exit status is 1), then timed in turn with its peers:
+scaled_dot_product_attention by cuDNN on a GPU, with --flash2 also by FlashAttention-2, FlashAttention-3 where
+`flash_attn_interface` can be imported, and the library itself: without the option that the work is about, in bf16,
+without the window, or at the mean length of its documents, each counted as often as it has pairs. The example of
 embedding the library from Python is torch_layer.py.
 
 The CSV has a row for each work, pass and peer: work, pass, usp_ms, usp_tflops, peer, peer_ms, peer_tflops, ratio (of
@@ -14,7 +15,9 @@ TFLOP/s, usp over peer; the median over rounds), errors (relative RMS against fl
 of the peer against its own work), and the spreads of both times (half the range of their middle half, over the median).
 TFLOP/s are of allowed pairs: 2 products forward, 5 backward."""
 import argparse
+import contextlib
 import csv
+import os
 import re
 import statistics
 import sys
@@ -91,10 +94,18 @@ def errors_of(sides):
     return [errors(side, exact[side.work.name]) for side in sides]
 
 
-def check(wrong):
-    """Refuses what is wrong: beyond twice the largest error of the peers, or 2^-7 without any."""
+ROUNDOFF = {torch.float32: 2 ** -20, torch.float16: 2 ** -11, torch.bfloat16: 2 ** -8}
+
+
+def check(sides, wrong):
+    """Refuses what is wrong: not finite, or beyond twice the largest error of the peers of its dtype, twice the dtype's
+    roundoff without any, and eight times that in any case."""
+    dtype = sides[0].work.dtype
+    if not all(x.isfinite().all() for x in [sides[0].out, *sides[0].gradients]):
+        raise RuntimeError("not all results are finite: not timed")
     for call, error in wrong[0].items():
-        budget = 2 * max((peer[call] for peer in wrong[1:]), default=2 ** -8)
+        peers = [other[call] for side, other in zip(sides[1:], wrong[1:]) if side.work.dtype == dtype]
+        budget = 2 * min(max(peers, default=ROUNDOFF[dtype]), 4 * ROUNDOFF[dtype])
         if not error <= budget:
             raise RuntimeError(f"{call} is wrong by {error:.3g}, where {budget:.3g} is allowed: not timed")
 
@@ -121,7 +132,7 @@ def compare(library, mesh, work, device, options):
     complain = lambda side, reason: print(f"{work.name}: {side.name}: {reason}", file=sys.stderr)
     sides = [ours] + serving(peers_of(library, mesh, work, inputs, options.flash2), complain)
     wrong = errors_of(sides)
-    check(wrong)
+    check(sides, wrong)
     rows = []
     for call in ("forward", "backward"):
         measured = times(sides, call, device, options.rounds)
@@ -137,11 +148,19 @@ def text(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
+@contextlib.contextmanager
+def table(path):
+    """Writes rows on the screen and, as they come, into a file, if one is named."""
+    print("  ".join(f"{column:>12}" for column in COLUMNS))
+    with open(path or os.devnull, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: text(value) for key, value in row.items()} for row in rows)
+
+        def add(row):
+            print("  ".join(f"{text(row.get(column, '')):>12}" for column in COLUMNS), flush=True)
+            writer.writerow({key: text(value) for key, value in row.items()})
+            file.flush()
+        yield add
 
 
 def read_options():
@@ -157,29 +176,31 @@ def read_options():
     options = parser.parse_args()
     if options.kernels and not options.device.startswith("cuda"):
         parser.error("--kernels needs a GPU")
+    if options.tokens and options.tokens < 16:
+        parser.error("--tokens must be 16 or more")
+    if options.rounds < 2:
+        parser.error("--rounds must be 2 or more")
+    try:
+        options.works = [work for work in all_works() if re.search(options.works, work.name)]
+    except re.error as wrong:
+        parser.error(f"--works is no regular expression: {wrong}")
+    if not options.works:
+        parser.error("--works names no work")
     return options
 
 
 def main():
-    options, rows, failed = read_options(), [], 0
+    options, failed = read_options(), 0
     device = torch.device(options.device)
-    print("  ".join(f"{column:>12}" for column in COLUMNS))
-    with one_rank(options.library, device) as (library, mesh):
-        for work in all_works():
-            if not re.search(options.works, work.name):
-                continue
+    with one_rank(options.library, device) as (library, mesh), table(options.csv) as add:
+        for work in options.works:
             try:
                 tried = smaller(work, options.tokens) if options.tokens else work
-                found = compare(library, mesh, tried, device, options)
+                for row in compare(library, mesh, tried, device, options):
+                    add(row)
             except RuntimeError as failure:
                 print(f"{work.name}: {failure}", file=sys.stderr)
                 failed = 1
-                continue
-            for row in found:
-                print("  ".join(f"{text(row.get(column, '')):>12}" for column in COLUMNS), flush=True)
-            rows += found
-    if options.csv:
-        write(options.csv, rows)
     return failed
 
 

@@ -27,12 +27,14 @@ def busy_time(ranges):
 
 
 def print_kernels(name, call, calls=16):
-    """Each kernel's time a call, and what part of the time of calls one behind the other kernels run: the call's rate
-    over that of its kernels, at one clock."""
+    """Each kernel's time a call, and what part of the time of calls one behind the other some kernel is on the GPU, if
+    only to wait for the one before it: the rest are gaps. All at one clock."""
     for _ in range(calls):
         call()
     torch.cuda.synchronize()
     seen = traced(call, calls)
+    if not seen:
+        raise RuntimeError(f"{name}: the profiler sees no kernel")
     found = collections.Counter()
     for kernel, begin, end in seen:
         found[kernel] += (end - begin) / calls
@@ -40,4 +42,5 @@ def print_kernels(name, call, calls=16):
         print(f"{us:12.1f} us  {kernel[:100]}")
     busy = busy_time([(begin, end) for _, begin, end in seen]) / calls
     whole = (max(end for _, _, end in seen) - min(begin for _, begin, _ in seen)) / calls
-    print(f"{name}: kernels {busy:.1f} us, a call {whole:.1f} us, ratio {busy / whole:.3f}", flush=True)
+    print(f"{name}: kernels {busy:.1f} us, the longest {max(found.values()):.1f}, a call {whole:.1f}, "
+          f"ratio {busy / whole:.3f}", flush=True)

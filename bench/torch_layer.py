@@ -98,7 +98,8 @@ class Library:
 def one_rank(path, device):
     """The library at `path`, and a mesh of one rank on the torch device, for as long as it is needed."""
     if device.type == "cuda":
-        torch.empty(1, device=device)  # makes the GPU the thread's current one
+        torch.cuda.set_device(device)
+        torch.empty(1, device=device)  # makes its context
     library = Library(path)
     config = WorldConfig(device=ON_CUDA if device.type == "cuda" else ON_CPU)
     world = library.make("world_create_env", byref(config))
@@ -144,7 +145,6 @@ class Layer:
         self.out = torch.full_like(dout, float("nan"))
         self.gradients = [torch.full_like(x, float("nan")) for x in (q, k, v)]
         self.lse = torch.full(q.shape[:3], float("nan"), device=q.device) if fields.get("return_lse") else None
-        self.stream = c_void_p(torch.cuda.current_stream().cuda_stream if q.is_cuda else None)
         self.describe_calls()
 
     def make_sequence(self, mesh, tokens, ends):
@@ -167,6 +167,10 @@ class Layer:
         dq, dk, dv = self.gradients
         self.backward_args = Backward(dout=view(self.dout), dq=view(dq), dk=view(dk), dv=view(dv),
                                       dsinks=address(self.dsinks), **given)
+
+    @property
+    def stream(self):
+        return c_void_p(torch.cuda.current_stream(self.q.device).cuda_stream if self.q.is_cuda else None)
 
     def forward(self):
         self.library.layer_forward(self.layer, byref(self.forward_args), c_void_p(self.workspace),

@@ -1,8 +1,8 @@
 /* check_hopper.c - the kernels for Hopper on an emulated one, against the CPU's, as gpu_kernels.c compares a GPU. What
  * they do not serve the CPU computes on both sides. It needs no GPU; speed and what real memory does are not seen.
  *
- *   check_hopper                              softmax, views and repeats, warps by turns
- *   check_hopper softmax | views | repeats | poison
+ *   check_hopper                              all but poison, warps by turns
+ *   check_hopper softmax | views | repeats | jobs | poison
  *   check_hopper schedules [FIXED [DRAWN]]    softmax, some warps held back or ahead: by the first schedules, or all,
  *                                             and by so many that are drawn */
 #include <cuda.h>
@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "../cuda/softmax.h"
+#include "emulated/jobs.h"
 #include "emulated/schedule.h"
 #include "gpu_test.h"
 
@@ -143,6 +144,19 @@ static void check_poison(usp_gpu_test *t) {
     usp_gpu_check_poison(t);
 }
 
+/* Heads that fill bundles and that do not, items few and many, long heads and short ones. */
+static void check_jobs(usp_gpu_test *t) {
+    static const int heads[] = {1, 3, 4, 5, 7, 16, 17, 31, 33, 64}, items[] = {1, 2, 5, 32, 130};
+    for (size_t h = 0; h < sizeof heads / sizeof *heads; h++)
+        for (size_t i = 0; i < sizeof items / sizeof *items; i++)
+            for (int way = 0; way < 8; way++) {
+                int wrong = usp_emulated_jobs(1 + (way & 1), heads[h], items[i], way >> 1 & 1, way >> 2 ? 65536 : 4096);
+                snprintf(t->name, sizeof t->name, "jobs of %d heads with %d items, way %d", heads[h], items[i], way);
+                usp_gpu_expect(t, wrong == 0, "each job once");
+            }
+    calls++;
+}
+
 static const struct kind {
     const char *name;
     void (*check)(usp_gpu_test *);
@@ -150,7 +164,8 @@ static const struct kind {
 } kinds[] = {{"softmax", usp_gpu_check_softmax, 0},
              {"views", usp_gpu_check_views, 0},
              {"poison", check_poison, 1},
-             {"repeats", check_repeats, 0}};
+             {"repeats", check_repeats, 0},
+             {"jobs", check_jobs, 0}};
 
 /* One, or all that need not be asked for. */
 static void check_kinds(usp_gpu_test *t, const char *name) {

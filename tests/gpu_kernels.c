@@ -2,7 +2,7 @@
  * Exits 0 if all agree and 1 if not; without a GPU it says why and exits 77. It tests kernels, not layers.
  *
  *   gpu_kernels [common | linear | softmax | views | repeats | poison]    checks all entries, or those of one kind
- *   gpu_kernels --every N [...]                                           of cases that compare, one in N
+ *   gpu_kernels --every N [...]                     of what is compared with the CPU, or poisoned, about one case in N
  *   gpu_kernels --time [linear | softmax]                                 times them */
 #include <stdio.h>
 #include <stdlib.h>
@@ -350,16 +350,24 @@ static int run_tests(usp_gpu_test *t, const chosen_tests *chosen) {
     free(t->exact.base), free(t->plain.base), free(t->before), free(t->after), free(t->again), free(t->free_to_write);
     ops->stream_destroy(t->gpu.device, t->gpu.stream);
     ops->free(t->gpu.device, t->gpu.scratch), ops->free(t->gpu.device, t->gpu.base);
-    return t->failures > 0;
+    if (!chosen->time && t->checks == 0) printf("no case was drawn\n");
+    return t->failures > 0 || (!chosen->time && t->checks == 0);
+}
+
+static int read_every(const char *text, int *every) {
+    char *end;
+    long number = strtol(text, &end, 10);
+    *every = (int)number;
+    return *text && !*end && number >= 1 && number <= 1000;
 }
 
 /* What the arguments ask for; 0 if they are no good. */
 static int choose_tests(int arguments, char **argument, chosen_tests *chosen) {
     *chosen = (chosen_tests){.end = KINDS};
     if (arguments > 0 && strcmp(argument[0], "--time") == 0) chosen->time = 1, arguments--, argument++;
-    if (arguments > 1 && strcmp(argument[0], "--every") == 0) {
-        chosen->every = atoi(argument[1]), arguments -= 2, argument += 2;
-        if (chosen->every < 1) return 0;
+    if (arguments > 1 && !chosen->time && strcmp(argument[0], "--every") == 0) {
+        if (!read_every(argument[1], &chosen->every)) return 0;
+        arguments -= 2, argument += 2;
     }
     for (int i = 0; i < KINDS && arguments == 1; i++)
         if (strcmp(argument[0], kinds[i].name) == 0 && (!chosen->time || kinds[i].time)) {

@@ -41,7 +41,7 @@ typedef struct usp_gpu_test {
     int outputs;
     char name[160];
     uint64_t random;
-    int cases, every; /* so far; of which one of `every` runs on the GPU, where others are skipped: 0 as 1 */
+    int cases, every; /* so far; of those with usp_gpu_run, and of poisoned ones, about one in `every` runs; 0: all */
     int checks, failures;
     double worst; /* largest error over its budget */
 } usp_gpu_test;
@@ -88,7 +88,7 @@ typedef usp_status (*usp_gpu_call)(const usp_gpu_world *world, const void *args)
  * inputs of what comes next: all slabs go on from the exact ones. */
 void usp_gpu_run(usp_gpu_test *t, const char *what, usp_gpu_call call, const void *args,
                  const usp_gpu_view *const *outputs);
-/* Whether the case is one of those that run on the GPU. */
+/* Whether the case is one of those that run. */
 int usp_gpu_is_drawn(const usp_gpu_test *t);
 /* On the GPU alone, from `before` to `result`; 0 if it failed. */
 int usp_gpu_run_alone(usp_gpu_test *t, const char *what, usp_gpu_call call, const void *args, char *result);
