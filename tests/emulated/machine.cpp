@@ -18,10 +18,15 @@ namespace {
 
 constexpr int STACK = 1 << 17;
 
-struct fiber {
+struct context {
     ucontext_t begin;
     jmp_buf left;
+};
+
+/* Apart from its context, since all are looked at for the next one that can go on. */
+struct fiber {
     bool begun = false, done = false;
+    int order = 1; /* 0: runs first, 1: by turns, 2: last */
     const char *where = "its start";
     const int *watched = nullptr; /* it waits while the bits of this in `mask` are `number`; nullptr: it does not */
     int mask = 0, number = 0;
@@ -48,6 +53,7 @@ struct joint_product {
 struct block {
     int threads = 0, running = 0;
     std::vector<fiber> fibers;
+    std::vector<context> contexts;
     jmp_buf scheduler;
     size_t shared = 0;
     std::map<void *, arrivals> barriers;
@@ -81,15 +87,16 @@ bool is_ready(const fiber &f) {
 
 /* Contexts begin the threads; between them jumps are enough, which ask no system for a signal mask. */
 void leave_fiber() {
-    if (_setjmp(self().left) == 0) _longjmp(now->scheduler, 1);
+    if (_setjmp(now->contexts[(size_t)now->running].left) == 0) _longjmp(now->scheduler, 1);
 }
 
 void go_on() {
     fiber &f = self();
     if (_setjmp(now->scheduler) != 0) return;
-    if (f.begun) _longjmp(f.left, 1);
+    context &c = now->contexts[(size_t)now->running];
+    if (f.begun) _longjmp(c.left, 1);
     f.begun = true;
-    setcontext(&f.begin);
+    setcontext(&c.begin);
 }
 
 void enter_fiber() {
@@ -112,6 +119,13 @@ void tell_deadlock() {
     fail("deadlock");
 }
 
+void set_orders() {
+    for (int thread = 0; thread < now->threads; thread++) {
+        int warp = thread / WARP, last = (schedule.last >> warp | schedule.last_lanes >> thread % WARP) & 1;
+        now->fibers[(size_t)thread].order = last ? 2 : schedule.first >> warp & 1 ? 0 : 1;
+    }
+}
+
 /* A warp in eight runs first, and one in four last, until the next time. */
 void draw_schedule() {
     schedule.first = schedule.last = 0;
@@ -123,24 +137,16 @@ void draw_schedule() {
     schedule.last_lanes = draw(4) ? 0 : draw(2) ? 1 : ~1u;
     schedule.at_once = draw(2) == 0;
     schedule.late = !schedule.at_once && draw(2) == 0;
+    set_orders();
 }
 
-/* 0: runs first, 1: by turns, 2: last. */
-int class_of(int thread) {
-    int warp = thread / WARP;
-    if ((schedule.last >> warp | schedule.last_lanes >> thread % WARP) & 1) return 2;
-    return schedule.first >> warp & 1 ? 0 : 1;
-}
-
-/* The next thread that can go on, from `from` on, of the first class that has one; -1 if there is none. */
+/* The next thread that can go on, from `from` on, of the first order that has one; -1 if there is none. */
 int next_ready(int from) {
-    int found = -1, best = 3;
-    for (int i = 0; i < now->threads && best > 0; i++) {
-        int candidate = (from + i) % now->threads, its = class_of(candidate);
+    int found = -1, best = 3, least = schedule.first ? 0 : 1;
+    for (int i = 0, candidate = from; i < now->threads && best > least; i++, candidate++) {
+        if (candidate == now->threads) candidate = 0;
         const fiber &f = now->fibers[(size_t)candidate];
-        if (its >= best || !is_ready(f)) continue;
-        found = candidate, best = its;
-        if (best == 1 && schedule.first == 0) break;
+        if (f.order < best && is_ready(f)) found = candidate, best = f.order;
     }
     return found;
 }
@@ -152,7 +158,7 @@ int choose(int from) {
     if (!now->copies.empty() && (schedule.at_once || now_and_then)) copy_one(draw((unsigned)now->copies.size()));
     for (;;) {
         int found = next_ready(from);
-        if (found >= 0 && (class_of(found) < 2 || now->copies.empty())) return found;
+        if (found >= 0 && (now->fibers[(size_t)found].order < 2 || now->copies.empty())) return found;
         if (now->copies.empty()) tell_deadlock();
         copy_one(schedule.late ? now->copies.size() - 1 : 0);
     }
@@ -206,16 +212,17 @@ void run_block(int threads, size_t shared, const std::function<void()> &body) {
     b.threads = threads, b.body = &body;
     b.shared = shared;
     memset(memory, 0xff, sizeof memory);
-    b.fibers.resize((size_t)threads);
+    b.fibers.resize((size_t)threads), b.contexts.resize((size_t)threads);
     b.warps.resize((size_t)(threads + WARP - 1) / WARP), b.warpgroups.resize((size_t)(threads + GROUP - 1) / GROUP);
     b.products.resize(b.warpgroups.size()), b.computed.assign(b.warpgroups.size(), 0);
     while ((int)stacks.size() < threads) stacks.emplace_back(STACK);
     for (int i = 0; i < threads; i++) {
-        ucontext_t &context = b.fibers[(size_t)i].begin;
+        ucontext_t &context = b.contexts[(size_t)i].begin;
         getcontext(&context);
         context.uc_stack.ss_sp = stacks[(size_t)i].data(), context.uc_stack.ss_size = STACK, context.uc_link = nullptr;
         makecontext(&context, enter_fiber, 0);
     }
+    set_orders();
     if (schedule.drawn) draw_schedule();
     for (int left = threads, at = 0; left > 0; at = (at + 1) % threads) {
         if (draw(16) == 0) at = (int)draw((unsigned)threads);
