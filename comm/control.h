@@ -1,39 +1,38 @@
-/* control.h - the channel between the processes of a world that carries no tensors: all-gather, liveness and aborts.
- *
- * A TCP connection between every two ranks and one service thread a rank. The kernel closes a connection when a process
- * dies, so a death is seen at once, also where NCCL reports nothing; heart-beats tell who has stopped (SIGSTOP) and who
- * waits for whom, so that a time-out names the rank that is behind. */
+/* control.h - the control table: what the ranks of a world say to each other beside tensors. An all-gather, the first
+ * failure, who is late, and what sequences have been re-planned to; for ranks that are threads (threads.c) and for
+ * processes (channel.c). One thread uses a control at a time, except poll and abort, which any thread may call. */
 #ifndef USP_CONTROL_H
 #define USP_CONTROL_H
-#include "comm.h"
+#include <stddef.h>
+#include <stdint.h>
+
+#include "usp.h"
 
 typedef struct usp_control usp_control;
 
-/* Local, before ranks meet: memory, descriptors and the thread. Fills where this rank listens. */
-usp_status usp_control_create(const usp_comm_config *config, const usp_bootstrap *, usp_address *mine, usp_control **);
-/* Collective, once all have met: a line to every other rank, and in `data` [size], unless NULL, one more connection to
- * each (-1: none), which is the caller's to close, after a failure too. A rank that fails or dies meanwhile is named on
- * all that have a line. */
-usp_status usp_control_connect(usp_control *, const usp_meeting *, int *data);
-usp_status usp_control_allgather(usp_control *, const void *mine, void *all, size_t bytes_per_rank);
-/* What this rank does now: how many exchanges it has entered, and the rank it waits for (-1: none). Lock-free. */
-void usp_control_progress(usp_control *, uint64_t exchanges, int waiting_for);
-/* See usp_comm_ops.note_plan. */
-void usp_control_note_plan(usp_control *, int ranks, uint64_t hash);
-/* OK, or the sticky failure with its sentence: PEER_LOST (rank), or COMM for a rank that aborted. Never waits. */
-usp_status usp_control_poll(usp_control *);
-/* The rank to blame for a wait on `peer` (-1: unknown) that timed out: the end of the chain of who waits for whom, or
- * one in it that stopped beating; else any that stopped, else the one with the fewest exchanges. Records and spreads
- * the failure; returns its status. */
-usp_status usp_control_overdue(usp_control *, int peer);
-/* The wait on `peer` cannot end: the data connection to it has. PEER_LOST at once if the peer is known to have gone,
- * else as soon as it is, or COMM a second later; OK means: wait on. */
-usp_status usp_control_gone(usp_control *, int peer);
-/* Records a failure that this rank has found, spreads it to all ranks, and returns the one that came first. */
-usp_status usp_control_fail(usp_control *, usp_status, const char *format, ...) __attribute__((format(printf, 3, 4)));
-/* A descriptor that becomes readable, and stays so, once the control has failed: to be polled beside others. */
-int usp_control_descriptor(const usp_control *);
-void usp_control_abort(usp_control *);   /* tells all ranks; any thread; idempotent */
-void usp_control_destroy(usp_control *); /* NULL is fine */
+typedef struct usp_control_ops {
+    /* Host memory, collective over all ranks, in rank order; at most timeout_ms. */
+    usp_status (*allgather)(usp_control *, const void *mine, void *all, size_t bytes_per_rank);
+    /* This rank has re-planned a sequence over `ranks` ranks, to what `hash` says. Ranks of one data copy that differ
+     * fail by MISMATCH: threads at their next exchange, others with the beats. */
+    void (*note_plan)(usp_control *, int ranks, uint64_t hash);
+    /* The failure that has hit the ranks, with its sentence, or OK. Sticky. Never waits. */
+    usp_status (*poll)(usp_control *);
+    /* This rank has failed by `status`, for the reason in usp_last_error(): all ranks hear of it, at once where they
+     * wait. Returns the failure that came first. Does not wait. */
+    usp_status (*fail)(usp_control *, usp_status status);
+    /* A wait on `peer` (-1: not known) has not ended in time: finds the rank to blame, which fails all: TIMEOUT or
+     * PEER_LOST. */
+    usp_status (*overdue)(usp_control *, int peer);
+    void (*abort)(usp_control *); /* fails all ranks by COMM; idempotent */
+    void (*destroy)(usp_control *);
+} usp_control_ops;
+
+/* Ways to make one embed this first. */
+struct usp_control {
+    const usp_control_ops *ops;
+    int rank, size;
+    int timeout_ms; /* -1: no limit */
+};
 
 #endif

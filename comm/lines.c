@@ -139,8 +139,7 @@ usp_status usp_lines_round(usp_lines *lines, int round, int64_t deadline, int *m
     char sentence[USP_LINES_SENTENCE];
     usp_status called = call_all(lines, round, deadline, sentence), heard = hear_all(lines, deadline);
     *missing = first_missing(lines);
-    if (*missing >= 0 && !usp_lines_listens(lines, *missing))
-        return gave_up(*missing);
+    if (*missing >= 0 && !usp_lines_listens(lines, *missing)) return gave_up(*missing);
     return called == USP_OK ? heard : usp_fail(called, "%s", sentence);
 }
 

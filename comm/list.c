@@ -2,16 +2,16 @@
 #include "list.h"
 #include "error.h"
 
-static usp_status check_peer(const usp_comm *comm, int peer) {
-    USP_REQUIRE(peer >= 0 && peer < comm->size, "peer is %d in a world of %d", peer, comm->size);
-    USP_REQUIRE(peer != comm->rank, "rank %d exchanges with itself", peer);
+static usp_status check_peer(const usp_transport *transport, int peer) {
+    USP_REQUIRE(peer >= 0 && peer < transport->size, "peer is %d in a world of %d", peer, transport->size);
+    USP_REQUIRE(peer != transport->rank, "rank %d exchanges with itself", peer);
     return USP_OK;
 }
 
-usp_status usp_list_check(const usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
+usp_status usp_list_check(const usp_transport *transport, const usp_send *sends, int send_count, const usp_recv *recvs,
                           int recv_count) {
-    for (int i = 0; i < send_count; i++) USP_TRY(check_peer(comm, sends[i].peer));
-    for (int i = 0; i < recv_count; i++) USP_TRY(check_peer(comm, recvs[i].peer));
+    for (int i = 0; i < send_count; i++) USP_TRY(check_peer(transport, sends[i].peer));
+    for (int i = 0; i < recv_count; i++) USP_TRY(check_peer(transport, recvs[i].peer));
     return USP_OK;
 }
 

@@ -67,8 +67,7 @@ usp_status usp_meet(usp_meeting *meeting) {
     USP_TRY(map_cards(meeting));
     usp_status status = bootstrap->gather(bootstrap->user, &meeting->mine, meeting->all, sizeof(usp_card));
     USP_TRY(usp_meeting_note(meeting, USP_OK));
-    for (int i = 0; i < bootstrap->size; i++)
-        usp_text_clean(meeting->all[i].sentence, sizeof meeting->all[i].sentence);
+    for (int i = 0; i < bootstrap->size; i++) usp_text_clean(meeting->all[i].sentence, sizeof meeting->all[i].sentence);
     return status == USP_OK ? judge(meeting->all, bootstrap->size) : status;
 }
 

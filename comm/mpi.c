@@ -7,7 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "control.h"
+#include "channel.h"
 #include "error.h"
 #include "list.h"
 #include "thread.h"
@@ -25,9 +25,8 @@ typedef struct usp_transfer {
 } usp_transfer;
 
 typedef struct usp_mpi {
-    usp_comm base;
+    usp_transport base;
     MPI_Comm comm;
-    usp_control *control; /* keeps and spreads the first failure */
     uint64_t exchanges;
     unsigned *sent, *received; /* [size]: messages so far, one array for both */
 
@@ -43,8 +42,8 @@ typedef struct usp_mpi {
     usp_card cards[]; /* [1 + size]: what is sent, and what comes */
 } usp_mpi;
 
-static usp_mpi *mpi_of(usp_comm *comm) {
-    return (usp_mpi *)comm;
+static usp_mpi *mpi_of(usp_transport *transport) {
+    return (usp_mpi *)transport;
 }
 
 /* ---- failures ---------------------------------------------------------------------------------------------------- */
@@ -58,15 +57,7 @@ static usp_status fail_mpi(int rank, const char *what, int code) {
 
 /* This rank has failed by `status`, whose sentence is recorded: all ranks hear of it. Returns the first failure. */
 static usp_status give_up(usp_mpi *self, usp_status status) {
-    return usp_control_fail(self->control, status, "%s", usp_last_error());
-}
-
-static void mpi_note_plan(usp_comm *comm, int ranks, uint64_t hash) {
-    usp_control_note_plan(mpi_of(comm)->control, ranks, hash);
-}
-
-static usp_status mpi_poll(usp_comm *comm) {
-    return usp_control_poll(mpi_of(comm)->control);
+    return usp_channel_fail(self->base.control, status, "%s", usp_last_error());
 }
 
 /* ---- exchange ---------------------------------------------------------------------------------------------------- */
@@ -165,16 +156,16 @@ static usp_status complete(usp_mpi *self) {
     int left = self->count;
     for (int round = 0; left > 0; round++) {
         int before = left, peer = first_waited_for(self);
-        usp_control_progress(self->control, self->exchanges, peer);
+        usp_channel_progress(self->base.control, self->exchanges, peer);
         USP_TRY(collect(self, &left));
-        USP_TRY(mpi_poll(&self->base));
+        USP_TRY(usp_channel_poll(self->base.control));
         if (left == 0) break;
         if (self->base.timeout_ms >= 0 && usp_now_ms() - begin > self->base.timeout_ms)
-            return usp_control_overdue(self->control, peer);
+            return usp_channel_overdue(self->base.control, peer);
         if (left < before) round = 0;
         usp_pause(round);
     }
-    usp_control_progress(self->control, self->exchanges, -1);
+    usp_channel_progress(self->base.control, self->exchanges, -1);
     return USP_OK;
 }
 
@@ -192,107 +183,57 @@ static void cancel(usp_mpi *self) {
 }
 
 /* Every message is one request for each chunk of it, the last of which need not be full. */
-static usp_status mpi_prepare(usp_comm *comm, int64_t messages, size_t bytes) {
+static usp_status mpi_prepare(usp_transport *transport, int64_t messages, size_t bytes) {
     int64_t requests = messages + (int64_t)(bytes / CHUNK_BYTES);
     USP_REQUIRE(requests <= INT_MAX, "an exchange of %lld messages is more than MPI requests can be counted",
                 (long long)requests);
-    return reserve(mpi_of(comm), requests);
+    return reserve(mpi_of(transport), requests);
 }
 
-static usp_status mpi_exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
+static usp_status mpi_exchange(usp_transport *transport, const usp_send *sends, int send_count, const usp_recv *recvs,
                                int recv_count, usp_stream stream) {
-    usp_mpi *self = mpi_of(comm);
+    usp_mpi *self = mpi_of(transport);
     (void)stream; /* the CPU's: all work on it is done */
-    USP_TRY(usp_list_check(comm, sends, send_count, recvs, recv_count));
-    USP_TRY(mpi_poll(comm));
-    usp_control_progress(self->control, ++self->exchanges, -1);
+    USP_TRY(usp_list_check(transport, sends, send_count, recvs, recv_count));
+    USP_TRY(usp_channel_poll(transport->control));
+    usp_channel_progress(self->base.control, ++self->exchanges, -1);
     usp_status status = post_all(self, sends, send_count, recvs, recv_count);
     if (status == USP_OK) status = complete(self);
     if (status == USP_OK) return USP_OK;
     give_up(self, status);
     cancel(self);
-    return mpi_poll(comm);
-}
-
-static usp_status mpi_allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank) {
-    usp_mpi *self = mpi_of(comm);
-    USP_TRY(mpi_poll(comm));
-    usp_status status = usp_control_allgather(self->control, mine, all, bytes_per_rank);
-    return status == USP_OK ? USP_OK : give_up(self, status);
+    return usp_channel_poll(transport->control);
 }
 
 /* ---- the table --------------------------------------------------------------------------------------------------- */
 
-/* No rank reads another's memory: plain memory is as good as any. */
-static usp_status mpi_alloc_shared(usp_comm *comm, size_t bytes, void **memory) {
-    return comm->device->ops->alloc(comm->device, bytes, memory);
-}
-
-static usp_status mpi_register_shared(usp_comm *comm, void *memory) {
-    (void)comm, (void)memory;
-    return USP_OK;
-}
-
-static usp_status mpi_free_shared(usp_comm *comm, void *memory) {
-    comm->device->ops->free(comm->device, memory);
-    return USP_OK;
-}
-
-static usp_status mpi_split(usp_comm *comm, int colour, int key, struct ncclComm **child) {
-    (void)comm, (void)colour, (void)key, (void)child;
-    return usp_fail(USP_UNSUPPORTED, "an ncclComm_t is made by the NCCL transport alone; this one is MPI");
-}
-
-static void mpi_split_destroy(usp_comm *comm, struct ncclComm *child) {
-    (void)comm, (void)child;
-}
-
-static usp_status mpi_fail(usp_comm *comm, usp_status status) {
-    return usp_control_fail(mpi_of(comm)->control, status, "rank %d: %s", comm->rank, usp_last_error());
-}
-
-static usp_status mpi_overdue(usp_comm *comm) {
-    return usp_control_overdue(mpi_of(comm)->control, -1);
-}
-
-static void mpi_abort(usp_comm *comm) {
-    usp_control_abort(mpi_of(comm)->control);
-}
-
 /* A failed communicator is not freed: MPI may still hold messages of it. What it may yet write is left behind. */
-static void mpi_destroy(usp_comm *comm) {
+static void mpi_destroy(usp_transport *transport) {
+    usp_mpi *self = mpi_of(transport);
+    usp_control *control = transport->control;
     int finalized = 0;
-    if (comm == NULL) return;
-    usp_mpi *self = mpi_of(comm);
     MPI_Finalized(&finalized);
     int has_comm = self->stuck || self->comm != MPI_COMM_NULL;
-    if (has_comm && !self->stuck && !finalized && self->control != NULL && mpi_poll(comm) == USP_OK)
+    if (has_comm && !self->stuck && !finalized && control && usp_channel_poll(control) == USP_OK)
         MPI_Comm_free(&self->comm);
     else if (has_comm)
-        usp_host_log(comm->host, self->stuck ? 1 : 2,
-                     "rank %d: the MPI communicator of a failed world is left to MPI%s", comm->rank,
+        usp_host_log(transport->host, self->stuck ? 1 : 2,
+                     "rank %d: the MPI communicator of a failed world is left to MPI%s", transport->rank,
                      self->stuck ? ", with memory" : "");
-    usp_control_destroy(self->control);
-    usp_host_free(comm->host, self->lists);
-    usp_host_free(comm->host, self->sent);
-    if (!self->stuck) usp_host_free(comm->host, self);
+    usp_host_free(transport->host, self->lists);
+    usp_host_free(transport->host, self->sent);
+    if (!self->stuck) usp_host_free(transport->host, self);
 }
 
-static const usp_comm_ops mpi_ops = {
+static const usp_transport_ops mpi_ops = {
     .name = "mpi",
     .prepare = mpi_prepare,
     .exchange = mpi_exchange,
-    .allgather = mpi_allgather,
-    .alloc_shared = mpi_alloc_shared,
-    .register_shared = mpi_register_shared,
-    .free_shared = mpi_free_shared,
-    .split = mpi_split,
-    .split_destroy = mpi_split_destroy,
-    .note_plan = mpi_note_plan,
-    .poll = mpi_poll,
-    .fail = mpi_fail,
-    .overdue = mpi_overdue,
-    .abort = mpi_abort,
+    .alloc_shared = usp_plain_alloc_shared,
+    .register_shared = usp_plain_register_shared,
+    .free_shared = usp_plain_free_shared,
+    .watch = usp_plain_watch,
+    .stop = usp_plain_stop,
     .destroy = mpi_destroy,
 };
 
@@ -300,7 +241,7 @@ static const usp_comm_ops mpi_ops = {
 
 /* Waits for one collective of the set-up with the time limit; the channel that could name a rank is not there yet. MPI
  * knows no way to take a collective back: one that is late stays. */
-static usp_status wait_for(const usp_comm *base, MPI_Request *request, const char *what, int *stuck) {
+static usp_status wait_for(const usp_transport *base, MPI_Request *request, const char *what, int *stuck) {
     int64_t begin = usp_now_ms();
     int done = 0;
     for (int round = 0; !done; round++) {
@@ -360,13 +301,13 @@ static usp_status find_communicator(int fortran_comm, MPI_Comm *borrowed) {
     return USP_OK;
 }
 
-static usp_status check_device(const usp_comm_config *config) {
+static usp_status check_device(const usp_transport_config *config) {
     if (config->device->ops->kind == USP_DEVICE_CPU) return USP_OK;
     return usp_fail(USP_UNSUPPORTED, "the MPI transport moves host memory; the device is %s",
                     config->device->ops->name);
 }
 
-static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mpi **out) {
+static usp_status begin(const usp_transport_config *config, MPI_Comm borrowed, usp_mpi **out) {
     void *memory = NULL, *messages = NULL;
     int rank = 0, size = 1;
     MPI_Comm_rank(borrowed, &rank);
@@ -379,7 +320,7 @@ static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mp
         return status;
     }
     usp_mpi *self = memory;
-    self->base = (usp_comm){&mpi_ops, rank, size, config->timeout_ms, config->device, config->host};
+    self->base = (usp_transport){&mpi_ops, rank, size, config->timeout_ms, config->device, config->host, NULL};
     self->comm = MPI_COMM_NULL;
     self->sent = messages;
     self->received = self->sent + size;
@@ -388,21 +329,22 @@ static usp_status begin(const usp_comm_config *config, MPI_Comm borrowed, usp_mp
 }
 
 /* What else needs no other rank. */
-static usp_status prepare_self(const usp_comm_config *config, usp_meeting *meeting, usp_mpi *self) {
+static usp_status prepare_self(const usp_transport_config *config, usp_meeting *meeting, usp_mpi *self) {
     USP_TRY(check_device(config));
-    return usp_control_create(config, &meeting->bootstrap, &meeting->mine.address, &self->control);
+    return usp_channel_create(config, &meeting->bootstrap, &meeting->mine.address, &self->base.control);
 }
 
 /* Ranks that have failed come too: a communicator that all duplicated is fit for another try. */
 static usp_status join(usp_mpi *self, usp_meeting *meeting, MPI_Comm borrowed) {
     USP_TRY(duplicate(self, borrowed));
     usp_status status = usp_meet(meeting);
-    if (status == USP_OK) return usp_control_connect(self->control, meeting, NULL);
+    if (status == USP_OK) return usp_channel_connect(self->base.control, meeting, NULL);
     if (!self->stuck) MPI_Comm_free(&self->comm);
     return status;
 }
 
-usp_status usp_comm_create_mpi(const usp_comm_config *config, usp_meeting *meeting, int fortran_comm, usp_comm **comm) {
+usp_status usp_transport_create_mpi(const usp_transport_config *config, usp_meeting *meeting, int fortran_comm,
+                                    usp_transport **transport) {
     usp_mpi *self = NULL;
     MPI_Comm borrowed = MPI_COMM_NULL;
     const usp_card *mine = &meeting->mine;
@@ -414,12 +356,12 @@ usp_status usp_comm_create_mpi(const usp_comm_config *config, usp_meeting *meeti
     if (self && mine->status == USP_OK) usp_meeting_note(meeting, prepare_self(config, meeting, self));
     if (status == USP_OK) status = join(self, meeting, borrowed);
     if (status == USP_OK) {
-        *comm = &self->base;
+        *transport = &self->base;
         return USP_OK;
     }
     if (self && self->stuck) /* whatever else was made of it */
         status = usp_fail(USP_TIMEOUT, "rank %d: the other ranks did not make this world within %d ms", self->base.rank,
                           self->base.timeout_ms);
-    if (self) mpi_destroy(&self->base);
+    if (self) usp_transport_end(&self->base);
     return usp_meeting_note(meeting, status);
 }

@@ -1,6 +1,6 @@
 /* absent.c - stands in for the backends that this build does not have: each constructor says so. */
-#include "comm.h"
 #include "error.h"
+#include "split.h"
 
 #ifndef USP_HAVE_CUDA
 usp_status usp_device_create_cuda(const usp_host *host, usp_device **device) {
@@ -23,21 +23,22 @@ static usp_status no_nccl(void) {
     return usp_fail(USP_UNSUPPORTED, "this libusp was built without NCCL");
 }
 
-usp_status usp_comm_create_nccl(const usp_comm_config *config, usp_meeting *meeting, usp_comm **comm) {
-    (void)config, (void)comm;
+usp_status usp_transport_create_nccl(const usp_transport_config *config, usp_meeting *meeting,
+                                     usp_transport **transport) {
+    (void)config, (void)transport;
     usp_meeting_note(meeting, no_nccl());
     return usp_meet(meeting);
 }
 
-usp_status usp_comm_create_nccl_id(const usp_comm_config *config, usp_meeting *meeting, const usp_unique_id *id,
-                                   int size, int rank, usp_comm **comm) {
-    (void)config, (void)meeting, (void)id, (void)size, (void)rank, (void)comm;
+usp_status usp_transport_create_nccl_id(const usp_transport_config *config, usp_meeting *meeting,
+                                        const usp_unique_id *id, int size, int rank, usp_transport **transport) {
+    (void)config, (void)meeting, (void)id, (void)size, (void)rank, (void)transport;
     return no_nccl();
 }
 
-usp_status usp_comm_create_nccl_borrowed(const usp_comm_config *config, usp_meeting *meeting, struct ncclComm *borrowed,
-                                         usp_comm **comm) {
-    (void)config, (void)meeting, (void)borrowed, (void)comm;
+usp_status usp_transport_create_nccl_borrowed(const usp_transport_config *config, usp_meeting *meeting,
+                                              struct ncclComm *borrowed, usp_transport **transport) {
+    (void)config, (void)meeting, (void)borrowed, (void)transport;
     return no_nccl();
 }
 
@@ -45,11 +46,21 @@ usp_status usp_nccl_unique_id(usp_unique_id *id) {
     (void)id;
     return no_nccl();
 }
+
+usp_status usp_nccl_split(usp_transport *transport, int colour, int key, struct ncclComm **comm) {
+    (void)transport, (void)colour, (void)key, (void)comm;
+    return no_nccl();
+}
+
+void usp_nccl_split_destroy(usp_transport *transport, struct ncclComm *comm) {
+    (void)transport, (void)comm;
+}
 #endif
 
 #ifndef USP_HAVE_MPI
-usp_status usp_comm_create_mpi(const usp_comm_config *config, usp_meeting *meeting, int fortran_comm, usp_comm **comm) {
-    (void)config, (void)meeting, (void)fortran_comm, (void)comm;
+usp_status usp_transport_create_mpi(const usp_transport_config *config, usp_meeting *meeting, int fortran_comm,
+                                    usp_transport **transport) {
+    (void)config, (void)meeting, (void)fortran_comm, (void)transport;
     return usp_fail(USP_UNSUPPORTED, "this libusp was built without MPI");
 }
 #endif

@@ -60,9 +60,9 @@ usp_status usp_world_agree(usp_world *world, usp_status mine, const usp_agreemen
     strncpy(own.what, agreement->what, sizeof own.what - 1);
     if (agreement->record) memcpy(own.record, agreement->record, agreement->size);
 
-    int size = world->comm->size;
+    int size = world->transport->size;
     ballot *all = (ballot *)(void *)world->meeting.all;
-    USP_TRY(world->comm->ops->allgather(world->comm, &own, all, sizeof own));
+    USP_TRY(usp_transport_allgather(world->transport, &own, all, sizeof own));
     USP_TRY(mine);
     USP_TRY(other_failure(all, size)); /* before comparing: a rank that failed may not have read its configuration */
     return compare_ballots(agreement, all, size);

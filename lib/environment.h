@@ -1,7 +1,7 @@
 /* environment.h - a first meeting, over TCP, of the ranks that a launcher has started. */
 #ifndef USP_ENVIRONMENT_H
 #define USP_ENVIRONMENT_H
-#include "comm.h"
+#include "transport.h"
 #include "door.h"
 
 typedef struct usp_environment usp_environment;

@@ -1,4 +1,4 @@
-/* exchange.c - packs, posts and unpacks the head exchange (see exchange.h). The exchange itself is the comm's. */
+/* exchange.c - packs, posts and unpacks the head exchange (see exchange.h). The exchange itself is the transport's. */
 #include "exchange.h"
 #include "error.h"
 

@@ -6,10 +6,10 @@ usp_status usp_world_gather(usp_world *world, const char *what, const void *mine
                             void **all) {
     void *part = NULL;
     usp_status status = usp_host_alloc(&world->host, piece, what, &part);
-    if (status == USP_OK) status = usp_host_alloc(&world->host, piece * (size_t)world->comm->size, what, all);
+    if (status == USP_OK) status = usp_host_alloc(&world->host, piece * (size_t)world->transport->size, what, all);
     status = usp_world_agree(world, status, &(usp_agreement){.what = what});
     if (status == USP_OK && own) memcpy(part, mine, own);
-    if (status == USP_OK) status = world->comm->ops->allgather(world->comm, part, *all, piece);
+    if (status == USP_OK) status = usp_transport_allgather(world->transport, part, *all, piece);
     usp_host_free(&world->host, part);
     return status;
 }
@@ -19,7 +19,7 @@ usp_status usp_world_largest(usp_world *world, const char *what, int64_t mine, i
     usp_status status = usp_world_gather(world, what, &mine, sizeof mine, sizeof mine, &all);
     const int64_t *numbers = all;
     *most = 0;
-    for (int rank = 0; rank < world->comm->size && status == USP_OK; rank++)
+    for (int rank = 0; rank < world->transport->size && status == USP_OK; rank++)
         if (numbers[rank] > *most) *most = numbers[rank];
     usp_host_free(&world->host, all);
     return status;

@@ -97,7 +97,7 @@ static usp_status allocate_lists(usp_layer *layer, int64_t messages) {
 /* No exchange moves more than a workspace and what is saved hold, but for states, of which one goes to many ranks, and
  * own keys, which all readers get. */
 static usp_status prepare_transport(usp_layer *layer, int64_t messages) {
-    usp_comm *comm = layer->world->comm;
+    usp_transport *transport = layer->world->transport;
     size_t forward = layer->sizes.forward_saving_workspace, backward = layer->sizes.backward_workspace;
     int64_t most = (int64_t)((forward > backward ? forward : backward) + layer->sizes.saved);
     int linear = layer->config.attention == USP_LINEAR;
@@ -113,7 +113,7 @@ static usp_status prepare_transport(usp_layer *layer, int64_t messages) {
                                {"bytes", 2 * sizeof(float)}};
     USP_TRY(usp_size_add(&most, states, 5));
     USP_TRY(usp_size_add(&most, keys, 5));
-    return comm->ops->prepare(comm, 2 * messages, (size_t)most);
+    return transport->ops->prepare(transport, 2 * messages, (size_t)most);
 }
 
 /* ---- create ------------------------------------------------------------------------------------------------------ */

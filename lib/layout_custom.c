@@ -46,8 +46,9 @@ static void fill(usp_sharding *sharding, const usp_segment *gathered, int64_t mo
 usp_status usp_sharding_gather(usp_world *world, usp_sharding *sharding, int copy, const usp_segment_list *mine,
                                int64_t most) {
     const size_t bytes = sizeof(usp_segment);
-    const usp_factor factors[] = {
-        {"usp_sequence_config.segments", (uint64_t)most}, {"bytes", bytes}, {"ranks", (uint64_t)world->comm->size}};
+    const usp_factor factors[] = {{"usp_sequence_config.segments", (uint64_t)most},
+                                  {"bytes", bytes},
+                                  {"ranks", (uint64_t)world->transport->size}};
     int64_t whole = 0;
     void *all = NULL;
     USP_TRY(usp_size_add(&whole, factors, 3));

@@ -32,16 +32,16 @@ static void *keep_piece(usp_world *world, usp_piece *piece, void *memory) {
 
 static usp_status alloc_shared(usp_world *world, size_t bytes, void **memory) {
     static const usp_field fields[] = {{"bytes", 0, sizeof(uint64_t)}};
-    usp_comm *comm = world->comm;
+    usp_transport *transport = world->transport;
     void *entry = NULL, *taken = NULL;
     uint64_t record = bytes;
     usp_status status = memory ? USP_OK : usp_fail(USP_INVALID, "memory is NULL");
     if (status == USP_OK) status = usp_host_alloc(&world->host, sizeof(usp_piece), "shared memory", &entry);
-    if (status == USP_OK) status = comm->ops->alloc_shared(comm, bytes, &taken);
+    if (status == USP_OK) status = transport->ops->alloc_shared(transport, bytes, &taken);
     status = usp_world_agree(world, status, &(usp_agreement){"shared memory", 0, &record, sizeof record, fields, 1, 0});
-    if (status == USP_OK) status = comm->ops->register_shared(comm, taken);
+    if (status == USP_OK) status = transport->ops->register_shared(transport, taken);
     if (status != USP_OK) {
-        if (taken) comm->ops->free_shared(comm, taken);
+        if (taken) transport->ops->free_shared(transport, taken);
         usp_host_free(&world->host, entry);
         return status;
     }
@@ -65,15 +65,15 @@ static usp_status agree_to_free(usp_world *world, const usp_piece *piece) {
 
 /* In a world that has failed each rank gives its own back. */
 static usp_status free_shared(usp_world *world, void *memory) {
-    usp_comm *comm = world->comm;
+    usp_transport *transport = world->transport;
     usp_piece **link = &world->pieces;
     while (*link && (*link)->memory != memory) link = &(*link)->next;
     usp_piece *piece = *link;
     usp_status status = agree_to_free(world, piece);
-    if (!piece || (status != USP_OK && comm->ops->poll(comm) == USP_OK)) return status;
+    if (!piece || (status != USP_OK && usp_transport_poll(transport) == USP_OK)) return status;
     *link = piece->next;
     usp_host_free(&world->host, piece);
-    usp_status freed = comm->ops->free_shared(comm, memory);
+    usp_status freed = transport->ops->free_shared(transport, memory);
     return status != USP_OK ? status : freed;
 }
 

@@ -1,9 +1,10 @@
 /* mesh.c - makes meshes and answers where a rank stands on each axis. Holds no communicator but those asked for. */
 #include "mesh.h"
 #include "error.h"
+#include "split.h"
 
 static usp_status check_arguments(const usp_world *world, int ulysses, int ring, usp_mesh **out) {
-    int size = world->comm->size;
+    int size = world->transport->size;
     USP_REQUIRE(out, "mesh is NULL");
     USP_REQUIRE(ulysses >= 1, "ulysses is %d: must be at least 1", ulysses);
     USP_REQUIRE(ring >= 1, "ring is %d: must be at least 1", ring);
@@ -14,7 +15,7 @@ static usp_status check_arguments(const usp_world *world, int ulysses, int ring,
 
 static void set_coordinates(usp_mesh *mesh, int rank) {
     mesh->ranks = mesh->ulysses * mesh->ring;
-    mesh->copies = mesh->world->comm->size / mesh->ranks;
+    mesh->copies = mesh->world->transport->size / mesh->ranks;
     mesh->copy = rank / mesh->ranks;
     mesh->p = rank % mesh->ranks;
     mesh->u = mesh->p % mesh->ulysses;
@@ -23,9 +24,8 @@ static void set_coordinates(usp_mesh *mesh, int rank) {
 
 static void free_mesh(usp_object *object) {
     usp_mesh *mesh = (usp_mesh *)object;
-    usp_comm *comm = mesh->world->comm;
     for (int axis = 0; axis < 4; axis++)
-        if (mesh->axis_comm[axis]) comm->ops->split_destroy(comm, mesh->axis_comm[axis]);
+        if (mesh->axis_comm[axis]) usp_nccl_split_destroy(mesh->world->transport, mesh->axis_comm[axis]);
     usp_host_free(&mesh->world->host, mesh);
 }
 
@@ -42,7 +42,7 @@ static usp_status create(usp_world *world, int ulysses, int ring, usp_mesh **out
     }
     usp_mesh *mesh = memory;
     *mesh = (usp_mesh){.world = world, .ulysses = ulysses, .ring = ring};
-    set_coordinates(mesh, world->comm->rank);
+    set_coordinates(mesh, world->transport->rank);
     usp_object_begin(&mesh->object, world, &world->object, free_mesh);
     *out = mesh;
     return USP_OK;
@@ -88,8 +88,7 @@ static usp_status axis_comm(usp_mesh *mesh, usp_axis axis, struct ncclComm **com
     usp_status mine = comm ? usp_mesh_axis(mesh, axis, &rank, NULL) : usp_fail(USP_INVALID, "comm is NULL");
     USP_TRY(agree_on_axis(mesh, axis, mine));
     if (!mesh->axis_comm[axis]) {
-        usp_comm *all = mesh->world->comm;
-        USP_TRY(all->ops->split(all, axis_colour(mesh, axis), rank, &mesh->axis_comm[axis]));
+        USP_TRY(usp_nccl_split(mesh->world->transport, axis_colour(mesh, axis), rank, &mesh->axis_comm[axis]));
     }
     *comm = mesh->axis_comm[axis];
     return USP_OK;

@@ -16,12 +16,12 @@ uint64_t usp_node_identity(int given) {
 }
 
 void usp_node_count(usp_world *world, const usp_card *all) {
-    uint64_t mine = all[world->comm->rank].node;
-    for (int rank = 0; rank < world->comm->size; rank++) {
+    uint64_t mine = all[world->transport->rank].node;
+    for (int rank = 0; rank < world->transport->size; rank++) {
         int first = 1;
         for (int before = 0; before < rank; before++) first &= all[before].node != all[rank].node;
         world->nodes += first;
         world->local_size += all[rank].node == mine;
-        world->local_rank += all[rank].node == mine && rank < world->comm->rank;
+        world->local_rank += all[rank].node == mine && rank < world->transport->rank;
     }
 }

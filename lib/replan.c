@@ -22,11 +22,11 @@ static usp_status check_replan(const usp_sequence *sequence, const usp_documents
     return check_capture(sequence->world->device, stream);
 }
 
-/* Ranks that plan otherwise would compute wrongly: their comm compares. To be refused is to be refused on all. */
+/* Ranks that plan otherwise would compute wrongly: their control compares. To be refused is to be refused on all. */
 static usp_status tell_plan(const usp_sequence *sequence, usp_status status) {
-    usp_comm *comm = sequence->world->comm;
+    usp_control *control = sequence->world->transport->control;
     uint64_t hash = status == USP_OK ? usp_documents_hash(sequence->number, &sequence->documents) : sequence->number;
-    comm->ops->note_plan(comm, sequence->ranks, hash);
+    control->ops->note_plan(control, sequence->ranks, hash);
     return status;
 }
 

@@ -146,9 +146,9 @@ static usp_status size_parts(const usp_sequence *sequence, int64_t batch, size_t
     const usp_factor factors[] = {{"batch", (uint64_t)batch},
                                   {"token_bytes", token_bytes},
                                   {"tokens", (uint64_t)most},
-                                  {"ranks", (uint64_t)sequence->world->comm->size}};
+                                  {"ranks", (uint64_t)sequence->world->transport->size}};
     USP_TRY(usp_size_add(&all, factors, 4));
-    *bytes = all / sequence->world->comm->size;
+    *bytes = all / sequence->world->transport->size;
     return USP_OK;
 }
 

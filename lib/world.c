@@ -5,6 +5,7 @@
 #include "abi.h"
 #include "environment.h"
 #include "error.h"
+#include "split.h"
 #include "node.h"
 #include "thread.h"
 #include <stdio.h>
@@ -78,7 +79,7 @@ static void free_world(usp_object *object) {
         atomic_store(&world->stop, 1);
         pthread_join(world->watchdog, NULL);
     }
-    if (world->comm) world->comm->ops->destroy(world->comm);
+    if (world->transport) usp_transport_end(world->transport);
     if (world->device) {
         world->device->ops->event_destroy(world->device, world->event);
         world->device->ops->stream_destroy(world->device, world->transfer);
@@ -120,9 +121,9 @@ static void *watch(void *argument) {
     usp_world *world = argument;
     const struct timespec period = {.tv_nsec = WATCHDOG_PERIOD_MS * 1000000L};
     while (!atomic_load(&world->stop)) {
-        if (world->comm->ops->poll(world->comm) != USP_OK) {
+        if (usp_transport_poll(world->transport) != USP_OK) {
             usp_host_log(&world->host, 1, "watchdog: %s", usp_last_error());
-            world->comm->ops->abort(world->comm);
+            usp_transport_abort(world->transport);
             return NULL;
         }
         nanosleep(&period, NULL);
@@ -143,8 +144,8 @@ typedef struct making {
     usp_host host;
     usp_world *world; /* NULL where this rank has failed, which it tells the others */
     usp_meeting meeting;
-    usp_comm_config settings;
-    usp_comm *comm;
+    usp_transport_config settings;
+    usp_transport *transport;
 } making;
 
 static void read_call(making *m, const usp_world_config *given, usp_world **out) {
@@ -159,7 +160,7 @@ static void prepare(making *m) {
     if (mine->status == USP_OK) usp_meeting_note(&m->meeting, begin_world(&m->config, &m->world));
     mine->node = usp_node_identity(m->config.node);
     mine->terms = (usp_terms){.version = usp_version(), .timeout_ms = limit, .silence_ms = silence};
-    m->settings = (usp_comm_config){.host = &m->host, .timeout_ms = limit, .silence_ms = silence};
+    m->settings = (usp_transport_config){.host = &m->host, .timeout_ms = limit, .silence_ms = silence};
     if (!m->world) return;
     mine->terms.device = (int32_t)m->world->device->ops->kind;
     m->settings.device = m->world->device;
@@ -171,17 +172,17 @@ static void begin(making *m, const usp_world_config *given, usp_world **out) {
     prepare(m);
 }
 
-/* The comm stands. Whether each rank can go on they tell each other as they will from now on. */
+/* The transport stands. Whether each rank can go on they tell each other as they will from now on. */
 static usp_status start_world(making *m) {
     usp_world *world = m->world;
-    world->comm = m->comm;
+    world->transport = m->transport;
     world->meeting = m->meeting;
     usp_node_count(world, m->meeting.all);
     usp_status mine = m->config.watchdog ? start_watchdog(world) : USP_OK;
     return usp_world_agree(world, mine, &(usp_agreement){.what = "world"});
 }
 
-/* `status`: how the comm was made. */
+/* `status`: how the transport was made. */
 static usp_status finish(making *m, usp_status status, usp_world **out) {
     usp_world *world = m->world;
     if (status == USP_OK)
@@ -192,8 +193,8 @@ static usp_status finish(making *m, usp_status status, usp_world **out) {
         usp_world_destroy(world);
         return status;
     }
-    usp_host_log(&world->host, 2, "world: rank %d of %d, %s over %s", world->comm->rank, world->comm->size,
-                 world->device->ops->name, world->comm->ops->name);
+    usp_host_log(&world->host, 2, "world: rank %d of %d, %s over %s", world->transport->rank, world->transport->size,
+                 world->device->ops->name, world->transport->ops->name);
     *out = world;
     return USP_OK;
 }
@@ -209,7 +210,7 @@ usp_status usp_world_create_threads(const usp_world_config *given, usp_rendezvou
     making m;
     USP_REQUIRE(rendezvous, "rendezvous is NULL");
     begin(&m, given, out);
-    return finish(&m, usp_comm_create_threads(&m.settings, &m.meeting, rendezvous, rank, &m.comm), out);
+    return finish(&m, usp_transport_create_threads(&m.settings, &m.meeting, rendezvous, rank, &m.transport), out);
 }
 
 usp_status usp_world_create_nccl_id(const usp_world_config *given, const usp_unique_id *id, int size, int rank,
@@ -218,14 +219,14 @@ usp_status usp_world_create_nccl_id(const usp_world_config *given, const usp_uni
     USP_REQUIRE(id, "id is NULL");
     USP_TRY(check_rank(rank, size));
     begin(&m, given, out);
-    return finish(&m, usp_comm_create_nccl_id(&m.settings, &m.meeting, id, size, rank, &m.comm), out);
+    return finish(&m, usp_transport_create_nccl_id(&m.settings, &m.meeting, id, size, rank, &m.transport), out);
 }
 
 usp_status usp_world_create_nccl(const usp_world_config *given, struct ncclComm *comm, usp_world **out) {
     making m;
     USP_REQUIRE(comm, "comm is NULL");
     begin(&m, given, out);
-    return finish(&m, usp_comm_create_nccl_borrowed(&m.settings, &m.meeting, comm, &m.comm), out);
+    return finish(&m, usp_transport_create_nccl_borrowed(&m.settings, &m.meeting, comm, &m.transport), out);
 }
 
 usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm, usp_world **out) {
@@ -233,14 +234,16 @@ usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm,
     read_call(&m, given, out);
     if (m.config.device == USP_DEVICE_AUTO) m.config.device = USP_DEVICE_CPU; /* MPI moves host memory */
     prepare(&m);
-    return finish(&m, usp_comm_create_mpi(&m.settings, &m.meeting, fortran_comm, &m.comm), out);
+    return finish(&m, usp_transport_create_mpi(&m.settings, &m.meeting, fortran_comm, &m.transport), out);
 }
 
 /* NCCL on GPUs, sockets elsewhere; a rank that has failed before can say so over either. */
 static usp_status create_over(making *m, const usp_bootstrap *bootstrap, usp_world **out) {
     int gpus = m->world && m->world->device->ops->kind == USP_DEVICE_CUDA;
     m->meeting.bootstrap = *bootstrap;
-    return finish(m, (gpus ? usp_comm_create_nccl : usp_comm_create_socket)(&m->settings, &m->meeting, &m->comm), out);
+    return finish(
+        m, (gpus ? usp_transport_create_nccl : usp_transport_create_socket)(&m->settings, &m->meeting, &m->transport),
+        out);
 }
 
 /* The caller's all-gather. */
@@ -292,8 +295,8 @@ usp_status usp_world_create_env(const usp_world_config *given, usp_world **out) 
 usp_status usp_world_get_info(const usp_world *world, usp_world_info *info) {
     USP_REQUIRE(world, "world is NULL");
     USP_TRY(usp_guard_process(world));
-    usp_world_info known = {.rank = world->comm->rank,
-                            .size = world->comm->size,
+    usp_world_info known = {.rank = world->transport->rank,
+                            .size = world->transport->size,
                             .device = world->device->ops->kind,
                             .timeout_ms = world->timeout_ms,
                             .nodes = world->nodes,
@@ -301,7 +304,7 @@ usp_status usp_world_get_info(const usp_world *world, usp_world_info *info) {
                             .local_size = world->local_size,
                             .watchdog = world->watching,
                             .silence_ms = world->silence_ms};
-    strncpy(known.transport, world->comm->ops->name, sizeof known.transport - 1);
+    strncpy(known.transport, world->transport->ops->name, sizeof known.transport - 1);
     return usp_abi_write(&known, sizeof known, info, "usp_world_info");
 }
 
@@ -313,18 +316,18 @@ usp_status usp_world_fork(usp_world *world, usp_stream from, usp_stream to) {
 
 usp_status usp_world_exchange(usp_world *world, const usp_send *sends, int send_count, const usp_recv *recvs,
                               int recv_count) {
-    return world->comm->ops->exchange(world->comm, sends, send_count, recvs, recv_count, world->transfer);
+    return world->transport->ops->exchange(world->transport, sends, send_count, recvs, recv_count, world->transfer);
 }
 
 usp_status usp_world_conclude(usp_world *world, usp_status status) {
     if (status == USP_OK || status == USP_UNSUPPORTED) return status;
-    return world->comm->ops->fail(world->comm, status == USP_NO_MEMORY ? USP_DEVICE : status);
+    return usp_transport_fail(world->transport, status == USP_NO_MEMORY ? USP_DEVICE : status);
 }
 
 usp_status usp_world_poll(usp_world *world) {
     USP_REQUIRE(world, "world is NULL");
     USP_TRY(usp_guard_process(world));
-    return world->comm->ops->poll(world->comm);
+    return usp_transport_poll(world->transport);
 }
 
 usp_status usp_world_wait(usp_world *world, usp_stream stream) {
@@ -332,11 +335,11 @@ usp_status usp_world_wait(usp_world *world, usp_stream stream) {
     struct timespec pause = {.tv_nsec = 20000};
     for (;;) {
         int busy = 0;
-        USP_TRY(world->comm->ops->poll(world->comm));
+        USP_TRY(usp_transport_poll(world->transport));
         usp_status status = world->device->ops->query(world->device, stream, &busy);
         if (status != USP_OK || !busy) return usp_world_conclude(world, status);
         if (world->timeout_ms >= 0 && usp_now_ms() - begin > world->timeout_ms)
-            return world->comm->ops->overdue(world->comm);
+            return usp_transport_overdue(world->transport);
         nanosleep(&pause, NULL);
         if (pause.tv_nsec < 500000) pause.tv_nsec *= 2;
     }
@@ -349,7 +352,7 @@ usp_status usp_world_synchronize(usp_world *world, usp_stream stream) {
 }
 
 void usp_world_abort(usp_world *world) {
-    if (world && usp_guard_process(world) == USP_OK) world->comm->ops->abort(world->comm);
+    if (world && usp_guard_process(world) == USP_OK) usp_transport_abort(world->transport);
 }
 
 void usp_world_destroy(usp_world *world) {

@@ -1,7 +1,8 @@
-/* world.h - the world inside the library: one comm, one device, one transfer stream, and collective agreement. */
+/* world.h - the world inside the library: one transport with its control, one device, one transfer stream, and
+ * collective agreement. */
 #ifndef USP_WORLD_H
 #define USP_WORLD_H
-#include "comm.h"
+#include "transport.h"
 #include "guard.h"
 #include "hash.h"
 #include <pthread.h>
@@ -18,10 +19,10 @@ struct usp_world {
     usp_turn turn;
     usp_host host;
     usp_device *device;
-    usp_comm *comm;
-    usp_stream transfer; /* every transfer of every mesh and layer, in the order of the calls: one ordered queue */
-    usp_event *event;    /* the moving end of fork */
-    usp_meeting meeting; /* the memory of its cards serves usp_world_agree from now on */
+    usp_transport *transport; /* and its control */
+    usp_stream transfer;      /* every transfer of every mesh and layer, in the order of the calls: one ordered queue */
+    usp_event *event;         /* the moving end of fork */
+    usp_meeting meeting;      /* the memory of its cards serves usp_world_agree from now on */
     usp_piece *pieces;
     uint64_t piece_count, sequence_count; /* made so far */
     int timeout_ms, silence_ms;           /* -1: no limit */
@@ -42,7 +43,8 @@ usp_status usp_world_fork(usp_world *world, usp_stream from, usp_stream to);
  * found before anything moved. */
 usp_status usp_world_conclude(usp_world *world, usp_status status);
 
-/* The comm's exchange on the transfer stream. The caller forks to it before and from it where the data is needed. */
+/* The transport's exchange on the transfer stream. The caller forks to it before and from it where the data is needed.
+ */
 usp_status usp_world_exchange(usp_world *world, const usp_send *sends, int send_count, const usp_recv *recvs,
                               int recv_count);
 

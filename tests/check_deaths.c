@@ -1,6 +1,6 @@
-/* check_deaths.c - processes that die or stop, through the public API: every other rank gets an error that names the rank,
- * in time. In the middle of layers, after which the survivors make a new world that works; and at random moments from
- * the start of create to the end of destroy. A plain program; it forks. usage: check_deaths [KILLS [SEED]] */
+/* check_deaths.c - processes that die or stop, through the public API: every other rank gets an error that names the
+ * rank, in time. In the middle of layers, after which the survivors make a new world that works; and at random moments
+ * from the start of create to the end of destroy. A plain program; it forks. usage: check_deaths [KILLS [SEED]] */
 #define _GNU_SOURCE
 #include "port.h"
 #include "usp.h"
@@ -239,8 +239,8 @@ static int kill_once(unsigned seed) {
         waitpid(child[rank], &status, 0);
         if (rank != victim) failures += !WIFEXITED(status) || WEXITSTATUS(status) != 0;
     }
-    if (failures) printf("seed %u: rank %d killed after %.2f ms: %d survivors failed\n", seed, victim,
-                         delay_us * 1e-3, failures);
+    if (failures)
+        printf("seed %u: rank %d killed after %.2f ms: %d survivors failed\n", seed, victim, delay_us * 1e-3, failures);
     return failures;
 }
 

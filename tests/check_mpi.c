@@ -8,21 +8,23 @@
 #include <time.h>
 
 #include "conformance.h"
+#include "split.h"
 #include "error.h"
 
 enum { CALM_MS = 30000, LIMIT_MS = 500, MARGIN_MS = 1500, GUARD = 0x5a };
 
 /* `mine`: a failure that this rank comes with, its sentence recorded. */
-static usp_status make(const usp_comm_config *config, int fortran_comm, usp_status mine, usp_comm **comm) {
+static usp_status make(const usp_transport_config *config, int fortran_comm, usp_status mine,
+                       usp_transport **transport) {
     usp_meeting meeting = {.all = NULL};
     usp_meeting_note(&meeting, mine);
-    usp_status status = usp_comm_create_mpi(config, &meeting, fortran_comm, comm);
+    usp_status status = usp_transport_create_mpi(config, &meeting, fortran_comm, transport);
     usp_meeting_end(&meeting);
     return status;
 }
 
-/* One scene on a comm of its own; returns how many things went wrong. */
-typedef int (*usp_scene)(usp_comm *comm);
+/* One scene on a transport of its own; returns how many things went wrong. */
+typedef int (*usp_scene)(usp_transport *transport);
 
 static double now_ms(void) {
     struct timespec now;
@@ -37,72 +39,74 @@ static void rest(int milliseconds) {
 
 /* ---- scenes ------------------------------------------------------------------------------------------------------ */
 
-static int conform(usp_comm *comm) {
+static int conform(usp_transport *transport) {
     int wrong = 0;
-    for (unsigned seed = 1; seed <= 3 && !wrong; seed++) wrong = usp_check_comm(comm, seed);
+    for (unsigned seed = 1; seed <= 3 && !wrong; seed++) wrong = usp_check_transport(transport, seed);
     return wrong;
 }
 
-static int refuse_split(usp_comm *comm) {
+static int refuse_split(usp_transport *transport) {
     struct ncclComm *child = NULL;
-    return usp_check_failure(comm, comm->ops->split(comm, 0, 0, &child), USP_UNSUPPORTED, "NCCL");
+    return usp_check_failure(transport, usp_nccl_split(transport, 0, 0, &child), USP_UNSUPPORTED, "NCCL");
 }
 
 /* Rank 0 sends rank 1 another size than it expects. Every rank hears of it; nothing is written behind the buffer. */
-static int mismatch(usp_comm *comm, size_t sent, size_t expected, const char *words) {
+static int mismatch(usp_transport *transport, size_t sent, size_t expected, const char *words) {
     char data[256], untouched[256];
     usp_send send = {1, data, sent};
     usp_recv recv = {0, data, expected};
     usp_status status = USP_OK;
     memset(data, GUARD, sizeof data);
     memset(untouched, GUARD, sizeof untouched);
-    if (comm->rank == 0) memset(data, 1, sizeof data);
-    if (comm->rank == 0) status = comm->ops->exchange(comm, &send, 1, NULL, 0, NULL);
-    if (comm->rank == 1) status = comm->ops->exchange(comm, NULL, 0, &recv, 1, NULL);
-    if (status == USP_OK) status = comm->ops->allgather(comm, data, data, 0);
-    int wrong = usp_check_failure(comm, status, USP_COMM, words);
-    if (comm->rank == 1)
-        wrong += usp_check(comm, memcmp(data + expected, untouched, sizeof data - expected) == 0,
+    if (transport->rank == 0) memset(data, 1, sizeof data);
+    if (transport->rank == 0) status = transport->ops->exchange(transport, &send, 1, NULL, 0, NULL);
+    if (transport->rank == 1) status = transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL);
+    if (status == USP_OK) status = usp_transport_allgather(transport, data, data, 0);
+    int wrong = usp_check_failure(transport, status, USP_COMM, words);
+    if (transport->rank == 1)
+        wrong += usp_check(transport, memcmp(data + expected, untouched, sizeof data - expected) == 0,
                            "bytes behind the buffer were written");
-    return wrong + usp_check_failure(comm, comm->ops->poll(comm), USP_COMM, words);
+    return wrong + usp_check_failure(transport, usp_transport_poll(transport), USP_COMM, words);
 }
 
-static int too_long(usp_comm *comm) {
-    return mismatch(comm, 64, 32, "rank 0 sends more than the 32 bytes that rank 1 expects");
+static int too_long(usp_transport *transport) {
+    return mismatch(transport, 64, 32, "rank 0 sends more than the 32 bytes that rank 1 expects");
 }
 
-static int too_short(usp_comm *comm) {
-    return mismatch(comm, 32, 64, "rank 0 sends 32 bytes to rank 1, which expects 64");
+static int too_short(usp_transport *transport) {
+    return mismatch(transport, 32, 64, "rank 0 sends 32 bytes to rank 1, which expects 64");
 }
 
 /* Rank 0 lives but does not come. The others name it in time. */
-static int stay_away(usp_comm *comm) {
+static int stay_away(usp_transport *transport) {
     char byte = 0;
     usp_recv recv = {0, &byte, 1};
     double begin = now_ms();
-    if (comm->rank == 0) rest(LIMIT_MS + MARGIN_MS);
-    usp_status status = comm->ops->exchange(comm, NULL, 0, &recv, comm->rank != 0, NULL);
+    if (transport->rank == 0) rest(LIMIT_MS + MARGIN_MS);
+    usp_status status = transport->ops->exchange(transport, NULL, 0, &recv, transport->rank != 0, NULL);
     double took = now_ms() - begin;
-    int wrong = usp_check_failure(comm, status, USP_TIMEOUT, "rank 0");
-    if (comm->rank == 0) return wrong;
-    return wrong + usp_check(comm, took >= LIMIT_MS - 1 && took < LIMIT_MS + MARGIN_MS, "answered after %.0f ms", took);
+    int wrong = usp_check_failure(transport, status, USP_TIMEOUT, "rank 0");
+    if (transport->rank == 0) return wrong;
+    return wrong +
+           usp_check(transport, took >= LIMIT_MS - 1 && took < LIMIT_MS + MARGIN_MS, "answered after %.0f ms", took);
 }
 
 /* Rank 0 gives up while the others wait for it. */
-static int give_up(usp_comm *comm) {
+static int give_up(usp_transport *transport) {
     char byte = 0;
     usp_recv recv = {0, &byte, 1};
-    if (comm->rank == 0) comm->ops->abort(comm);
-    usp_status status = comm->ops->exchange(comm, NULL, 0, &recv, comm->rank != 0, NULL);
-    return usp_check_failure(comm, status, USP_COMM, "rank 0");
+    if (transport->rank == 0) usp_transport_abort(transport);
+    usp_status status = transport->ops->exchange(transport, NULL, 0, &recv, transport->rank != 0, NULL);
+    return usp_check_failure(transport, status, USP_COMM, "rank 0");
 }
 
 /* Rank 0 leaves in peace while the others wait for it: at the time limit they know. */
-static int leave(usp_comm *comm) {
+static int leave(usp_transport *transport) {
     char byte = 0;
     usp_recv recv = {0, &byte, 1};
-    if (comm->rank == 0) return 0;
-    return usp_check_failure(comm, comm->ops->exchange(comm, NULL, 0, &recv, 1, NULL), USP_PEER_LOST, "rank 0");
+    if (transport->rank == 0) return 0;
+    return usp_check_failure(transport, transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL), USP_PEER_LOST,
+                             "rank 0");
 }
 
 /* ---- creation that is late --------------------------------------------------------------------------------------- */
@@ -148,16 +152,17 @@ static int written_after(const memory *m) {
 
 /* Rank 0 is late in one of its allocations, and MPI ends what the others have given up. All are told in time, and MPI
  * writes to no memory that was given back. */
-static int come_late(const usp_comm_config *config, int slow_call) {
+static int come_late(const usp_transport_config *config, int slow_call) {
     memory m = {.slow_call = 0}; /* never freed: some of it is left to MPI */
     usp_host careful = {.alloc = take, .free = give_back, .user = &m};
-    usp_comm_config own = {.device = config->device, .host = &careful, .timeout_ms = LIMIT_MS, .silence_ms = LIMIT_MS};
-    usp_comm *comm = NULL;
+    usp_transport_config own = {
+        .device = config->device, .host = &careful, .timeout_ms = LIMIT_MS, .silence_ms = LIMIT_MS};
+    usp_transport *transport = NULL;
     int rank = 0, all = 0;
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     if (rank == 0) m.slow_call = slow_call;
     double begin = now_ms();
-    usp_status status = make(&own, MPI_Comm_c2f(MPI_COMM_WORLD), USP_OK, &comm);
+    usp_status status = make(&own, MPI_Comm_c2f(MPI_COMM_WORLD), USP_OK, &transport);
     double took = now_ms() - begin;
     int wrong = usp_check_failure(NULL, status, USP_TIMEOUT, "within 500 ms");
     wrong += usp_check(NULL, took < 3 * LIMIT_MS + MARGIN_MS, "answered after %.0f ms", took);
@@ -170,13 +175,16 @@ static int come_late(const usp_comm_config *config, int slow_call) {
 }
 
 /* Rank 1 comes with a failure of its own: all hear of it at once, and the communicator is fit for another try. */
-static int fail_first(const usp_comm_config *config) {
+static int fail_first(const usp_transport_config *config) {
     int rank = 0, all = 0;
-    usp_comm *comm = NULL;
+    usp_transport *transport = NULL;
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     usp_status mine = rank == 1 ? usp_fail(USP_INVALID, "a wrong field") : USP_OK;
-    usp_comm_config own = {.device = rank == 1 ? NULL : config->device, .host = config->host, .timeout_ms = CALM_MS, .silence_ms = CALM_MS};
-    usp_status status = make(&own, MPI_Comm_c2f(MPI_COMM_WORLD), mine, &comm);
+    usp_transport_config own = {.device = rank == 1 ? NULL : config->device,
+                                .host = config->host,
+                                .timeout_ms = CALM_MS,
+                                .silence_ms = CALM_MS};
+    usp_status status = make(&own, MPI_Comm_c2f(MPI_COMM_WORLD), mine, &transport);
     int wrong = rank == 1 ? usp_check_failure(NULL, status, USP_INVALID, "a wrong field")
                           : usp_check_failure(NULL, status, USP_PEER_FAILED, "rank 1");
     MPI_Allreduce(&wrong, &all, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD);
@@ -185,33 +193,32 @@ static int fail_first(const usp_comm_config *config) {
 }
 
 /* Numbers that are no communicator, on every rank. */
-static int refuse_handles(const usp_comm_config *config) {
+static int refuse_handles(const usp_transport_config *config) {
     const int handles[] = {-1, 12345, MPI_Comm_c2f(MPI_COMM_NULL)};
     int wrong = 0;
     for (int i = 0; i < 3; i++) {
-        usp_comm *comm = NULL;
-        wrong += usp_check_failure(NULL, make(config, handles[i], USP_OK, &comm), USP_INVALID,
-                                   "no communicator");
+        usp_transport *transport = NULL;
+        wrong += usp_check_failure(NULL, make(config, handles[i], USP_OK, &transport), USP_INVALID, "no communicator");
     }
     return wrong;
 }
 
 /* ---- the play ---------------------------------------------------------------------------------------------------- */
 
-static int play(const usp_comm_config *config, int timeout_ms, const char *name, usp_scene scene) {
-    usp_comm_config own = *config;
-    usp_comm *comm = NULL;
+static int play(const usp_transport_config *config, int timeout_ms, const char *name, usp_scene scene) {
+    usp_transport_config own = *config;
+    usp_transport *transport = NULL;
     own.timeout_ms = own.silence_ms = timeout_ms;
-    usp_status status = make(&own, MPI_Comm_c2f(MPI_COMM_WORLD), USP_OK, &comm);
+    usp_status status = make(&own, MPI_Comm_c2f(MPI_COMM_WORLD), USP_OK, &transport);
     if (usp_check(NULL, status == USP_OK, "%s: not created: %s", name, usp_last_error())) return 1;
-    int rank = comm->rank, wrong = scene(comm), all = 0;
-    comm->ops->destroy(comm);
+    int rank = transport->rank, wrong = scene(transport), all = 0;
+    usp_transport_end(transport);
     MPI_Allreduce(&wrong, &all, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD); /* the caller's communicator lives on */
     if (rank == 0) printf("%s: %s\n", name, all == 0 ? "ok" : "failed");
     return all;
 }
 
-static int play_all(const usp_comm_config *config) {
+static int play_all(const usp_transport_config *config) {
     int wrong = play(config, CALM_MS, "conformance", conform);
     wrong += play(config, CALM_MS, "split", refuse_split);
     wrong += play(config, CALM_MS, "too long", too_long);
@@ -224,16 +231,15 @@ static int play_all(const usp_comm_config *config) {
     return wrong + play(config, CALM_MS, "conformance again", conform);
 }
 
-static int refuse_early(const usp_comm_config *config) {
-    usp_comm *comm = NULL;
-    return usp_check_failure(NULL, make(config, 0, USP_OK, &comm), USP_INVALID,
-                             "MPI is not initialised");
+static int refuse_early(const usp_transport_config *config) {
+    usp_transport *transport = NULL;
+    return usp_check_failure(NULL, make(config, 0, USP_OK, &transport), USP_INVALID, "MPI is not initialised");
 }
 
 int main(int count, char **arguments) {
     usp_world_config defaults = {.struct_size = sizeof defaults};
     usp_host host = usp_host_from_config(&defaults);
-    usp_comm_config config = {.host = &host, .timeout_ms = CALM_MS};
+    usp_transport_config config = {.host = &host, .timeout_ms = CALM_MS};
     int provided = 0;
     if (usp_check(NULL, usp_device_create_cpu(&host, &config.device) == USP_OK, "no device")) return 1;
     int wrong = refuse_early(&config);

@@ -20,9 +20,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "comm.h"
 #include "conformance.h"
 #include "environment.h"
+#include "split.h"
 #include "port.h"
 
 enum {
@@ -100,7 +100,7 @@ static void nap(void) {
 
 /* Messages between every two ranks, each of its own size, in one block of memory a direction. */
 typedef struct usp_traffic {
-    usp_comm *comm;
+    usp_transport *transport;
     char *out, *in; /* device memory */
     size_t out_bytes, in_bytes;
     usp_send sends[MOST_RANKS];
@@ -136,9 +136,9 @@ static void close_traffic(usp_player *player, usp_traffic *traffic) {
     free(traffic->host);
 }
 
-static int open_traffic(usp_player *player, usp_comm *comm, usp_traffic *traffic) {
+static int open_traffic(usp_player *player, usp_transport *transport, usp_traffic *traffic) {
     void *out = NULL, *in = NULL;
-    *traffic = (usp_traffic){.comm = comm};
+    *traffic = (usp_traffic){.transport = transport};
     lay_out(traffic, player);
     traffic->host = malloc(traffic->out_bytes + traffic->in_bytes + 1);
     if (!good(player, player->device->ops->alloc(player->device, traffic->out_bytes, &out), "alloc")) return 0;
@@ -172,15 +172,15 @@ static int verify(usp_player *player, usp_traffic *traffic, int round) {
 }
 
 static usp_status send_all(usp_player *player, usp_traffic *traffic) {
-    return traffic->comm->ops->exchange(traffic->comm, traffic->sends, traffic->count, traffic->recvs, traffic->count,
-                                        player->stream);
+    return traffic->transport->ops->exchange(traffic->transport, traffic->sends, traffic->count, traffic->recvs,
+                                             traffic->count, player->stream);
 }
 
-/* Waits for the stream, polling the comm, as usp_world_synchronize does. */
-static usp_status drain(usp_player *player, usp_comm *comm) {
+/* Waits for the stream, polling the transport, as usp_world_synchronize does. */
+static usp_status drain(usp_player *player, usp_transport *transport) {
     int busy = 1;
     while (busy) {
-        usp_status status = comm->ops->poll(comm);
+        usp_status status = usp_transport_poll(transport);
         if (status == USP_OK) status = player->device->ops->query(player->device, player->stream, &busy);
         if (status != USP_OK) return status;
         if (busy) nap();
@@ -188,11 +188,11 @@ static usp_status drain(usp_player *player, usp_comm *comm) {
     return USP_OK;
 }
 
-static int check_exchange(usp_player *player, usp_comm *comm, int round) {
+static int check_exchange(usp_player *player, usp_transport *transport, int round) {
     usp_traffic traffic;
-    if (!open_traffic(player, comm, &traffic)) return 0;
+    if (!open_traffic(player, transport, &traffic)) return 0;
     int fine = fill(player, &traffic, round) && good(player, send_all(player, &traffic), "exchange") &&
-               good(player, drain(player, comm), "the exchange") && verify(player, &traffic, round);
+               good(player, drain(player, transport), "the exchange") && verify(player, &traffic, round);
     close_traffic(player, &traffic);
     return fine;
 }
@@ -206,8 +206,8 @@ static const char *way_name(usp_way way) {
     return names[way];
 }
 
-static usp_comm_config config_of(const usp_player *player, int timeout_ms) {
-    return (usp_comm_config){player->device, &player->host, timeout_ms, timeout_ms};
+static usp_transport_config config_of(const usp_player *player, int timeout_ms) {
+    return (usp_transport_config){player->device, &player->host, timeout_ms, timeout_ms};
 }
 
 /* One id for all ranks, by the bootstrap. */
@@ -254,27 +254,27 @@ static int own_sum(usp_player *player, ncclComm_t own, int size) {
     return (fine && sum == size) || complain(player, "the sum over %d ranks is %d", size, sum);
 }
 
-static int create(usp_player *player, usp_way way, int timeout_ms, ncclComm_t borrowed, usp_comm **comm) {
-    usp_comm_config config = config_of(player, timeout_ms);
+static int create(usp_player *player, usp_way way, int timeout_ms, ncclComm_t borrowed, usp_transport **transport) {
+    usp_transport_config config = config_of(player, timeout_ms);
     usp_meeting meeting = {.bootstrap = player->bootstrap};
     usp_unique_id id;
     double begin = now();
     usp_status status = USP_OK;
     if (way == BY_BOOTSTRAP)
-        status = usp_comm_create_nccl(&config, &meeting, comm);
+        status = usp_transport_create_nccl(&config, &meeting, transport);
     else if (way != BY_ID)
-        status = usp_comm_create_nccl_borrowed(&config, &meeting, borrowed, comm);
+        status = usp_transport_create_nccl_borrowed(&config, &meeting, borrowed, transport);
     else if (!share_id(player, &id))
         return 0;
     else
-        status = usp_comm_create_nccl_id(&config, &meeting, &id, player->size, player->rank, comm);
+        status = usp_transport_create_nccl_id(&config, &meeting, &id, player->size, player->rank, transport);
     usp_meeting_end(&meeting);
     if (!good(player, status, way_name(way))) return 0;
     report(player, "%s: created in %.0f ms", way_name(way), (now() - begin) * 1e3);
     return 1;
 }
 
-/* ---- checks on one comm ------------------------------------------------------------------------------------------ */
+/* ---- checks on one transport -------------------------------------------------------------------------------------- */
 
 static int capture(usp_player *player, usp_traffic *traffic, enum cudaStreamCaptureMode mode, cudaGraphExec_t *exec) {
     cudaGraph_t graph = NULL;
@@ -291,16 +291,16 @@ static int replay(usp_player *player, usp_traffic *traffic, cudaGraphExec_t exec
     for (int round = 0; round < REPLAYS; round++) {
         if (!fill(player, traffic, round)) return complain(player, "fill");
         if (cudaGraphLaunch(exec, player->stream) != cudaSuccess) return complain(player, "cudaGraphLaunch");
-        if (!good(player, drain(player, traffic->comm), "a replay") || !verify(player, traffic, round)) return 0;
+        if (!good(player, drain(player, traffic->transport), "a replay") || !verify(player, traffic, round)) return 0;
     }
     return 1;
 }
 
 /* A captured exchange moves the bytes of the moment at each replay. */
-static int check_capture(usp_player *player, usp_comm *comm, enum cudaStreamCaptureMode mode) {
+static int check_capture(usp_player *player, usp_transport *transport, enum cudaStreamCaptureMode mode) {
     usp_traffic traffic;
     cudaGraphExec_t exec = NULL;
-    if (!open_traffic(player, comm, &traffic)) return 0;
+    if (!open_traffic(player, transport, &traffic)) return 0;
     int fine = capture(player, &traffic, mode, &exec) && replay(player, &traffic, exec);
     if (exec != NULL) cudaGraphExecDestroy(exec);
     cudaDeviceSynchronize();
@@ -310,43 +310,44 @@ static int check_capture(usp_player *player, usp_comm *comm, enum cudaStreamCapt
 }
 
 typedef struct usp_watch {
-    usp_comm *comm;
+    usp_transport *transport;
     atomic_int stop, failed;
 } usp_watch;
 
 static void *watch(void *argument) {
     usp_watch *seen = argument;
     while (!atomic_load(&seen->stop))
-        if (seen->comm->ops->poll(seen->comm) != USP_OK) atomic_store(&seen->failed, 1);
+        if (usp_transport_poll(seen->transport) != USP_OK) atomic_store(&seen->failed, 1);
     return NULL;
 }
 
 /* Another thread may poll at any time. */
-static int check_watched(usp_player *player, usp_comm *comm) {
-    usp_watch seen = {.comm = comm};
+static int check_watched(usp_player *player, usp_transport *transport) {
+    usp_watch seen = {.transport = transport};
     pthread_t thread;
     int fine = 1;
     if (pthread_create(&thread, NULL, watch, &seen) != 0) return complain(player, "no thread");
-    for (int round = 0; round < ROUNDS && fine; round++) fine = check_exchange(player, comm, round);
+    for (int round = 0; round < ROUNDS && fine; round++) fine = check_exchange(player, transport, round);
     atomic_store(&seen.stop, 1);
     pthread_join(thread, NULL);
     return fine && (!atomic_load(&seen.failed) || complain(player, "the watcher saw a failure"));
 }
 
 /* A communicator over the even and one over the odd ranks, for the caller's own sums. */
-static int check_split(usp_player *player, usp_comm *comm) {
+static int check_split(usp_player *player, usp_transport *transport) {
     struct ncclComm *child = NULL;
     int colour = player->rank % 2, members = (player->size + 1 - colour) / 2;
-    if (!good(player, comm->ops->split(comm, colour, player->rank, &child), "split")) return 0;
+    if (!good(player, usp_nccl_split(transport, colour, player->rank, &child), "split")) return 0;
     int fine = own_sum(player, child, members);
-    comm->ops->split_destroy(comm, child);
-    return fine && check_exchange(player, comm, 3);
+    usp_nccl_split_destroy(transport, child);
+    return fine && check_exchange(player, transport, 3);
 }
 
 /* `bytes` in equal parts to the next `peers` ranks, and from those before: the first and second half of `memory`. */
-static usp_traffic spread(const usp_player *player, usp_comm *comm, char *memory, size_t bytes, int peers) {
+static usp_traffic spread(const usp_player *player, usp_transport *transport, char *memory, size_t bytes, int peers) {
     size_t each = bytes / (size_t)peers;
-    usp_traffic traffic = {.comm = comm, .out = memory, .in = memory + bytes, .out_bytes = bytes, .in_bytes = bytes};
+    usp_traffic traffic = {
+        .transport = transport, .out = memory, .in = memory + bytes, .out_bytes = bytes, .in_bytes = bytes};
     for (int i = 1; i <= peers; i++, traffic.count++) {
         int to = (player->rank + i) % player->size, from = (player->rank + player->size - i) % player->size;
         traffic.sends[traffic.count] = (usp_send){to, traffic.out + each * (size_t)traffic.count, each};
@@ -356,23 +357,24 @@ static usp_traffic spread(const usp_player *player, usp_comm *comm, char *memory
 }
 
 /* Mean seconds of ROUNDS exchanges; *host: of the calls alone. Negative: failed. */
-static double time_exchange(usp_player *player, usp_comm *comm, char *memory, size_t bytes, int all, double *host) {
-    usp_traffic traffic = spread(player, comm, memory, bytes, all ? player->size - 1 : 1);
+static double time_exchange(usp_player *player, usp_transport *transport, char *memory, size_t bytes, int all,
+                            double *host) {
+    usp_traffic traffic = spread(player, transport, memory, bytes, all ? player->size - 1 : 1);
     double begin = 0;
     for (int round = -3; round < ROUNDS; round++) {
-        if (round == 0 && drain(player, comm) != USP_OK) return -1;
+        if (round == 0 && drain(player, transport) != USP_OK) return -1;
         if (round == 0) begin = now();
         if (send_all(player, &traffic) != USP_OK) return -1;
     }
     *host = (now() - begin) / ROUNDS;
-    return drain(player, comm) == USP_OK ? (now() - begin) / ROUNDS : -1;
+    return drain(player, transport) == USP_OK ? (now() - begin) / ROUNDS : -1;
 }
 
-static int print_times(usp_player *player, usp_comm *comm, char *plain, char *shared) {
+static int print_times(usp_player *player, usp_transport *transport, char *plain, char *shared) {
     for (size_t mb = 1; mb <= 64; mb *= 2) {
         double time[4], host = 0;
         for (int i = 0; i < 4; i++) {
-            time[i] = time_exchange(player, comm, i % 2 ? shared : plain, mb << 20, i / 2, &host);
+            time[i] = time_exchange(player, transport, i % 2 ? shared : plain, mb << 20, i / 2, &host);
             if (time[i] < 0) return complain(player, "timing: %s", usp_last_error());
         }
         double gb = (double)(mb << 20) * 1e-9;
@@ -385,14 +387,14 @@ static int print_times(usp_player *player, usp_comm *comm, char *plain, char *sh
     return 1;
 }
 
-static int check_shared(usp_player *player, usp_comm *comm) {
+static int check_shared(usp_player *player, usp_transport *transport) {
     const size_t bytes = (size_t)2 << 26;
     void *plain = NULL, *shared = NULL;
     if (!good(player, player->device->ops->alloc(player->device, bytes, &plain), "alloc")) return 0;
-    if (!good(player, comm->ops->alloc_shared(comm, bytes, &shared), "alloc_shared")) return 0;
-    if (!good(player, comm->ops->register_shared(comm, shared), "register_shared")) return 0;
-    int fine = print_times(player, comm, plain, shared);
-    fine = good(player, comm->ops->free_shared(comm, shared), "free_shared") && fine;
+    if (!good(player, transport->ops->alloc_shared(transport, bytes, &shared), "alloc_shared")) return 0;
+    if (!good(player, transport->ops->register_shared(transport, shared), "register_shared")) return 0;
+    int fine = print_times(player, transport, plain, shared);
+    fine = good(player, transport->ops->free_shared(transport, shared), "free_shared") && fine;
     player->device->ops->free(player->device, plain);
     return fine;
 }
@@ -405,7 +407,7 @@ static int move_values(usp_player *player, usp_traffic *traffic, cudaGraphExec_t
     if (exec != NULL && cudaGraphLaunch(exec, player->stream) != cudaSuccess)
         return complain(player, "cudaGraphLaunch");
     if (exec == NULL && !good(player, send_all(player, traffic), "an exchange")) return 0;
-    if (!good(player, drain(player, traffic->comm), "an exchange in shared memory")) return 0;
+    if (!good(player, drain(player, traffic->transport), "an exchange in shared memory")) return 0;
     if (cudaMemcpy(traffic->host, traffic->in, traffic->in_bytes, cudaMemcpyDeviceToHost) != cudaSuccess)
         return complain(player, "cudaMemcpy");
     for (int i = 0; i < traffic->count; i++)
@@ -416,51 +418,52 @@ static int move_values(usp_player *player, usp_traffic *traffic, cudaGraphExec_t
     return 1;
 }
 
-static int use_shared(usp_player *player, usp_comm *comm, size_t bytes, char *host) {
+static int use_shared(usp_player *player, usp_transport *transport, size_t bytes, char *host) {
     void *memory = NULL;
     cudaGraphExec_t exec = NULL;
-    if (!good(player, comm->ops->alloc_shared(comm, 2 * bytes, &memory), "alloc_shared")) return 0;
-    if (!good(player, comm->ops->register_shared(comm, memory), "register_shared")) return 0;
-    usp_traffic traffic = spread(player, comm, memory, bytes, player->size - 1);
+    if (!good(player, transport->ops->alloc_shared(transport, 2 * bytes, &memory), "alloc_shared")) return 0;
+    if (!good(player, transport->ops->register_shared(transport, memory), "register_shared")) return 0;
+    usp_traffic traffic = spread(player, transport, memory, bytes, player->size - 1);
     traffic.host = host;
     int fine = move_values(player, &traffic, NULL) && move_values(player, &traffic, NULL) &&
                capture(player, &traffic, cudaStreamCaptureModeThreadLocal, &exec) &&
                move_values(player, &traffic, exec) && move_values(player, &traffic, exec);
     if (exec != NULL) cudaGraphExecDestroy(exec);
-    return good(player, comm->ops->free_shared(comm, memory), "free_shared") && fine;
+    return good(player, transport->ops->free_shared(transport, memory), "free_shared") && fine;
 }
 
 /* Shared memory goes and other comes in its place while NCCL may still remember the graph that used it. */
-static int check_recycled(usp_player *player, usp_comm *comm) {
+static int check_recycled(usp_player *player, usp_transport *transport) {
     const size_t unit = (size_t)(player->size - 1) << 21, sizes[] = {3 * unit, unit, 4 * unit, 2 * unit};
     char *host = malloc(4 * unit);
     int fine = host != NULL;
-    for (int round = 0; round < RECYCLES && fine; round++) fine = use_shared(player, comm, sizes[round % 4], host);
+    for (int round = 0; round < RECYCLES && fine; round++) fine = use_shared(player, transport, sizes[round % 4], host);
     free(host);
     report(player, "graphs in memory that comes and goes: %s", fine ? "ok" : "failed");
     return fine;
 }
 
-static int check_comm(usp_player *player, usp_way way, usp_comm *comm) {
-    if (usp_check_comm(comm, 1 + (unsigned)way) != 0) return complain(player, "%s: conformance", way_name(way));
-    if (!check_exchange(player, comm, 1)) return 0;
+static int check_comm(usp_player *player, usp_way way, usp_transport *transport) {
+    if (usp_check_transport(transport, 1 + (unsigned)way) != 0)
+        return complain(player, "%s: conformance", way_name(way));
+    if (!check_exchange(player, transport, 1)) return 0;
     if (way != BY_BOOTSTRAP) return 1;
-    if (!check_watched(player, comm)) return 0;
-    if (!check_capture(player, comm, cudaStreamCaptureModeThreadLocal)) return 0;
-    if (!check_capture(player, comm, cudaStreamCaptureModeRelaxed)) return 0;
-    if (!player->is_thread && !check_capture(player, comm, cudaStreamCaptureModeGlobal)) return 0;
-    return check_split(player, comm) && check_shared(player, comm) && check_recycled(player, comm);
+    if (!check_watched(player, transport)) return 0;
+    if (!check_capture(player, transport, cudaStreamCaptureModeThreadLocal)) return 0;
+    if (!check_capture(player, transport, cudaStreamCaptureModeRelaxed)) return 0;
+    if (!player->is_thread && !check_capture(player, transport, cudaStreamCaptureModeGlobal)) return 0;
+    return check_split(player, transport) && check_shared(player, transport) && check_recycled(player, transport);
 }
 
 static int check_way(usp_player *player, usp_way way) {
     ncclComm_t own = NULL;
-    usp_comm *comm = NULL;
+    usp_transport *transport = NULL;
     int borrows = way == BY_BORROWED || way == BY_NONBLOCKING;
     if (borrows && !own_create(player, way == BY_BORROWED, &own)) return 0;
-    if (!create(player, way, TIMEOUT_MS, own, &comm)) return 0;
-    int fine = check_comm(player, way, comm);
+    if (!create(player, way, TIMEOUT_MS, own, &transport)) return 0;
+    int fine = check_comm(player, way, transport);
     double begin = now();
-    comm->ops->destroy(comm);
+    usp_transport_end(transport);
     report(player, "%s: destroyed in %.0f ms", way_name(way), (now() - begin) * 1e3);
     if (borrows) fine = fine && own_sum(player, own, player->size);
     if (borrows) ncclCommDestroy(own);
@@ -469,14 +472,14 @@ static int check_way(usp_player *player, usp_way way) {
 
 /* ---- failures ---------------------------------------------------------------------------------------------------- */
 
-/* Waits, at most `limit_ms`, for the comm to fail while an exchange cannot end; says how long it took. */
-static int await_failure(usp_player *player, usp_comm *comm, int limit_ms, usp_status wanted, int culprit) {
+/* Waits, at most `limit_ms`, for the transport to fail while an exchange cannot end; says how long it took. */
+static int await_failure(usp_player *player, usp_transport *transport, int limit_ms, usp_status wanted, int culprit) {
     char name[32], sentence[256];
     double begin = now(), took = 0;
     usp_status status = USP_OK;
     snprintf(name, sizeof name, "rank %d", culprit);
     while (status == USP_OK && took * 1e3 < limit_ms) {
-        status = comm->ops->poll(comm);
+        status = usp_transport_poll(transport);
         took = now() - begin;
         nap();
     }
@@ -487,10 +490,10 @@ static int await_failure(usp_player *player, usp_comm *comm, int limit_ms, usp_s
 }
 
 /* After an abort the GPU is free again. */
-static int check_freed(usp_player *player, usp_comm *comm) {
+static int check_freed(usp_player *player, usp_transport *transport) {
     double begin = now();
     int busy = 1;
-    comm->ops->abort(comm);
+    usp_transport_abort(transport);
     report(player, "aborted in %.0f ms", (now() - begin) * 1e3);
     while (busy && now() - begin < MARGIN_MS * 1e-3 + 5)
         if (player->device->ops->query(player->device, player->stream, &busy) != USP_OK) busy = 0;
@@ -498,16 +501,16 @@ static int check_freed(usp_player *player, usp_comm *comm) {
 }
 
 static int check_abort(usp_player *player) {
-    usp_comm *comm = NULL;
+    usp_transport *transport = NULL;
     usp_traffic traffic;
-    if (!create(player, BY_BOOTSTRAP, TIMEOUT_MS, NULL, &comm)) return 0;
-    int fine = check_exchange(player, comm, 1) && open_traffic(player, comm, &traffic);
+    if (!create(player, BY_BOOTSTRAP, TIMEOUT_MS, NULL, &transport)) return 0;
+    int fine = check_exchange(player, transport, 1) && open_traffic(player, transport, &traffic);
     if (player->rank == 0)
-        comm->ops->abort(comm);
+        usp_transport_abort(transport);
     else if (fine)
         send_all(player, &traffic);
-    fine = fine && await_failure(player, comm, DEATH_MS, USP_COMM, 0) && check_freed(player, comm);
-    comm->ops->destroy(comm);
+    fine = fine && await_failure(player, transport, DEATH_MS, USP_COMM, 0) && check_freed(player, transport);
+    usp_transport_end(transport);
     if (fine) close_traffic(player, &traffic);
     return fine;
 }
@@ -522,15 +525,15 @@ static int miss_the_second(usp_player *player, usp_traffic *traffic) {
 
 /* The last rank lives but does not come: its place in the others' streams is overdue. */
 static int check_absent(usp_player *player) {
-    usp_comm *comm = NULL;
+    usp_transport *transport = NULL;
     usp_traffic traffic;
     int culprit = player->size - 1;
-    if (!create(player, BY_BOOTSTRAP, ABSENT_TIMEOUT_MS, NULL, &comm)) return 0;
-    int fine = check_exchange(player, comm, 1) && open_traffic(player, comm, &traffic);
+    if (!create(player, BY_BOOTSTRAP, ABSENT_TIMEOUT_MS, NULL, &transport)) return 0;
+    int fine = check_exchange(player, transport, 1) && open_traffic(player, transport, &traffic);
     fine = fine && miss_the_second(player, &traffic);
-    fine = fine && await_failure(player, comm, ABSENT_TIMEOUT_MS + MARGIN_MS, USP_TIMEOUT, culprit) &&
-           check_freed(player, comm);
-    comm->ops->destroy(comm);
+    fine = fine && await_failure(player, transport, ABSENT_TIMEOUT_MS + MARGIN_MS, USP_TIMEOUT, culprit) &&
+           check_freed(player, transport);
+    usp_transport_end(transport);
     if (fine) close_traffic(player, &traffic);
     return fine;
 }
@@ -540,15 +543,15 @@ static void suffer(const usp_player *player) {
     if (player->rank == player->size - 1) raise(strcmp(player->fault, "--kill") == 0 ? SIGKILL : SIGSTOP);
 }
 
-static int survive(usp_player *player, usp_comm *comm) {
+static int survive(usp_player *player, usp_transport *transport) {
     usp_traffic traffic;
     int killed = strcmp(player->fault, "--kill") == 0, culprit = player->size - 1;
-    if (!check_exchange(player, comm, 1) || !open_traffic(player, comm, &traffic)) return 0;
+    if (!check_exchange(player, transport, 1) || !open_traffic(player, transport, &traffic)) return 0;
     suffer(player);
     send_all(player, &traffic);
-    int fine = await_failure(player, comm, killed ? DEATH_MS : FAULT_TIMEOUT_MS + MARGIN_MS,
+    int fine = await_failure(player, transport, killed ? DEATH_MS : FAULT_TIMEOUT_MS + MARGIN_MS,
                              killed ? USP_PEER_LOST : USP_TIMEOUT, culprit) &&
-               check_freed(player, comm);
+               check_freed(player, transport);
     if (fine) close_traffic(player, &traffic);
     return fine;
 }
@@ -556,25 +559,25 @@ static int survive(usp_player *player, usp_comm *comm) {
 /* The ranks that are left meet again by the launcher's address. */
 static int check_smaller(usp_player *player) {
     usp_environment *environment = NULL;
-    usp_comm *comm = NULL;
+    usp_transport *transport = NULL;
     char size[16];
     snprintf(size, sizeof size, "%d", --player->size);
     setenv("WORLD_SIZE", size, 1);
     if (!good(player, usp_environment_open(&player->host, TIMEOUT_MS, &environment), "meeting again")) return 0;
     player->bootstrap = usp_environment_bootstrap(environment);
-    int fine = create(player, BY_BOOTSTRAP, TIMEOUT_MS, NULL, &comm) && check_exchange(player, comm, 2);
-    if (fine && usp_check_comm(comm, 9) != 0) fine = complain(player, "conformance of the smaller comm");
-    if (comm != NULL) comm->ops->destroy(comm);
+    int fine = create(player, BY_BOOTSTRAP, TIMEOUT_MS, NULL, &transport) && check_exchange(player, transport, 2);
+    if (fine && usp_check_transport(transport, 9) != 0) fine = complain(player, "conformance of the smaller transport");
+    if (transport != NULL) usp_transport_end(transport);
     usp_environment_close(environment);
     return fine;
 }
 
 static int check_fault(usp_player *player) {
-    usp_comm *comm = NULL;
-    if (!create(player, BY_BOOTSTRAP, FAULT_TIMEOUT_MS, NULL, &comm)) return 0;
-    int fine = survive(player, comm);
+    usp_transport *transport = NULL;
+    if (!create(player, BY_BOOTSTRAP, FAULT_TIMEOUT_MS, NULL, &transport)) return 0;
+    int fine = survive(player, transport);
     double begin = now();
-    comm->ops->destroy(comm);
+    usp_transport_end(transport);
     report(player, "destroyed in %.0f ms", (now() - begin) * 1e3);
     return fine && check_smaller(player);
 }

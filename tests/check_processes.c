@@ -1,5 +1,6 @@
-/* check_processes.c - the comm of processes over sockets: conformance, ranks that die, stop, leave or come late, and
- * the meeting by a launcher's environment. A plain program that forks its ranks; it needs no GPU and no launcher. */
+/* check_processes.c - the transport of processes over sockets: conformance, ranks that die, stop, leave or come late,
+ * and the meeting by a launcher's environment. A plain program that forks its ranks; it needs no GPU and no launcher.
+ */
 #define _GNU_SOURCE
 #include "conformance.h"
 #include "environment.h"
@@ -106,21 +107,21 @@ static usp_circle usp_circle_make(const usp_cast *cast, int without) {
     return circle;
 }
 
-static usp_status usp_join(usp_circle *circle, const usp_host *host, usp_device *device, usp_comm **comm) {
+static usp_status usp_join(usp_circle *circle, const usp_host *host, usp_device *device, usp_transport **transport) {
     int limit = circle->cast->timeout_ms;
-    usp_comm_config config = {.device = device, .host = host, .timeout_ms = limit, .silence_ms = limit};
+    usp_transport_config config = {.device = device, .host = host, .timeout_ms = limit, .silence_ms = limit};
     usp_bootstrap bootstrap = {.gather = usp_circle_gather, .user = circle, .rank = circle->rank, .size = circle->size};
-    return usp_make_socket(&config, &bootstrap, comm);
+    return usp_make_socket(&config, &bootstrap, transport);
 }
 
 /* A world of all ranks but one, conformance, and its end. */
 static int usp_play_world(const usp_cast *cast, int without, const usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, without);
-    usp_comm *comm;
-    usp_status status = usp_join(&circle, host, device, &comm);
+    usp_transport *transport;
+    usp_status status = usp_join(&circle, host, device, &transport);
     if (usp_check(NULL, status == USP_OK, "rank %d could not join: %s", cast->rank, usp_last_error())) return 1;
-    int wrong = usp_check_comm(comm, cast->seed + (unsigned)cast->size);
-    comm->ops->destroy(comm);
+    int wrong = usp_check_transport(transport, cast->seed + (unsigned)cast->size);
+    usp_transport_end(transport);
     return wrong;
 }
 
@@ -130,17 +131,17 @@ static int usp_scene_conformance(const usp_cast *cast, usp_host *host, usp_devic
     return usp_play_world(cast, -1, host, device);
 }
 
-static usp_status usp_ring_step(usp_comm *comm, size_t bytes) {
+static usp_status usp_ring_step(usp_transport *transport, size_t bytes) {
     static char in[1 << 18], out[1 << 18];
-    usp_send send = {(comm->rank + 1) % comm->size, out, bytes};
-    usp_recv recv = {(comm->rank + comm->size - 1) % comm->size, in, bytes};
-    return comm->ops->exchange(comm, &send, 1, &recv, 1, NULL);
+    usp_send send = {(transport->rank + 1) % transport->size, out, bytes};
+    usp_recv recv = {(transport->rank + transport->size - 1) % transport->size, in, bytes};
+    return transport->ops->exchange(transport, &send, 1, &recv, 1, NULL);
 }
 
 /* Exchanges of changing sizes until something fails, which it must. */
-static usp_status usp_run_ring(usp_comm *comm) {
+static usp_status usp_run_ring(usp_transport *transport) {
     usp_status status = USP_OK;
-    for (size_t i = 0; status == USP_OK; i++) status = usp_ring_step(comm, i % 7 == 0 ? 1 << 18 : 1 + i % 1000);
+    for (size_t i = 0; status == USP_OK; i++) status = usp_ring_step(transport, i % 7 == 0 ? 1 << 18 : 1 + i % 1000);
     return status;
 }
 
@@ -153,71 +154,72 @@ static void *usp_strike_soon(void *argument) {
 }
 
 /* The signal comes in the middle of exchanges. A dead rank is missed at once, a stopped one within the time limit. */
-static int usp_check_survivor(const usp_cast *cast, usp_comm *comm) {
+static int usp_check_survivor(const usp_cast *cast, usp_transport *transport) {
     char odd[32];
     usp_words(odd, cast->odd);
     int stopped = cast->signal == SIGSTOP;
-    int wrong = usp_check_failure(comm, usp_run_ring(comm), stopped ? USP_TIMEOUT : USP_PEER_LOST, odd);
+    int wrong = usp_check_failure(transport, usp_run_ring(transport), stopped ? USP_TIMEOUT : USP_PEER_LOST, odd);
     double late = usp_seconds() - *cast->struck, limit = stopped ? 1e-3 * cast->timeout_ms + 1.0 : 1.0;
-    wrong += usp_check(comm, late < limit, "noticed after %.3f s", late);
-    return wrong + usp_check_failure(comm, comm->ops->poll(comm), stopped ? USP_TIMEOUT : USP_PEER_LOST, odd);
+    wrong += usp_check(transport, late < limit, "noticed after %.3f s", late);
+    return wrong +
+           usp_check_failure(transport, usp_transport_poll(transport), stopped ? USP_TIMEOUT : USP_PEER_LOST, odd);
 }
 
 static int usp_scene_struck(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
-    usp_comm *comm;
+    usp_transport *transport;
     pthread_t thread;
     usp_cast own = *cast;
-    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    if (usp_check(NULL, usp_join(&circle, host, device, &transport) == USP_OK, "join: %s", usp_last_error())) return 1;
     if (cast->rank == cast->odd && pthread_create(&thread, NULL, usp_strike_soon, &own) != 0) return 1;
-    int wrong = usp_check_survivor(cast, comm);
-    comm->ops->destroy(comm);
+    int wrong = usp_check_survivor(cast, transport);
+    usp_transport_end(transport);
     own.timeout_ms = 10000;
     return wrong + usp_play_world(&own, cast->odd, host, device);
 }
 
 static int usp_scene_gather_struck(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
-    usp_comm *comm;
+    usp_transport *transport;
     char odd[32], all[USP_MOST];
     usp_words(odd, cast->odd);
-    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    if (usp_check(NULL, usp_join(&circle, host, device, &transport) == USP_OK, "join: %s", usp_last_error())) return 1;
     if (cast->rank == cast->odd) kill(getpid(), cast->signal);
     usp_status wanted = cast->signal == SIGSTOP ? USP_TIMEOUT : USP_PEER_LOST;
-    int wrong = usp_check_failure(comm, comm->ops->allgather(comm, odd, all, 1), wanted, odd);
-    comm->ops->destroy(comm);
+    int wrong = usp_check_failure(transport, usp_transport_allgather(transport, odd, all, 1), wanted, odd);
+    usp_transport_end(transport);
     return wrong;
 }
 
 /* The odd rank stays alive and simply does not come. */
 static int usp_scene_late(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
-    usp_comm *comm;
+    usp_transport *transport;
     char odd[32];
     usp_words(odd, cast->odd);
-    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
-    for (int i = 0; i < 10; i++) usp_ring_step(comm, 100);
+    if (usp_check(NULL, usp_join(&circle, host, device, &transport) == USP_OK, "join: %s", usp_last_error())) return 1;
+    for (int i = 0; i < 10; i++) usp_ring_step(transport, 100);
     if (cast->rank == cast->odd) usp_rest(2 * cast->timeout_ms);
-    int wrong = usp_check_failure(comm, usp_run_ring(comm), USP_TIMEOUT, odd);
-    comm->ops->destroy(comm);
+    int wrong = usp_check_failure(transport, usp_run_ring(transport), USP_TIMEOUT, odd);
+    usp_transport_end(transport);
     return wrong;
 }
 
 /* Each rank waits for the next one, the first rank longest: it must look past those that wait themselves. */
 static int usp_scene_chain(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
-    usp_comm *comm;
+    usp_transport *transport;
     char last[32], byte = 0;
-    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
-    usp_send send = {comm->rank - 1, &byte, 1};
-    usp_recv recv = {comm->rank + 1, &byte, 1};
-    usp_words(last, comm->size - 1);
-    int is_last = comm->rank == comm->size - 1;
-    usp_rest(is_last ? 2 * cast->timeout_ms : 40 * comm->rank);
-    usp_status status = comm->ops->exchange(comm, NULL, 0, &recv, !is_last, NULL);
-    if (status == USP_OK) status = comm->ops->exchange(comm, &send, 1, NULL, 0, NULL);
-    int wrong = usp_check_failure(comm, status, USP_TIMEOUT, last);
-    comm->ops->destroy(comm);
+    if (usp_check(NULL, usp_join(&circle, host, device, &transport) == USP_OK, "join: %s", usp_last_error())) return 1;
+    usp_send send = {transport->rank - 1, &byte, 1};
+    usp_recv recv = {transport->rank + 1, &byte, 1};
+    usp_words(last, transport->size - 1);
+    int is_last = transport->rank == transport->size - 1;
+    usp_rest(is_last ? 2 * cast->timeout_ms : 40 * transport->rank);
+    usp_status status = transport->ops->exchange(transport, NULL, 0, &recv, !is_last, NULL);
+    if (status == USP_OK) status = transport->ops->exchange(transport, &send, 1, NULL, 0, NULL);
+    int wrong = usp_check_failure(transport, status, USP_TIMEOUT, last);
+    usp_transport_end(transport);
     return wrong;
 }
 
@@ -225,77 +227,78 @@ static int usp_scene_chain(const usp_cast *cast, usp_host *host, usp_device *dev
  * not blame each other. */
 static int usp_scene_stopped_waiting(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
-    usp_comm *comm;
+    usp_transport *transport;
     pthread_t thread;
     usp_cast own = *cast;
     char byte = 0;
-    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    if (usp_check(NULL, usp_join(&circle, host, device, &transport) == USP_OK, "join: %s", usp_last_error())) return 1;
     if (cast->rank == 1 && pthread_create(&thread, NULL, usp_strike_soon, &own) != 0) return 1;
     usp_recv recv = {cast->rank == 1 ? 2 : 1, &byte, 1};
     if (cast->rank == 2) usp_rest(cast->timeout_ms * 3 / 4);
-    int wrong = usp_check_failure(comm, comm->ops->exchange(comm, NULL, 0, &recv, 1, NULL), USP_TIMEOUT, "rank 1 ");
-    comm->ops->destroy(comm);
+    int wrong = usp_check_failure(transport, transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL), USP_TIMEOUT,
+                                  "rank 1 ");
+    usp_transport_end(transport);
     return wrong;
 }
 
 static int usp_scene_left_gather(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
-    usp_comm *comm;
+    usp_transport *transport;
     char odd[32], all[USP_MOST];
     int wrong = 0;
     usp_words(odd, cast->odd);
-    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    if (usp_check(NULL, usp_join(&circle, host, device, &transport) == USP_OK, "join: %s", usp_last_error())) return 1;
     double start = usp_seconds();
     if (cast->rank == cast->odd)
         usp_rest(100);
     else
-        wrong = usp_check_failure(comm, comm->ops->allgather(comm, odd, all, 1), USP_PEER_LOST, odd);
-    wrong += usp_check(comm, usp_seconds() - start < 2, "a rank that left was waited for");
-    comm->ops->destroy(comm);
+        wrong = usp_check_failure(transport, usp_transport_allgather(transport, odd, all, 1), USP_PEER_LOST, odd);
+    wrong += usp_check(transport, usp_seconds() - start < 2, "a rank that left was waited for");
+    usp_transport_end(transport);
     return wrong;
 }
 
 static int usp_scene_left(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
-    usp_comm *comm;
+    usp_transport *transport;
     char odd[32];
     int wrong = 0;
     usp_words(odd, cast->odd);
-    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    if (usp_check(NULL, usp_join(&circle, host, device, &transport) == USP_OK, "join: %s", usp_last_error())) return 1;
     double start = usp_seconds();
-    if (cast->rank != cast->odd) wrong = usp_check_failure(comm, usp_run_ring(comm), USP_PEER_LOST, odd);
-    wrong += usp_check(comm, usp_seconds() - start < 2, "a rank that left was waited for");
-    comm->ops->destroy(comm);
+    if (cast->rank != cast->odd) wrong = usp_check_failure(transport, usp_run_ring(transport), USP_PEER_LOST, odd);
+    wrong += usp_check(transport, usp_seconds() - start < 2, "a rank that left was waited for");
+    usp_transport_end(transport);
     return wrong;
 }
 
 static void *usp_abort_soon(void *argument) {
-    usp_comm *comm = argument;
+    usp_transport *transport = argument;
     usp_rest(10);
-    for (int i = 0; i < 3; i++) comm->ops->abort(comm);
+    for (int i = 0; i < 3; i++) usp_transport_abort(transport);
     return NULL;
 }
 
 static int usp_scene_abort(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
-    usp_comm *comm;
+    usp_transport *transport;
     pthread_t thread;
     char odd[32];
     usp_words(odd, cast->odd);
-    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
-    if (cast->rank == cast->odd && pthread_create(&thread, NULL, usp_abort_soon, comm) != 0) return 1;
-    int wrong = usp_check_failure(comm, usp_run_ring(comm), USP_COMM, odd);
+    if (usp_check(NULL, usp_join(&circle, host, device, &transport) == USP_OK, "join: %s", usp_last_error())) return 1;
+    if (cast->rank == cast->odd && pthread_create(&thread, NULL, usp_abort_soon, transport) != 0) return 1;
+    int wrong = usp_check_failure(transport, usp_run_ring(transport), USP_COMM, odd);
     if (cast->rank == cast->odd) pthread_join(thread, NULL);
-    comm->ops->destroy(comm);
+    usp_transport_end(transport);
     return wrong;
 }
 
 static int usp_scene_mismatch(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
-    usp_comm *comm;
-    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
-    int wrong = usp_check_comm_mismatch(comm);
-    comm->ops->destroy(comm);
+    usp_transport *transport;
+    if (usp_check(NULL, usp_join(&circle, host, device, &transport) == USP_OK, "join: %s", usp_last_error())) return 1;
+    int wrong = usp_check_transport_mismatch(transport);
+    usp_transport_end(transport);
     return wrong;
 }
 
@@ -313,7 +316,7 @@ static void usp_return(void *user, void *memory) {
 /* Every allocation of the odd rank fails once: all ranks leave, and the next try is as good as the first. */
 static int usp_scene_memory(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
-    usp_comm *comm;
+    usp_transport *transport;
     char odd[32];
     int wrong = 0, tries = 0, left = 0;
     (void)host;
@@ -322,13 +325,13 @@ static int usp_scene_memory(const usp_cast *cast, usp_host *host, usp_device *de
     usp_status wanted = cast->rank == cast->odd ? USP_NO_MEMORY : USP_PEER_FAILED, status = wanted;
     for (; status == wanted && tries < 50; tries++) {
         left = cast->rank == cast->odd ? tries : 1000;
-        status = usp_join(&circle, &poor, device, &comm);
+        status = usp_join(&circle, &poor, device, &transport);
         if (status != USP_OK) wrong += usp_check_failure(NULL, status, wanted, cast->rank == cast->odd ? "" : odd);
     }
     wrong += usp_check(NULL, status == USP_OK && tries > 2, "%d allocations, then: %s", tries, usp_last_error());
     if (status != USP_OK) return wrong;
-    wrong += usp_check_comm(comm, 3);
-    comm->ops->destroy(comm);
+    wrong += usp_check_transport(transport, 3);
+    usp_transport_end(transport);
     return wrong;
 }
 
@@ -345,31 +348,32 @@ static int usp_find_connection(int index) {
 }
 
 /* The world has failed and the other rank leaves: nothing is left to do. */
-static int usp_check_rest(usp_comm *comm) {
+static int usp_check_rest(usp_transport *transport) {
     usp_rest(1200);
     clock_t begin = clock();
     usp_rest(500);
     double busy = (double)(clock() - begin) / CLOCKS_PER_SEC;
-    return usp_check(comm, busy < 0.1, "busy for %.1f s", busy);
+    return usp_check(transport, busy < 0.1, "busy for %.1f s", busy);
 }
 
 /* Both ranks live, and a connection between them does not, or carries what no rank says: three sentences, all COMM. */
 static int usp_check_cut(const usp_cast *cast, usp_host *host, usp_device *device, int index, const char *words) {
     usp_circle circle = usp_circle_make(cast, -1);
-    usp_comm *comm;
-    if (usp_check(NULL, usp_join(&circle, host, device, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
-    for (int i = 0; i < 10; i++) usp_ring_step(comm, 100);
+    usp_transport *transport;
+    if (usp_check(NULL, usp_join(&circle, host, device, &transport) == USP_OK, "join: %s", usp_last_error())) return 1;
+    for (int i = 0; i < 10; i++) usp_ring_step(transport, 100);
     if (cast->rank == cast->odd && index >= 0) shutdown(usp_find_connection(index), SHUT_RDWR);
     if (cast->rank == cast->odd && index < 0) send(usp_find_connection(0), "nonsense of 16 b and more of it", 31, 0);
     double start = usp_seconds();
-    usp_status status = usp_run_ring(comm);
+    usp_status status = usp_run_ring(transport);
     double took = usp_seconds() - start;
-    int wrong = usp_check_failure(comm, status, USP_COMM, words) + usp_check(comm, took < 2, "known after %.1f s", took);
-    wrong += usp_check(comm, strstr(usp_last_error(), "rank 0") && strstr(usp_last_error(), "rank 1"), "who? %s",
+    int wrong = usp_check_failure(transport, status, USP_COMM, words) +
+                usp_check(transport, took < 2, "known after %.1f s", took);
+    wrong += usp_check(transport, strstr(usp_last_error(), "rank 0") && strstr(usp_last_error(), "rank 1"), "who? %s",
                        usp_last_error());
     usp_rest(300); /* or the other, which has yet to look, finds this one gone */
-    if (cast->rank != cast->odd && index < 0) wrong += usp_check_rest(comm);
-    comm->ops->destroy(comm);
+    if (cast->rank != cast->odd && index < 0) wrong += usp_check_rest(transport);
+    usp_transport_end(transport);
     return wrong;
 }
 
@@ -389,11 +393,12 @@ static int usp_scene_nonsense(const usp_cast *cast, usp_host *host, usp_device *
 static int usp_scene_child_holds(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
     usp_bootstrap bootstrap = {.gather = usp_circle_gather, .user = &circle, .rank = circle.rank, .size = circle.size};
-    usp_comm_config config = {.device = device, .host = host, .timeout_ms = cast->timeout_ms, .silence_ms = 800};
-    usp_comm *comm;
+    usp_transport_config config = {.device = device, .host = host, .timeout_ms = cast->timeout_ms, .silence_ms = 800};
+    usp_transport *transport;
     char odd[32];
     usp_words(odd, cast->odd);
-    if (usp_check(NULL, usp_make_socket(&config, &bootstrap, &comm) == USP_OK, "join: %s", usp_last_error())) return 1;
+    if (usp_check(NULL, usp_make_socket(&config, &bootstrap, &transport) == USP_OK, "join: %s", usp_last_error()))
+        return 1;
     if (cast->rank == cast->odd) {
         if (fork() == 0) {
             usp_rest(6000);
@@ -402,9 +407,9 @@ static int usp_scene_child_holds(const usp_cast *cast, usp_host *host, usp_devic
         raise(SIGKILL);
     }
     double start = usp_seconds();
-    int wrong = usp_check_failure(comm, usp_run_ring(comm), USP_TIMEOUT, odd);
-    wrong += usp_check(comm, usp_seconds() - start < 3, "noticed after %.1f s", usp_seconds() - start);
-    comm->ops->destroy(comm);
+    int wrong = usp_check_failure(transport, usp_run_ring(transport), USP_TIMEOUT, odd);
+    wrong += usp_check(transport, usp_seconds() - start < 3, "noticed after %.1f s", usp_seconds() - start);
+    usp_transport_end(transport);
     return wrong;
 }
 
@@ -449,20 +454,20 @@ static void usp_annoy(int port) {
 
 static int usp_scene_environment(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_environment *environment;
-    usp_comm *comm;
+    usp_transport *transport;
     usp_set_environment(cast);
     if (cast->rank == cast->size - 1) usp_annoy(cast->port);
     usp_status status = usp_environment_open(host, cast->timeout_ms, &environment);
     if (usp_check(NULL, status == USP_OK, "environment of rank %d: %s", cast->rank, usp_last_error())) return 1;
     int wrong = usp_check(NULL, usp_environment_local_rank(environment) == cast->rank, "wrong local rank");
-    usp_comm_config config = {
+    usp_transport_config config = {
         .device = device, .host = host, .timeout_ms = cast->timeout_ms, .silence_ms = cast->timeout_ms};
     usp_bootstrap bootstrap = usp_environment_bootstrap(environment);
-    status = usp_make_socket(&config, &bootstrap, &comm);
+    status = usp_make_socket(&config, &bootstrap, &transport);
     usp_environment_close(environment);
-    if (usp_check(NULL, status == USP_OK, "socket comm: %s", usp_last_error())) return 1;
-    wrong += usp_check_comm(comm, 5);
-    comm->ops->destroy(comm);
+    if (usp_check(NULL, status == USP_OK, "socket transport: %s", usp_last_error())) return 1;
+    wrong += usp_check_transport(transport, 5);
+    usp_transport_end(transport);
     return wrong;
 }
 
@@ -478,13 +483,13 @@ static void usp_take_descriptors(int but) {
  * who see that it has gone where it has none. */
 static int usp_scene_no_call(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
-    usp_comm *comm;
+    usp_transport *transport;
     int odd = cast->rank == cast->size - 1;
     char name[32];
     usp_words(name, cast->size - 1);
     if (odd) usp_take_descriptors(4);
     double start = usp_seconds();
-    usp_status status = usp_join(&circle, host, device, &comm);
+    usp_status status = usp_join(&circle, host, device, &transport);
     int wrong = usp_check(NULL, odd ? status == USP_COMM : status == USP_PEER_FAILED || status == USP_PEER_LOST,
                           "rank %d: status %d", cast->rank, (int)status);
     wrong += usp_check_failure(NULL, status, status, odd ? "no socket" : name);
@@ -503,18 +508,18 @@ static usp_status usp_late_gather(void *user, const void *mine, void *all, size_
 static int usp_scene_late_call(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_circle circle = usp_circle_make(cast, -1);
     usp_bootstrap bootstrap = {.gather = usp_late_gather, .user = &circle, .rank = circle.rank, .size = circle.size};
-    usp_comm_config config = {
+    usp_transport_config config = {
         .device = device, .host = host, .timeout_ms = cast->timeout_ms, .silence_ms = cast->timeout_ms};
-    usp_comm *comm;
-    usp_status status = usp_make_socket(&config, &bootstrap, &comm);
+    usp_transport *transport;
+    usp_status status = usp_make_socket(&config, &bootstrap, &transport);
     if (usp_check(NULL, status == USP_OK, "rank %d: %s", cast->rank, usp_last_error())) return 1;
-    int wrong = usp_check_comm(comm, 7);
-    comm->ops->destroy(comm);
+    int wrong = usp_check_transport(transport, 7);
+    usp_transport_end(transport);
     return wrong;
 }
 
-/* The odd rank and the one after it never come, and rank 0 comes late: rank 1, whose own time is over by then, waits for
- * its verdict. A machine with much else to do may wake rank 0 seconds later. */
+/* The odd rank and the one after it never come, and rank 0 comes late: rank 1, whose own time is over by then, waits
+ * for its verdict. A machine with much else to do may wake rank 0 seconds later. */
 static int usp_scene_environment_absent(const usp_cast *cast, usp_host *host, usp_device *device) {
     usp_environment *environment;
     char absent[32];

@@ -1,7 +1,8 @@
-/* check_threads.c - the comm whose ranks are threads: conformance, and every way in which a rank can let the others
- * down. A plain program, so that it runs under ThreadSanitizer; it needs no GPU. */
+/* check_threads.c - the transport whose ranks are threads: conformance, and every way in which a rank can let the
+ * others down. A plain program, so that it runs under ThreadSanitizer; it needs no GPU. */
 #define _POSIX_C_SOURCE 200809L
 #include "conformance.h"
+#include "split.h"
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,7 +13,7 @@
 enum { USP_MOST = 8, USP_STORMS = 40 };
 
 typedef struct usp_crew usp_crew;
-typedef int (*usp_scene)(const usp_crew *crew, usp_comm *comm);
+typedef int (*usp_scene)(const usp_crew *crew, usp_transport *transport);
 
 /* The ranks of one rendezvous, each a thread playing the same scene. */
 struct usp_crew {
@@ -52,14 +53,14 @@ static void *usp_act(void *argument) {
     usp_world_config defaults = {.struct_size = sizeof defaults};
     usp_host host = usp_host_from_config(&defaults);
     usp_device *device;
-    usp_comm *comm;
+    usp_transport *transport;
     if (usp_check(NULL, usp_device_create_cpu(&host, &device) == USP_OK, "no device")) exit(1);
-    usp_comm_config config = {.device = device, .host = &host, .timeout_ms = crew->timeout_ms};
-    usp_status status = usp_make_threads(&config, crew->rendezvous, actor->rank, &comm);
+    usp_transport_config config = {.device = device, .host = &host, .timeout_ms = crew->timeout_ms};
+    usp_status status = usp_make_threads(&config, crew->rendezvous, actor->rank, &transport);
     actor->wrong = usp_check(NULL, status == USP_OK, "rank %d could not join: %s", actor->rank, usp_last_error());
     if (status == USP_OK) {
-        actor->wrong = crew->scene(crew, comm);
-        comm->ops->destroy(comm);
+        actor->wrong = crew->scene(crew, transport);
+        usp_transport_end(transport);
     }
     device->ops->destroy(device);
     return NULL;
@@ -88,151 +89,151 @@ static int usp_play(usp_scene scene, int size, int timeout_ms, int odd) {
 
 /* ---- scenes ------------------------------------------------------------------------------------------------------ */
 
-static int usp_scene_conformance(const usp_crew *crew, usp_comm *comm) {
-    return usp_check_comm(comm, crew->seed + (unsigned)comm->size);
+static int usp_scene_conformance(const usp_crew *crew, usp_transport *transport) {
+    return usp_check_transport(transport, crew->seed + (unsigned)transport->size);
 }
 
-static int usp_scene_mismatch(const usp_crew *crew, usp_comm *comm) {
+static int usp_scene_mismatch(const usp_crew *crew, usp_transport *transport) {
     (void)crew;
-    return usp_check_comm_mismatch(comm);
+    return usp_check_transport_mismatch(transport);
 }
 
 /* One step of a ring, or one exchange of everybody with everybody. */
-static usp_status usp_ring_step(usp_comm *comm) {
+static usp_status usp_ring_step(usp_transport *transport) {
     char in[16], out[16] = {0};
-    usp_send send = {(comm->rank + 1) % comm->size, out, sizeof out};
-    usp_recv recv = {(comm->rank + comm->size - 1) % comm->size, in, sizeof in};
-    return comm->ops->exchange(comm, &send, 1, &recv, 1, NULL);
+    usp_send send = {(transport->rank + 1) % transport->size, out, sizeof out};
+    usp_recv recv = {(transport->rank + transport->size - 1) % transport->size, in, sizeof in};
+    return transport->ops->exchange(transport, &send, 1, &recv, 1, NULL);
 }
 
-static usp_status usp_all_step(usp_comm *comm) {
+static usp_status usp_all_step(usp_transport *transport) {
     char in[USP_MOST][16], out[16] = {0};
     usp_send sends[USP_MOST];
     usp_recv recvs[USP_MOST];
     int count = 0;
-    for (int peer = 0; peer < comm->size; peer++) {
-        if (peer == comm->rank) continue;
+    for (int peer = 0; peer < transport->size; peer++) {
+        if (peer == transport->rank) continue;
         sends[count] = (usp_send){peer, out, sizeof out};
         recvs[count++] = (usp_recv){peer, in[peer], sizeof in[peer]};
     }
-    return comm->ops->exchange(comm, sends, count, recvs, count, NULL);
+    return transport->ops->exchange(transport, sends, count, recvs, count, NULL);
 }
 
 /* Exchanges until something fails, which it must. */
-static usp_status usp_run_ring(usp_comm *comm) {
+static usp_status usp_run_ring(usp_transport *transport) {
     usp_status status;
-    do status = usp_ring_step(comm);
+    do status = usp_ring_step(transport);
     while (status == USP_OK);
     return status;
 }
 
 /* The odd rank stops coming after some steps; all, itself included, learn that it was it. */
-static int usp_scene_late(const usp_crew *crew, usp_comm *comm) {
+static int usp_scene_late(const usp_crew *crew, usp_transport *transport) {
     char odd[32];
     usp_words(odd, crew->odd);
     double start = usp_seconds();
     usp_status status = USP_OK;
-    for (int i = 0; i < 5 && status == USP_OK; i++) status = usp_ring_step(comm);
-    if (comm->rank == crew->odd) usp_rest(2 * crew->timeout_ms);
-    status = usp_run_ring(comm);
-    double limit = 1e-3 * (comm->rank == crew->odd ? 4 : 2) * crew->timeout_ms + 1.0;
-    int wrong = usp_check_failure(comm, status, USP_TIMEOUT, odd);
-    wrong += usp_check(comm, usp_seconds() - start < limit, "took too long");
-    return wrong + usp_check_failure(comm, comm->ops->poll(comm), USP_TIMEOUT, odd);
+    for (int i = 0; i < 5 && status == USP_OK; i++) status = usp_ring_step(transport);
+    if (transport->rank == crew->odd) usp_rest(2 * crew->timeout_ms);
+    status = usp_run_ring(transport);
+    double limit = 1e-3 * (transport->rank == crew->odd ? 4 : 2) * crew->timeout_ms + 1.0;
+    int wrong = usp_check_failure(transport, status, USP_TIMEOUT, odd);
+    wrong += usp_check(transport, usp_seconds() - start < limit, "took too long");
+    return wrong + usp_check_failure(transport, usp_transport_poll(transport), USP_TIMEOUT, odd);
 }
 
 /* Each rank waits for the next one, the first rank longest: it must look past those that wait themselves. */
-static int usp_scene_chain(const usp_crew *crew, usp_comm *comm) {
+static int usp_scene_chain(const usp_crew *crew, usp_transport *transport) {
     char last[32], byte = 0;
-    usp_send send = {comm->rank - 1, &byte, 1};
-    usp_recv recv = {comm->rank + 1, &byte, 1};
-    usp_words(last, comm->size - 1);
-    int is_last = comm->rank == comm->size - 1;
-    usp_rest(is_last ? 3 * crew->timeout_ms : 20 * comm->rank);
-    usp_status status = comm->ops->exchange(comm, NULL, 0, &recv, !is_last, NULL);
-    if (status == USP_OK) status = comm->ops->exchange(comm, &send, 1, NULL, 0, NULL);
-    return usp_check_failure(comm, status, USP_TIMEOUT, last);
+    usp_send send = {transport->rank - 1, &byte, 1};
+    usp_recv recv = {transport->rank + 1, &byte, 1};
+    usp_words(last, transport->size - 1);
+    int is_last = transport->rank == transport->size - 1;
+    usp_rest(is_last ? 3 * crew->timeout_ms : 20 * transport->rank);
+    usp_status status = transport->ops->exchange(transport, NULL, 0, &recv, !is_last, NULL);
+    if (status == USP_OK) status = transport->ops->exchange(transport, &send, 1, NULL, 0, NULL);
+    return usp_check_failure(transport, status, USP_TIMEOUT, last);
 }
 
-static int usp_scene_late_gather(const usp_crew *crew, usp_comm *comm) {
+static int usp_scene_late_gather(const usp_crew *crew, usp_transport *transport) {
     char odd[32], all[USP_MOST];
     usp_words(odd, crew->odd);
-    if (comm->rank == crew->odd) usp_rest(2 * crew->timeout_ms);
-    return usp_check_failure(comm, comm->ops->allgather(comm, odd, all, 1), USP_TIMEOUT, odd);
+    if (transport->rank == crew->odd) usp_rest(2 * crew->timeout_ms);
+    return usp_check_failure(transport, usp_transport_allgather(transport, odd, all, 1), USP_TIMEOUT, odd);
 }
 
-static int usp_scene_left(const usp_crew *crew, usp_comm *comm) {
+static int usp_scene_left(const usp_crew *crew, usp_transport *transport) {
     char odd[32];
     usp_words(odd, crew->odd);
-    if (comm->rank == crew->odd) return 0;
+    if (transport->rank == crew->odd) return 0;
     double start = usp_seconds();
-    int wrong = usp_check_failure(comm, usp_all_step(comm), USP_PEER_LOST, odd);
-    return wrong + usp_check(comm, usp_seconds() - start < 5, "a rank that left was waited for");
+    int wrong = usp_check_failure(transport, usp_all_step(transport), USP_PEER_LOST, odd);
+    return wrong + usp_check(transport, usp_seconds() - start < 5, "a rank that left was waited for");
 }
 
-static int usp_scene_left_gather(const usp_crew *crew, usp_comm *comm) {
+static int usp_scene_left_gather(const usp_crew *crew, usp_transport *transport) {
     char odd[32], all[USP_MOST];
     usp_words(odd, crew->odd);
-    if (comm->rank == crew->odd) return 0;
-    return usp_check_failure(comm, comm->ops->allgather(comm, odd, all, 1), USP_PEER_LOST, odd);
+    if (transport->rank == crew->odd) return 0;
+    return usp_check_failure(transport, usp_transport_allgather(transport, odd, all, 1), USP_PEER_LOST, odd);
 }
 
 /* A rank that is not needed may leave while the others go on. */
-static int usp_scene_left_early(const usp_crew *crew, usp_comm *comm) {
+static int usp_scene_left_early(const usp_crew *crew, usp_transport *transport) {
     char byte = 0;
-    int wrong = usp_check(comm, usp_ring_step(comm) == USP_OK, "first step: %s", usp_last_error());
-    for (int i = 0; i < 100 && comm->rank != crew->odd && comm->rank < 2; i++) {
-        usp_send send = {1 - comm->rank, &byte, 1};
-        usp_recv recv = {1 - comm->rank, &byte, 1};
-        usp_status status = comm->rank == 0 ? comm->ops->exchange(comm, &send, 1, NULL, 0, NULL)
-                                            : comm->ops->exchange(comm, NULL, 0, &recv, 1, NULL);
-        wrong += usp_check(comm, status == USP_OK, "step %d: %s", i, usp_last_error());
+    int wrong = usp_check(transport, usp_ring_step(transport) == USP_OK, "first step: %s", usp_last_error());
+    for (int i = 0; i < 100 && transport->rank != crew->odd && transport->rank < 2; i++) {
+        usp_send send = {1 - transport->rank, &byte, 1};
+        usp_recv recv = {1 - transport->rank, &byte, 1};
+        usp_status status = transport->rank == 0 ? transport->ops->exchange(transport, &send, 1, NULL, 0, NULL)
+                                                 : transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL);
+        wrong += usp_check(transport, status == USP_OK, "step %d: %s", i, usp_last_error());
     }
     return wrong;
 }
 
 static void *usp_abort_soon(void *argument) {
-    usp_comm *comm = argument;
+    usp_transport *transport = argument;
     usp_rest(1);
-    for (int i = 0; i < 3; i++) comm->ops->abort(comm);
+    for (int i = 0; i < 3; i++) usp_transport_abort(transport);
     return NULL;
 }
 
 /* Another thread of the odd rank aborts in the middle of whatever all ranks do. */
-static int usp_scene_abort(const usp_crew *crew, usp_comm *comm) {
+static int usp_scene_abort(const usp_crew *crew, usp_transport *transport) {
     char odd[32];
     pthread_t thread;
     usp_words(odd, crew->odd);
-    if (comm->rank == crew->odd && pthread_create(&thread, NULL, usp_abort_soon, comm) != 0) exit(1);
+    if (transport->rank == crew->odd && pthread_create(&thread, NULL, usp_abort_soon, transport) != 0) exit(1);
     usp_status status;
-    do status = crew->seed % 2 ? usp_ring_step(comm) : usp_all_step(comm);
+    do status = crew->seed % 2 ? usp_ring_step(transport) : usp_all_step(transport);
     while (status == USP_OK);
-    int wrong = usp_check_failure(comm, status, USP_COMM, odd);
-    if (comm->rank == crew->odd) pthread_join(thread, NULL);
-    return wrong + usp_check_failure(comm, comm->ops->poll(comm), USP_COMM, odd);
+    int wrong = usp_check_failure(transport, status, USP_COMM, odd);
+    if (transport->rank == crew->odd) pthread_join(thread, NULL);
+    return wrong + usp_check_failure(transport, usp_transport_poll(transport), USP_COMM, odd);
 }
 
-static int usp_scene_overdue(const usp_crew *crew, usp_comm *comm) {
-    usp_status status = comm->rank == crew->odd ? comm->ops->overdue(comm) : usp_run_ring(comm);
-    return usp_check_failure(comm, status, USP_TIMEOUT, "behind");
+static int usp_scene_overdue(const usp_crew *crew, usp_transport *transport) {
+    usp_status status = transport->rank == crew->odd ? usp_transport_overdue(transport) : usp_run_ring(transport);
+    return usp_check_failure(transport, status, USP_TIMEOUT, "behind");
 }
 
 /* Gathers of different sizes. */
-static int usp_scene_gather_sizes(const usp_crew *crew, usp_comm *comm) {
+static int usp_scene_gather_sizes(const usp_crew *crew, usp_transport *transport) {
     char all[2 * USP_MOST], mine[2] = {0};
-    usp_status status = comm->ops->allgather(comm, mine, all, comm->rank == crew->odd ? 2 : 1);
-    return usp_check_failure(comm, status, USP_COMM, "bytes");
+    usp_status status = usp_transport_allgather(transport, mine, all, transport->rank == crew->odd ? 2 : 1);
+    return usp_check_failure(transport, status, USP_COMM, "bytes");
 }
 
-static int usp_scene_split(const usp_crew *crew, usp_comm *comm) {
+static int usp_scene_split(const usp_crew *crew, usp_transport *transport) {
     struct ncclComm *axis;
     (void)crew;
-    return usp_check_failure(comm, comm->ops->split(comm, 0, 0, &axis), USP_UNSUPPORTED, "NCCL");
+    return usp_check_failure(transport, usp_nccl_split(transport, 0, 0, &axis), USP_UNSUPPORTED, "NCCL");
 }
 
 /* ---- events ------------------------------------------------------------------------------------------------------ */
 
-/* The CPU's device, counting what the comm would have streams wait for. */
+/* The CPU's device, counting what the transport would have streams wait for. */
 typedef struct usp_counter {
     usp_device base;
     usp_device *real;
@@ -253,19 +254,20 @@ static usp_status usp_count_wait(usp_device *device, usp_event *event, usp_strea
 }
 
 /* A receiver's stream waits for the sender's, and the sender's for the receiver's, once a message. */
-static int usp_scene_events(const usp_crew *crew, usp_comm *comm) {
-    usp_device *real = comm->device;
+static int usp_scene_events(const usp_crew *crew, usp_transport *transport) {
+    usp_device *real = transport->device;
     usp_counter counter = {.real = real, .ops = *real->ops};
     (void)crew;
     counter.base = (usp_device){&counter.ops, real->host};
     counter.ops.event_record = usp_count_record;
     counter.ops.event_wait = usp_count_wait;
-    comm->device = &counter.base;
-    int wrong = usp_check(comm, usp_all_step(comm) == USP_OK, "exchange: %s", usp_last_error());
-    comm->device = real;
-    int messages = comm->size - 1;
-    wrong += usp_check(comm, counter.records == 1 + messages, "%d records", counter.records);
-    wrong += usp_check(comm, counter.waits >= 1 + messages && counter.waits <= 2 * messages, "%d waits", counter.waits);
+    transport->device = &counter.base;
+    int wrong = usp_check(transport, usp_all_step(transport) == USP_OK, "exchange: %s", usp_last_error());
+    transport->device = real;
+    int messages = transport->size - 1;
+    wrong += usp_check(transport, counter.records == 1 + messages, "%d records", counter.records);
+    wrong +=
+        usp_check(transport, counter.waits >= 1 + messages && counter.waits <= 2 * messages, "%d waits", counter.waits);
     return wrong;
 }
 
@@ -277,12 +279,13 @@ static void *usp_join_in_vain(void *argument) {
     usp_world_config defaults = {.struct_size = sizeof defaults};
     usp_host host = usp_host_from_config(&defaults);
     usp_device *device;
-    usp_comm *comm = NULL;
+    usp_transport *transport = NULL;
     if (usp_device_create_cpu(&host, &device) != USP_OK) exit(1);
-    usp_comm_config config = {.device = device, .host = &host, .timeout_ms = actor->crew->timeout_ms};
-    usp_status status = usp_make_threads(&config, actor->crew->rendezvous, actor->rank, &comm);
-    actor->wrong = usp_check_failure(NULL, status, USP_TIMEOUT, "rank 3 ") + usp_check(NULL, !comm, "a comm remains");
-    status = usp_make_threads(&config, actor->crew->rendezvous, actor->rank, &comm); /* the place is free again */
+    usp_transport_config config = {.device = device, .host = &host, .timeout_ms = actor->crew->timeout_ms};
+    usp_status status = usp_make_threads(&config, actor->crew->rendezvous, actor->rank, &transport);
+    actor->wrong =
+        usp_check_failure(NULL, status, USP_TIMEOUT, "rank 3 ") + usp_check(NULL, !transport, "a transport remains");
+    status = usp_make_threads(&config, actor->crew->rendezvous, actor->rank, &transport); /* the place is free again */
     actor->wrong += usp_check_failure(NULL, status, USP_TIMEOUT, "rank 3 ");
     device->ops->destroy(device);
     return NULL;
@@ -337,12 +340,12 @@ static void usp_keep_memory(void *user, void *memory) {
 }
 
 /* Rank 0 sends to rank 1 and is stuck in its copy from rank 2. */
-static usp_status usp_exchange_stuck(usp_comm *comm) {
+static usp_status usp_exchange_stuck(usp_transport *transport) {
     char in[4], out[4] = {0};
-    usp_send send = {comm->rank == 0 ? 1 : 0, out, sizeof out};
-    usp_recv recv = {comm->rank == 0 ? 2 : 0, in, sizeof in};
-    usp_rest(comm->rank == 0 ? 50 : comm->rank == 1 ? 200 : 0);
-    return comm->ops->exchange(comm, &send, comm->rank != 1, &recv, comm->rank != 2, NULL);
+    usp_send send = {transport->rank == 0 ? 1 : 0, out, sizeof out};
+    usp_recv recv = {transport->rank == 0 ? 2 : 0, in, sizeof in};
+    usp_rest(transport->rank == 0 ? 50 : transport->rank == 1 ? 200 : 0);
+    return transport->ops->exchange(transport, &send, transport->rank != 1, &recv, transport->rank != 2, NULL);
 }
 
 /* Rank 1 has its message and leaves: not at once, since rank 0 still needs its event, and not when rank 0 is done. */
@@ -353,22 +356,22 @@ static void *usp_meet_stuck(void *argument) {
     size_t used = 0;
     if (actor->rank == 1) host = (usp_host){.alloc = usp_draw_memory, .free = usp_keep_memory, .user = &used};
     usp_device *device;
-    usp_comm *comm;
+    usp_transport *transport;
     if (usp_device_create_cpu(&host, &device) != USP_OK) exit(1);
     usp_device_ops slow = *device->ops;
     slow.copy = usp_copy_late;
     if (actor->rank == 0) device->ops = &slow;
-    usp_comm_config config = {.device = device, .host = &host, .timeout_ms = actor->crew->timeout_ms};
-    if (usp_make_threads(&config, actor->crew->rendezvous, actor->rank, &comm) != USP_OK) exit(1);
-    usp_status status = usp_exchange_stuck(comm);
+    usp_transport_config config = {.device = device, .host = &host, .timeout_ms = actor->crew->timeout_ms};
+    if (usp_make_threads(&config, actor->crew->rendezvous, actor->rank, &transport) != USP_OK) exit(1);
+    usp_status status = usp_exchange_stuck(transport);
     double begin = usp_seconds();
     if (actor->rank == 1) {
-        actor->wrong = usp_check(comm, status == USP_OK, "%s", usp_last_error());
-        comm->ops->destroy(comm);
+        actor->wrong = usp_check(transport, status == USP_OK, "%s", usp_last_error());
+        usp_transport_end(transport);
         actor->wrong += usp_check(NULL, usp_seconds() - begin < 2, "left after %.1f s", usp_seconds() - begin);
     } else {
-        actor->wrong = usp_check_failure(comm, status, USP_TIMEOUT, "rank 0");
-        comm->ops->destroy(comm);
+        actor->wrong = usp_check_failure(transport, status, USP_TIMEOUT, "rank 0");
+        usp_transport_end(transport);
     }
     device->ops->destroy(device);
     return NULL;

@@ -30,7 +30,7 @@ none "a kernel does not call begin_kernel" "$(for file in $(grep -l __global__ c
     [ "$(grep -c __global__ "$file")" = "$(grep -c ' begin_kernel();' "$file")" ] || echo "$file"
 done)"
 none "a constructor of a backend is called outside lib/world.c" "$(
-    grep -rnE 'usp_(comm_create|device_create)_[a-z_]+\(' lib comm cuda --include='*.c' |
+    grep -rnE 'usp_(transport_create|device_create)_[a-z_]+\(' lib comm cuda --include='*.c' |
     grep -vE '^lib/world\.c|^[^:]*:[0-9]+:(usp_status|void)|^lib/absent\.c' || true)"
 none "the library prints, exits or aborts" "$(
     grep -nE '\b(printf|puts|exit|abort|assert)\(' lib/*.c lib/cpu/*.c comm/*.c cuda/*.c | grep -vE 'snprintf|->abort\(|\.abort|_abort\(|ops->' || true)"

@@ -1,4 +1,4 @@
-/* conformance.c - what every comm must do, checked from outside through its table. It knows no backend.
+/* conformance.c - what every transport must do, checked from outside through its table. It knows no backend.
  *
  * Every number of a check is a hash of (seed, round, ...), so each rank knows the whole plan without being told. */
 #include "conformance.h"
@@ -9,26 +9,26 @@
 
 enum { USP_ROUNDS = 24, USP_MANY = 3, USP_GUARD = 8, USP_GUARD_BYTE = 0xA5 };
 
-int usp_check(const usp_comm *comm, int good, const char *format, ...) {
+int usp_check(const usp_transport *transport, int good, const char *format, ...) {
     if (good) return 0;
     char text[400];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
-    fprintf(stderr, "rank %d of %d (%s): %s\n", comm ? comm->rank : -1, comm ? comm->size : -1,
-            comm ? comm->ops->name : "no comm", text);
+    fprintf(stderr, "rank %d of %d (%s): %s\n", transport ? transport->rank : -1, transport ? transport->size : -1,
+            transport ? transport->ops->name : "no transport", text);
     return 1;
 }
 
-int usp_check_failure(const usp_comm *comm, usp_status status, usp_status wanted, const char *words) {
+int usp_check_failure(const usp_transport *transport, usp_status status, usp_status wanted, const char *words) {
     const char *sentence = usp_last_error();
-    return usp_check(comm, status == wanted && strstr(sentence, words), "wanted status %d with '%s', got %d: %s",
+    return usp_check(transport, status == wanted && strstr(sentence, words), "wanted status %d with '%s', got %d: %s",
                      (int)wanted, words, (int)status, sentence);
 }
 
-static int usp_check_ok(const usp_comm *comm, usp_status status, const char *what) {
-    return usp_check(comm, status == USP_OK, "%s: status %d: %s", what, (int)status, usp_last_error());
+static int usp_check_ok(const usp_transport *transport, usp_status status, const char *what) {
+    return usp_check(transport, status == USP_OK, "%s: status %d: %s", what, (int)status, usp_last_error());
 }
 
 /* ---- the plan ---------------------------------------------------------------------------------------------------- */
@@ -95,21 +95,22 @@ typedef struct usp_side {
     void *device;
 } usp_side;
 
-static int usp_from(const usp_comm *comm, int incoming, int peer) {
-    return incoming ? peer : comm->rank;
+static int usp_from(const usp_transport *transport, int incoming, int peer) {
+    return incoming ? peer : transport->rank;
 }
 
-static int usp_to(const usp_comm *comm, int incoming, int peer) {
-    return incoming ? comm->rank : peer;
+static int usp_to(const usp_transport *transport, int incoming, int peer) {
+    return incoming ? transport->rank : peer;
 }
 
 /* The peers in an order of this rank's own; the k of a message counts its predecessors with the same peer. */
-static void usp_order(const usp_comm *comm, const usp_round *round, int incoming, usp_side *side) {
-    for (int peer = 0; peer < comm->size; peer++)
-        for (int k = usp_messages(round, usp_from(comm, incoming, peer), usp_to(comm, incoming, peer)); k > 0; k--)
+static void usp_order(const usp_transport *transport, const usp_round *round, int incoming, usp_side *side) {
+    for (int peer = 0; peer < transport->size; peer++)
+        for (int k = usp_messages(round, usp_from(transport, incoming, peer), usp_to(transport, incoming, peer)); k > 0;
+             k--)
             side->peer[side->count++] = peer;
     for (int i = side->count - 1; i > 0; i--) {
-        int other = (int)(usp_draw(round, comm->rank, i, 50 + incoming) % (uint64_t)(i + 1)), peer = side->peer[i];
+        int other = (int)(usp_draw(round, transport->rank, i, 50 + incoming) % (uint64_t)(i + 1)), peer = side->peer[i];
         side->peer[i] = side->peer[other];
         side->peer[other] = peer;
     }
@@ -117,15 +118,15 @@ static void usp_order(const usp_comm *comm, const usp_round *round, int incoming
         for (int j = 0; j < i; j++) side->k[i] += side->peer[j] == side->peer[i];
 }
 
-static void usp_side_plan(const usp_comm *comm, const usp_round *round, int incoming, usp_side *side) {
-    size_t most = (size_t)comm->size * USP_MANY + 1;
+static void usp_side_plan(const usp_transport *transport, const usp_round *round, int incoming, usp_side *side) {
+    size_t most = (size_t)transport->size * USP_MANY + 1;
     *side = (usp_side){.peer = calloc(most, sizeof(int)), .k = calloc(most, sizeof(int))};
     side->at = calloc(most, sizeof(size_t));
     side->bytes = calloc(most, sizeof(size_t));
-    usp_order(comm, round, incoming, side);
+    usp_order(transport, round, incoming, side);
     for (int i = 0; i < side->count; i++) {
         side->at[i] = side->total + USP_GUARD;
-        int from = usp_from(comm, incoming, side->peer[i]), to = usp_to(comm, incoming, side->peer[i]);
+        int from = usp_from(transport, incoming, side->peer[i]), to = usp_to(transport, incoming, side->peer[i]);
         side->bytes[i] = usp_bytes(round, from, to, side->k[i]);
         side->total = side->at[i] + side->bytes[i];
     }
@@ -135,190 +136,196 @@ static void usp_side_plan(const usp_comm *comm, const usp_round *round, int inco
 }
 
 /* Writes what every message should hold. */
-static void usp_side_fill(const usp_comm *comm, const usp_round *round, int incoming, const usp_side *side,
+static void usp_side_fill(const usp_transport *transport, const usp_round *round, int incoming, const usp_side *side,
                           unsigned char *data) {
     for (int i = 0; i < side->count; i++)
-        usp_fill(round, usp_from(comm, incoming, side->peer[i]), usp_to(comm, incoming, side->peer[i]), side->k[i],
-                 data + side->at[i], side->bytes[i]);
+        usp_fill(round, usp_from(transport, incoming, side->peer[i]), usp_to(transport, incoming, side->peer[i]),
+                 side->k[i], data + side->at[i], side->bytes[i]);
 }
 
-static void usp_side_free(const usp_comm *comm, usp_side *side) {
-    if (side->device) comm->device->ops->free(comm->device, side->device);
+static void usp_side_free(const usp_transport *transport, usp_side *side) {
+    if (side->device) transport->device->ops->free(transport->device, side->device);
     free(side->peer), free(side->k), free(side->at), free(side->bytes), free(side->host);
 }
 
-static usp_status usp_drain(const usp_comm *comm, usp_stream stream) {
+static usp_status usp_drain(const usp_transport *transport, usp_stream stream) {
     int busy = 1;
     usp_status status = USP_OK;
-    while (busy && status == USP_OK) status = comm->device->ops->query(comm->device, stream, &busy);
+    while (busy && status == USP_OK) status = transport->device->ops->query(transport->device, stream, &busy);
     return status;
 }
 
-static usp_status usp_to_device(const usp_comm *comm, usp_side *side, usp_stream stream) {
-    const usp_device_ops *ops = comm->device->ops;
-    usp_status status = ops->alloc(comm->device, side->total, &side->device);
-    if (status == USP_OK) status = ops->copy(comm->device, side->device, side->host, side->total, stream);
+static usp_status usp_to_device(const usp_transport *transport, usp_side *side, usp_stream stream) {
+    const usp_device_ops *ops = transport->device->ops;
+    usp_status status = ops->alloc(transport->device, side->total, &side->device);
+    if (status == USP_OK) status = ops->copy(transport->device, side->device, side->host, side->total, stream);
     return status;
 }
 
-static usp_status usp_from_device(const usp_comm *comm, usp_side *side, usp_stream stream) {
-    usp_status status = comm->device->ops->copy(comm->device, side->host, side->device, side->total, stream);
-    return status == USP_OK ? usp_drain(comm, stream) : status;
+static usp_status usp_from_device(const usp_transport *transport, usp_side *side, usp_stream stream) {
+    usp_status status = transport->device->ops->copy(transport->device, side->host, side->device, side->total, stream);
+    return status == USP_OK ? usp_drain(transport, stream) : status;
 }
 
 /* ---- exchange ---------------------------------------------------------------------------------------------------- */
 
-static usp_status usp_exchange_sides(usp_comm *comm, const usp_side *out, const usp_side *in, usp_stream stream) {
+static usp_status usp_exchange_sides(usp_transport *transport, const usp_side *out, const usp_side *in,
+                                     usp_stream stream) {
     usp_send *sends = calloc((size_t)out->count + 1, sizeof *sends);
     usp_recv *recvs = calloc((size_t)in->count + 1, sizeof *recvs);
     for (int i = 0; i < out->count; i++)
         sends[i] = (usp_send){out->peer[i], (char *)out->device + out->at[i], out->bytes[i]};
     for (int i = 0; i < in->count; i++)
         recvs[i] = (usp_recv){in->peer[i], (char *)in->device + in->at[i], in->bytes[i]};
-    usp_status status = comm->ops->exchange(comm, sends, out->count, recvs, in->count, stream);
+    usp_status status = transport->ops->exchange(transport, sends, out->count, recvs, in->count, stream);
     free(sends), free(recvs);
     return status;
 }
 
-static int usp_check_step(usp_comm *comm, const usp_round *round, usp_stream stream) {
+static int usp_check_step(usp_transport *transport, const usp_round *round, usp_stream stream) {
     usp_side out, in;
-    usp_side_plan(comm, round, 0, &out);
-    usp_side_plan(comm, round, 1, &in);
-    usp_side_fill(comm, round, 0, &out, out.host);
-    usp_status status = usp_to_device(comm, &out, stream);
-    if (status == USP_OK) status = usp_to_device(comm, &in, stream);
-    if (status == USP_OK) status = usp_exchange_sides(comm, &out, &in, stream);
-    if (status == USP_OK) status = usp_from_device(comm, &in, stream);
-    int wrong = usp_check_ok(comm, status, "exchange");
+    usp_side_plan(transport, round, 0, &out);
+    usp_side_plan(transport, round, 1, &in);
+    usp_side_fill(transport, round, 0, &out, out.host);
+    usp_status status = usp_to_device(transport, &out, stream);
+    if (status == USP_OK) status = usp_to_device(transport, &in, stream);
+    if (status == USP_OK) status = usp_exchange_sides(transport, &out, &in, stream);
+    if (status == USP_OK) status = usp_from_device(transport, &in, stream);
+    int wrong = usp_check_ok(transport, status, "exchange");
     unsigned char *expected = malloc(in.total);
     memset(expected, USP_GUARD_BYTE, in.total);
-    usp_side_fill(comm, round, 1, &in, expected);
+    usp_side_fill(transport, round, 1, &in, expected);
     if (!wrong)
-        wrong = usp_check(comm, memcmp(expected, in.host, in.total) == 0, "round %d: wrong bytes", round->round);
+        wrong = usp_check(transport, memcmp(expected, in.host, in.total) == 0, "round %d: wrong bytes", round->round);
     free(expected);
-    usp_side_free(comm, &out);
-    usp_side_free(comm, &in);
+    usp_side_free(transport, &out);
+    usp_side_free(transport, &in);
     return wrong;
 }
 
 /* Groups make different numbers of exchanges in a round, so that they run apart. */
-static int usp_check_exchanges(usp_comm *comm, unsigned seed, usp_stream stream) {
+static int usp_check_exchanges(usp_transport *transport, unsigned seed, usp_stream stream) {
     for (int i = 0; i < USP_ROUNDS; i++) {
         usp_round round = {seed, i, 0};
-        int steps = 1 + (int)(usp_draw(&round, usp_colour(&round, comm->rank), 0, 3) % 3);
+        int steps = 1 + (int)(usp_draw(&round, usp_colour(&round, transport->rank), 0, 3) % 3);
         for (round.step = 1; round.step <= steps; round.step++)
-            if (usp_check_step(comm, &round, stream)) return 1;
+            if (usp_check_step(transport, &round, stream)) return 1;
     }
     return 0;
 }
 
 /* ---- gather, shared memory --------------------------------------------------------------------------------------- */
 
-static int usp_check_gather(usp_comm *comm, unsigned seed, size_t bytes) {
+static int usp_check_gather(usp_transport *transport, unsigned seed, size_t bytes) {
     usp_round round = {seed, (int)(bytes % 1000), 0};
-    size_t total = bytes * (size_t)comm->size;
+    size_t total = bytes * (size_t)transport->size;
     unsigned char *mine = malloc(bytes + 1), *all = malloc(total + 1), *expected = malloc(total + 1);
     memset(all, 0, total + 1);
     memset(expected, 0, total + 1);
-    usp_fill(&round, comm->rank, 0, 0, mine, bytes);
-    for (int i = 0; i < comm->size; i++) usp_fill(&round, i, 0, 0, expected + (size_t)i * bytes, bytes);
-    int wrong = usp_check_ok(comm, comm->ops->allgather(comm, mine, all, bytes), "allgather");
-    if (!wrong) wrong = usp_check(comm, memcmp(all, expected, total + 1) == 0, "allgather of %zu: wrong bytes", bytes);
+    usp_fill(&round, transport->rank, 0, 0, mine, bytes);
+    for (int i = 0; i < transport->size; i++) usp_fill(&round, i, 0, 0, expected + (size_t)i * bytes, bytes);
+    int wrong = usp_check_ok(transport, usp_transport_allgather(transport, mine, all, bytes), "allgather");
+    if (!wrong)
+        wrong = usp_check(transport, memcmp(all, expected, total + 1) == 0, "allgather of %zu: wrong bytes", bytes);
     free(mine), free(all), free(expected);
     return wrong;
 }
 
-static int usp_check_gathers(usp_comm *comm, unsigned seed) {
+static int usp_check_gathers(usp_transport *transport, unsigned seed) {
     const size_t sizes[] = {8, 0, 1, 1000, 70001, 1 << 20, 3};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (usp_check_gather(comm, seed + (unsigned)i, sizes[i])) return 1;
+        if (usp_check_gather(transport, seed + (unsigned)i, sizes[i])) return 1;
     return 0;
 }
 
 /* A ring step from shared memory to shared memory. */
-static usp_status usp_shift_shared(usp_comm *comm, unsigned char *shared, size_t bytes, unsigned char *seen) {
-    const usp_device_ops *ops = comm->device->ops;
+static usp_status usp_shift_shared(usp_transport *transport, unsigned char *shared, size_t bytes, unsigned char *seen) {
+    const usp_device_ops *ops = transport->device->ops;
     unsigned char mine[256];
-    memset(mine, comm->rank + 1, sizeof mine);
-    usp_send send = {(comm->rank + 1) % comm->size, shared, bytes};
-    usp_recv recv = {(comm->rank + comm->size - 1) % comm->size, shared + bytes, bytes};
-    usp_status status = ops->copy(comm->device, shared, mine, bytes, NULL);
-    if (status == USP_OK && comm->size > 1) status = comm->ops->exchange(comm, &send, 1, &recv, 1, NULL);
-    if (status == USP_OK && comm->size == 1) status = ops->copy(comm->device, shared + bytes, shared, bytes, NULL);
-    if (status == USP_OK) status = ops->copy(comm->device, seen, shared + bytes, bytes, NULL);
-    return status == USP_OK ? usp_drain(comm, NULL) : status;
+    memset(mine, transport->rank + 1, sizeof mine);
+    usp_send send = {(transport->rank + 1) % transport->size, shared, bytes};
+    usp_recv recv = {(transport->rank + transport->size - 1) % transport->size, shared + bytes, bytes};
+    usp_status status = ops->copy(transport->device, shared, mine, bytes, NULL);
+    if (status == USP_OK && transport->size > 1) status = transport->ops->exchange(transport, &send, 1, &recv, 1, NULL);
+    if (status == USP_OK && transport->size == 1)
+        status = ops->copy(transport->device, shared + bytes, shared, bytes, NULL);
+    if (status == USP_OK) status = ops->copy(transport->device, seen, shared + bytes, bytes, NULL);
+    return status == USP_OK ? usp_drain(transport, NULL) : status;
 }
 
-static int usp_check_shared(usp_comm *comm) {
+static int usp_check_shared(usp_transport *transport) {
     unsigned char seen[256] = {0}, expected[256];
     void *shared;
-    usp_status status = comm->ops->alloc_shared(comm, 2 * sizeof seen, &shared);
-    if (usp_check_ok(comm, status, "alloc_shared")) return 1;
-    if (usp_check_ok(comm, comm->ops->register_shared(comm, shared), "register_shared")) return 1;
-    int wrong = usp_check(comm, (uintptr_t)shared % 256 == 0, "shared memory is not aligned");
-    wrong += usp_check_ok(comm, usp_shift_shared(comm, shared, sizeof seen, seen), "exchange of shared memory");
-    memset(expected, (comm->rank + comm->size - 1) % comm->size + 1, sizeof expected);
-    wrong += usp_check(comm, memcmp(seen, expected, sizeof seen) == 0, "shared memory: wrong bytes");
-    return wrong + usp_check_ok(comm, comm->ops->free_shared(comm, shared), "free_shared");
+    usp_status status = transport->ops->alloc_shared(transport, 2 * sizeof seen, &shared);
+    if (usp_check_ok(transport, status, "alloc_shared")) return 1;
+    if (usp_check_ok(transport, transport->ops->register_shared(transport, shared), "register_shared")) return 1;
+    int wrong = usp_check(transport, (uintptr_t)shared % 256 == 0, "shared memory is not aligned");
+    wrong +=
+        usp_check_ok(transport, usp_shift_shared(transport, shared, sizeof seen, seen), "exchange of shared memory");
+    memset(expected, (transport->rank + transport->size - 1) % transport->size + 1, sizeof expected);
+    wrong += usp_check(transport, memcmp(seen, expected, sizeof seen) == 0, "shared memory: wrong bytes");
+    return wrong + usp_check_ok(transport, transport->ops->free_shared(transport, shared), "free_shared");
 }
 
 /* ---- refusals ---------------------------------------------------------------------------------------------------- */
 
-/* Lists that no comm may take; nobody else hears of them. */
-static int usp_check_refusals(usp_comm *comm) {
+/* Lists that no transport may take; nobody else hears of them. */
+static int usp_check_refusals(usp_transport *transport) {
     char byte = 0;
-    usp_send self = {comm->rank, &byte, 1}, beyond = {comm->size, &byte, 1};
+    usp_send self = {transport->rank, &byte, 1}, beyond = {transport->size, &byte, 1};
     usp_recv before = {-1, &byte, 1};
-    usp_status status = comm->ops->exchange(comm, &self, 1, NULL, 0, NULL);
-    int wrong = usp_check_failure(comm, status, USP_INVALID, "itself");
-    status = comm->ops->exchange(comm, &beyond, 1, NULL, 0, NULL);
-    wrong += usp_check_failure(comm, status, USP_INVALID, "peer");
-    status = comm->ops->exchange(comm, NULL, 0, &before, 1, NULL);
-    return wrong + usp_check_failure(comm, status, USP_INVALID, "peer");
+    usp_status status = transport->ops->exchange(transport, &self, 1, NULL, 0, NULL);
+    int wrong = usp_check_failure(transport, status, USP_INVALID, "itself");
+    status = transport->ops->exchange(transport, &beyond, 1, NULL, 0, NULL);
+    wrong += usp_check_failure(transport, status, USP_INVALID, "peer");
+    status = transport->ops->exchange(transport, NULL, 0, &before, 1, NULL);
+    return wrong + usp_check_failure(transport, status, USP_INVALID, "peer");
 }
 
-int usp_check_comm(usp_comm *comm, unsigned seed) {
-    const usp_device_ops *ops = comm->device->ops;
+int usp_check_transport(usp_transport *transport, unsigned seed) {
+    const usp_device_ops *ops = transport->device->ops;
     usp_stream stream = NULL;
-    if (usp_check_ok(comm, ops->stream_create(comm->device, &stream), "stream")) return 1;
-    int wrong = usp_check_exchanges(comm, seed, stream);
-    if (!wrong) wrong = usp_check_gathers(comm, seed);
-    if (!wrong) wrong = usp_check_shared(comm);
-    if (!wrong) wrong = usp_check_refusals(comm);
-    if (!wrong) wrong = usp_check_ok(comm, comm->ops->poll(comm), "poll");
-    ops->stream_destroy(comm->device, stream);
+    if (usp_check_ok(transport, ops->stream_create(transport->device, &stream), "stream")) return 1;
+    int wrong = usp_check_exchanges(transport, seed, stream);
+    if (!wrong) wrong = usp_check_gathers(transport, seed);
+    if (!wrong) wrong = usp_check_shared(transport);
+    if (!wrong) wrong = usp_check_refusals(transport);
+    if (!wrong) wrong = usp_check_ok(transport, usp_transport_poll(transport), "poll");
+    ops->stream_destroy(transport->device, stream);
     return wrong;
 }
 
-int usp_check_comm_mismatch(usp_comm *comm) {
+int usp_check_transport_mismatch(usp_transport *transport) {
     char out[64] = {0}, in[96], untouched[96];
     memset(in, USP_GUARD_BYTE, sizeof in);
     memset(untouched, USP_GUARD_BYTE, sizeof untouched);
     usp_send send = {1, out, sizeof out};
     usp_recv recv = {0, in, 32}, never = {1, in, 96};
     usp_status status = USP_OK;
-    if (comm->rank == 0) status = comm->ops->exchange(comm, &send, 1, &never, 1, NULL);
-    if (comm->rank == 1) status = comm->ops->exchange(comm, NULL, 0, &recv, 1, NULL);
-    if (comm->rank > 1) status = comm->ops->allgather(comm, out, out, 0);
-    int wrong = usp_check_failure(comm, status, USP_COMM, "rank 0 sends 64 bytes to rank 1, which expects 32");
-    wrong += usp_check(comm, memcmp(in, untouched, sizeof in) == 0, "bytes of the wrong size were written");
-    wrong += usp_check_failure(comm, comm->ops->poll(comm), USP_COMM, "expects 32");
-    status = comm->ops->allgather(comm, out, out, 0);
-    return wrong + usp_check_failure(comm, status, USP_COMM, "expects 32");
+    if (transport->rank == 0) status = transport->ops->exchange(transport, &send, 1, &never, 1, NULL);
+    if (transport->rank == 1) status = transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL);
+    if (transport->rank > 1) status = usp_transport_allgather(transport, out, out, 0);
+    int wrong = usp_check_failure(transport, status, USP_COMM, "rank 0 sends 64 bytes to rank 1, which expects 32");
+    wrong += usp_check(transport, memcmp(in, untouched, sizeof in) == 0, "bytes of the wrong size were written");
+    wrong += usp_check_failure(transport, usp_transport_poll(transport), USP_COMM, "expects 32");
+    status = usp_transport_allgather(transport, out, out, 0);
+    return wrong + usp_check_failure(transport, status, USP_COMM, "expects 32");
 }
 
 /* ---- making ------------------------------------------------------------------------------------------------------ */
 
-usp_status usp_make_threads(const usp_comm_config *config, usp_rendezvous *rendezvous, int rank, usp_comm **comm) {
+usp_status usp_make_threads(const usp_transport_config *config, usp_rendezvous *rendezvous, int rank,
+                            usp_transport **transport) {
     usp_meeting meeting = {.all = NULL};
-    usp_status status = usp_comm_create_threads(config, &meeting, rendezvous, rank, comm);
+    usp_status status = usp_transport_create_threads(config, &meeting, rendezvous, rank, transport);
     usp_meeting_end(&meeting);
     return status;
 }
 
-usp_status usp_make_socket(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm) {
+usp_status usp_make_socket(const usp_transport_config *config, const usp_bootstrap *bootstrap,
+                           usp_transport **transport) {
     usp_meeting meeting = {.bootstrap = *bootstrap};
-    usp_status status = usp_comm_create_socket(config, &meeting, comm);
+    usp_status status = usp_transport_create_socket(config, &meeting, transport);
     usp_meeting_end(&meeting);
     return status;
 }

@@ -1,24 +1,26 @@
-/* conformance.h - what every comm must do, checked from outside through its table. All ranks of the comm call the same
- * check with the same seed; each prints what it finds wrong and returns how many things that were. */
+/* conformance.h - what every transport must do, checked from outside through its table. All ranks of the transport call
+ * the same check with the same seed; each prints what it finds wrong and returns how many things that were. */
 #ifndef USP_CONFORMANCE_H
 #define USP_CONFORMANCE_H
-#include "comm.h"
+#include "transport.h"
 
-/* Exchanges of random lists in random sub-groups, gathers, shared memory. Leaves the comm as usable as before. */
-int usp_check_comm(usp_comm *comm, unsigned seed);
+/* Exchanges of random lists in random sub-groups, gathers, shared memory. Leaves the transport as usable as before. */
+int usp_check_transport(usp_transport *transport, unsigned seed);
 
-/* Rank 0 sends rank 1 another size than it expects: COMM, both sizes named, nothing written. Leaves the comm failed.
- * For comms that can know; needs 2 ranks. */
-int usp_check_comm_mismatch(usp_comm *comm);
+/* Rank 0 sends rank 1 another size than it expects: COMM, both sizes named, nothing written. Leaves the transport
+ * failed. For transports that can know; needs 2 ranks. */
+int usp_check_transport_mismatch(usp_transport *transport);
 
-/* A rank's part in making a comm, as lib/world.c plays it: the meeting and its end are here. */
-usp_status usp_make_threads(const usp_comm_config *config, usp_rendezvous *rendezvous, int rank, usp_comm **comm);
-usp_status usp_make_socket(const usp_comm_config *config, const usp_bootstrap *bootstrap, usp_comm **comm);
+/* A rank's part in making a transport, as lib/world.c plays it: the meeting and its end are here. */
+usp_status usp_make_threads(const usp_transport_config *config, usp_rendezvous *rendezvous, int rank,
+                            usp_transport **transport);
+usp_status usp_make_socket(const usp_transport_config *config, const usp_bootstrap *bootstrap,
+                           usp_transport **transport);
 
 /* Prints the sentence, with the rank, and returns 1 unless `good`. */
-int usp_check(const usp_comm *comm, int good, const char *format, ...) __attribute__((format(printf, 3, 4)));
+int usp_check(const usp_transport *transport, int good, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 /* Checks that `status` is the wanted one and that the last error contains `words`. */
-int usp_check_failure(const usp_comm *comm, usp_status status, usp_status wanted, const char *words);
+int usp_check_failure(const usp_transport *transport, usp_status status, usp_status wanted, const char *words);
 
 #endif

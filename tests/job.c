@@ -11,7 +11,7 @@ static int usp_look(usp_world *world, int number, int size) {
     usp_world_info info = {.struct_size = sizeof info};
     int all[USP_MOST];
     if (usp_world_get_info(world, &info) != USP_OK || info.size != size || size > USP_MOST) return 4;
-    if (world->comm->ops->allgather(world->comm, &number, all, sizeof number) != USP_OK) return 1;
+    if (usp_transport_allgather(world->transport, &number, all, sizeof number) != USP_OK) return 1;
     for (int i = 0; i < size; i++)
         if (all[i] != number) return 3;
     return 0;

@@ -20,8 +20,8 @@ typedef struct counter {
 } counter;
 
 typedef struct line_counter {
-    usp_comm_ops comm; /* first: what the comm points to */
-    const usp_comm_ops *true_comm;
+    usp_transport_ops transport; /* first: what the transport points to */
+    const usp_transport_ops *true_comm;
     int64_t messages;
 } line_counter;
 
@@ -43,11 +43,11 @@ static usp_status count_totals(usp_device *device, const usp_linear *args, usp_s
     return launch(device)->linear_totals(device, args, stream);
 }
 
-static usp_status count_exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs,
+static usp_status count_exchange(usp_transport *transport, const usp_send *sends, int send_count, const usp_recv *recvs,
                                  int recv_count, usp_stream stream) {
-    line_counter *c = (line_counter *)(uintptr_t)comm->ops;
+    line_counter *c = (line_counter *)(uintptr_t)transport->ops;
     c->messages += send_count + recv_count;
-    return c->true_comm->exchange(comm, sends, send_count, recvs, recv_count, stream);
+    return c->true_comm->exchange(transport, sends, send_count, recvs, recv_count, stream);
 }
 
 typedef struct counts {
@@ -58,10 +58,10 @@ typedef struct counts {
 /* One forward of a case with so many documents of one length. */
 static int count_one(usp_rank *rank, const usp_case *c, int64_t documents, counts *seen) {
     usp_device *device = rank->world->device;
-    usp_comm *comm = rank->world->comm;
+    usp_transport *transport = rank->world->transport;
     int64_t *ends = malloc((size_t)documents * sizeof *ends);
     counter here = {.device = *device->ops, .true_device = device->ops};
-    line_counter there = {.comm = *comm->ops, .true_comm = comm->ops};
+    line_counter there = {.transport = *transport->ops, .true_comm = transport->ops};
     usp_stage stage;
     usp_case roomy = *c;
     roomy.max_documents = (int)documents;
@@ -69,16 +69,16 @@ static int count_one(usp_rank *rank, const usp_case *c, int64_t documents, count
     here.device.copy_rows = count_copies;
     here.device.softmax_forward = count_forward;
     here.device.linear_totals = count_totals;
-    there.comm.exchange = count_exchange;
+    there.transport.exchange = count_exchange;
     int failed = usp_stage_open(rank, &roomy, &stage) != USP_OK ||
                  usp_sequence_replan(stage.sequence, documents, ends, NULL) != USP_OK || usp_stage_fill(&stage);
     free(ends);
     if (failed) return usp_say(rank, "%s", usp_last_error());
     device->ops = &here.device;
-    comm->ops = &there.comm;
+    transport->ops = &there.transport;
     failed = usp_stage_forward(&stage, 1);
     device->ops = here.true_device;
-    comm->ops = there.true_comm;
+    transport->ops = there.true_comm;
     *seen = (counts){here.launches, there.messages, stage.sizes};
     usp_stage_close(&stage);
     usp_count(rank);

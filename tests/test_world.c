@@ -296,10 +296,8 @@ static int replan_apart(usp_rank *rank, void *argument) {
     usp_mesh *mesh = NULL;
     usp_sequence *sequence = NULL;
     const int64_t first[] = {48, 97}, second[] = {50, 97}, *ends = rank->rank == 1 ? second : first;
-    usp_sequence_config config = {.struct_size = sizeof config,
-                                  .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
-                                  .tokens = 97,
-                                  .max_documents = 2};
+    usp_sequence_config config = {
+        .struct_size = sizeof config, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT, .tokens = 97, .max_documents = 2};
     if (!world || usp_mesh_create(world, 1, rank->size, &mesh) != USP_OK ||
         usp_sequence_create(mesh, &config, &sequence) != USP_OK)
         return usp_say(rank, "%s", usp_last_error());

@@ -1,4 +1,4 @@
-/* trace.c - the counting comm and the device beside it (see trace.h): every entry goes to the one inside. */
+/* trace.c - the counting transport and the device beside it (see trace.h): every entry goes to the one inside. */
 #include "trace.h"
 #include "world.h"
 
@@ -14,17 +14,17 @@ typedef struct watch {
 } watch;
 
 struct usp_trace {
-    usp_comm comm; /* first: a trace is a comm */
-    usp_comm *inside;
+    usp_transport transport; /* first: a trace is a transport */
+    usp_transport *inside;
     usp_traffic traffic;
     watch watch;
-    int exchanging; /* inside the comm, whose own waits and copies are not the layer's */
+    int exchanging; /* inside the transport, whose own waits and copies are not the layer's */
     int64_t messages;
     size_t bytes; /* announced */
 };
 
-static usp_trace *trace_of(usp_comm *comm) {
-    return (usp_trace *)comm;
+static usp_trace *trace_of(usp_transport *transport) {
+    return (usp_trace *)transport;
 }
 
 static void note(usp_trace *trace, char what) {
@@ -58,17 +58,17 @@ static usp_status event_wait(usp_device *device, usp_event *event, usp_stream st
     return inside(device, transfer ? 'F' : 'W')->event_wait(device, event, stream);
 }
 
-/* ---- the comm ---------------------------------------------------------------------------------------------------- */
+/* ---- the transport ----------------------------------------------------------------------------------------------- */
 
-static usp_status prepare(usp_comm *comm, int64_t messages, size_t bytes) {
-    trace_of(comm)->messages = messages;
-    trace_of(comm)->bytes = bytes;
-    return trace_of(comm)->inside->ops->prepare(trace_of(comm)->inside, messages, bytes);
+static usp_status prepare(usp_transport *transport, int64_t messages, size_t bytes) {
+    trace_of(transport)->messages = messages;
+    trace_of(transport)->bytes = bytes;
+    return trace_of(transport)->inside->ops->prepare(trace_of(transport)->inside, messages, bytes);
 }
 
-static usp_status exchange(usp_comm *comm, const usp_send *sends, int send_count, const usp_recv *recvs, int recv_count,
-                           usp_stream stream) {
-    usp_trace *trace = trace_of(comm);
+static usp_status exchange(usp_transport *transport, const usp_send *sends, int send_count, const usp_recv *recvs,
+                           int recv_count, usp_stream stream) {
+    usp_trace *trace = trace_of(transport);
     size_t bytes = 0;
     note(trace, 'X');
     for (int i = 0; i < send_count; bytes += sends[i++].bytes)
@@ -82,79 +82,49 @@ static usp_status exchange(usp_comm *comm, const usp_send *sends, int send_count
     return status;
 }
 
-static usp_status allgather(usp_comm *comm, const void *mine, void *all, size_t bytes_per_rank) {
-    return trace_of(comm)->inside->ops->allgather(trace_of(comm)->inside, mine, all, bytes_per_rank);
+static usp_status alloc_shared(usp_transport *transport, size_t bytes, void **memory) {
+    return trace_of(transport)->inside->ops->alloc_shared(trace_of(transport)->inside, bytes, memory);
 }
 
-static usp_status alloc_shared(usp_comm *comm, size_t bytes, void **memory) {
-    return trace_of(comm)->inside->ops->alloc_shared(trace_of(comm)->inside, bytes, memory);
+static usp_status register_shared(usp_transport *transport, void *memory) {
+    return trace_of(transport)->inside->ops->register_shared(trace_of(transport)->inside, memory);
 }
 
-static usp_status register_shared(usp_comm *comm, void *memory) {
-    return trace_of(comm)->inside->ops->register_shared(trace_of(comm)->inside, memory);
+static usp_status free_shared(usp_transport *transport, void *memory) {
+    return trace_of(transport)->inside->ops->free_shared(trace_of(transport)->inside, memory);
 }
 
-static usp_status free_shared(usp_comm *comm, void *memory) {
-    return trace_of(comm)->inside->ops->free_shared(trace_of(comm)->inside, memory);
+static usp_status watch_inside(usp_transport *transport) {
+    return trace_of(transport)->inside->ops->watch(trace_of(transport)->inside);
 }
 
-static usp_status split(usp_comm *comm, int colour, int key, struct ncclComm **made) {
-    return trace_of(comm)->inside->ops->split(trace_of(comm)->inside, colour, key, made);
+static void stop(usp_transport *transport, int milliseconds) {
+    trace_of(transport)->inside->ops->stop(trace_of(transport)->inside, milliseconds);
 }
 
-static void split_destroy(usp_comm *comm, struct ncclComm *made) {
-    trace_of(comm)->inside->ops->split_destroy(trace_of(comm)->inside, made);
+static void destroy(usp_transport *transport) {
+    if (trace_of(transport)->watch.inside) transport->device->ops = trace_of(transport)->watch.inside;
+    trace_of(transport)->inside->ops->destroy(trace_of(transport)->inside);
+    free(trace_of(transport));
 }
 
-static void note_plan(usp_comm *comm, int ranks, uint64_t hash) {
-    trace_of(comm)->inside->ops->note_plan(trace_of(comm)->inside, ranks, hash);
-}
-
-static usp_status poll(usp_comm *comm) {
-    return trace_of(comm)->inside->ops->poll(trace_of(comm)->inside);
-}
-
-static usp_status fail(usp_comm *comm, usp_status status) {
-    return trace_of(comm)->inside->ops->fail(trace_of(comm)->inside, status);
-}
-
-static usp_status overdue(usp_comm *comm) {
-    return trace_of(comm)->inside->ops->overdue(trace_of(comm)->inside);
-}
-
-static void give_up(usp_comm *comm) {
-    trace_of(comm)->inside->ops->abort(trace_of(comm)->inside);
-}
-
-static void destroy(usp_comm *comm) {
-    if (trace_of(comm)->watch.inside) comm->device->ops = trace_of(comm)->watch.inside;
-    trace_of(comm)->inside->ops->destroy(trace_of(comm)->inside);
-    free(trace_of(comm));
-}
-
-static const usp_comm_ops ops = {.name = "trace",
-                                 .prepare = prepare,
-                                 .exchange = exchange,
-                                 .allgather = allgather,
-                                 .alloc_shared = alloc_shared,
-                                 .register_shared = register_shared,
-                                 .free_shared = free_shared,
-                                 .split = split,
-                                 .split_destroy = split_destroy,
-                                 .note_plan = note_plan,
-                                 .poll = poll,
-                                 .fail = fail,
-                                 .overdue = overdue,
-                                 .abort = give_up,
-                                 .destroy = destroy};
+static const usp_transport_ops ops = {.name = "trace",
+                                      .prepare = prepare,
+                                      .exchange = exchange,
+                                      .alloc_shared = alloc_shared,
+                                      .register_shared = register_shared,
+                                      .free_shared = free_shared,
+                                      .watch = watch_inside,
+                                      .stop = stop,
+                                      .destroy = destroy};
 
 usp_trace *usp_trace_insert(usp_world *world) {
     usp_trace *trace = calloc(1, sizeof *trace);
     if (!trace) return NULL;
-    trace->inside = world->comm;
-    trace->comm = *world->comm;
-    trace->comm.ops = &ops;
-    world->comm = &trace->comm;
+    trace->inside = world->transport;
+    trace->transport = *world->transport;
+    trace->transport.ops = &ops;
+    world->transport = &trace->transport;
     return trace;
 }
 

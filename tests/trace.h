@@ -1,6 +1,6 @@
-/* trace.h - a comm around the world's comm that counts the bytes of every exchange, by peer, and compares them with
- * what the comm was told to prepare for; and, on request, the order in which a rank's work is enqueued. Changes nothing
- * that is sent; the only helper of the tests that needs the library's internals. */
+/* trace.h - a transport around the world's transport that counts the bytes of every exchange, by peer, and compares
+ * them with what the transport was told to prepare for; and, on request, the order in which a rank's work is enqueued.
+ * Changes nothing that is sent; the only helper of the tests that needs the library's internals. */
 #ifndef USP_TESTS_TRACE_H
 #define USP_TESTS_TRACE_H
 #include "usp.h"
@@ -18,7 +18,7 @@ typedef struct usp_traffic {
     char order[USP_TRACE_STEPS];
 } usp_traffic;
 
-/* Puts a trace between the world and its comm; the world destroys it. NULL: out of memory. */
+/* Puts a trace between the world and its transport; the world destroys it. NULL: out of memory. */
 usp_trace *usp_trace_insert(usp_world *world);
 /* Writes down the device's calls too, until the world is destroyed. CPU only. */
 void usp_trace_watch(usp_trace *trace, usp_world *world);

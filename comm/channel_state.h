@@ -1,8 +1,8 @@
-/* control_state.h - what the files of the control channel share. Everything but the atomics is under the one mutex, and
+/* channel_state.h - what the files of the control channel share. Everything but the atomics is under the one mutex, and
  * the functions here are called with it held. */
-#ifndef USP_CONTROL_STATE_H
-#define USP_CONTROL_STATE_H
-#include "control.h"
+#ifndef USP_CHANNEL_STATE_H
+#define USP_CHANNEL_STATE_H
+#include "channel.h"
 #include "plans.h"
 #include <poll.h>
 #include <pthread.h>
@@ -65,11 +65,11 @@ typedef struct usp_gather {
     int64_t deadline;
 } usp_gather;
 
-struct usp_control {
+typedef struct usp_channel {
+    usp_control base;
     const usp_host *host;
-    int rank, size, timeout_ms;
     int period, silence;         /* ms; silence: a rank that says nothing for so long has stopped, -1: never */
-    int wake, failed_descriptor; /* eventfds: something to do for the thread; the control has failed */
+    int wake, failed_descriptor; /* eventfds: something to do for the thread; the ranks have failed */
     int stop, running;
     pthread_t thread;
     pthread_mutex_t mutex;
@@ -88,34 +88,38 @@ struct usp_control {
     usp_lines ways;         /* how to call the others */
     usp_address *addresses; /* [size] */
     int *connections;       /* [size][USP_MOST_LINES], for creation */
-};
+} usp_channel;
 
-/* ---- control_verdict.c: failure, the gather, and who is to blame ------------------------------------------------- */
+static inline usp_channel *usp_channel_of(usp_control *control) {
+    return (usp_channel *)control;
+}
 
-void usp_control_ring(int descriptor);
+/* ---- channel_verdict.c: failure, the gather, and who is to blame ------------------------------------------------- */
+
+void usp_channel_ring(int descriptor);
 /* The failure that has been recorded, said in this thread. */
-usp_status usp_control_failure(usp_control *control);
+usp_status usp_channel_failure(usp_channel *channel);
 /* Keeps the failure if it is the first, and has it sent to all. */
-void usp_control_record(usp_control *control, usp_status status, const char *sentence);
-usp_status usp_control_declare(usp_control *control, usp_status status, const char *format, ...)
+void usp_channel_record(usp_channel *channel, usp_status status, const char *sentence);
+usp_status usp_channel_declare(usp_channel *channel, usp_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
-usp_status usp_control_declare_list(usp_control *control, usp_status status, const char *format, va_list arguments)
+usp_status usp_channel_declare_list(usp_channel *channel, usp_status status, const char *format, va_list arguments)
     __attribute__((format(printf, 3, 0)));
-void usp_control_lose(usp_control *control, int peer);        /* it died, or left */
-void usp_control_declare_silent(usp_control *control);        /* a rank that has stopped, if there is one */
-usp_status usp_control_blame(usp_control *control, int peer); /* a wait on `peer` (-1: unknown) is over time */
-int usp_control_waits_for(const usp_control *control, int rank);
+void usp_channel_lose(usp_channel *channel, int peer);        /* it died, or left */
+void usp_channel_declare_silent(usp_channel *channel);        /* a rank that has stopped, if there is one */
+usp_status usp_channel_blame(usp_channel *channel, int peer); /* a wait on `peer` (-1: unknown) is over time */
+int usp_channel_waits_for(const usp_channel *channel, int rank);
 
 /* A rank that the gather waits for, or USP_NOBODY. */
-int usp_control_gather_missing(const usp_control *control);
+int usp_channel_gather_missing(const usp_channel *channel);
 /* Something has moved: the time limit begins anew. */
-void usp_control_gather_moved(usp_control *control);
+void usp_channel_gather_moved(usp_channel *channel);
 /* Once both are in the same round their sizes must agree. */
-void usp_control_gather_compare(usp_control *control, int peer);
+void usp_channel_gather_compare(usp_channel *channel, int peer);
 
-/* ---- control_service.c: the thread that reads and writes --------------------------------------------------------- */
+/* ---- channel_service.c: the thread that reads and writes --------------------------------------------------------- */
 
-void *usp_control_serve(void *control);
-void usp_control_close_line(usp_control *control, int peer);
+void *usp_channel_serve(void *channel);
+void usp_channel_close_line(usp_channel *channel, int peer);
 
 #endif

@@ -1,0 +1,104 @@
+/* transport.h - the transport table: moves bytes between ranks and never looks inside them.
+ *
+ * One data entry, exchange: lists of sends and receives of any sizes, zero allowed (a zero-byte message is skipped on
+ * both sides). All-to-all, ring step, chain and gather are lists. Between two ranks the k-th send of an exchange
+ * matches the k-th receive of the other's same exchange. No message goes to the rank itself. One thread uses a
+ * transport at a time, except watch and stop, which any thread may call. */
+#ifndef USP_TRANSPORT_H
+#define USP_TRANSPORT_H
+#include "control.h"
+#include "device.h"
+#include "meeting.h"
+
+typedef struct usp_transport usp_transport;
+
+typedef struct usp_send {
+    int peer;
+    const void *data;
+    size_t bytes;
+} usp_send;
+
+typedef struct usp_recv {
+    int peer;
+    void *data;
+    size_t bytes;
+} usp_recv;
+
+typedef struct usp_transport_ops {
+    const char *name;
+    /* Local. Makes room for exchanges of at most `messages` messages and `bytes` bytes: they then allocate nothing. */
+    usp_status (*prepare)(usp_transport *, int64_t messages, size_t bytes);
+    /* Enqueues on `stream` where memory is the device's, else returns when done. Waits for other ranks on the host only
+     * where ranks are threads or memory is the host's, and then at most timeout_ms. */
+    usp_status (*exchange)(usp_transport *, const usp_send *sends, int send_count, const usp_recv *recvs,
+                           int recv_count, usp_stream stream);
+    /* Device memory that peers may touch directly. Local: gets it, the same size on every rank. Collective, once all
+     * have it: registers it. Collective once it is registered: gives it back; every rank gives the same piece, and
+     * lib/world.c sees to it that all have come. Where ranks have failed nobody is waited for, and what a transport
+     * must keep destroy frees. */
+    usp_status (*alloc_shared)(usp_transport *, size_t bytes, void **memory);
+    usp_status (*register_shared)(usp_transport *, void *memory);
+    usp_status (*free_shared)(usp_transport *, void *memory);
+    /* Looks whether what is under way has failed or is overdue, which then fails all ranks. Never waits. */
+    usp_status (*watch)(usp_transport *);
+    /* Ranks have failed: lets go of the device, where work may wait for ranks that are gone, and waits at most so long
+     * for that. */
+    void (*stop)(usp_transport *, int milliseconds);
+    void (*destroy)(usp_transport *); /* accepts a half-built one; its control, unless NULL, is still there */
+} usp_transport_ops;
+
+/* Backends embed this first. */
+struct usp_transport {
+    const usp_transport_ops *ops;
+    int rank, size;
+    int timeout_ms; /* -1: no limit */
+    usp_device *device;
+    const usp_host *host;
+    usp_control *control; /* of the same ranks, made with it */
+};
+
+/* ---- control and transport together ------------------------------------------------------------------------------ */
+
+/* The failure that has hit the ranks or their transport, or OK. Sticky. Never waits. Any thread. */
+usp_status usp_transport_poll(usp_transport *);
+/* usp_control_ops.allgather, fail, overdue and abort, behind which a failed transport is stopped: abort and overdue
+ * wait some seconds for that, the others do not. abort by any thread. */
+usp_status usp_transport_allgather(usp_transport *, const void *mine, void *all, size_t bytes_per_rank);
+usp_status usp_transport_fail(usp_transport *, usp_status status);
+usp_status usp_transport_overdue(usp_transport *);
+void usp_transport_abort(usp_transport *);
+/* The end of both, half-built ones too; NULL is fine. */
+void usp_transport_end(usp_transport *);
+
+/* Entries for transports that need no room, watch nothing, hold nothing, and whose ranks read no memory but their own.
+ */
+usp_status usp_plain_prepare(usp_transport *, int64_t messages, size_t bytes);
+usp_status usp_plain_alloc_shared(usp_transport *, size_t bytes, void **memory);
+usp_status usp_plain_register_shared(usp_transport *, void *memory);
+usp_status usp_plain_free_shared(usp_transport *, void *memory);
+usp_status usp_plain_watch(usp_transport *);
+void usp_plain_stop(usp_transport *, int milliseconds);
+
+/* ---- constructors ------------------------------------------------------------------------------------------------ */
+
+typedef struct usp_transport_config {
+    usp_device *device;
+    const usp_host *host;
+    int timeout_ms, silence_ms; /* -1: no limit */
+} usp_transport_config;
+
+/* Only lib/world.c calls them. All collective over the new ranks: each prepares what is its own, meets the others, and
+ * builds control and transport where all can. A rank whose meeting->mine has failed comes to tell the others, and needs
+ * no device. socket and nccl meet over the bootstrap that is there, the others make one. The transport is written on
+ * success alone. */
+usp_status usp_transport_create_threads(const usp_transport_config *, usp_meeting *, usp_rendezvous *, int rank,
+                                        usp_transport **);
+usp_status usp_transport_create_socket(const usp_transport_config *, usp_meeting *, usp_transport **);
+usp_status usp_transport_create_mpi(const usp_transport_config *, usp_meeting *, int fortran_comm, usp_transport **);
+usp_status usp_transport_create_nccl(const usp_transport_config *, usp_meeting *, usp_transport **);
+usp_status usp_transport_create_nccl_id(const usp_transport_config *, usp_meeting *, const usp_unique_id *, int size,
+                                        int rank, usp_transport **);
+usp_status usp_transport_create_nccl_borrowed(const usp_transport_config *, usp_meeting *, struct ncclComm *,
+                                              usp_transport **);
+
+#endif
