@@ -1,6 +1,6 @@
 /* control.h - the control table: what the ranks of a world say to each other beside tensors. An all-gather, the first
  * failure, who is late, and what sequences have been re-planned to; for ranks that are threads (threads.c) and for
- * processes (channel.c). One thread uses a control at a time, except poll and abort, which any thread may call. */
+ * processes (channel.c). One thread uses a control at a time; poll, fail, overdue and abort any thread may call. */
 #ifndef USP_CONTROL_H
 #define USP_CONTROL_H
 #include <stddef.h>

@@ -154,7 +154,7 @@ static usp_status record_probe(usp_nccl *self, usp_stream stream) {
     return device->ops->event_record(device, self->probe[(self->probes_set - 1) % PROBES], stream);
 }
 
-/* Notes where the exchange ends in the stream, so that poll can tell when work is overdue. A graph in capture is
+/* Notes where the exchange ends in the stream, so that watch can tell when work is overdue. A graph in capture is
  * skipped: what it holds runs when it is launched, and then nobody passes here. */
 static usp_status set_probe(usp_nccl *self, usp_stream stream) {
     const usp_device_ops *ops = self->base.device->ops;

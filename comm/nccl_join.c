@@ -12,7 +12,7 @@
 
 enum { OLDEST_NCCL = 22803 /* 2.28.3 */ };
 
-/* A split of a communicator whose own mode (blocking or not) is the caller's choice: in a thread, as above. */
+/* A split of a communicator whose own mode (blocking or not) is the caller's choice: in a thread, as usp_release. */
 typedef struct usp_split {
     ncclComm_t parent, child;
     ncclConfig_t config;

@@ -97,7 +97,7 @@ int usp_nccl_await_release(usp_release *release, int milliseconds);
 /* In peace, then by force. 0: the thread, its communicator and `release` are left behind. */
 int usp_nccl_finish_release(const usp_host *host, usp_release *release);
 
-/* ---- nccl_shared.c: memory that NCCL has registered -------------------------------------------------------------- */
+/* ---- nccl_shared.c: what the caller gets from NCCL -------------------------------------------------------------- */
 
 usp_status usp_nccl_alloc_shared(usp_transport *transport, size_t bytes, void **memory);
 usp_status usp_nccl_register_shared(usp_transport *transport, void *memory);

@@ -1,6 +1,7 @@
 /* hopper.cuh - what Hopper (sm_90a) does beside arithmetic, each as a verb: copies of tiles that arrive at a barrier,
  * products that a warpgroup issues and waits for, barriers among some warps, registers given and taken. PTX ISA 8.0 and
- * up, sections "mbarrier", "cp.async.bulk.tensor", "wgmma", "setmaxnreg". */
+ * up, sections "mbarrier", "cp.async.bulk", "cp.async.bulk.tensor", "cp.reduce.async.bulk.tensor", "wgmma",
+ * "setmaxnreg", "bar", "membar/fence", "prefetch", "ld", "st". (griddepcontrol is in launch.cuh, for every GPU.) */
 #ifndef USP_CUDA_HOPPER_CUH
 #define USP_CUDA_HOPPER_CUH
 #include <cuda.h>
