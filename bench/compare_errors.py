@@ -84,8 +84,8 @@ def scales(own):
     return {name: (own[largest], largest) if own[name] < 1e-6 * own[largest] else (own[name], name) for name in RESULTS}
 
 
-def differences(make, exact):
-    """RMS of the difference of each result; nothing of a side that refuses the work."""
+def differences(name, make, exact):
+    """RMS of the difference of each result; nothing of a side that refuses the work, which is told with its name."""
     side = None
     try:
         side = make()
@@ -94,7 +94,7 @@ def differences(make, exact):
         found = {name: rms(x - getattr(exact, name)) for name, x in parts(side).items()}
         lse = side.lse
     except RuntimeError as reason:
-        print(f"refused: {reason}", file=sys.stderr)
+        print(f"{name}: {reason}", file=sys.stderr)
         return {}
     finally:
         if side:
@@ -110,7 +110,7 @@ def add_draw(squares, library, mesh, work, inputs):
     for name in RESULTS:
         squares["truth", name] += rms(getattr(exact, name)) ** 2
     for side, make in zip(SIDES, makers):
-        for name, difference in differences(make, exact).items():
+        for name, difference in differences(f"{work.name}: {side}", make, exact).items():
             squares[side, name] += difference ** 2
 
 

@@ -98,7 +98,8 @@ class Library:
 def one_rank(path, device):
     """The library at `path`, and a mesh of one rank on the torch device, for as long as it is needed."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)  # makes its context
     library = Library(path)
     config = WorldConfig(device=ON_CUDA if device.type == "cuda" else ON_CPU)
