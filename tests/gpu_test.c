@@ -222,9 +222,9 @@ int usp_gpu_is_drawn(const usp_gpu_test *t) {
 
 void usp_gpu_run(usp_gpu_test *t, const char *what, usp_gpu_call call, const void *args,
                  const usp_gpu_view *const *outputs) {
+    if (!usp_gpu_is_drawn(t)) return;
     for (t->outputs = 0; outputs[t->outputs]; t->outputs++) t->output[t->outputs] = outputs[t->outputs];
     memcpy(t->before, t->plain.base, t->used);
-    if (!usp_gpu_is_drawn(t)) return;
     if (call(&t->exact, args) != USP_OK || call(&t->plain, args) != USP_OK) {
         usp_gpu_fail(t, what, usp_last_error());
     } else if (usp_gpu_run_alone(t, what, call, args, t->after) && usp_gpu_run_alone(t, what, call, args, t->again)) {
