@@ -140,6 +140,10 @@ static usp_status channel_fail(usp_control *control, usp_status status) {
     return usp_channel_fail(control, status, "rank %d: %s", control->rank, usp_last_error());
 }
 
+static usp_status channel_overdue(usp_control *control) {
+    return usp_channel_overdue(control, -1);
+}
+
 static void channel_abort(usp_control *control) {
     usp_channel_fail(control, USP_COMM, "rank %d aborted", control->rank);
 }
@@ -249,7 +253,7 @@ static const usp_control_ops channel_ops = {
     .note_plan = channel_note_plan,
     .poll = usp_channel_poll,
     .fail = channel_fail,
-    .overdue = usp_channel_overdue,
+    .overdue = channel_overdue,
     .abort = channel_abort,
     .destroy = channel_destroy,
 };

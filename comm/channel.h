@@ -27,9 +27,10 @@ void usp_channel_leave(usp_control *);
 /* A descriptor that becomes readable, and stays so, once the ranks have failed: to be polled beside others. */
 int usp_channel_descriptor(const usp_control *);
 
-/* The table's entries that transports call themselves. Blamed by overdue is the end of the chain of who waits for
- * whom, or one in it that stopped beating; else any that stopped, else the one with the fewest exchanges. */
+/* The table's entry. */
 usp_status usp_channel_poll(usp_control *);
+/* A wait on `peer` (-1: not known) has not ended in time. To blame is the end of the chain of who waits for whom, or
+ * one in it that stopped beating; else any that stopped, else the one with the fewest exchanges. */
 usp_status usp_channel_overdue(usp_control *, int peer);
 
 #endif

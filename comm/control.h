@@ -21,9 +21,8 @@ typedef struct usp_control_ops {
     /* This rank has failed by `status`, for the reason in usp_last_error(): all ranks hear of it, at once where they
      * wait. Returns the failure that came first. Does not wait. */
     usp_status (*fail)(usp_control *, usp_status status);
-    /* A wait on `peer` (-1: not known) has not ended in time: finds the rank to blame, which fails all: TIMEOUT or
-     * PEER_LOST. */
-    usp_status (*overdue)(usp_control *, int peer);
+    /* Work of this rank has not ended in time: finds the rank to blame, which fails all: TIMEOUT or PEER_LOST. */
+    usp_status (*overdue)(usp_control *);
     void (*abort)(usp_control *); /* fails all ranks by COMM; idempotent */
     void (*destroy)(usp_control *);
 } usp_control_ops;

@@ -362,6 +362,7 @@ usp_status usp_transport_create_mpi(const usp_transport_config *config, usp_meet
     if (self && self->stuck) /* whatever else was made of it */
         status = usp_fail(USP_TIMEOUT, "rank %d: the other ranks did not make this world within %d ms", self->base.rank,
                           self->base.timeout_ms);
+    status = usp_meeting_note(meeting, status); /* before anything else is said */
     if (self) usp_transport_end(&self->base);
     return usp_meeting_note(meeting, status);
 }

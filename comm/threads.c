@@ -229,8 +229,7 @@ static usp_status threads_fail(usp_control *control, usp_status status) {
     return status;
 }
 
-static usp_status threads_overdue(usp_control *control, int peer) {
-    (void)peer; /* who waits for whom is known here */
+static usp_status threads_overdue(usp_control *control) {
     usp_rendezvous *meeting = ((usp_threads *)control)->meeting;
     pthread_mutex_lock(&meeting->mutex);
     usp_status status =

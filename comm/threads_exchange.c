@@ -14,7 +14,7 @@
 enum { USP_LEAVE_MS = 5000 /* longest wait of a rank that leaves */ };
 
 static usp_threads *usp_threads_of(usp_transport *transport) {
-    return (usp_threads *)transport->control;
+    return (usp_threads *)((char *)transport - offsetof(usp_threads, transport));
 }
 
 /* ---- exchange ---------------------------------------------------------------------------------------------------- */

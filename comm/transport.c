@@ -7,10 +7,12 @@ enum { STOP_MS = 5000 }; /* longest wait for a transport that is aborted */
 
 /* ---- together ---------------------------------------------------------------------------------------------------- */
 
-/* What has failed is to let go of the device. */
+/* What has failed is to let go of the device. The failure is said last, whatever was said meanwhile. */
 static usp_status judge(usp_transport *transport, usp_status status, int milliseconds) {
-    if (status != USP_OK) transport->ops->stop(transport, milliseconds);
-    return status;
+    if (status == USP_OK) return USP_OK;
+    transport->ops->stop(transport, milliseconds);
+    usp_status said = transport->control->ops->poll(transport->control);
+    return said != USP_OK ? said : status;
 }
 
 usp_status usp_transport_poll(usp_transport *transport) {
@@ -29,7 +31,7 @@ usp_status usp_transport_fail(usp_transport *transport, usp_status status) {
 }
 
 usp_status usp_transport_overdue(usp_transport *transport) {
-    return judge(transport, transport->control->ops->overdue(transport->control, -1), STOP_MS);
+    return judge(transport, transport->control->ops->overdue(transport->control), STOP_MS);
 }
 
 void usp_transport_abort(usp_transport *transport) {

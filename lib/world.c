@@ -79,7 +79,7 @@ static void free_world(usp_object *object) {
         atomic_store(&world->stop, 1);
         pthread_join(world->watchdog, NULL);
     }
-    if (world->transport) usp_transport_end(world->transport);
+    usp_transport_end(world->transport);
     if (world->device) {
         world->device->ops->event_destroy(world->device, world->event);
         world->device->ops->stream_destroy(world->device, world->transfer);

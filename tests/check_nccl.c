@@ -443,7 +443,7 @@ static int check_recycled(usp_player *player, usp_transport *transport) {
     return fine;
 }
 
-static int check_comm(usp_player *player, usp_way way, usp_transport *transport) {
+static int check_made(usp_player *player, usp_way way, usp_transport *transport) {
     if (usp_check_transport(transport, 1 + (unsigned)way) != 0)
         return complain(player, "%s: conformance", way_name(way));
     if (!check_exchange(player, transport, 1)) return 0;
@@ -461,7 +461,7 @@ static int check_way(usp_player *player, usp_way way) {
     int borrows = way == BY_BORROWED || way == BY_NONBLOCKING;
     if (borrows && !own_create(player, way == BY_BORROWED, &own)) return 0;
     if (!create(player, way, TIMEOUT_MS, own, &transport)) return 0;
-    int fine = check_comm(player, way, transport);
+    int fine = check_made(player, way, transport);
     double begin = now();
     usp_transport_end(transport);
     report(player, "%s: destroyed in %.0f ms", way_name(way), (now() - begin) * 1e3);
