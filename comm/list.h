@@ -1,4 +1,5 @@
-/* list.h - lists of sends and receives: checking them and walking them peer by peer. It moves no bytes. */
+/* list.h - messages and lists of them: checking them, walking them peer by peer, and rows that lie apart, for
+ * transports that move them and for those that do not. */
 #ifndef USP_LIST_H
 #define USP_LIST_H
 #include "transport.h"
@@ -6,11 +7,30 @@
 enum { USP_NO_MESSAGE = -1 };
 
 /* INVALID unless every peer is another rank of the transport. */
-usp_status usp_list_check(const usp_transport *transport, const usp_send *sends, int send_count, const usp_recv *recvs,
-                          int recv_count);
+usp_status usp_list_check(const usp_transport *transport, const usp_message *sends, int send_count,
+                          const usp_message *recvs, int recv_count);
 
 /* The first message for `peer` at or after index `from` that has bytes, or USP_NO_MESSAGE. */
-int usp_list_next_send(const usp_send *sends, int count, int from, int peer);
-int usp_list_next_recv(const usp_recv *recvs, int count, int from, int peer);
+int usp_list_next(const usp_message *messages, int count, int from, int peer);
+
+/* ---- one message ------------------------------------------------------------------------------------------------- */
+
+static inline int usp_message_lies_apart(const usp_message *message) {
+    return message->rows > 1 && message->stride != message->bytes;
+}
+/* Where byte `at` of the message is, and how many lie side by side from there on, in *run. */
+void *usp_message_at(const usp_message *message, size_t at, size_t *run);
+/* Enqueues the copy of one message to where another one of as many bytes lies. */
+usp_status usp_message_copy(usp_device *device, const usp_message *to, const usp_message *from, usp_stream stream);
+
+/* ---- transports that move no rows that lie apart ----------------------------------------------------------------- */
+
+/* Where the bytes of a message are side by side: as it lies, or packed. */
+static inline void *usp_message_packed(const usp_message *message) {
+    return usp_message_lies_apart(message) ? message->packed : message->base;
+}
+/* Enqueue the copies of all rows that lie apart to where they are packed, and back: a launch for many messages. */
+usp_status usp_list_pack(usp_device *device, const usp_message *messages, int count, usp_stream stream);
+usp_status usp_list_unpack(usp_device *device, const usp_message *messages, int count, usp_stream stream);
 
 #endif

@@ -93,25 +93,26 @@ static int post_one(usp_mpi *self, const usp_transfer *transfer, void *data) {
     return code;
 }
 
-static usp_status post(usp_mpi *self, int peer, const void *data, size_t bytes, int is_recv) {
+static usp_status post(usp_mpi *self, const usp_message *message, int is_recv) {
+    size_t bytes = usp_message_bytes(message);
     for (size_t at = 0; at < bytes; at += CHUNK_BYTES) {
         size_t left = bytes - at;
-        usp_transfer transfer = {peer, left < CHUNK_BYTES ? (int)left : CHUNK_BYTES, is_recv, 0};
-        int code = post_one(self, &transfer, (char *)data + at);
+        usp_transfer transfer = {message->peer, left < CHUNK_BYTES ? (int)left : CHUNK_BYTES, is_recv, 0};
+        int code = post_one(self, &transfer, (char *)usp_message_packed(message) + at);
         if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, is_recv ? "MPI_Irecv" : "MPI_Isend", code);
     }
     return USP_OK;
 }
 
-static usp_status post_all(usp_mpi *self, const usp_send *sends, int send_count, const usp_recv *recvs,
+static usp_status post_all(usp_mpi *self, const usp_message *sends, int send_count, const usp_message *recvs,
                            int recv_count) {
     int count = 0;
-    for (int i = 0; i < send_count; i++) count += chunks_of(sends[i].bytes);
-    for (int i = 0; i < recv_count; i++) count += chunks_of(recvs[i].bytes);
+    for (int i = 0; i < send_count; i++) count += chunks_of(usp_message_bytes(&sends[i]));
+    for (int i = 0; i < recv_count; i++) count += chunks_of(usp_message_bytes(&recvs[i]));
     USP_TRY(reserve(self, count));
     self->count = 0;
-    for (int i = 0; i < recv_count; i++) USP_TRY(post(self, recvs[i].peer, recvs[i].data, recvs[i].bytes, 1));
-    for (int i = 0; i < send_count; i++) USP_TRY(post(self, sends[i].peer, sends[i].data, sends[i].bytes, 0));
+    for (int i = 0; i < recv_count; i++) USP_TRY(post(self, &recvs[i], 1));
+    for (int i = 0; i < send_count; i++) USP_TRY(post(self, &sends[i], 0));
     return USP_OK;
 }
 
@@ -190,15 +191,16 @@ static usp_status mpi_prepare(usp_transport *transport, int64_t messages, size_t
     return reserve(mpi_of(transport), requests);
 }
 
-static usp_status mpi_exchange(usp_transport *transport, const usp_send *sends, int send_count, const usp_recv *recvs,
-                               int recv_count, usp_stream stream) {
+static usp_status mpi_exchange(usp_transport *transport, const usp_message *sends, int send_count,
+                               const usp_message *recvs, int recv_count, usp_stream stream) {
     usp_mpi *self = mpi_of(transport);
-    (void)stream; /* the CPU's: all work on it is done */
     USP_TRY(usp_list_check(transport, sends, send_count, recvs, recv_count));
     USP_TRY(usp_channel_poll(transport->control));
     usp_channel_progress(self->base.control, ++self->exchanges, -1);
-    usp_status status = post_all(self, sends, send_count, recvs, recv_count);
+    usp_status status = usp_list_pack(transport->device, sends, send_count, stream);
+    if (status == USP_OK) status = post_all(self, sends, send_count, recvs, recv_count);
     if (status == USP_OK) status = complete(self);
+    if (status == USP_OK) status = usp_list_unpack(transport->device, recvs, recv_count, stream);
     if (status == USP_OK) return USP_OK;
     give_up(self, status);
     cancel(self);

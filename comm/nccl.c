@@ -90,32 +90,32 @@ usp_status usp_nccl_settle(usp_nccl *self, ncclResult_t result, const char *what
 /* ---- exchange ---------------------------------------------------------------------------------------------------- */
 
 typedef struct usp_lists {
-    const usp_send *sends;
-    const usp_recv *recvs;
+    const usp_message *sends, *recvs;
     int send_count, recv_count;
 } usp_lists;
 
 static int is_empty(const usp_lists *lists) {
     size_t bytes = 0;
-    for (int i = 0; i < lists->send_count; i++) bytes |= lists->sends[i].bytes;
-    for (int i = 0; i < lists->recv_count; i++) bytes |= lists->recvs[i].bytes;
+    for (int i = 0; i < lists->send_count; i++) bytes |= usp_message_bytes(&lists->sends[i]);
+    for (int i = 0; i < lists->recv_count; i++) bytes |= usp_message_bytes(&lists->recvs[i]);
     return bytes == 0;
+}
+
+static ncclResult_t issue_one(usp_nccl *self, const usp_message *message, int receives, usp_stream stream) {
+    void *data = usp_message_packed(message);
+    size_t bytes = usp_message_bytes(message);
+    if (bytes == 0) return ncclSuccess;
+    return receives ? ncclRecv(data, bytes, ncclUint8, message->peer, self->comm, stream)
+                    : ncclSend(data, bytes, ncclUint8, message->peer, self->comm, stream);
 }
 
 /* Every message of the lists, inside a group. The peer of the one that was refused goes to *peer. */
 static ncclResult_t issue(usp_nccl *self, const usp_lists *lists, usp_stream stream, int *peer) {
-    for (int i = 0; i < lists->send_count; i++) {
-        const usp_send *send = &lists->sends[i];
-        if (send->bytes == 0) continue;
-        *peer = send->peer;
-        ncclResult_t result = ncclSend(send->data, send->bytes, ncclUint8, send->peer, self->comm, stream);
-        if (usp_nccl_went_wrong(result)) return result;
-    }
-    for (int i = 0; i < lists->recv_count; i++) {
-        const usp_recv *recv = &lists->recvs[i];
-        if (recv->bytes == 0) continue;
-        *peer = recv->peer;
-        ncclResult_t result = ncclRecv(recv->data, recv->bytes, ncclUint8, recv->peer, self->comm, stream);
+    for (int i = 0; i < lists->send_count + lists->recv_count; i++) {
+        int receives = i >= lists->send_count;
+        const usp_message *message = receives ? &lists->recvs[i - lists->send_count] : &lists->sends[i];
+        *peer = message->peer;
+        ncclResult_t result = issue_one(self, message, receives, stream);
         if (usp_nccl_went_wrong(result)) return result;
     }
     return ncclSuccess;
@@ -175,22 +175,29 @@ static usp_status fail_launch(usp_nccl *self, ncclResult_t result, int peer) {
     return usp_nccl_give_up(self, usp_nccl_fail(self->base.rank, peer < 0 ? "the exchange" : what, result));
 }
 
-static usp_status nccl_exchange(usp_transport *transport, const usp_send *sends, int send_count, const usp_recv *recvs,
-                                int recv_count, usp_stream stream) {
+/* The messages alone, with what is sent packed. */
+static usp_status move(usp_nccl *self, const usp_lists *lists, usp_stream stream) {
+    int peer = -1;
+    pthread_mutex_lock(&self->lock);
+    ncclResult_t result = self->comm != NULL ? launch(self, lists, stream, &peer) : ncclInProgress;
+    pthread_mutex_unlock(&self->lock);
+    if (usp_nccl_went_wrong(result)) return fail_launch(self, result, peer);
+    return usp_nccl_settle(self, result, "the exchange");
+}
+
+static usp_status nccl_exchange(usp_transport *transport, const usp_message *sends, int send_count,
+                                const usp_message *recvs, int recv_count, usp_stream stream) {
     usp_nccl *self = usp_nccl_of(transport);
     const usp_lists lists = {sends, recvs, send_count, recv_count};
-    int peer = -1;
     USP_TRY(usp_list_check(transport, sends, send_count, recvs, recv_count));
     USP_TRY(usp_nccl_check(self));
     self->exchanges++;
     usp_channel_progress(self->base.control, self->exchanges, -1);
     if (is_empty(&lists)) return USP_OK;
-    pthread_mutex_lock(&self->lock);
-    ncclResult_t result = self->comm != NULL ? launch(self, &lists, stream, &peer) : ncclInProgress;
-    pthread_mutex_unlock(&self->lock);
-    if (usp_nccl_went_wrong(result)) return fail_launch(self, result, peer);
-    USP_TRY(usp_nccl_settle(self, result, "the exchange"));
-    usp_status status = set_probe(self, stream);
+    usp_status status = usp_list_pack(transport->device, sends, send_count, stream);
+    if (status == USP_OK) status = move(self, &lists, stream);
+    if (status == USP_OK) status = usp_list_unpack(transport->device, recvs, recv_count, stream);
+    if (status == USP_OK) status = set_probe(self, stream);
     return status == USP_OK ? USP_OK : usp_nccl_give_up(self, status);
 }
 

@@ -84,13 +84,12 @@ static usp_status drain(usp_nccl *self, usp_stream stream) {
 static usp_status exchange_blocks(usp_nccl *self, char *all, size_t bytes, usp_stream stream) {
     int size = self->base.size, rank = self->base.rank, count = 0;
     void *memory = NULL;
-    USP_TRY(usp_host_alloc(self->base.host, (sizeof(usp_send) + sizeof(usp_recv)) * (size_t)size, "lists", &memory));
-    usp_recv *recvs = memory;
-    usp_send *sends = (usp_send *)(recvs + size);
+    USP_TRY(usp_host_alloc(self->base.host, 2 * sizeof(usp_message) * (size_t)size, "lists", &memory));
+    usp_message *recvs = memory, *sends = recvs + size;
     for (int peer = 0; peer < size; peer++) {
         if (peer == rank) continue;
-        sends[count] = (usp_send){peer, all + (size_t)rank * bytes, bytes};
-        recvs[count++] = (usp_recv){peer, all + (size_t)peer * bytes, bytes};
+        sends[count] = usp_message_whole(peer, all + (size_t)rank * bytes, bytes);
+        recvs[count++] = usp_message_whole(peer, all + (size_t)peer * bytes, bytes);
     }
     usp_status status = usp_nccl_ops.exchange(&self->base, sends, count, recvs, count, stream);
     usp_host_free(self->base.host, memory);

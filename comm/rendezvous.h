@@ -28,7 +28,7 @@ typedef struct usp_seat {
     usp_activity activity;
     uint64_t exchanges; /* entered so far, gathers included */
     usp_event *posted;  /* what the rank sends is ready */
-    const usp_send *sends;
+    const usp_message *sends;
     int send_count;
     const void *mine; /* gathering */
     void *all;

@@ -13,6 +13,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+enum { PARTS = 256 }; /* of a message that one call of the system moves */
+
 /* One direction of a connection: the message that is moving. */
 typedef struct usp_way {
     int message;   /* its index in the list, or USP_NO_MESSAGE */
@@ -35,8 +37,7 @@ typedef struct usp_socket {
 
 /* One call of exchange. */
 typedef struct usp_errand {
-    const usp_send *sends;
-    const usp_recv *recvs;
+    const usp_message *sends, *recvs;
     int send_count, recv_count;
 } usp_errand;
 
@@ -46,12 +47,15 @@ static int busy(const usp_wire *wire) {
     return wire->out.message != USP_NO_MESSAGE || wire->in.message != USP_NO_MESSAGE;
 }
 
-/* The parts of a message that have not moved yet. */
-static struct msghdr remaining(usp_way *way, void *data, size_t bytes, struct iovec parts[2]) {
-    size_t head = sizeof way->size, done = way->done < head ? way->done : head;
+/* The next parts of a message that have not moved yet: its size, then runs of its rows. */
+static struct msghdr remaining(usp_way *way, const usp_message *message, struct iovec parts[PARTS]) {
+    size_t head = sizeof way->size, done = way->done < head ? way->done : head, run, count = 1;
     parts[0] = (struct iovec){(char *)&way->size + done, head - done};
-    parts[1] = (struct iovec){(char *)data + (way->done - done), bytes - (way->done - done)};
-    return (struct msghdr){.msg_iov = parts, .msg_iovlen = 2};
+    for (size_t at = way->done - done; at < usp_message_bytes(message) && count < PARTS; at += run, count++) {
+        void *data = usp_message_at(message, at, &run);
+        parts[count] = (struct iovec){data, run};
+    }
+    return (struct msghdr){.msg_iov = parts, .msg_iovlen = count};
 }
 
 /* The connection has ended: the control channel will know, now or soon, who is to blame. */
@@ -73,17 +77,17 @@ static usp_status push(usp_socket *self, const usp_errand *errand, int peer, int
     usp_wire *wire = &self->wires[peer];
     usp_way *way = &wire->out;
     while (way->message != USP_NO_MESSAGE && wire->connection >= 0) {
-        const usp_send *send = &errand->sends[way->message];
-        struct iovec parts[2];
+        const usp_message *send = &errand->sends[way->message];
+        struct iovec parts[PARTS];
         size_t moved;
-        way->size = send->bytes;
-        struct msghdr rest = remaining(way, (void *)(uintptr_t)send->data, send->bytes, parts);
+        way->size = usp_message_bytes(send);
+        struct msghdr rest = remaining(way, send, parts);
         USP_TRY(check_moved(self, peer, sendmsg(wire->connection, &rest, MSG_NOSIGNAL), &moved));
         if (moved == 0) break;
         *progress = 1;
         way->done += moved;
-        if (way->done < sizeof way->size + send->bytes) continue;
-        way->message = usp_list_next_send(errand->sends, errand->send_count, way->message + 1, peer);
+        if (way->done < sizeof way->size + way->size) continue;
+        way->message = usp_list_next(errand->sends, errand->send_count, way->message + 1, peer);
         way->done = 0;
     }
     return USP_OK;
@@ -100,18 +104,18 @@ static usp_status pull(usp_socket *self, const usp_errand *errand, int peer, int
     usp_wire *wire = &self->wires[peer];
     usp_way *way = &wire->in;
     while (way->message != USP_NO_MESSAGE && wire->connection >= 0) {
-        const usp_recv *recv = &errand->recvs[way->message];
-        struct iovec parts[2];
+        const usp_message *recv = &errand->recvs[way->message];
+        struct iovec parts[PARTS];
         size_t moved;
-        struct msghdr rest = remaining(way, recv->data, recv->bytes, parts);
+        struct msghdr rest = remaining(way, recv, parts);
         if (way->done < sizeof way->size) rest.msg_iovlen = 1;
         USP_TRY(check_moved(self, peer, recvmsg(wire->connection, &rest, 0), &moved));
         if (moved == 0) break;
         *progress = 1;
         way->done += moved;
-        USP_TRY(check_size(self, way, peer, recv->bytes));
-        if (way->done < sizeof way->size + recv->bytes) continue;
-        way->message = usp_list_next_recv(errand->recvs, errand->recv_count, way->message + 1, peer);
+        USP_TRY(check_size(self, way, peer, usp_message_bytes(recv)));
+        if (way->done < sizeof way->size + usp_message_bytes(recv)) continue;
+        way->message = usp_list_next(errand->recvs, errand->recv_count, way->message + 1, peer);
         way->done = 0;
     }
     return USP_OK;
@@ -122,8 +126,8 @@ static usp_status pull(usp_socket *self, const usp_errand *errand, int peer, int
 static void begin(usp_socket *self, const usp_errand *errand) {
     for (int peer = 0; peer < self->base.size; peer++) {
         usp_wire *wire = &self->wires[peer];
-        wire->out = (usp_way){usp_list_next_send(errand->sends, errand->send_count, 0, peer), 0, 0};
-        wire->in = (usp_way){usp_list_next_recv(errand->recvs, errand->recv_count, 0, peer), 0, 0};
+        wire->out = (usp_way){usp_list_next(errand->sends, errand->send_count, 0, peer), 0, 0};
+        wire->in = (usp_way){usp_list_next(errand->recvs, errand->recv_count, 0, peer), 0, 0};
     }
 }
 
@@ -173,8 +177,8 @@ static usp_status run_errand(usp_socket *self, const usp_errand *errand) {
     return USP_OK;
 }
 
-static usp_status socket_exchange(usp_transport *transport, const usp_send *sends, int send_count,
-                                  const usp_recv *recvs, int recv_count, usp_stream stream) {
+static usp_status socket_exchange(usp_transport *transport, const usp_message *sends, int send_count,
+                                  const usp_message *recvs, int recv_count, usp_stream stream) {
     usp_socket *self = (usp_socket *)transport;
     usp_errand errand = {sends, recvs, send_count, recv_count};
     (void)stream;

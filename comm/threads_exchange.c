@@ -21,8 +21,7 @@ static usp_threads *usp_threads_of(usp_transport *transport) {
 
 /* One call of exchange. */
 typedef struct usp_errand {
-    const usp_send *sends;
-    const usp_recv *recvs;
+    const usp_message *sends, *recvs;
     int send_count, recv_count;
     usp_stream stream;
 } usp_errand;
@@ -45,8 +44,8 @@ static void post(usp_threads *self, const usp_errand *errand) {
     seat->send_count = errand->send_count;
     for (int peer = 0; peer < meeting->size; peer++) {
         usp_box *out = usp_threads_box(meeting, rank, peer), *in = usp_threads_box(meeting, peer, rank);
-        out->next = usp_list_next_send(errand->sends, errand->send_count, 0, peer);
-        in->want = usp_list_next_recv(errand->recvs, errand->recv_count, 0, peer);
+        out->next = usp_list_next(errand->sends, errand->send_count, 0, peer);
+        in->want = usp_list_next(errand->recvs, errand->recv_count, 0, peer);
         if (out->next != USP_NO_MESSAGE) pthread_cond_signal(&meeting->seats[peer].wake);
     }
 }
@@ -81,14 +80,14 @@ static usp_status settle(usp_threads *self, int peer, usp_stream stream, int *mo
 }
 
 /* Copies one message without the mutex; `copying` keeps the sender where it is. */
-static usp_status copy_message(usp_threads *self, usp_box *in, const usp_seat *sender, const usp_recv *recv,
+static usp_status copy_message(usp_threads *self, usp_box *in, const usp_seat *sender, const usp_message *recv,
                                usp_stream stream) {
     usp_device *device = self->transport.device;
-    const void *data = sender->sends[in->next].data;
+    const usp_message *send = &sender->sends[in->next];
     in->copying = 1;
     pthread_mutex_unlock(&self->meeting->mutex);
     usp_status status = device->ops->event_wait(device, sender->posted, stream);
-    if (status == USP_OK) status = device->ops->copy(device, recv->data, data, recv->bytes, stream);
+    if (status == USP_OK) status = usp_message_copy(device, recv, send, stream);
     pthread_mutex_lock(&self->meeting->mutex);
     in->copying = 0;
     if (status == USP_OK) status = device->ops->event_record(device, in->consumed, stream);
@@ -116,17 +115,17 @@ static usp_status receive(usp_threads *self, int peer, const usp_errand *errand,
     usp_box *in = usp_threads_box(meeting, peer, rank);
     usp_seat *sender = &meeting->seats[peer];
     if (in->want == USP_NO_MESSAGE || in->next == USP_NO_MESSAGE) return USP_OK;
-    const usp_recv *recv = &errand->recvs[in->want];
-    size_t sent = sender->sends[in->next].bytes;
-    if (sent != recv->bytes)
+    const usp_message *recv = &errand->recvs[in->want];
+    size_t sent = usp_message_bytes(&sender->sends[in->next]), expected = usp_message_bytes(recv);
+    if (sent != expected)
         return usp_threads_fail(meeting, USP_COMM, "rank %d sends %zu bytes to rank %d, which expects %zu", peer, sent,
-                                rank, recv->bytes);
+                                rank, expected);
     USP_TRY(compare_plans(meeting, rank, peer));
     usp_status status = copy_message(self, in, sender, recv, errand->stream);
     pthread_cond_signal(&sender->wake);
     if (status != USP_OK) return status;
-    in->next = usp_list_next_send(sender->sends, sender->send_count, in->next + 1, rank);
-    in->want = usp_list_next_recv(errand->recvs, errand->recv_count, in->want + 1, peer);
+    in->next = usp_list_next(sender->sends, sender->send_count, in->next + 1, rank);
+    in->want = usp_list_next(errand->recvs, errand->recv_count, in->want + 1, peer);
     in->unsettled = 1;
     *moved = 1;
     return USP_OK;
@@ -152,8 +151,8 @@ static usp_status run_errand(usp_threads *self, const usp_errand *errand) {
     }
 }
 
-static usp_status threads_exchange(usp_transport *transport, const usp_send *sends, int send_count,
-                                   const usp_recv *recvs, int recv_count, usp_stream stream) {
+static usp_status threads_exchange(usp_transport *transport, const usp_message *sends, int send_count,
+                                   const usp_message *recvs, int recv_count, usp_stream stream) {
     usp_threads *self = usp_threads_of(transport);
     usp_rendezvous *meeting = self->meeting;
     usp_errand errand = {sends, recvs, send_count, recv_count, stream};

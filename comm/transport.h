@@ -2,8 +2,8 @@
  *
  * One data entry, exchange: lists of sends and receives of any sizes, zero allowed (a zero-byte message is skipped on
  * both sides). All-to-all, ring step, chain and gather are lists. Between two ranks the k-th send of an exchange
- * matches the k-th receive of the other's same exchange. No message goes to the rank itself. One thread uses a
- * transport at a time, except watch and stop, which any thread may call. */
+ * matches the k-th receive of the other's same exchange: their bytes are as many, their rows need not be. No message
+ * goes to the rank itself. One thread uses a transport at a time, except watch and stop, which any thread may call. */
 #ifndef USP_TRANSPORT_H
 #define USP_TRANSPORT_H
 #include "control.h"
@@ -12,17 +12,25 @@
 
 typedef struct usp_transport usp_transport;
 
-typedef struct usp_send {
+/* Rows of one length at one distance. What is sent is only read. Where rows lie apart their bytes, distance and base
+ * are even, and `packed` is memory for all of them side by side, which the exchange may use: a transport moves rows as
+ * they lie or by way of there. */
+typedef struct usp_message {
     int peer;
-    const void *data;
-    size_t bytes;
-} usp_send;
+    void *base;
+    int64_t rows;
+    size_t bytes, stride; /* of a row; from one row to the next, at least as much */
+    void *packed;         /* where rows lie side by side: not read */
+} usp_message;
 
-typedef struct usp_recv {
-    int peer;
-    void *data;
-    size_t bytes;
-} usp_recv;
+/* Bytes that lie side by side, as one row. */
+static inline usp_message usp_message_whole(int peer, const void *data, size_t bytes) {
+    return (usp_message){peer, (void *)(uintptr_t)data, 1, bytes, bytes, NULL};
+}
+
+static inline size_t usp_message_bytes(const usp_message *message) {
+    return (size_t)message->rows * message->bytes;
+}
 
 typedef struct usp_transport_ops {
     const char *name;
@@ -30,7 +38,7 @@ typedef struct usp_transport_ops {
     usp_status (*prepare)(usp_transport *, int64_t messages, size_t bytes);
     /* Enqueues on `stream` where memory is the device's, else returns when done. Waits for other ranks on the host only
      * where ranks are threads or memory is the host's, and then at most timeout_ms. */
-    usp_status (*exchange)(usp_transport *, const usp_send *sends, int send_count, const usp_recv *recvs,
+    usp_status (*exchange)(usp_transport *, const usp_message *sends, int send_count, const usp_message *recvs,
                            int recv_count, usp_stream stream);
     /* Device memory that peers may touch directly. Local: gets it, the same size on every rank. Collective, once all
      * have it: registers it. Collective once it is registered: gives it back; every rank gives the same piece, and

@@ -3,6 +3,7 @@
  * move 16 bytes at a time. For sm_80 and up. */
 #include "launch.cuh"
 #include "launch.h"
+#include <type_traits>
 
 static constexpr unsigned threads_per_block = 256, most_blocks = 132 * 16;
 
@@ -51,13 +52,22 @@ static __global__ void __launch_bounds__(threads_per_block) copy_vectors(const _
     });
 }
 
+/* What keeps its type keeps its bits, of any NaN too. */
+template <typename To, typename From>
+static __device__ __forceinline__ To converted(From from, const To &to, int adds) {
+    if constexpr (std::is_same_v<From, To>)
+        if (!adds) return from;
+    float value = usp_to_float(from);
+    return usp_from_float<To>(adds ? usp_to_float(to) + value : value);
+}
+
 template <typename From, typename To>
 static __global__ void __launch_bounds__(threads_per_block) copy_elements(const __grid_constant__ copy_list list) {
     begin_kernel();
     for_units(list, [](const usp_copy &copy, const copy_unit &unit) {
-        float value = usp_to_float(usp_row<From>(copy.from, unit.from_row, unit.batch, unit.head)[unit.column]);
+        const From *from = usp_row<From>(copy.from, unit.from_row, unit.batch, unit.head) + unit.column;
         To *to = usp_row<To>(copy.to, unit.to_row, unit.batch, unit.head) + unit.column;
-        *to = usp_from_float<To>(copy.accumulate ? usp_to_float(*to) + value : value);
+        *to = converted<To>(*from, *to, copy.accumulate);
     });
 }
 

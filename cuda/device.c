@@ -58,6 +58,14 @@ static usp_status cuda_copy(usp_device *device, void *to, const void *from, size
     return check("cudaMemcpyAsync", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
 }
 
+static usp_status cuda_copy_2d(usp_device *device, void *to, size_t to_stride, const void *from, size_t from_stride,
+                               size_t bytes, int64_t rows, usp_stream stream) {
+    if (bytes == 0 || rows == 0) return USP_OK;
+    USP_TRY(enter(device));
+    return check("cudaMemcpy2DAsync",
+                 cudaMemcpy2DAsync(to, to_stride, from, from_stride, bytes, (size_t)rows, cudaMemcpyDefault, stream));
+}
+
 static usp_status cuda_zero(usp_device *device, void *memory, size_t bytes, usp_stream stream) {
     if (bytes == 0) return USP_OK;
     USP_TRY(enter(device));
@@ -236,6 +244,7 @@ static const usp_device_ops cuda_ops = {
     .alloc_host = cuda_alloc_host,
     .free_host = cuda_free_host,
     .copy = cuda_copy,
+    .copy_2d = cuda_copy_2d,
     .zero = cuda_zero,
     .stream_create = cuda_stream_create,
     .stream_destroy = cuda_stream_destroy,

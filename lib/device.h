@@ -210,10 +210,13 @@ typedef struct usp_device_ops {
     usp_device_kind kind;
 
     /* Free and destroy take NULL, and do nothing then.
-     * memory: 256-byte aligned; NO_MEMORY. copy and zero run in stream order; copy between any two memories. */
+     * memory: 256-byte aligned; NO_MEMORY. copy and zero run in stream order; copies between any two memories, copy_2d
+     * of rows of `bytes` at these distances, which are `bytes` at least and less than 2^31. */
     usp_status (*alloc)(usp_device *, size_t bytes, void **);
     void (*free)(usp_device *, void *);
     usp_status (*copy)(usp_device *, void *to, const void *from, size_t bytes, usp_stream);
+    usp_status (*copy_2d)(usp_device *, void *to, size_t to_stride, const void *from, size_t from_stride, size_t bytes,
+                          int64_t rows, usp_stream);
     usp_status (*zero)(usp_device *, void *, size_t bytes, usp_stream);
     /* Host memory from which copies run without the host (page-locked); NO_MEMORY. */
     usp_status (*alloc_host)(usp_device *, size_t bytes, void **);

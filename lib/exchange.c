@@ -27,18 +27,23 @@ static int64_t rows_before(const usp_layer *layer, const usp_bundle *bundle, int
     return u ? side->landing_end[u - 1] : 0;
 }
 
-/* Where the rows of rank u's tokens are in the block; NULL: where the tokens are. */
+/* The row of the block of each token of rank u; NULL: where the token is. */
 static const int32_t *landing_of(const usp_layer *layer, const usp_bundle *bundle, int u) {
     const usp_plan_arrays *device = &layer->plan->device;
     const int32_t *landing = bundle->keys ? device->key_landing : device->query_landing;
     return landing ? landing + rows_before(layer, bundle, u) : NULL;
 }
 
-int64_t usp_bundle_row(const usp_layer *layer, const usp_bundle *bundle, int u) {
+/* Elements of a row of rank u's heads before those of part `part`. */
+static int64_t before(const usp_layer *layer, const usp_bundle *bundle, int part, int u) {
     int64_t elements = 0;
-    for (int i = 0; i < bundle->parts; i++)
+    for (int i = 0; i < part; i++)
         elements += (int64_t)usp_layer_heads(layer, bundle->part[i].like, u).count * bundle->part[i].dim;
     return elements;
+}
+
+int64_t usp_bundle_row(const usp_layer *layer, const usp_bundle *bundle, int u) {
+    return before(layer, bundle, bundle->parts, u);
 }
 
 /* Bytes of one token (all batches) on its way to or from rank u. */
@@ -56,16 +61,9 @@ static void *advance(void *base, int64_t elements, usp_dtype dtype) {
     return base ? (char *)base + elements * (int64_t)usp_dtype_size(dtype) : NULL;
 }
 
-/* Part `part` of rows that hold rank u's heads of all parts. */
-static usp_tensor view(const usp_layer *layer, const usp_bundle *bundle, void *rows, usp_dtype dtype, int part, int u) {
-    int64_t row = usp_bundle_row(layer, bundle, u), before = 0;
-    for (int i = 0; i < part; i++)
-        before += (int64_t)usp_layer_heads(layer, bundle->part[i].like, u).count * bundle->part[i].dim;
-    return (usp_tensor){advance(rows, before, dtype), row, row * layer->config.batch, bundle->part[part].dim};
-}
-
 usp_tensor usp_bundle_block(const usp_layer *layer, const usp_bundle *bundle, void *block, usp_dtype dtype, int part) {
-    return view(layer, bundle, block, dtype, part, layer->mesh.u);
+    int64_t row = usp_bundle_row(layer, bundle, layer->mesh.u), skip = before(layer, bundle, part, layer->mesh.u);
+    return (usp_tensor){advance(block, skip, dtype), row, row * layer->config.batch, bundle->part[part].dim};
 }
 
 /* ---- memory ------------------------------------------------------------------------------------------------------ */
@@ -106,13 +104,74 @@ static char *block_side_of(const usp_layer *layer, const usp_bundle *bundle, int
     return bundle->block_side ? bundle->block_side + rows * token_bytes(layer, bundle, layer->mesh.u) : NULL;
 }
 
-/* ---- copies ------------------------------------------------------------------------------------------------------ */
+/* ---- pieces ------------------------------------------------------------------------------------------------------ */
 
-usp_copy usp_bundle_copy(const usp_layer *layer, const usp_bundle *bundle, int part, int u, int64_t tokens) {
-    return (usp_copy){.tokens = tokens,
-                      .batch = layer->config.batch,
-                      .heads = usp_layer_heads(layer, bundle->part[part].like, u).count,
-                      .dim = bundle->part[part].dim};
+/* Tokens of one rank, one part, the heads of another rank: of a message for each batch entry if they go in runs, else
+ * of one message. Packed it is [batch][tokens][heads * dim]. */
+typedef struct bundle_piece {
+    int u; /* the other rank: who owns the tokens, or whose the heads are */
+    int part, heads, dim;
+    int in_runs;
+    int64_t begin, tokens;
+    int64_t packed; /* elements before it for or from rank u */
+} bundle_piece;
+
+static const usp_landing_runs *runs_of(const usp_layer *layer, const usp_bundle *bundle, int u) {
+    const usp_ring_side *side = bundle->keys ? &layer->plan->key : &layer->plan->query;
+    return &side->landing_runs[u];
+}
+
+/* Whether the tokens of rank `owner` go in runs: both ranks of a message find the same. Single numbers are too short.
+ */
+static int goes_in_runs(const usp_layer *layer, const usp_bundle *bundle, int owner) {
+    int64_t messages = (int64_t)runs_of(layer, bundle, owner)->runs * bundle->parts * layer->config.batch;
+    return messages <= USP_MOST_PIECES && bundle->part[0].dim > 1;
+}
+
+static int pieces_of(const usp_layer *layer, const usp_bundle *bundle, int owner) {
+    return bundle->parts * (goes_in_runs(layer, bundle, owner) ? runs_of(layer, bundle, owner)->runs : 1);
+}
+
+/* Piece i of the tokens of `owner` for the heads of `header`, one of which this rank is. */
+static bundle_piece piece_of(const usp_layer *layer, const usp_bundle *bundle, int owner, int header, int i) {
+    const usp_landing_runs *runs = runs_of(layer, bundle, owner);
+    int part = i % bundle->parts, run = i / bundle->parts, in_runs = goes_in_runs(layer, bundle, owner);
+    const usp_bundle_part *p = &bundle->part[part];
+    int64_t begin = in_runs ? runs->begin[run] : 0;
+    int64_t end = in_runs ? runs->begin[run + 1] : tokens_of(layer, bundle, owner);
+    int64_t packed =
+        begin * usp_bundle_row(layer, bundle, header) + (end - begin) * before(layer, bundle, part, header);
+    return (bundle_piece){.u = owner == layer->mesh.u ? header : owner,
+                          .part = part,
+                          .heads = usp_layer_heads(layer, p->like, header).count,
+                          .dim = p->dim,
+                          .in_runs = in_runs,
+                          .begin = begin,
+                          .tokens = end - begin,
+                          .packed = packed * layer->config.batch};
+}
+
+/* What a piece is at one end: own tokens, or rows of the block. */
+typedef struct bundle_end {
+    bundle_piece piece;
+    usp_tensor tensor, packed;
+    usp_dtype dtype;
+    const int32_t *rows; /* of the tensor, by token; NULL: one after the other */
+    int lies;            /* travels as rows, not packed */
+} bundle_end;
+
+/* The elements of a row are side by side, and the rows not nearer than they are long. */
+static int is_rows(const usp_tensor *tensor, const bundle_piece *piece, usp_dtype dtype) {
+    int64_t row = (int64_t)piece->heads * piece->dim, distance = tensor->stride_token;
+    int dense = piece->heads == 1 || tensor->stride_head == piece->dim;
+    return dense && distance >= row && distance <= INT32_MAX / (int64_t)usp_dtype_size(dtype);
+}
+
+static bundle_end end_of(const usp_bundle *bundle, bundle_piece piece, usp_tensor tensor, usp_dtype dtype, char *side) {
+    int64_t row = (int64_t)piece.heads * piece.dim;
+    usp_tensor packed = {advance(side, piece.packed, bundle->wire), piece.tokens * row, row, piece.dim};
+    int lies = piece.in_runs && dtype == bundle->wire && is_rows(&tensor, &piece, dtype);
+    return (bundle_end){piece, tensor, packed, dtype, NULL, lies};
 }
 
 /* Own tokens' heads for rank u, in a tensor of all heads. */
@@ -122,81 +181,145 @@ static usp_tensor heads_of(const usp_layer *layer, const usp_bundle_part *part, 
     return all;
 }
 
-/* Between own tokens and what lies for peer u; those for the own heads go straight to the block, and come from it. */
-static usp_copy copy_tokens(const usp_layer *layer, const usp_bundle *bundle, int part, int u, int away) {
-    const usp_bundle_part *p = &bundle->part[part];
-    usp_copy copy = usp_bundle_copy(layer, bundle, part, u, tokens_of(layer, bundle, layer->mesh.u));
-    usp_tensor tokens = heads_of(layer, p, p->tokens, p->tokens_dtype, u), there = p->block;
-    usp_dtype dtype = p->block_dtype;
-    if (u == layer->mesh.u) {
-        *(away ? &copy.to_row : &copy.from_row) = landing_of(layer, bundle, u);
-    } else {
-        there = view(layer, bundle, tokens_side_of(layer, bundle, u), bundle->wire, part, u);
-        dtype = bundle->wire;
-    }
-    copy.from = away ? tokens : there;
-    copy.to = away ? there : tokens;
-    copy.from_dtype = away ? p->tokens_dtype : dtype;
-    copy.to_dtype = away ? dtype : p->tokens_dtype;
+/* Piece i of own tokens for the heads of rank u. */
+static bundle_end tokens_end(const usp_layer *layer, const usp_bundle *bundle, int u, int i) {
+    bundle_piece piece = piece_of(layer, bundle, layer->mesh.u, u, i);
+    const usp_bundle_part *p = &bundle->part[piece.part];
+    usp_tensor tensor = heads_of(layer, p, p->tokens, p->tokens_dtype, u);
+    tensor.data = advance(tensor.data, piece.begin * tensor.stride_token, p->tokens_dtype);
+    bundle_end end = end_of(bundle, piece, tensor, p->tokens_dtype, tokens_side_of(layer, bundle, u));
+    end.lies = end.lies && !bundle->sums;
+    return end;
+}
+
+/* Piece i of rank u's tokens for own heads. */
+static bundle_end block_end(const usp_layer *layer, const usp_bundle *bundle, int u, int i) {
+    bundle_piece piece = piece_of(layer, bundle, u, layer->mesh.u, i);
+    const usp_bundle_part *p = &bundle->part[piece.part];
+    const usp_ring_side *side = bundle->keys ? &layer->plan->key : &layer->plan->query;
+    usp_tensor tensor = p->block;
+    int64_t row = piece.in_runs ? side->landing[rows_before(layer, bundle, u) + piece.begin] : 0;
+    tensor.data = advance(tensor.data, row * tensor.stride_token, p->block_dtype);
+    bundle_end end = end_of(bundle, piece, tensor, p->block_dtype, block_side_of(layer, bundle, u));
+    if (!piece.in_runs) end.rows = landing_of(layer, bundle, u);
+    return end;
+}
+
+/* ---- copies ------------------------------------------------------------------------------------------------------ */
+
+usp_copy usp_bundle_copy(const usp_layer *layer, const usp_bundle *bundle, int part, int u, int64_t tokens) {
+    return (usp_copy){.tokens = tokens,
+                      .batch = layer->config.batch,
+                      .heads = usp_layer_heads(layer, bundle->part[part].like, u).count,
+                      .dim = bundle->part[part].dim};
+}
+
+/* Between an end and where it is packed. */
+static usp_copy copy_end(const usp_layer *layer, const usp_bundle *bundle, const bundle_end *end, int packs) {
+    usp_copy copy = {
+        .tokens = end->piece.tokens, .batch = layer->config.batch, .heads = end->piece.heads, .dim = end->piece.dim};
+    copy.from = packs ? end->tensor : end->packed;
+    copy.to = packs ? end->packed : end->tensor;
+    copy.from_dtype = packs ? end->dtype : bundle->wire;
+    copy.to_dtype = packs ? bundle->wire : end->dtype;
+    *(packs ? &copy.from_row : &copy.to_row) = end->rows;
     return copy;
 }
 
-/* Between what lies for the ranks begin .. end - 1, without the own one among them, and the block. */
-static usp_copy copy_block(const usp_layer *layer, const usp_bundle *bundle, int part, int begin, int end,
-                           int to_block) {
+/* Own tokens' own heads go straight to the block, and come from it. */
+static usp_copy copy_own(const usp_layer *layer, const usp_bundle *bundle, int part, int to_block) {
     const usp_bundle_part *p = &bundle->part[part];
-    int64_t rows = rows_before(layer, bundle, end) - rows_before(layer, bundle, begin);
-    usp_copy copy = usp_bundle_copy(layer, bundle, part, layer->mesh.u, rows);
-    usp_tensor lying = view(layer, bundle, block_side_of(layer, bundle, begin), bundle->wire, part, layer->mesh.u);
-    copy.from = to_block ? lying : p->block;
-    copy.to = to_block ? p->block : lying;
-    copy.from_dtype = to_block ? bundle->wire : p->block_dtype;
-    copy.to_dtype = to_block ? p->block_dtype : bundle->wire;
-    *(to_block ? &copy.to_row : &copy.from_row) = landing_of(layer, bundle, begin);
+    int own = layer->mesh.u;
+    usp_copy copy = usp_bundle_copy(layer, bundle, part, own, tokens_of(layer, bundle, own));
+    usp_tensor tokens = heads_of(layer, p, p->tokens, p->tokens_dtype, own);
+    copy.from = to_block ? tokens : p->block;
+    copy.to = to_block ? p->block : tokens;
+    copy.from_dtype = to_block ? p->tokens_dtype : p->block_dtype;
+    copy.to_dtype = to_block ? p->block_dtype : p->tokens_dtype;
+    *(to_block ? &copy.to_row : &copy.from_row) = landing_of(layer, bundle, own);
     return copy;
 }
 
-static void add_block_copies(usp_layer *layer, const usp_bundle *bundle, int to_block) {
-    int own = layer->mesh.u, ulysses = layer->mesh.ulysses;
+static void add_own_copies(usp_layer *layer, const usp_bundle *bundle, int to_block, int adds) {
     for (int part = 0; part < bundle->parts; part++) {
-        usp_copies_add(layer, copy_block(layer, bundle, part, 0, own, to_block));
-        usp_copies_add(layer, copy_block(layer, bundle, part, own + 1, ulysses, to_block));
+        usp_copy copy = copy_own(layer, bundle, part, to_block);
+        copy.accumulate = adds;
+        usp_copies_add(layer, copy);
+    }
+}
+
+/* Copies of what does not travel as it lies, between own tokens' heads for rank u and where they are packed; between
+ * rank u's rows of the block and where they are packed. Nothing for the own rank. */
+static void add_token_copies(usp_layer *layer, const usp_bundle *bundle, int u, int packs, int adds) {
+    for (int i = 0; u != layer->mesh.u && i < pieces_of(layer, bundle, layer->mesh.u); i++) {
+        bundle_end end = tokens_end(layer, bundle, u, i);
+        usp_copy copy = copy_end(layer, bundle, &end, packs);
+        copy.accumulate = adds;
+        if (!end.lies) usp_copies_add(layer, copy);
+    }
+}
+
+static void add_block_copies(usp_layer *layer, const usp_bundle *bundle, int u, int packs) {
+    for (int i = 0; u != layer->mesh.u && i < pieces_of(layer, bundle, u); i++) {
+        bundle_end end = block_end(layer, bundle, u, i);
+        if (!end.lies) usp_copies_add(layer, copy_end(layer, bundle, &end, packs));
     }
 }
 
 /* ---- messages ---------------------------------------------------------------------------------------------------- */
 
+/* The message of batch entry b of a piece, or of all entries if it does not go in runs. */
+static usp_message message_of(const usp_layer *layer, const usp_bundle *bundle, const bundle_end *end, int b) {
+    const bundle_piece *piece = &end->piece;
+    int peer = usp_mesh_rank(&layer->mesh, piece->u, layer->mesh.r);
+    int64_t size = (int64_t)usp_dtype_size(bundle->wire), row = (int64_t)piece->heads * piece->dim;
+    int64_t bytes = piece->tokens * row * size * (piece->in_runs ? 1 : layer->config.batch);
+    void *packed = advance(end->packed.data, b * end->packed.stride_batch, bundle->wire);
+    if (!end->lies) return usp_message_whole(peer, packed, (size_t)bytes);
+    return (usp_message){.peer = peer,
+                         .base = advance(end->tensor.data, b * end->tensor.stride_batch, end->dtype),
+                         .rows = piece->tokens,
+                         .bytes = (size_t)(row * size),
+                         .stride = (size_t)(end->tensor.stride_token * size),
+                         .packed = packed};
+}
+
+static void post_end(const usp_layer *layer, const usp_bundle *bundle, const bundle_end *end, int sends,
+                     usp_messages *messages) {
+    for (int b = 0; b < (end->piece.in_runs ? layer->config.batch : 1); b++)
+        (sends ? usp_messages_send_rows : usp_messages_recv_rows)(messages, message_of(layer, bundle, end, b));
+}
+
 void usp_bundle_post(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages, int to_heads) {
-    int own = layer->mesh.u;
     for (int u = 0; u < layer->mesh.ulysses; u++) {
-        int peer = usp_mesh_rank(&layer->mesh, u, layer->mesh.r);
-        int64_t tokens = tokens_of(layer, bundle, own) * token_bytes(layer, bundle, u);
-        int64_t block = tokens_of(layer, bundle, u) * token_bytes(layer, bundle, own);
-        if (u == own) continue;
-        usp_messages_send(messages, peer, to_heads ? tokens_side_of(layer, bundle, u) : block_side_of(layer, bundle, u),
-                          to_heads ? tokens : block);
-        usp_messages_recv(messages, peer, to_heads ? block_side_of(layer, bundle, u) : tokens_side_of(layer, bundle, u),
-                          to_heads ? block : tokens);
+        if (u == layer->mesh.u) continue;
+        for (int i = 0; i < pieces_of(layer, bundle, layer->mesh.u); i++) {
+            bundle_end end = tokens_end(layer, bundle, u, i);
+            post_end(layer, bundle, &end, to_heads, messages);
+        }
+        for (int i = 0; i < pieces_of(layer, bundle, u); i++) {
+            bundle_end end = block_end(layer, bundle, u, i);
+            post_end(layer, bundle, &end, !to_heads, messages);
+        }
     }
 }
 
 /* ---- toward heads ------------------------------------------------------------------------------------------------ */
 
 void usp_bundle_pack(usp_layer *layer, const usp_bundle *bundle) {
-    for (int part = 0; part < bundle->parts; part++)
-        for (int u = 0; u < layer->mesh.ulysses; u++) usp_copies_add(layer, copy_tokens(layer, bundle, part, u, 1));
+    add_own_copies(layer, bundle, 1, 0);
+    for (int u = 0; u < layer->mesh.ulysses; u++) add_token_copies(layer, bundle, u, 1, 0);
 }
 
 void usp_bundle_land(usp_layer *layer, const usp_bundle *bundle) {
-    add_block_copies(layer, bundle, 1);
+    for (int u = 0; u < layer->mesh.ulysses; u++) add_block_copies(layer, bundle, u, 0);
 }
 
 /* ---- toward tokens ----------------------------------------------------------------------------------------------- */
 
 void usp_bundle_lift(usp_layer *layer, const usp_bundle *bundle) {
-    add_block_copies(layer, bundle, 0);
-    for (int part = 0; part < bundle->parts && !bundle->sums; part++)
-        usp_copies_add(layer, copy_tokens(layer, bundle, part, layer->mesh.u, 0));
+    for (int u = 0; u < layer->mesh.ulysses; u++) add_block_copies(layer, bundle, u, 1);
+    if (!bundle->sums) add_own_copies(layer, bundle, 0, 0);
 }
 
 /* The bundle whose tokens are the fp32 sums. */
@@ -220,11 +343,8 @@ static usp_status unpack_sums(usp_layer *layer, const usp_bundle *bundle, usp_st
     size_t bytes = (size_t)(tokens * layer->config.batch * whole_row(layer, bundle)) * sizeof(float);
     USP_TRY(device->ops->zero(device, bundle->sum, bytes, stream));
     for (int u = 0; u < layer->mesh.ulysses; u++) {
-        for (int part = 0; part < bundle->parts; part++) {
-            usp_copy copy = copy_tokens(layer, &sums, part, u, 0);
-            copy.accumulate = 1;
-            usp_copies_add(layer, copy);
-        }
+        if (u == layer->mesh.u) add_own_copies(layer, &sums, 0, 1);
+        add_token_copies(layer, &sums, u, 0, 1);
         USP_TRY(usp_copies_run(layer, stream));
     }
     for (int part = 0; part < bundle->parts; part++) {
@@ -242,8 +362,6 @@ static usp_status unpack_sums(usp_layer *layer, const usp_bundle *bundle, usp_st
 
 usp_status usp_bundle_unpack(usp_layer *layer, const usp_bundle *bundle, usp_stream stream) {
     if (bundle->sums) return unpack_sums(layer, bundle, stream);
-    for (int part = 0; part < bundle->parts; part++)
-        for (int u = 0; u < layer->mesh.ulysses; u++)
-            if (u != layer->mesh.u) usp_copies_add(layer, copy_tokens(layer, bundle, part, u, 0));
+    for (int u = 0; u < layer->mesh.ulysses; u++) add_token_copies(layer, bundle, u, 0, 0);
     return USP_OK;
 }

@@ -1,7 +1,10 @@
 /* exchange.h - the head exchange (Ulysses): own tokens of all heads <-> all tokens of the ring rank for own heads.
  *
- * A bundle is one or two operands that travel as one message to each peer: [tokens][batch][heads * dim ...]. Copies
- * pack and land them, by the plan's maps of rows, in one list however many peers, parts and documents there are. */
+ * A bundle is one or two operands that travel together, in pieces. Where the tokens of a rank lie in the block in few
+ * runs, a piece is one run of one part, and travels from where it is to where it belongs as rows. Where they do not, as
+ * with many documents on the per-document layout, a piece is a whole part, which copies pack and land by the plan's
+ * maps of rows. Copies serve the ends that hold another dtype, whose heads lie apart, or that are summed, too. All in
+ * one list however many peers, parts and documents there are. */
 #ifndef USP_EXCHANGE_H
 #define USP_EXCHANGE_H
 #include "layer.h"
@@ -14,13 +17,15 @@ typedef struct usp_bundle_part {
     usp_tensor tokens, block;
 } usp_bundle_part;
 
+enum { USP_MOST_PIECES = 8 }; /* of a bundle between two ranks, batch entries counted */
+
 typedef struct usp_bundle {
     int parts;
     int keys;       /* rows are keys, not queries */
     int sums;       /* toward tokens: parts of shared heads are summed, in fp32 in rank order */
     usp_dtype wire; /* of messages */
     usp_bundle_part part[2];
-    char *tokens_side, *block_side; /* own tokens' rows for all other peers; other peers' rows of the block */
+    char *tokens_side, *block_side; /* packed: own tokens for all other peers; other peers' tokens of the block */
     float *sum;                     /* own tokens of all heads */
 } usp_bundle;
 
@@ -37,11 +42,12 @@ usp_copy usp_bundle_copy(const usp_layer *layer, const usp_bundle *bundle, int p
 /* Carves what lies between the two ends. */
 void usp_bundle_carve(const usp_layer *layer, usp_bundle *bundle, usp_arena *arena);
 
-/* Toward heads: pack adds copies, post messages; when these have arrived land adds copies. */
+/* Toward heads: pack adds copies, of own heads to the block too, post messages; when these have arrived land adds
+ * copies. */
 void usp_bundle_pack(usp_layer *layer, const usp_bundle *bundle);
 void usp_bundle_land(usp_layer *layer, const usp_bundle *bundle);
 
-/* One message to each peer and one from each. */
+/* Messages to each peer and from each. */
 void usp_bundle_post(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages, int to_heads);
 
 /* Toward tokens: lift adds copies, post messages; when these have arrived unpack copies, at once where it sums. */
@@ -51,9 +57,12 @@ usp_status usp_bundle_unpack(usp_layer *layer, const usp_bundle *bundle, usp_str
 /* Bytes of workspace of the head exchange as a call of its own (exchange_alone.c). */
 size_t usp_exchange_alone_bytes(const usp_layer *layer);
 
-/* Copies of any one list of `bundles` bundles at most. */
+/* Copies of any one list of `bundles` bundles at most, and messages of one way. */
 static inline int64_t usp_bundle_copies(const usp_layer *layer, int bundles) {
-    return 2 * bundles * (layer->mesh.ulysses + 3);
+    return bundles * (USP_MOST_PIECES * (int64_t)layer->mesh.ulysses + 4);
+}
+static inline int64_t usp_bundle_messages(const usp_layer *layer, int bundles) {
+    return bundles * USP_MOST_PIECES * (int64_t)layer->mesh.ulysses;
 }
 
 #endif

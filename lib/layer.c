@@ -81,16 +81,17 @@ static int64_t state_capacity(const usp_layer *layer) {
 
 /* Most messages of any one exchange, one way: each bundle's to or from all peers; keys and gradients; states. */
 static int64_t most_messages(const usp_layer *layer) {
-    return 2 * USP_MOST_BUNDLES * (int64_t)layer->mesh.ulysses + 3 * layer->mesh.ring + 8;
+    int64_t heads = USP_MOST_BUNDLES * (int64_t)layer->mesh.ulysses;
+    return usp_bundle_messages(layer, USP_MOST_BUNDLES) + heads + 3 * layer->mesh.ring + 8;
 }
 
 static usp_status allocate_lists(usp_layer *layer, int64_t messages) {
     int64_t copies = usp_bundle_copies(layer, USP_MOST_BUNDLES) + 2 * layer->mesh.ring + 2 * layer->heads;
-    size_t bytes = (size_t)messages * (sizeof(usp_send) + sizeof(usp_recv)) + (size_t)copies * sizeof(usp_copy);
+    size_t bytes = 2 * (size_t)messages * sizeof(usp_message) + (size_t)copies * sizeof(usp_copy);
     USP_TRY(usp_host_alloc(&layer->world->host, bytes, "messages", &layer->list_memory));
     layer->copies.copy = layer->list_memory;
-    layer->messages.send = (usp_send *)(layer->copies.copy + copies);
-    layer->messages.recv = (usp_recv *)(layer->messages.send + messages);
+    layer->messages.send = (usp_message *)(layer->copies.copy + copies);
+    layer->messages.recv = layer->messages.send + messages;
     return USP_OK;
 }
 

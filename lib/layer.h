@@ -9,8 +9,7 @@ enum { USP_OPERANDS = 4 };
 
 /* A list of messages being put together for one exchange. With no arrays it only counts. */
 struct usp_messages {
-    usp_send *send;
-    usp_recv *recv;
+    usp_message *send, *recv;
     int sends, recvs;
     int64_t bytes_sent, bytes_received;
 };
@@ -73,6 +72,8 @@ static inline int usp_layer_ring_rank(const usp_layer *layer, int r) {
 usp_messages *usp_messages_begin(usp_layer *layer);
 void usp_messages_send(usp_messages *messages, int peer, const void *data, int64_t bytes);
 void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t bytes);
+void usp_messages_send_rows(usp_messages *messages, usp_message rows);
+void usp_messages_recv_rows(usp_messages *messages, usp_message rows);
 usp_status usp_messages_exchange(usp_layer *layer);
 usp_status usp_messages_run(usp_layer *layer, usp_stream stream);
 usp_status usp_messages_join(usp_layer *layer, usp_stream stream);

@@ -8,16 +8,24 @@ usp_messages *usp_messages_begin(usp_layer *layer) {
     return &layer->messages;
 }
 
+void usp_messages_send_rows(usp_messages *messages, usp_message rows) {
+    if (!usp_message_bytes(&rows)) return;
+    messages->bytes_sent += (int64_t)usp_message_bytes(&rows);
+    if (messages->send) messages->send[messages->sends++] = rows;
+}
+
+void usp_messages_recv_rows(usp_messages *messages, usp_message rows) {
+    if (!usp_message_bytes(&rows)) return;
+    messages->bytes_received += (int64_t)usp_message_bytes(&rows);
+    if (messages->recv) messages->recv[messages->recvs++] = rows;
+}
+
 void usp_messages_send(usp_messages *messages, int peer, const void *data, int64_t bytes) {
-    if (bytes == 0) return;
-    messages->bytes_sent += bytes;
-    if (messages->send) messages->send[messages->sends++] = (usp_send){peer, data, (size_t)bytes};
+    usp_messages_send_rows(messages, usp_message_whole(peer, data, (size_t)bytes));
 }
 
 void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t bytes) {
-    if (bytes == 0) return;
-    messages->bytes_received += bytes;
-    if (messages->recv) messages->recv[messages->recvs++] = (usp_recv){peer, data, (size_t)bytes};
+    usp_messages_recv_rows(messages, usp_message_whole(peer, data, (size_t)bytes));
 }
 
 usp_status usp_messages_exchange(usp_layer *layer) {

@@ -17,6 +17,7 @@ usp_status usp_ring_side_alloc(const usp_host *host, usp_ring_side *side, const 
     side->run = usp_host_array(host, runs + 1, sizeof *side->run, "plan", &status);
     if (grid->ulysses == 1) return status;
     side->landing = usp_host_array(host, sharding->limit * grid->ulysses, sizeof *side->landing, "plan", &status);
+    side->landing_runs = usp_host_array(host, grid->ulysses, sizeof *side->landing_runs, "plan", &status);
     side->scratch = usp_host_array(host, tokens, sizeof(place), "plan", &status);
     return status;
 }
@@ -25,6 +26,7 @@ void usp_ring_side_free(const usp_host *host, usp_ring_side *side) {
     usp_host_free(host, side->first);
     usp_host_free(host, side->first_run);
     usp_host_free(host, side->landing_end);
+    usp_host_free(host, side->landing_runs);
     usp_host_free(host, side->position);
     usp_host_free(host, side->run);
     usp_host_free(host, side->landing);
@@ -52,6 +54,25 @@ static void deal_rows(usp_ring_side *side, const usp_sharding *sharding, const u
             side->landing[(u ? side->landing_end[u - 1] : 0) + places[token].local] =
                 (int32_t)(next[r] - side->first[r]);
         side->position[next[r]++] = (int32_t)token;
+    }
+}
+
+static usp_landing_runs landing_runs_of(const int32_t *landing, int64_t tokens) {
+    usp_landing_runs found = {0};
+    for (int64_t i = 0; i < tokens && found.runs <= USP_MOST_RUNS; i++) {
+        if (i > 0 && landing[i] == landing[i - 1] + 1) continue;
+        if (found.runs < USP_MOST_RUNS) found.begin[found.runs] = i;
+        found.runs++;
+    }
+    if (found.runs <= USP_MOST_RUNS) found.begin[found.runs] = tokens;
+    return found;
+}
+
+static void find_landing_runs(usp_ring_side *side, int ulysses) {
+    int64_t begin = 0;
+    for (int u = 0; u < ulysses; u++) {
+        side->landing_runs[u] = landing_runs_of(side->landing + begin, side->landing_end[u] - begin);
+        begin = side->landing_end[u];
     }
 }
 
@@ -83,6 +104,7 @@ void usp_ring_side_plan(usp_ring_side *side, const usp_sharding *sharding, const
     if (grid->ulysses > 1) {
         find_places(sharding, side->scratch);
         deal_rows(side, sharding, grid);
+        find_landing_runs(side, grid->ulysses);
     } else {
         list_rows(side, sharding);
     }

@@ -4,6 +4,15 @@
 #define USP_RING_H
 #include "layout.h"
 
+enum { USP_MOST_RUNS = 8 };
+
+/* Runs of a rank's tokens whose rows in the own block lie side by side: run i is tokens begin[i] .. begin[i + 1] - 1.
+ * Where there are more than USP_MOST_RUNS, `runs` is larger too and says no more. */
+typedef struct usp_landing_runs {
+    int runs;
+    int64_t begin[USP_MOST_RUNS + 1];
+} usp_landing_runs;
+
 /* One side (queries or keys) of all ring ranks. */
 typedef struct usp_ring_side {
     int64_t *first;       /* [ring + 1] rows of all blocks before */
@@ -12,7 +21,8 @@ typedef struct usp_ring_side {
     int64_t *first_run;   /* [ring + 1] */
     int32_t *landing;     /* [own rows] by u, then in the local order of that rank: the row of the own block */
     int64_t *landing_end; /* [ulysses] */
-    void *scratch;        /* for planning without allocation; NULL where there is no exchange */
+    usp_landing_runs *landing_runs; /* [ulysses] */
+    void *scratch;                  /* for planning without allocation; NULL where there is no exchange */
 } usp_ring_side;
 
 /* What tells blocks of one sharding apart. */

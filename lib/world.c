@@ -314,7 +314,7 @@ usp_status usp_world_fork(usp_world *world, usp_stream from, usp_stream to) {
     return world->device->ops->event_wait(world->device, world->event, to);
 }
 
-usp_status usp_world_exchange(usp_world *world, const usp_send *sends, int send_count, const usp_recv *recvs,
+usp_status usp_world_exchange(usp_world *world, const usp_message *sends, int send_count, const usp_message *recvs,
                               int recv_count) {
     return world->transport->ops->exchange(world->transport, sends, send_count, recvs, recv_count, world->transfer);
 }

@@ -45,7 +45,7 @@ usp_status usp_world_conclude(usp_world *world, usp_status status);
 
 /* The transport's exchange on the transfer stream. The caller forks to it before and from it where the data is needed.
  */
-usp_status usp_world_exchange(usp_world *world, const usp_send *sends, int send_count, const usp_recv *recvs,
+usp_status usp_world_exchange(usp_world *world, const usp_message *sends, int send_count, const usp_message *recvs,
                               int recv_count);
 
 /* One named field of the record that ranks compare. */

@@ -53,8 +53,8 @@ static int refuse_split(usp_transport *transport) {
 /* Rank 0 sends rank 1 another size than it expects. Every rank hears of it; nothing is written behind the buffer. */
 static int mismatch(usp_transport *transport, size_t sent, size_t expected, const char *words) {
     char data[256], untouched[256];
-    usp_send send = {1, data, sent};
-    usp_recv recv = {0, data, expected};
+    usp_message send = usp_message_whole(1, data, sent);
+    usp_message recv = usp_message_whole(0, data, expected);
     usp_status status = USP_OK;
     memset(data, GUARD, sizeof data);
     memset(untouched, GUARD, sizeof untouched);
@@ -80,7 +80,7 @@ static int too_short(usp_transport *transport) {
 /* Rank 0 lives but does not come. The others name it in time. */
 static int stay_away(usp_transport *transport) {
     char byte = 0;
-    usp_recv recv = {0, &byte, 1};
+    usp_message recv = usp_message_whole(0, &byte, 1);
     double begin = now_ms();
     if (transport->rank == 0) rest(LIMIT_MS + MARGIN_MS);
     usp_status status = transport->ops->exchange(transport, NULL, 0, &recv, transport->rank != 0, NULL);
@@ -94,7 +94,7 @@ static int stay_away(usp_transport *transport) {
 /* Rank 0 gives up while the others wait for it. */
 static int give_up(usp_transport *transport) {
     char byte = 0;
-    usp_recv recv = {0, &byte, 1};
+    usp_message recv = usp_message_whole(0, &byte, 1);
     if (transport->rank == 0) usp_transport_abort(transport);
     usp_status status = transport->ops->exchange(transport, NULL, 0, &recv, transport->rank != 0, NULL);
     return usp_check_failure(transport, status, USP_COMM, "rank 0");
@@ -103,7 +103,7 @@ static int give_up(usp_transport *transport) {
 /* Rank 0 leaves in peace while the others wait for it: at the time limit they know. */
 static int leave(usp_transport *transport) {
     char byte = 0;
-    usp_recv recv = {0, &byte, 1};
+    usp_message recv = usp_message_whole(0, &byte, 1);
     if (transport->rank == 0) return 0;
     return usp_check_failure(transport, transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL), USP_PEER_LOST,
                              "rank 0");

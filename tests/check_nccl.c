@@ -103,8 +103,8 @@ typedef struct usp_traffic {
     usp_transport *transport;
     char *out, *in; /* device memory */
     size_t out_bytes, in_bytes;
-    usp_send sends[MOST_RANKS];
-    usp_recv recvs[MOST_RANKS];
+    usp_message sends[MOST_RANKS];
+    usp_message recvs[MOST_RANKS];
     int count;
     char *host; /* of both sizes, one after the other */
 } usp_traffic;
@@ -123,8 +123,8 @@ static void lay_out(usp_traffic *traffic, const usp_player *player) {
     for (int peer = 0; peer < player->size; peer++) {
         if (peer == player->rank) continue;
         size_t out = message_bytes(player->rank, peer), in = message_bytes(peer, player->rank);
-        traffic->sends[traffic->count] = (usp_send){peer, traffic->out + traffic->out_bytes, out};
-        traffic->recvs[traffic->count++] = (usp_recv){peer, traffic->in + traffic->in_bytes, in};
+        traffic->sends[traffic->count] = usp_message_whole(peer, traffic->out + traffic->out_bytes, out);
+        traffic->recvs[traffic->count++] = usp_message_whole(peer, traffic->in + traffic->in_bytes, in);
         traffic->out_bytes += out;
         traffic->in_bytes += in;
     }
@@ -350,8 +350,8 @@ static usp_traffic spread(const usp_player *player, usp_transport *transport, ch
         .transport = transport, .out = memory, .in = memory + bytes, .out_bytes = bytes, .in_bytes = bytes};
     for (int i = 1; i <= peers; i++, traffic.count++) {
         int to = (player->rank + i) % player->size, from = (player->rank + player->size - i) % player->size;
-        traffic.sends[traffic.count] = (usp_send){to, traffic.out + each * (size_t)traffic.count, each};
-        traffic.recvs[traffic.count] = (usp_recv){from, traffic.in + each * (size_t)traffic.count, each};
+        traffic.sends[traffic.count] = usp_message_whole(to, traffic.out + each * (size_t)traffic.count, each);
+        traffic.recvs[traffic.count] = usp_message_whole(from, traffic.in + each * (size_t)traffic.count, each);
     }
     return traffic;
 }

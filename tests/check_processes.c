@@ -133,8 +133,8 @@ static int usp_scene_conformance(const usp_cast *cast, usp_host *host, usp_devic
 
 static usp_status usp_ring_step(usp_transport *transport, size_t bytes) {
     static char in[1 << 18], out[1 << 18];
-    usp_send send = {(transport->rank + 1) % transport->size, out, bytes};
-    usp_recv recv = {(transport->rank + transport->size - 1) % transport->size, in, bytes};
+    usp_message send = usp_message_whole((transport->rank + 1) % transport->size, out, bytes);
+    usp_message recv = usp_message_whole((transport->rank + transport->size - 1) % transport->size, in, bytes);
     return transport->ops->exchange(transport, &send, 1, &recv, 1, NULL);
 }
 
@@ -211,8 +211,8 @@ static int usp_scene_chain(const usp_cast *cast, usp_host *host, usp_device *dev
     usp_transport *transport;
     char last[32], byte = 0;
     if (usp_check(NULL, usp_join(&circle, host, device, &transport) == USP_OK, "join: %s", usp_last_error())) return 1;
-    usp_send send = {transport->rank - 1, &byte, 1};
-    usp_recv recv = {transport->rank + 1, &byte, 1};
+    usp_message send = usp_message_whole(transport->rank - 1, &byte, 1);
+    usp_message recv = usp_message_whole(transport->rank + 1, &byte, 1);
     usp_words(last, transport->size - 1);
     int is_last = transport->rank == transport->size - 1;
     usp_rest(is_last ? 2 * cast->timeout_ms : 40 * transport->rank);
@@ -233,7 +233,7 @@ static int usp_scene_stopped_waiting(const usp_cast *cast, usp_host *host, usp_d
     char byte = 0;
     if (usp_check(NULL, usp_join(&circle, host, device, &transport) == USP_OK, "join: %s", usp_last_error())) return 1;
     if (cast->rank == 1 && pthread_create(&thread, NULL, usp_strike_soon, &own) != 0) return 1;
-    usp_recv recv = {cast->rank == 1 ? 2 : 1, &byte, 1};
+    usp_message recv = usp_message_whole(cast->rank == 1 ? 2 : 1, &byte, 1);
     if (cast->rank == 2) usp_rest(cast->timeout_ms * 3 / 4);
     int wrong = usp_check_failure(transport, transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL), USP_TIMEOUT,
                                   "rank 1 ");

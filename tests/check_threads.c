@@ -101,20 +101,20 @@ static int usp_scene_mismatch(const usp_crew *crew, usp_transport *transport) {
 /* One step of a ring, or one exchange of everybody with everybody. */
 static usp_status usp_ring_step(usp_transport *transport) {
     char in[16], out[16] = {0};
-    usp_send send = {(transport->rank + 1) % transport->size, out, sizeof out};
-    usp_recv recv = {(transport->rank + transport->size - 1) % transport->size, in, sizeof in};
+    usp_message send = usp_message_whole((transport->rank + 1) % transport->size, out, sizeof out);
+    usp_message recv = usp_message_whole((transport->rank + transport->size - 1) % transport->size, in, sizeof in);
     return transport->ops->exchange(transport, &send, 1, &recv, 1, NULL);
 }
 
 static usp_status usp_all_step(usp_transport *transport) {
     char in[USP_MOST][16], out[16] = {0};
-    usp_send sends[USP_MOST];
-    usp_recv recvs[USP_MOST];
+    usp_message sends[USP_MOST];
+    usp_message recvs[USP_MOST];
     int count = 0;
     for (int peer = 0; peer < transport->size; peer++) {
         if (peer == transport->rank) continue;
-        sends[count] = (usp_send){peer, out, sizeof out};
-        recvs[count++] = (usp_recv){peer, in[peer], sizeof in[peer]};
+        sends[count] = usp_message_whole(peer, out, sizeof out);
+        recvs[count++] = usp_message_whole(peer, in[peer], sizeof in[peer]);
     }
     return transport->ops->exchange(transport, sends, count, recvs, count, NULL);
 }
@@ -145,8 +145,8 @@ static int usp_scene_late(const usp_crew *crew, usp_transport *transport) {
 /* Each rank waits for the next one, the first rank longest: it must look past those that wait themselves. */
 static int usp_scene_chain(const usp_crew *crew, usp_transport *transport) {
     char last[32], byte = 0;
-    usp_send send = {transport->rank - 1, &byte, 1};
-    usp_recv recv = {transport->rank + 1, &byte, 1};
+    usp_message send = usp_message_whole(transport->rank - 1, &byte, 1);
+    usp_message recv = usp_message_whole(transport->rank + 1, &byte, 1);
     usp_words(last, transport->size - 1);
     int is_last = transport->rank == transport->size - 1;
     usp_rest(is_last ? 3 * crew->timeout_ms : 20 * transport->rank);
@@ -183,8 +183,8 @@ static int usp_scene_left_early(const usp_crew *crew, usp_transport *transport) 
     char byte = 0;
     int wrong = usp_check(transport, usp_ring_step(transport) == USP_OK, "first step: %s", usp_last_error());
     for (int i = 0; i < 100 && transport->rank != crew->odd && transport->rank < 2; i++) {
-        usp_send send = {1 - transport->rank, &byte, 1};
-        usp_recv recv = {1 - transport->rank, &byte, 1};
+        usp_message send = usp_message_whole(1 - transport->rank, &byte, 1);
+        usp_message recv = usp_message_whole(1 - transport->rank, &byte, 1);
         usp_status status = transport->rank == 0 ? transport->ops->exchange(transport, &send, 1, NULL, 0, NULL)
                                                  : transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL);
         wrong += usp_check(transport, status == USP_OK, "step %d: %s", i, usp_last_error());
@@ -342,8 +342,8 @@ static void usp_keep_memory(void *user, void *memory) {
 /* Rank 0 sends to rank 1 and is stuck in its copy from rank 2. */
 static usp_status usp_exchange_stuck(usp_transport *transport) {
     char in[4], out[4] = {0};
-    usp_send send = {transport->rank == 0 ? 1 : 0, out, sizeof out};
-    usp_recv recv = {transport->rank == 0 ? 2 : 0, in, sizeof in};
+    usp_message send = usp_message_whole(transport->rank == 0 ? 1 : 0, out, sizeof out);
+    usp_message recv = usp_message_whole(transport->rank == 0 ? 2 : 0, in, sizeof in);
     usp_rest(transport->rank == 0 ? 50 : transport->rank == 1 ? 200 : 0);
     return transport->ops->exchange(transport, &send, transport->rank != 1, &recv, transport->rank != 2, NULL);
 }

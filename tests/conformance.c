@@ -70,27 +70,38 @@ static size_t usp_bytes(const usp_round *round, int from, int to, int k) {
         return rest % 64 == 0 ? (size_t)1 << 20 : 5;
     case 3:
         return (size_t)(rest % 100000);
-    default:
+    case 4:
+    case 5:
         return (size_t)(rest % 3000);
+    default:
+        return (size_t)(rest % 40) * 240; /* in rows of many lengths */
     }
 }
 
-static void usp_fill(const usp_round *round, int from, int to, int k, unsigned char *data, size_t bytes) {
+/* Rows of `row` bytes, `stride` apart. */
+static void usp_fill(const usp_round *round, int from, int to, int k, unsigned char *data, size_t bytes, size_t row,
+                     size_t stride) {
     uint64_t hash = usp_draw(round, from, to, 1000 + k);
     for (size_t i = 0; i < bytes; i++) {
         hash = hash * 6364136223846793005u + 1442695040888963407u;
-        data[i] = (unsigned char)(hash >> 56);
+        data[i / row * stride + i % row] = (unsigned char)(hash >> 56);
     }
 }
 
 /* ---- one side of an exchange ------------------------------------------------------------------------------------- */
 
-/* The messages that go one way, with guards between them, on the host and on the device. */
+/* Where a message lies, and where it may be packed. */
+typedef struct usp_place {
+    size_t at, bytes, row, stride, packed;
+} usp_place;
+
+/* The messages that go one way, with guards between them and between their rows, on the host and on the device; behind
+ * all of them, where they may be packed. */
 typedef struct usp_side {
     int count;
     int *peer, *k; /* of each message */
-    size_t *at, *bytes;
-    size_t total;
+    usp_place *place;
+    size_t total, with_packed;
     unsigned char *host;
     void *device;
 } usp_side;
@@ -118,19 +129,37 @@ static void usp_order(const usp_transport *transport, const usp_round *round, in
         for (int j = 0; j < i; j++) side->k[i] += side->peer[j] == side->peer[i];
 }
 
+/* How one side cuts a message into rows is its own affair. */
+static usp_place usp_place_of(const usp_round *round, const usp_transport *transport, int incoming, int i, size_t at,
+                              size_t bytes) {
+    const size_t rows[] = {0, 2, 4, 6, 16, 48, 80, 240};
+    uint64_t draw = usp_draw(round, transport->rank, i, 3000 + incoming);
+    size_t row = rows[draw % 8], gap = 2 * (size_t)(draw / 8 % 20);
+    if (row == 0 || bytes % row != 0) return (usp_place){at, bytes, bytes ? bytes : 1, bytes ? bytes : 1, 0};
+    return (usp_place){at + at % 2, bytes, row, row + gap, 0};
+}
+
+static size_t usp_extent(const usp_place *place) {
+    return place->bytes ? (place->bytes / place->row - 1) * place->stride + place->row : 0;
+}
+
 static void usp_side_plan(const usp_transport *transport, const usp_round *round, int incoming, usp_side *side) {
     size_t most = (size_t)transport->size * USP_MANY + 1;
     *side = (usp_side){.peer = calloc(most, sizeof(int)), .k = calloc(most, sizeof(int))};
-    side->at = calloc(most, sizeof(size_t));
-    side->bytes = calloc(most, sizeof(size_t));
+    side->place = calloc(most, sizeof(usp_place));
     usp_order(transport, round, incoming, side);
     for (int i = 0; i < side->count; i++) {
-        side->at[i] = side->total + USP_GUARD;
         int from = usp_from(transport, incoming, side->peer[i]), to = usp_to(transport, incoming, side->peer[i]);
-        side->bytes[i] = usp_bytes(round, from, to, side->k[i]);
-        side->total = side->at[i] + side->bytes[i];
+        size_t bytes = usp_bytes(round, from, to, side->k[i]);
+        side->place[i] = usp_place_of(round, transport, incoming, i, side->total + USP_GUARD, bytes);
+        side->total = side->place[i].at + usp_extent(&side->place[i]);
     }
     side->total += USP_GUARD;
+    side->with_packed = side->total;
+    for (int i = 0; i < side->count; i++) {
+        side->place[i].packed = (side->with_packed + 15) / 16 * 16;
+        side->with_packed = side->place[i].packed + side->place[i].bytes;
+    }
     side->host = malloc(side->total);
     memset(side->host, USP_GUARD_BYTE, side->total);
 }
@@ -138,14 +167,16 @@ static void usp_side_plan(const usp_transport *transport, const usp_round *round
 /* Writes what every message should hold. */
 static void usp_side_fill(const usp_transport *transport, const usp_round *round, int incoming, const usp_side *side,
                           unsigned char *data) {
-    for (int i = 0; i < side->count; i++)
+    for (int i = 0; i < side->count; i++) {
+        const usp_place *place = &side->place[i];
         usp_fill(round, usp_from(transport, incoming, side->peer[i]), usp_to(transport, incoming, side->peer[i]),
-                 side->k[i], data + side->at[i], side->bytes[i]);
+                 side->k[i], data + place->at, place->bytes, place->row, place->stride);
+    }
 }
 
 static void usp_side_free(const usp_transport *transport, usp_side *side) {
     if (side->device) transport->device->ops->free(transport->device, side->device);
-    free(side->peer), free(side->k), free(side->at), free(side->bytes), free(side->host);
+    free(side->peer), free(side->k), free(side->place), free(side->host);
 }
 
 static usp_status usp_drain(const usp_transport *transport, usp_stream stream) {
@@ -157,7 +188,7 @@ static usp_status usp_drain(const usp_transport *transport, usp_stream stream) {
 
 static usp_status usp_to_device(const usp_transport *transport, usp_side *side, usp_stream stream) {
     const usp_device_ops *ops = transport->device->ops;
-    usp_status status = ops->alloc(transport->device, side->total, &side->device);
+    usp_status status = ops->alloc(transport->device, side->with_packed, &side->device);
     if (status == USP_OK) status = ops->copy(transport->device, side->device, side->host, side->total, stream);
     return status;
 }
@@ -169,14 +200,22 @@ static usp_status usp_from_device(const usp_transport *transport, usp_side *side
 
 /* ---- exchange ---------------------------------------------------------------------------------------------------- */
 
+static usp_message usp_message_of(const usp_side *side, int i) {
+    const usp_place *place = &side->place[i];
+    return (usp_message){.peer = side->peer[i],
+                         .base = (char *)side->device + place->at,
+                         .rows = (int64_t)(place->bytes / place->row),
+                         .bytes = place->row,
+                         .stride = place->stride,
+                         .packed = (char *)side->device + place->packed};
+}
+
 static usp_status usp_exchange_sides(usp_transport *transport, const usp_side *out, const usp_side *in,
                                      usp_stream stream) {
-    usp_send *sends = calloc((size_t)out->count + 1, sizeof *sends);
-    usp_recv *recvs = calloc((size_t)in->count + 1, sizeof *recvs);
-    for (int i = 0; i < out->count; i++)
-        sends[i] = (usp_send){out->peer[i], (char *)out->device + out->at[i], out->bytes[i]};
-    for (int i = 0; i < in->count; i++)
-        recvs[i] = (usp_recv){in->peer[i], (char *)in->device + in->at[i], in->bytes[i]};
+    usp_message *sends = calloc((size_t)out->count + 1, sizeof *sends);
+    usp_message *recvs = calloc((size_t)in->count + 1, sizeof *recvs);
+    for (int i = 0; i < out->count; i++) sends[i] = usp_message_of(out, i);
+    for (int i = 0; i < in->count; i++) recvs[i] = usp_message_of(in, i);
     usp_status status = transport->ops->exchange(transport, sends, out->count, recvs, in->count, stream);
     free(sends), free(recvs);
     return status;
@@ -222,8 +261,9 @@ static int usp_check_gather(usp_transport *transport, unsigned seed, size_t byte
     unsigned char *mine = malloc(bytes + 1), *all = malloc(total + 1), *expected = malloc(total + 1);
     memset(all, 0, total + 1);
     memset(expected, 0, total + 1);
-    usp_fill(&round, transport->rank, 0, 0, mine, bytes);
-    for (int i = 0; i < transport->size; i++) usp_fill(&round, i, 0, 0, expected + (size_t)i * bytes, bytes);
+    usp_fill(&round, transport->rank, 0, 0, mine, bytes, bytes + 1, 0);
+    for (int i = 0; i < transport->size; i++)
+        usp_fill(&round, i, 0, 0, expected + (size_t)i * bytes, bytes, bytes + 1, 0);
     int wrong = usp_check_ok(transport, usp_transport_allgather(transport, mine, all, bytes), "allgather");
     if (!wrong)
         wrong = usp_check(transport, memcmp(all, expected, total + 1) == 0, "allgather of %zu: wrong bytes", bytes);
@@ -243,8 +283,9 @@ static usp_status usp_shift_shared(usp_transport *transport, unsigned char *shar
     const usp_device_ops *ops = transport->device->ops;
     unsigned char mine[256];
     memset(mine, transport->rank + 1, sizeof mine);
-    usp_send send = {(transport->rank + 1) % transport->size, shared, bytes};
-    usp_recv recv = {(transport->rank + transport->size - 1) % transport->size, shared + bytes, bytes};
+    usp_message send = usp_message_whole((transport->rank + 1) % transport->size, shared, bytes);
+    usp_message recv =
+        usp_message_whole((transport->rank + transport->size - 1) % transport->size, shared + bytes, bytes);
     usp_status status = ops->copy(transport->device, shared, mine, bytes, NULL);
     if (status == USP_OK && transport->size > 1) status = transport->ops->exchange(transport, &send, 1, &recv, 1, NULL);
     if (status == USP_OK && transport->size == 1)
@@ -272,8 +313,9 @@ static int usp_check_shared(usp_transport *transport) {
 /* Lists that no transport may take; nobody else hears of them. */
 static int usp_check_refusals(usp_transport *transport) {
     char byte = 0;
-    usp_send self = {transport->rank, &byte, 1}, beyond = {transport->size, &byte, 1};
-    usp_recv before = {-1, &byte, 1};
+    usp_message self = usp_message_whole(transport->rank, &byte, 1);
+    usp_message beyond = usp_message_whole(transport->size, &byte, 1);
+    usp_message before = usp_message_whole(-1, &byte, 1);
     usp_status status = transport->ops->exchange(transport, &self, 1, NULL, 0, NULL);
     int wrong = usp_check_failure(transport, status, USP_INVALID, "itself");
     status = transport->ops->exchange(transport, &beyond, 1, NULL, 0, NULL);
@@ -299,8 +341,8 @@ int usp_check_transport_mismatch(usp_transport *transport) {
     char out[64] = {0}, in[96], untouched[96];
     memset(in, USP_GUARD_BYTE, sizeof in);
     memset(untouched, USP_GUARD_BYTE, sizeof untouched);
-    usp_send send = {1, out, sizeof out};
-    usp_recv recv = {0, in, 32}, never = {1, in, 96};
+    usp_message send = usp_message_whole(1, out, sizeof out);
+    usp_message recv = usp_message_whole(0, in, 32), never = usp_message_whole(1, in, 96);
     usp_status status = USP_OK;
     if (transport->rank == 0) status = transport->ops->exchange(transport, &send, 1, &never, 1, NULL);
     if (transport->rank == 1) status = transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL);

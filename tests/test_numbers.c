@@ -43,8 +43,8 @@ static usp_status count_totals(usp_device *device, const usp_linear *args, usp_s
     return launch(device)->linear_totals(device, args, stream);
 }
 
-static usp_status count_exchange(usp_transport *transport, const usp_send *sends, int send_count, const usp_recv *recvs,
-                                 int recv_count, usp_stream stream) {
+static usp_status count_exchange(usp_transport *transport, const usp_message *sends, int send_count,
+                                 const usp_message *recvs, int recv_count, usp_stream stream) {
     line_counter *c = (line_counter *)(uintptr_t)transport->ops;
     c->messages += send_count + recv_count;
     return c->true_comm->exchange(transport, sends, send_count, recvs, recv_count, stream);
@@ -90,7 +90,7 @@ static int few_launches(usp_rank *rank, void *argument) {
     counts one, many;
     (void)argument;
     if (count_one(rank, &c, 1, &one) || count_one(rank, &c, 512, &many)) return 1;
-    if (one.launches > 14 || one.messages > 24)
+    if (one.launches > 3 || one.messages > 44)
         usp_say(rank, "%lld launches and %lld messages", (long long)one.launches, (long long)one.messages);
     if (many.launches != one.launches || many.messages != one.messages)
         usp_say(rank, "512 documents: %lld launches and %lld messages, one: %lld and %lld", (long long)many.launches,

@@ -66,15 +66,15 @@ static usp_status prepare(usp_transport *transport, int64_t messages, size_t byt
     return trace_of(transport)->inside->ops->prepare(trace_of(transport)->inside, messages, bytes);
 }
 
-static usp_status exchange(usp_transport *transport, const usp_send *sends, int send_count, const usp_recv *recvs,
+static usp_status exchange(usp_transport *transport, const usp_message *sends, int send_count, const usp_message *recvs,
                            int recv_count, usp_stream stream) {
     usp_trace *trace = trace_of(transport);
     size_t bytes = 0;
     note(trace, 'X');
-    for (int i = 0; i < send_count; bytes += sends[i++].bytes)
-        trace->traffic.sent[sends[i].peer] += (int64_t)sends[i].bytes;
-    for (int i = 0; i < recv_count; bytes += recvs[i++].bytes)
-        trace->traffic.received[recvs[i].peer] += (int64_t)recvs[i].bytes;
+    for (int i = 0; i < send_count; bytes += usp_message_bytes(&sends[i++]))
+        trace->traffic.sent[sends[i].peer] += (int64_t)usp_message_bytes(&sends[i]);
+    for (int i = 0; i < recv_count; bytes += usp_message_bytes(&recvs[i++]))
+        trace->traffic.received[recvs[i].peer] += (int64_t)usp_message_bytes(&recvs[i]);
     trace->traffic.unprepared += send_count + recv_count > trace->messages || bytes > trace->bytes;
     trace->exchanging = 1;
     usp_status status = trace->inside->ops->exchange(trace->inside, sends, send_count, recvs, recv_count, stream);

@@ -32,6 +32,14 @@ static usp_status cpu_copy(usp_device *device, void *to, const void *from, size_
     return USP_OK;
 }
 
+static usp_status cpu_copy_2d(usp_device *device, void *to, size_t to_stride, const void *from, size_t from_stride,
+                              size_t bytes, int64_t rows, usp_stream stream) {
+    (void)device, (void)stream;
+    for (int64_t i = 0; i < rows && bytes; i++)
+        memcpy((char *)to + (size_t)i * to_stride, (const char *)from + (size_t)i * from_stride, bytes);
+    return USP_OK;
+}
+
 static usp_status cpu_zero(usp_device *device, void *memory, size_t bytes, usp_stream stream) {
     (void)device, (void)stream;
     if (bytes) memset(memory, 0, bytes);
@@ -127,6 +135,7 @@ static const usp_device_ops cpu_ops = {
     .alloc = cpu_alloc,
     .free = cpu_free,
     .copy = cpu_copy,
+    .copy_2d = cpu_copy_2d,
     .zero = cpu_zero,
     .alloc_host = cpu_alloc,
     .free_host = cpu_free,
