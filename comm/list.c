@@ -60,7 +60,8 @@ enum { COPIES = 16 }; /* of one launch */
 
 /* Rows as copies of numbers: as wide ones as fit. */
 static usp_copy copy_of(const usp_message *message, int unpacks) {
-    int wide = message->bytes % 4 == 0 && message->stride % 4 == 0 && (uintptr_t)message->base % 4 == 0;
+    uintptr_t addresses = (uintptr_t)message->base | (uintptr_t)message->packed;
+    int wide = (message->bytes | message->stride | addresses) % 4 == 0;
     usp_dtype dtype = wide ? USP_F32 : USP_BF16;
     int64_t size = wide ? 4 : 2, dim = (int64_t)message->bytes / size;
     usp_tensor lying = {message->base, 0, (int64_t)message->stride / size, dim},
@@ -79,12 +80,13 @@ static usp_status copy_all(usp_device *device, const usp_message *messages, int 
     usp_copy copies[COPIES];
     int filled = 0;
     for (int i = 0; i < count; i++) {
-        if (!usp_message_lies_apart(&messages[i]) || !usp_message_bytes(&messages[i])) continue;
+        const usp_message *message = &messages[i];
+        if (!message->packed || message->packed == message->base || !usp_message_bytes(message)) continue;
         if (filled == COPIES) {
             USP_TRY(device->ops->copy_rows(device, copies, filled, stream));
             filled = 0;
         }
-        copies[filled++] = copy_of(&messages[i], unpacks);
+        copies[filled++] = copy_of(message, unpacks);
     }
     return filled ? device->ops->copy_rows(device, copies, filled, stream) : USP_OK;
 }
@@ -95,4 +97,13 @@ usp_status usp_list_pack(usp_device *device, const usp_message *messages, int co
 
 usp_status usp_list_unpack(usp_device *device, const usp_message *messages, int count, usp_stream stream) {
     return copy_all(device, messages, count, 1, stream);
+}
+
+usp_message usp_list_take_packed(const usp_message *messages, int count, int *i) {
+    const usp_message *first = &messages[*i];
+    void *data = first->packed ? first->packed : first->base;
+    size_t bytes = 0;
+    do bytes += usp_message_bytes(&messages[*i]);
+    while (++*i < count && messages[*i].joined);
+    return usp_message_whole(first->peer, data, bytes);
 }

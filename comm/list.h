@@ -25,12 +25,12 @@ usp_status usp_message_copy(usp_device *device, const usp_message *to, const usp
 
 /* ---- transports that move no rows that lie apart ----------------------------------------------------------------- */
 
-/* Where the bytes of a message are side by side: as it lies, or packed. */
-static inline void *usp_message_packed(const usp_message *message) {
-    return usp_message_lies_apart(message) ? message->packed : message->base;
-}
-/* Enqueue the copies of all rows that lie apart to where they are packed, and back: a launch for many messages. */
+/* Enqueue the copies of all rows to where they are packed, and back: a launch for many messages. Rows that lie side by
+ * side are packed too, so that both sides of a message are of the same kind of memory: NCCL waits for ever where it has
+ * registered one side only. */
 usp_status usp_list_pack(usp_device *device, const usp_message *messages, int count, usp_stream stream);
 usp_status usp_list_unpack(usp_device *device, const usp_message *messages, int count, usp_stream stream);
+/* Message *i, and all that are joined to it, as bytes side by side, packed if they can be; *i is behind them then. */
+usp_message usp_list_take_packed(const usp_message *messages, int count, int *i);
 
 #endif

@@ -94,16 +94,24 @@ static int post_one(usp_mpi *self, const usp_transfer *transfer, void *data) {
 }
 
 static usp_status post(usp_mpi *self, const usp_message *message, int is_recv) {
-    size_t bytes = usp_message_bytes(message);
-    for (size_t at = 0; at < bytes; at += CHUNK_BYTES) {
-        size_t left = bytes - at;
+    for (size_t at = 0; at < message->bytes; at += CHUNK_BYTES) {
+        size_t left = message->bytes - at;
         usp_transfer transfer = {message->peer, left < CHUNK_BYTES ? (int)left : CHUNK_BYTES, is_recv, 0};
-        int code = post_one(self, &transfer, (char *)usp_message_packed(message) + at);
+        int code = post_one(self, &transfer, (char *)message->base + at);
         if (code != MPI_SUCCESS) return fail_mpi(self->base.rank, is_recv ? "MPI_Irecv" : "MPI_Isend", code);
     }
     return USP_OK;
 }
 
+static usp_status post_way(usp_mpi *self, const usp_message *messages, int count, int is_recv) {
+    for (int i = 0; i < count;) {
+        usp_message message = usp_list_take_packed(messages, count, &i);
+        USP_TRY(post(self, &message, is_recv));
+    }
+    return USP_OK;
+}
+
+/* Room for all, joined or not. */
 static usp_status post_all(usp_mpi *self, const usp_message *sends, int send_count, const usp_message *recvs,
                            int recv_count) {
     int count = 0;
@@ -111,9 +119,8 @@ static usp_status post_all(usp_mpi *self, const usp_message *sends, int send_cou
     for (int i = 0; i < recv_count; i++) count += chunks_of(usp_message_bytes(&recvs[i]));
     USP_TRY(reserve(self, count));
     self->count = 0;
-    for (int i = 0; i < recv_count; i++) USP_TRY(post(self, &recvs[i], 1));
-    for (int i = 0; i < send_count; i++) USP_TRY(post(self, &sends[i], 0));
-    return USP_OK;
+    USP_TRY(post_way(self, recvs, recv_count, 1));
+    return post_way(self, sends, send_count, 0);
 }
 
 /* A message that ended must have carried what was planned. */

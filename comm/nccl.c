@@ -101,21 +101,16 @@ static int is_empty(const usp_lists *lists) {
     return bytes == 0;
 }
 
-static ncclResult_t issue_one(usp_nccl *self, const usp_message *message, int receives, usp_stream stream) {
-    void *data = usp_message_packed(message);
-    size_t bytes = usp_message_bytes(message);
-    if (bytes == 0) return ncclSuccess;
-    return receives ? ncclRecv(data, bytes, ncclUint8, message->peer, self->comm, stream)
-                    : ncclSend(data, bytes, ncclUint8, message->peer, self->comm, stream);
-}
-
-/* Every message of the lists, inside a group. The peer of the one that was refused goes to *peer. */
-static ncclResult_t issue(usp_nccl *self, const usp_lists *lists, usp_stream stream, int *peer) {
-    for (int i = 0; i < lists->send_count + lists->recv_count; i++) {
-        int receives = i >= lists->send_count;
-        const usp_message *message = receives ? &lists->recvs[i - lists->send_count] : &lists->sends[i];
-        *peer = message->peer;
-        ncclResult_t result = issue_one(self, message, receives, stream);
+/* Every message of one way, packed, inside a group. The peer of the one that was refused goes to *peer. */
+static ncclResult_t issue(usp_nccl *self, const usp_message *messages, int count, int receives, usp_stream stream,
+                          int *peer) {
+    for (int i = 0; i < count;) {
+        usp_message message = usp_list_take_packed(messages, count, &i);
+        if (message.bytes == 0) continue;
+        *peer = message.peer;
+        ncclResult_t result = receives
+                                  ? ncclRecv(message.base, message.bytes, ncclUint8, message.peer, self->comm, stream)
+                                  : ncclSend(message.base, message.bytes, ncclUint8, message.peer, self->comm, stream);
         if (usp_nccl_went_wrong(result)) return result;
     }
     return ncclSuccess;
@@ -125,7 +120,8 @@ static ncclResult_t issue(usp_nccl *self, const usp_lists *lists, usp_stream str
 static ncclResult_t launch(usp_nccl *self, const usp_lists *lists, usp_stream stream, int *peer) {
     ncclResult_t result = ncclGroupStart();
     if (result != ncclSuccess) return result;
-    ncclResult_t issued = issue(self, lists, stream, peer);
+    ncclResult_t issued = issue(self, lists->sends, lists->send_count, 0, stream, peer);
+    if (!usp_nccl_went_wrong(issued)) issued = issue(self, lists->recvs, lists->recv_count, 1, stream, peer);
     result = ncclGroupEnd();
     if (!usp_nccl_went_wrong(issued)) *peer = -1;
     return usp_nccl_went_wrong(issued) ? issued : result;
@@ -195,8 +191,9 @@ static usp_status nccl_exchange(usp_transport *transport, const usp_message *sen
     usp_channel_progress(self->base.control, self->exchanges, -1);
     if (is_empty(&lists)) return USP_OK;
     usp_status status = usp_list_pack(transport->device, sends, send_count, stream);
-    if (status == USP_OK) status = move(self, &lists, stream);
-    if (status == USP_OK) status = usp_list_unpack(transport->device, recvs, recv_count, stream);
+    if (status != USP_OK) return usp_nccl_give_up(self, status);
+    USP_TRY(move(self, &lists, stream));
+    status = usp_list_unpack(transport->device, recvs, recv_count, stream);
     if (status == USP_OK) status = set_probe(self, stream);
     return status == USP_OK ? USP_OK : usp_nccl_give_up(self, status);
 }

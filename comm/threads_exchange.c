@@ -116,11 +116,11 @@ static usp_status receive(usp_threads *self, int peer, const usp_errand *errand,
     usp_seat *sender = &meeting->seats[peer];
     if (in->want == USP_NO_MESSAGE || in->next == USP_NO_MESSAGE) return USP_OK;
     const usp_message *recv = &errand->recvs[in->want];
+    USP_TRY(compare_plans(meeting, rank, peer));
     size_t sent = usp_message_bytes(&sender->sends[in->next]), expected = usp_message_bytes(recv);
     if (sent != expected)
         return usp_threads_fail(meeting, USP_COMM, "rank %d sends %zu bytes to rank %d, which expects %zu", peer, sent,
                                 rank, expected);
-    USP_TRY(compare_plans(meeting, rank, peer));
     usp_status status = copy_message(self, in, sender, recv, errand->stream);
     pthread_cond_signal(&sender->wake);
     if (status != USP_OK) return status;

@@ -12,20 +12,22 @@
 
 typedef struct usp_transport usp_transport;
 
-/* Rows of one length at one distance. What is sent is only read. Where rows lie apart their bytes, distance and base
- * are even, and `packed` is memory for all of them side by side, which the exchange may use: a transport moves rows as
- * they lie or by way of there. */
+/* Rows of one length at one distance. What is sent is only read. `packed`, where it is given, is memory for all rows
+ * side by side, which the exchange may use; both sides of a message give it or neither, bytes, distance and addresses
+ * are even then, and the distance is less than 2^31. It may be where the rows lie; without it rows lie side by side. A
+ * transport moves rows as they lie or by way of there. */
 typedef struct usp_message {
     int peer;
     void *base;
     int64_t rows;
     size_t bytes, stride; /* of a row; from one row to the next, at least as much */
-    void *packed;         /* where rows lie side by side: not read */
+    void *packed;
+    int joined; /* on both sides: `packed` is right behind that of the message before, which is of the same peer */
 } usp_message;
 
 /* Bytes that lie side by side, as one row. */
 static inline usp_message usp_message_whole(int peer, const void *data, size_t bytes) {
-    return (usp_message){peer, (void *)(uintptr_t)data, 1, bytes, bytes, NULL};
+    return (usp_message){peer, (void *)(uintptr_t)data, 1, bytes, bytes, NULL, 0};
 }
 
 static inline size_t usp_message_bytes(const usp_message *message) {

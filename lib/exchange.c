@@ -113,7 +113,7 @@ typedef struct bundle_piece {
     int part, heads, dim;
     int in_runs;
     int64_t begin, tokens;
-    int64_t packed; /* elements before it for or from rank u */
+    int64_t packed; /* elements of the bundle before it, for or from rank u */
 } bundle_piece;
 
 static const usp_landing_runs *runs_of(const usp_layer *layer, const usp_bundle *bundle, int u) {
@@ -122,10 +122,10 @@ static const usp_landing_runs *runs_of(const usp_layer *layer, const usp_bundle 
 }
 
 /* Whether the tokens of rank `owner` go in runs: both ranks of a message find the same. Single numbers are too short.
- */
+ * Where ownership follows documents sizes must not, or ranks that re-planned differently would not be told so. */
 static int goes_in_runs(const usp_layer *layer, const usp_bundle *bundle, int owner) {
     int64_t messages = (int64_t)runs_of(layer, bundle, owner)->runs * bundle->parts * layer->config.batch;
-    return messages <= USP_MOST_PIECES && bundle->part[0].dim > 1;
+    return messages <= USP_MOST_PIECES && bundle->part[0].dim > 1 && !usp_sequence_moves(layer->sequence);
 }
 
 static int pieces_of(const usp_layer *layer, const usp_bundle *bundle, int owner) {
@@ -160,7 +160,8 @@ typedef struct bundle_end {
     int lies;            /* travels as rows, not packed */
 } bundle_end;
 
-/* The elements of a row are side by side, and the rows not nearer than they are long. */
+/* The elements of a row are side by side, and the rows not nearer than they are long, nor further apart than messages
+ * say. */
 static int is_rows(const usp_tensor *tensor, const bundle_piece *piece, usp_dtype dtype) {
     int64_t row = (int64_t)piece->heads * piece->dim, distance = tensor->stride_token;
     int dense = piece->heads == 1 || tensor->stride_head == piece->dim;
@@ -275,13 +276,16 @@ static usp_message message_of(const usp_layer *layer, const usp_bundle *bundle, 
     int64_t size = (int64_t)usp_dtype_size(bundle->wire), row = (int64_t)piece->heads * piece->dim;
     int64_t bytes = piece->tokens * row * size * (piece->in_runs ? 1 : layer->config.batch);
     void *packed = advance(end->packed.data, b * end->packed.stride_batch, bundle->wire);
-    if (!end->lies) return usp_message_whole(peer, packed, (size_t)bytes);
-    return (usp_message){.peer = peer,
-                         .base = advance(end->tensor.data, b * end->tensor.stride_batch, end->dtype),
-                         .rows = piece->tokens,
-                         .bytes = (size_t)(row * size),
-                         .stride = (size_t)(end->tensor.stride_token * size),
-                         .packed = packed};
+    usp_message message = usp_message_whole(peer, packed, (size_t)bytes);
+    if (end->lies)
+        message = (usp_message){.peer = peer,
+                                .base = advance(end->tensor.data, b * end->tensor.stride_batch, end->dtype),
+                                .rows = piece->tokens,
+                                .bytes = (size_t)(row * size),
+                                .stride = (size_t)(end->tensor.stride_token * size)};
+    message.packed = packed;
+    message.joined = piece->packed + b * end->packed.stride_batch > 0;
+    return message;
 }
 
 static void post_end(const usp_layer *layer, const usp_bundle *bundle, const bundle_end *end, int sends,
@@ -306,8 +310,11 @@ void usp_bundle_post(const usp_layer *layer, const usp_bundle *bundle, usp_messa
 
 /* ---- toward heads ------------------------------------------------------------------------------------------------ */
 
+void usp_bundle_keep(usp_layer *layer, const usp_bundle *bundle, int to_heads) {
+    if (to_heads || !bundle->sums) add_own_copies(layer, bundle, to_heads, 0);
+}
+
 void usp_bundle_pack(usp_layer *layer, const usp_bundle *bundle) {
-    add_own_copies(layer, bundle, 1, 0);
     for (int u = 0; u < layer->mesh.ulysses; u++) add_token_copies(layer, bundle, u, 1, 0);
 }
 
@@ -319,7 +326,6 @@ void usp_bundle_land(usp_layer *layer, const usp_bundle *bundle) {
 
 void usp_bundle_lift(usp_layer *layer, const usp_bundle *bundle) {
     for (int u = 0; u < layer->mesh.ulysses; u++) add_block_copies(layer, bundle, u, 1);
-    if (!bundle->sums) add_own_copies(layer, bundle, 0, 0);
 }
 
 /* The bundle whose tokens are the fp32 sums. */

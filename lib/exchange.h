@@ -17,7 +17,7 @@ typedef struct usp_bundle_part {
     usp_tensor tokens, block;
 } usp_bundle_part;
 
-enum { USP_MOST_PIECES = 8 }; /* of a bundle between two ranks, batch entries counted */
+enum { USP_MOST_PIECES = USP_MOST_RUNS }; /* of a bundle between two ranks, batch entries counted */
 
 typedef struct usp_bundle {
     int parts;
@@ -42,8 +42,10 @@ usp_copy usp_bundle_copy(const usp_layer *layer, const usp_bundle *bundle, int p
 /* Carves what lies between the two ends. */
 void usp_bundle_carve(const usp_layer *layer, usp_bundle *bundle, usp_arena *arena);
 
-/* Toward heads: pack adds copies, of own heads to the block too, post messages; when these have arrived land adds
- * copies. */
+/* Own tokens' own heads, which do not travel: adds copies to the block or, where nothing is summed, from it. */
+void usp_bundle_keep(usp_layer *layer, const usp_bundle *bundle, int to_heads);
+
+/* Toward heads: pack adds copies, post messages; when these have arrived land adds copies. */
 void usp_bundle_pack(usp_layer *layer, const usp_bundle *bundle);
 void usp_bundle_land(usp_layer *layer, const usp_bundle *bundle);
 

@@ -27,7 +27,7 @@ typedef struct usp_operand_row {
     usp_form form;
     usp_operand like; /* has its tokens and heads */
     usp_use use;
-    int bundle;   /* neighbouring rows of one number, but 0, travel in one message */
+    int bundle;   /* neighbouring rows of one number, but 0, travel together */
     size_t asked; /* offset in usp_layer_config of what asks for it; 0: nothing has to */
 } usp_operand_row;
 

@@ -9,8 +9,11 @@
 
 /* ---- one pass ---------------------------------------------------------------------------------------------------- */
 
-static usp_status exchange(usp_layer *layer, usp_stream stream) {
+/* What stays on this rank is copied while the rest travels. */
+static usp_status exchange(usp_layer *layer, const usp_bundle *bundles, int count, int to_heads, usp_stream stream) {
     USP_TRY(usp_messages_run(layer, stream));
+    for (int i = 0; i < count; i++) usp_bundle_keep(layer, &bundles[i], to_heads);
+    USP_TRY(usp_copies_run(layer, stream));
     return usp_messages_join(layer, stream);
 }
 
@@ -28,7 +31,7 @@ static usp_status exchange_in(usp_layer *layer, const usp_frame *frame, usp_stre
     for (int i = 0; i < frame->head_ins; i++) usp_heads_slice(layer, &frame->head_in[i]);
     USP_TRY(usp_copies_run(layer, stream));
     post_in(layer, frame, usp_messages_begin(layer));
-    USP_TRY(exchange(layer, stream));
+    USP_TRY(exchange(layer, frame->in, frame->ins, 1, stream));
     for (int i = 0; i < frame->ins; i++) usp_bundle_land(layer, &frame->in[i]);
     return usp_copies_run(layer, stream);
 }
@@ -37,7 +40,7 @@ static usp_status exchange_out(usp_layer *layer, const usp_frame *frame, usp_str
     for (int i = 0; i < frame->outs; i++) usp_bundle_lift(layer, &frame->out[i]);
     USP_TRY(usp_copies_run(layer, stream));
     post_out(layer, frame, usp_messages_begin(layer));
-    USP_TRY(exchange(layer, stream));
+    USP_TRY(exchange(layer, frame->out, frame->outs, 0, stream));
     for (int i = 0; i < frame->outs; i++) USP_TRY(usp_bundle_unpack(layer, &frame->out[i], stream));
     for (int i = 0; i < frame->head_outs; i++) usp_heads_unpack(layer, &frame->head_out[i]);
     return usp_copies_run(layer, stream);

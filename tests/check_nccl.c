@@ -412,7 +412,7 @@ static int move_values(usp_player *player, usp_traffic *traffic, cudaGraphExec_t
         return complain(player, "cudaMemcpy");
     for (int i = 0; i < traffic->count; i++)
         for (size_t j = 0; j < traffic->recvs[i].bytes; j++)
-            if (traffic->host[(char *)traffic->recvs[i].data - traffic->in + (ptrdiff_t)j] !=
+            if (traffic->host[(char *)traffic->recvs[i].base - traffic->in + (ptrdiff_t)j] !=
                 traffic->recvs[i].peer + 1)
                 return complain(player, "byte %zu from rank %d is wrong", j, traffic->recvs[i].peer);
     return 1;

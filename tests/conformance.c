@@ -93,6 +93,7 @@ static void usp_fill(const usp_round *round, int from, int to, int k, unsigned c
 /* Where a message lies, and where it may be packed. */
 typedef struct usp_place {
     size_t at, bytes, row, stride, packed;
+    int joined;
 } usp_place;
 
 /* The messages that go one way, with guards between them and between their rows, on the host and on the device; behind
@@ -114,13 +115,24 @@ static int usp_to(const usp_transport *transport, int incoming, int peer) {
     return incoming ? transport->rank : peer;
 }
 
+/* In such rounds the messages of a pair follow each other, and some are joined. */
+static int usp_joins(const usp_round *round) {
+    return round->round % 2;
+}
+
+/* Whether message k of a pair is joined to the one before it. */
+static int usp_joined(const usp_round *round, int from, int to, int k) {
+    if (!usp_joins(round) || k == 0 || usp_draw(round, from, to, 200 + k) % 2) return 0;
+    return usp_bytes(round, from, to, k) % 2 == 0 && usp_bytes(round, from, to, k - 1) % 2 == 0;
+}
+
 /* The peers in an order of this rank's own; the k of a message counts its predecessors with the same peer. */
 static void usp_order(const usp_transport *transport, const usp_round *round, int incoming, usp_side *side) {
     for (int peer = 0; peer < transport->size; peer++)
         for (int k = usp_messages(round, usp_from(transport, incoming, peer), usp_to(transport, incoming, peer)); k > 0;
              k--)
             side->peer[side->count++] = peer;
-    for (int i = side->count - 1; i > 0; i--) {
+    for (int i = usp_joins(round) ? 0 : side->count - 1; i > 0; i--) {
         int other = (int)(usp_draw(round, transport->rank, i, 50 + incoming) % (uint64_t)(i + 1)), peer = side->peer[i];
         side->peer[i] = side->peer[other];
         side->peer[other] = peer;
@@ -135,8 +147,8 @@ static usp_place usp_place_of(const usp_round *round, const usp_transport *trans
     const size_t rows[] = {0, 2, 4, 6, 16, 48, 80, 240};
     uint64_t draw = usp_draw(round, transport->rank, i, 3000 + incoming);
     size_t row = rows[draw % 8], gap = 2 * (size_t)(draw / 8 % 20);
-    if (row == 0 || bytes % row != 0) return (usp_place){at, bytes, bytes ? bytes : 1, bytes ? bytes : 1, 0};
-    return (usp_place){at + at % 2, bytes, row, row + gap, 0};
+    if (row == 0 || bytes % row != 0) row = bytes ? bytes : 1;
+    return (usp_place){.at = at + at % 2, .bytes = bytes, .row = row, .stride = row + gap};
 }
 
 static size_t usp_extent(const usp_place *place) {
@@ -152,12 +164,14 @@ static void usp_side_plan(const usp_transport *transport, const usp_round *round
         int from = usp_from(transport, incoming, side->peer[i]), to = usp_to(transport, incoming, side->peer[i]);
         size_t bytes = usp_bytes(round, from, to, side->k[i]);
         side->place[i] = usp_place_of(round, transport, incoming, i, side->total + USP_GUARD, bytes);
+        side->place[i].joined = usp_joined(round, from, to, side->k[i]);
         side->total = side->place[i].at + usp_extent(&side->place[i]);
     }
     side->total += USP_GUARD;
     side->with_packed = side->total;
     for (int i = 0; i < side->count; i++) {
-        side->place[i].packed = (side->with_packed + 15) / 16 * 16;
+        size_t gap = 2 * (size_t)(usp_draw(round, i, incoming, 4000) % 9);
+        side->place[i].packed = side->with_packed + (side->place[i].joined ? 0 : gap + side->with_packed % 2);
         side->with_packed = side->place[i].packed + side->place[i].bytes;
     }
     side->host = malloc(side->total);
@@ -207,7 +221,8 @@ static usp_message usp_message_of(const usp_side *side, int i) {
                          .rows = (int64_t)(place->bytes / place->row),
                          .bytes = place->row,
                          .stride = place->stride,
-                         .packed = (char *)side->device + place->packed};
+                         .packed = place->bytes % 2 == 0 ? (char *)side->device + place->packed : NULL,
+                         .joined = place->joined};
 }
 
 static usp_status usp_exchange_sides(usp_transport *transport, const usp_side *out, const usp_side *in,

@@ -192,20 +192,37 @@ int usp_body_refused_replans(usp_rank *rank, void *argument) {
     return refuse_all(rank, fixed, &never, 1);
 }
 
-int usp_body_refused_alone(usp_rank *rank, void *argument) {
+/* Re-plans to `own`, which only this rank may hear of; no rank computes with what the others have. */
+static int run_apart(usp_rank *rank, const usp_case *c, const int64_t *own, int count, usp_status wanted) {
     usp_stage stage;
-    usp_case c = {.tokens = TOKENS, .documents = 2, .max_documents = ROOM, .mask = USP_MASK_CAUSAL};
-    int odd = rank->rank == rank->size - 1;
-    (void)argument;
-    c.ring = rank->size;
-    if (usp_stage_open(rank, &c, &stage) != USP_OK) return usp_say(rank, "create: %s", usp_last_error());
+    if (usp_stage_open(rank, c, &stage) != USP_OK) return usp_say(rank, "create: %s", usp_last_error());
     if (usp_stage_fill(&stage)) return 1;
-    usp_status status = usp_sequence_replan(stage.sequence, 3, odd ? falling : ends, rank->stream);
-    if (status != (odd ? USP_INVALID : USP_OK)) usp_say(rank, "re-plan: %s", usp_last_error());
+    usp_status status = usp_sequence_replan(stage.sequence, count, own, rank->stream);
+    if (status != wanted) usp_say(rank, "re-plan: %s", usp_last_error());
     usp_forward f = usp_stage_forward_arguments(&stage, 1);
     status = usp_layer_forward(stage.layer, &f, stage.workspace.device, stage.workspace.bytes, rank->stream);
     if (status != USP_MISMATCH) usp_say(rank, "forward: %s, \"%s\"", usp_status_string(status), usp_last_error());
     usp_stage_close(&stage);
     usp_count(rank);
     return 0;
+}
+
+int usp_body_refused_alone(usp_rank *rank, void *argument) {
+    usp_case c = {.tokens = TOKENS, .documents = 2, .max_documents = ROOM, .mask = USP_MASK_CAUSAL};
+    int odd = rank->rank == rank->size - 1;
+    (void)argument;
+    c.ring = rank->size;
+    return run_apart(rank, &c, odd ? falling : ends, 3, odd ? USP_INVALID : USP_OK);
+}
+
+int usp_body_planned_apart(usp_rank *rank, void *argument) {
+    static const int64_t halves[] = {32, 64}, others[] = {48, 64};
+    const usp_case c = {.tokens = 64,
+                        .documents = 2,
+                        .max_documents = ROOM,
+                        .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT,
+                        .mask = USP_MASK_CAUSAL,
+                        .ulysses = 2};
+    (void)argument;
+    return run_apart(rank, &c, rank->rank ? others : halves, 2, USP_OK);
 }

@@ -20,5 +20,8 @@ int usp_body_refused_replans(usp_rank *rank, void *argument);
 /* One rank's documents make no sense and are refused there: no rank computes with what the others have. Ends the world,
  * of two ranks, so that none hears of it too early. argument: none. */
 int usp_body_refused_alone(usp_rank *rank, void *argument);
+/* Two ranks re-plan to different documents by which each owns as many tokens: told, and by that reason, wherever their
+ * tokens lie. Ends the world. argument: none. */
+int usp_body_planned_apart(usp_rank *rank, void *argument);
 
 #endif

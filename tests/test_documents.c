@@ -258,3 +258,7 @@ Test(documents, refused_replans) {
 Test(documents, a_replan_refused_on_one_rank) {
     usp_expect_ranks(2, SECONDS, usp_body_refused_alone, NULL);
 }
+
+Test(documents, a_replan_that_differs_though_lengths_do_not) {
+    usp_expect_ranks(2, SECONDS, usp_body_planned_apart, NULL);
+}
