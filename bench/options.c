@@ -18,6 +18,7 @@ enum {
     KEY_FULL,
     KEY_PASS,
     KEY_DEVICE,
+    KEY_TRANSPORT,
     KEY_DECAY,
     KEY_SLOPES,
     KEY_SINKS,
@@ -36,6 +37,8 @@ static const struct argp_option option_table[] = {
     {NULL, 0, NULL, 0, "Ranks (none of -t, -g: the job of torchrun, usp_launch, mpirun or srun; else one rank):", 1},
     {"threads", 't', "N", 0, "N thread-ranks, in practice some hundreds at most, on the CPU or all on one GPU", 0},
     {"gpus", 'g', "N", 0, "N GPUs, one thread-rank each, over NCCL", 0},
+    {"transport", KEY_TRANSPORT, "auto|nccl|peer", 0,
+     "What moves tensors between the GPUs of a launcher's job (auto: NCCL)", 0},
     {"device", KEY_DEVICE, "auto|cpu|cuda", 0, "Where to run (auto: a GPU if one is usable)", 0},
     {"timeout", 'T', "SECONDS", 0, "Longest wait for another rank (600)", 0},
     {"shared-memory", KEY_SHARED_MEMORY, NULL, 0, "Workspace and saved in memory registered with all ranks", 0},
@@ -171,6 +174,9 @@ static error_t parse_ranks(int key, char *text, struct argp_state *state, usp_op
         break;
     case KEY_DEVICE:
         o->ranks.device = (usp_device_kind)parse_name(state, "device", text, usp_names_device());
+        break;
+    case KEY_TRANSPORT:
+        o->ranks.transport = (usp_transport_kind)parse_name(state, "transport", text, usp_names_transport());
         break;
     case KEY_SHARED_MEMORY:
         o->shared_memory = 1;

@@ -62,8 +62,10 @@ static usp_status run_rank(usp_rank *rank, usp_rank_main run, void *user) {
 }
 
 static usp_world_config world_config(const usp_ranks_config *config, usp_device_kind device) {
-    return (usp_world_config){
-        .struct_size = sizeof(usp_world_config), .device = device, .timeout_ms = config->timeout_ms};
+    return (usp_world_config){.struct_size = sizeof(usp_world_config),
+                              .device = device,
+                              .timeout_ms = config->timeout_ms,
+                              .transport = config->transport};
 }
 
 /* ---- threads --------------------------------------------------------------------------------------------------- */

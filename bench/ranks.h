@@ -10,6 +10,7 @@ typedef struct usp_ranks_config {
     int gpus;       /* a thread-rank a GPU, over NCCL; 0: not asked for. Neither: the launcher's job, else ... */
     int otherwise;  /* ... so many thread-ranks; 0: one */
     int timeout_ms; /* as in usp_world_config */
+    usp_transport_kind transport;
 } usp_ranks_config;
 
 /* What a rank's function works with. */

@@ -247,7 +247,7 @@ usp_status usp_setup_pass(usp_setup *s, usp_pass pass) {
 
 /* The same on all ranks. */
 static usp_status check_graphs(const usp_setup *s) {
-    int alone = s->rank->device == USP_DEVICE_CUDA && (s->rank->size == 1 || !strcmp(s->rank->transport, "nccl"));
+    int alone = s->rank->device == USP_DEVICE_CUDA && (s->rank->size == 1 || strcmp(s->rank->transport, "threads"));
     if (s->options->graphs == 0 || alone) return USP_OK;
     return usp_tool_fail(&s->rank->error, USP_UNSUPPORTED, "a graph needs a GPU for every rank");
 }

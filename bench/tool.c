@@ -46,6 +46,12 @@ const usp_name *usp_names_layout(void) {
     return names;
 }
 
+const usp_name *usp_names_transport(void) {
+    static const usp_name names[] = {
+        {"auto", USP_TRANSPORT_AUTO}, {"nccl", USP_TRANSPORT_NCCL}, {"peer", USP_TRANSPORT_PEER}, {NULL, 0}};
+    return names;
+}
+
 const usp_name *usp_names_device(void) {
     static const usp_name names[] = {
         {"auto", USP_DEVICE_AUTO}, {"cpu", USP_DEVICE_CPU}, {"cuda", USP_DEVICE_CUDA}, {NULL, 0}};

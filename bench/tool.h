@@ -36,6 +36,7 @@ const usp_name *usp_names_dtype(void);
 const usp_name *usp_names_attention(void);
 const usp_name *usp_names_layout(void); /* all but custom, which no name can describe */
 const usp_name *usp_names_device(void);
+const usp_name *usp_names_transport(void);
 const usp_name *usp_names_mask(void);
 const char *usp_name_of(const usp_name *names, int value);
 /* 1 and *value if `text` is a name of the table, else 0. */

@@ -13,11 +13,10 @@ typedef struct usp_term {
     size_t offset;
 } usp_term;
 
-static const usp_term terms[] = {{"version", offsetof(usp_terms, version)},
-                                 {"device", offsetof(usp_terms, device)},
-                                 {"timeout_ms", offsetof(usp_terms, timeout_ms)},
-                                 {"silence_ms", offsetof(usp_terms, silence_ms)},
-                                 {"NCCL version", offsetof(usp_terms, transport_version)}};
+static const usp_term terms[] = {
+    {"version", offsetof(usp_terms, version)},       {"device", offsetof(usp_terms, device)},
+    {"timeout_ms", offsetof(usp_terms, timeout_ms)}, {"silence_ms", offsetof(usp_terms, silence_ms)},
+    {"transport", offsetof(usp_terms, transport)},   {"NCCL version", offsetof(usp_terms, transport_version)}};
 
 static int32_t term_of(const usp_card *card, const usp_term *term) {
     int32_t value;

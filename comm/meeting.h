@@ -16,7 +16,7 @@ typedef struct usp_bootstrap {
 
 /* What all ranks must have alike: it says which transport is built, and how. */
 typedef struct usp_terms {
-    int32_t version, device, timeout_ms, silence_ms;
+    int32_t version, device, timeout_ms, silence_ms, transport;
     int32_t transport_version; /* of NCCL; 0 elsewhere */
 } usp_terms;
 

@@ -127,40 +127,16 @@ static ncclResult_t launch(usp_nccl *self, const usp_lists *lists, usp_stream st
     return usp_nccl_went_wrong(issued) ? issued : result;
 }
 
-/* With the lock held. *late: no exchange has ended for the time limit, though some are in flight. */
-static usp_status query_probes(usp_nccl *self, int *late) {
-    usp_device *device = self->base.device;
-    int busy = 0;
-    *late = 0;
-    while (self->probes_passed < self->probes_set) {
-        USP_TRY(device->ops->event_query(device, self->probe[self->probes_passed % PROBES], &busy));
-        if (busy) break;
-        self->probes_passed++;
-        self->waiting_since = usp_now_ms();
-    }
-    *late = busy && usp_nccl_is_late(self, self->waiting_since);
-    return USP_OK;
-}
-
-/* With the lock held. Where all probes are in use the last one moves on: it always is behind all exchanges. */
-static usp_status record_probe(usp_nccl *self, usp_stream stream) {
-    usp_device *device = self->base.device;
-    if (self->probes_set == self->probes_passed) self->waiting_since = usp_now_ms();
-    if (self->probes_set - self->probes_passed < PROBES) self->probes_set++;
-    return device->ops->event_record(device, self->probe[(self->probes_set - 1) % PROBES], stream);
-}
-
 /* Notes where the exchange ends in the stream, so that watch can tell when work is overdue. A graph in capture is
  * skipped: what it holds runs when it is launched, and then nobody passes here. */
 static usp_status set_probe(usp_nccl *self, usp_stream stream) {
     const usp_device_ops *ops = self->base.device->ops;
-    int capturing = 0, late = 0;
+    int capturing = 0;
     USP_TRY(ops->capturing(self->base.device, stream, &capturing));
     if (capturing) self->captured = 1;
     if (capturing) return USP_OK;
     pthread_mutex_lock(&self->lock);
-    usp_status status = query_probes(self, &late);
-    if (status == USP_OK) status = record_probe(self, stream);
+    usp_status status = usp_probes_record(self->base.device, &self->probes, stream);
     pthread_mutex_unlock(&self->lock);
     return status;
 }
@@ -209,7 +185,7 @@ static usp_status nccl_watch(usp_transport *transport) {
         ncclResult_t query = ncclCommGetAsyncError(self->comm, &result);
         if (query != ncclSuccess) result = query;
     }
-    usp_status status = query_probes(self, &late);
+    usp_status status = usp_probes_query(transport->device, &self->probes, transport->timeout_ms, &late);
     pthread_mutex_unlock(&self->lock);
     if (usp_nccl_went_wrong(result))
         return usp_nccl_give_up(self, usp_nccl_fail(transport->rank, "the communicator", result));
@@ -246,8 +222,7 @@ static void free_rest(usp_nccl *self) {
         self->shared = next;
     }
     usp_nccl_free_scratch(self);
-    for (int i = 0; i < PROBES; i++)
-        if (self->probe[i] != NULL) device->ops->event_destroy(device, self->probe[i]);
+    usp_probes_destroy(device, &self->probes);
     pthread_mutex_destroy(&self->lock);
     usp_host_free(host, self);
 }

@@ -61,9 +61,7 @@ static usp_status begin(const usp_transport_config *config, int size, int rank, 
     self->release = release;
     pthread_mutex_init(&self->lock, NULL);
     *out = self;
-    for (int i = 0; i < PROBES && status == USP_OK; i++)
-        status = config->device->ops->event_create(config->device, &self->probe[i]);
-    return status;
+    return usp_probes_create(config->device, &self->probes);
 }
 
 /* Waits for the work on `stream` with the time limit. */

@@ -6,8 +6,7 @@
 #include <stdatomic.h>
 
 #include "channel.h"
-
-enum { PROBES = 64 };
+#include "probes.h"
 
 /* A communicator on its way out. NCCL may never return from freeing it, so a thread of its own does; where that thread
  * is late it is left behind, with all memory that NCCL might still touch. */
@@ -44,9 +43,7 @@ typedef struct usp_nccl {
     pthread_mutex_t lock;
     ncclComm_t comm; /* NULL before it is there, and once `release` has it */
     usp_release *release;
-    usp_event *probe[PROBES];           /* behind exchanges, number n in probe[n % PROBES] */
-    uint64_t probes_set, probes_passed; /* those between the two are not known to be done */
-    int64_t waiting_since;              /* when the oldest of them became the oldest */
+    usp_probes probes;
 
     usp_shared *shared;
     int captured;     /* an exchange of this rank is in a graph */

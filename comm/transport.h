@@ -99,11 +99,12 @@ typedef struct usp_transport_config {
 
 /* Only lib/world.c calls them. All collective over the new ranks: each prepares what is its own, meets the others, and
  * builds control and transport where all can. A rank whose meeting->mine has failed comes to tell the others, and needs
- * no device. socket and nccl meet over the bootstrap that is there, the others make one. The transport is written on
- * success alone. */
+ * no device. socket, peer and nccl meet over the bootstrap that is there, the others make one. The transport is written
+ * on success alone. */
 usp_status usp_transport_create_threads(const usp_transport_config *, usp_meeting *, usp_rendezvous *, int rank,
                                         usp_transport **);
 usp_status usp_transport_create_socket(const usp_transport_config *, usp_meeting *, usp_transport **);
+usp_status usp_transport_create_peer(const usp_transport_config *, usp_meeting *, usp_transport **);
 usp_status usp_transport_create_mpi(const usp_transport_config *, usp_meeting *, int fortran_comm, usp_transport **);
 usp_status usp_transport_create_nccl(const usp_transport_config *, usp_meeting *, usp_transport **);
 usp_status usp_transport_create_nccl_id(const usp_transport_config *, usp_meeting *, const usp_unique_id *, int size,

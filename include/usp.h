@@ -115,6 +115,16 @@ USP_API usp_status usp_device_select(usp_device_kind kind, int index);
 
 typedef struct usp_world usp_world;
 
+/* What moves tensors, where the way to make a world leaves a choice: between GPUs of processes that meet over the
+ * environment or a call-back. AUTO: NCCL. PEER: copy engines, which write into the other GPUs' memory, on one host; it
+ * takes no processor of a GPU, and at most 256 MiB of its memory, or 4 MiB for each rank if that is more. Elsewhere
+ * AUTO, or what the constructor's name says; all else is INVALID. Alike on all ranks, else MISMATCH. */
+typedef enum usp_transport_kind {
+    USP_TRANSPORT_AUTO = 0,
+    USP_TRANSPORT_NCCL = 1,
+    USP_TRANSPORT_PEER = 2
+} usp_transport_kind;
+
 typedef struct usp_world_config {
     size_t struct_size;
     usp_device_kind device; /* auto: CUDA where a GPU is usable, else the CPU. CUDA takes the thread's current device */
@@ -131,7 +141,7 @@ typedef struct usp_world_config {
     int silence_ms; /* a rank of another process that gives no sign of life for so long is lost, though its connections
                        stand (a stopped process; one that died while a child of its fork lives). At least 160;
                        0: a quarter of timeout_ms, but 2000 to 10000, and no more than timeout_ms; -1: no limit */
-    int reserved;   /* 0 */
+    usp_transport_kind transport;
 } usp_world_config;
 
 typedef struct usp_world_info {
@@ -139,7 +149,7 @@ typedef struct usp_world_info {
     int rank, size;
     usp_device_kind device;     /* what auto became */
     int timeout_ms;             /* what 0 became */
-    char transport[16];         /* "threads", "socket", "nccl" or "mpi" */
+    char transport[16];         /* "threads", "socket", "nccl", "peer" or "mpi" */
     int nodes;                  /* hosts, by usp_world_config.node */
     int local_rank, local_size; /* this rank among those of its host */
     int watchdog;

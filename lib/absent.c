@@ -16,6 +16,13 @@ usp_status usp_device_select_cuda(int index) {
     (void)index;
     return usp_fail(USP_UNSUPPORTED, "this libusp was built without CUDA");
 }
+
+usp_status usp_transport_create_peer(const usp_transport_config *config, usp_meeting *meeting,
+                                     usp_transport **transport) {
+    (void)config, (void)transport;
+    usp_meeting_note(meeting, usp_fail(USP_UNSUPPORTED, "this libusp was built without CUDA"));
+    return usp_meet(meeting);
+}
 #endif
 
 #ifndef USP_HAVE_NCCL

@@ -26,7 +26,8 @@ static usp_status check_config(const usp_world_config *config) {
     USP_REQUIRE(config->silence_ms >= -1,
                 "usp_world_config.silence_ms is %d: give milliseconds, 0 for the default or -1 for no limit",
                 config->silence_ms);
-    USP_REQUIRE(config->reserved == 0, "usp_world_config.reserved is %d: must be 0", config->reserved);
+    USP_REQUIRE(config->transport >= USP_TRANSPORT_AUTO && config->transport <= USP_TRANSPORT_PEER,
+                "usp_world_config.transport is %d: no such transport", (int)config->transport);
     USP_REQUIRE(config->watchdog == 0 || config->watchdog == 1, "usp_world_config.watchdog is %d: 0 or 1",
                 config->watchdog);
     USP_REQUIRE(config->node >= 0, "usp_world_config.node is %d: must not be negative", config->node);
@@ -163,12 +164,21 @@ static void prepare(making *m) {
     m->settings = (usp_transport_config){.host = &m->host, .timeout_ms = limit, .silence_ms = silence};
     if (!m->world) return;
     mine->terms.device = (int32_t)m->world->device->ops->kind;
+    mine->terms.transport = (int32_t)m->config.transport;
     m->settings.device = m->world->device;
     m->settings.host = &m->world->host;
 }
 
-static void begin(making *m, const usp_world_config *given, usp_world **out) {
+/* Of a constructor that leaves no choice. */
+static void expect_transport(making *m, usp_transport_kind only) {
+    usp_transport_kind wanted = m->config.transport;
+    if (wanted != USP_TRANSPORT_AUTO && wanted != only)
+        usp_meeting_note(&m->meeting, usp_fail(USP_INVALID, "usp_world_config.transport is %d: not here", (int)wanted));
+}
+
+static void begin(making *m, const usp_world_config *given, usp_transport_kind only, usp_world **out) {
     read_call(m, given, out);
+    expect_transport(m, only);
     prepare(m);
 }
 
@@ -209,7 +219,7 @@ usp_status usp_world_create_threads(const usp_world_config *given, usp_rendezvou
                                     usp_world **out) {
     making m;
     USP_REQUIRE(rendezvous, "rendezvous is NULL");
-    begin(&m, given, out);
+    begin(&m, given, USP_TRANSPORT_AUTO, out);
     return finish(&m, usp_transport_create_threads(&m.settings, &m.meeting, rendezvous, rank, &m.transport), out);
 }
 
@@ -218,14 +228,14 @@ usp_status usp_world_create_nccl_id(const usp_world_config *given, const usp_uni
     making m;
     USP_REQUIRE(id, "id is NULL");
     USP_TRY(check_rank(rank, size));
-    begin(&m, given, out);
+    begin(&m, given, USP_TRANSPORT_NCCL, out);
     return finish(&m, usp_transport_create_nccl_id(&m.settings, &m.meeting, id, size, rank, &m.transport), out);
 }
 
 usp_status usp_world_create_nccl(const usp_world_config *given, struct ncclComm *comm, usp_world **out) {
     making m;
     USP_REQUIRE(comm, "comm is NULL");
-    begin(&m, given, out);
+    begin(&m, given, USP_TRANSPORT_NCCL, out);
     return finish(&m, usp_transport_create_nccl_borrowed(&m.settings, &m.meeting, comm, &m.transport), out);
 }
 
@@ -233,17 +243,19 @@ usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm,
     making m;
     read_call(&m, given, out);
     if (m.config.device == USP_DEVICE_AUTO) m.config.device = USP_DEVICE_CPU; /* MPI moves host memory */
+    expect_transport(&m, USP_TRANSPORT_AUTO);
     prepare(&m);
     return finish(&m, usp_transport_create_mpi(&m.settings, &m.meeting, fortran_comm, &m.transport), out);
 }
 
-/* NCCL on GPUs, sockets elsewhere; a rank that has failed before can say so over either. */
+/* NCCL on GPUs unless told otherwise, sockets elsewhere; a rank that has failed before can say so over any. */
 static usp_status create_over(making *m, const usp_bootstrap *bootstrap, usp_world **out) {
     int gpus = m->world && m->world->device->ops->kind == USP_DEVICE_CUDA;
+    usp_status (*create)(const usp_transport_config *, usp_meeting *, usp_transport **) = usp_transport_create_socket;
+    if (gpus || m->config.transport) create = usp_transport_create_nccl;
+    if (m->config.transport == USP_TRANSPORT_PEER) create = usp_transport_create_peer;
     m->meeting.bootstrap = *bootstrap;
-    return finish(
-        m, (gpus ? usp_transport_create_nccl : usp_transport_create_socket)(&m->settings, &m->meeting, &m->transport),
-        out);
+    return finish(m, create(&m->settings, &m->meeting, &m->transport), out);
 }
 
 /* The caller's all-gather. */
@@ -265,7 +277,8 @@ usp_status usp_world_create_callback(const usp_world_config *given, usp_allgathe
     callback own = {allgather, user, rank};
     USP_REQUIRE(allgather, "allgather is NULL");
     USP_TRY(check_rank(rank, size));
-    begin(&m, given, out);
+    read_call(&m, given, out);
+    prepare(&m);
     return create_over(&m, &(usp_bootstrap){.gather = gather_by_callback, .user = &own, .rank = rank, .size = size},
                        out);
 }

@@ -4,8 +4,9 @@
  *   gpu_layers                   thread-ranks that share GPU 0, then a thread a GPU over NCCL
  *   gpu_layers --threads [N]     thread-ranks that share GPU 0: worlds of 1 .. N (default 4)
  *   gpu_layers --nccl [N]        a thread a GPU, N GPUs (default: all)
- *   gpu_layers --processes L     a process a GPU, started by the launcher L (usp_launch)
- *   RANK=... gpu_layers          one of those processes, or of torchrun's */
+ *   gpu_layers --processes L [--peer] a process a GPU, two at least, started by the launcher L (usp_launch), over NCCL
+ *                                or the peer transport
+ *   RANK=... gpu_layers [--peer] one of those processes, or of torchrun's */
 #define _POSIX_C_SOURCE 200809L
 #include "bodies.h"
 #include "costs.h"
@@ -347,15 +348,18 @@ static int run_everything(usp_rank *rank, void *argument) {
 
 /* ---- worlds ------------------------------------------------------------------------------------------------------ */
 
-static int run_world(usp_ranks_kind kind, int size, const char *name, usp_references *references) {
+static int run_world(usp_ranks_kind kind, int size, const char *name, usp_transport_kind transport,
+                     usp_references *references) {
     const usp_ranks ranks = {.kind = kind,
+                             .transport = transport,
                              .device = USP_DEVICE_CUDA,
                              .size = size,
                              .seconds = SECONDS,
                              .stream_create = stream_create,
                              .stream_destroy = stream_destroy};
-    everything all = {
-        .references = references, .graphs = kind != USP_RANKS_THREADS || size == 1, .axes = kind != USP_RANKS_THREADS};
+    everything all = {.references = references,
+                      .graphs = kind != USP_RANKS_THREADS || size == 1,
+                      .axes = kind != USP_RANKS_THREADS && transport != USP_TRANSPORT_PEER};
     usp_report report;
     int failed = usp_ranks_run(&ranks, run_everything, &all, &report) || report.done == 0;
     printf("%s (%d here): %d done, %d refused, %d failures\n%s", name, size, report.done, report.refused,
@@ -387,7 +391,7 @@ static int run_across(int most) {
 static int run_threads(int most, usp_references *references) {
     int failed = 0;
     for (int size = 1; size <= most; size = size < 2 ? 2 : size + 2)
-        failed += run_world(USP_RANKS_THREADS, size, "threads on one GPU", references);
+        failed += run_world(USP_RANKS_THREADS, size, "threads on one GPU", USP_TRANSPORT_AUTO, references);
     return failed + run_across(most);
 }
 
@@ -397,15 +401,15 @@ static int run_nccl(int gpus, usp_references *references) {
         printf("no NCCL: %s\n", usp_last_error());
         return 0;
     }
-    return run_world(USP_RANKS_NCCL, gpus, "NCCL", references);
+    return run_world(USP_RANKS_NCCL, gpus, "NCCL", USP_TRANSPORT_AUTO, references);
 }
 
 /* Becomes the launcher of one process a GPU. */
-static int run_processes(int gpus, const char *launcher, const char *program) {
+static int run_processes(int gpus, const char *launcher, const char *program, const char *option) {
     char count[16], seconds[16];
     snprintf(count, sizeof count, "%d", gpus);
     snprintf(seconds, sizeof seconds, "%d", SECONDS + 60);
-    execl(launcher, launcher, "-n", count, "-t", seconds, program, (char *)NULL);
+    execl(launcher, launcher, "-n", count, "-t", seconds, program, option, (char *)NULL);
     perror(launcher);
     return 1;
 }
@@ -419,8 +423,12 @@ int main(int argc, char **argv) {
         printf("SKIP: no usable GPU, or the library was built without CUDA\n");
         return SKIPPED;
     }
-    if (strcmp(mode, "--processes") == 0 && argc > 2) return run_processes(gpus, argv[2], argv[0]);
-    if (launched) failed += run_world(USP_RANKS_PROCESS, 1, "process", &references);
+    int peer = strcmp(argv[argc - 1], "--peer") == 0;
+    if (strcmp(mode, "--processes") == 0 && argc > 2)
+        return run_processes(peer && gpus < 2 ? 2 : gpus, argv[2], argv[0], peer ? argv[argc - 1] : NULL);
+    if (launched)
+        failed +=
+            run_world(USP_RANKS_PROCESS, 1, "process", peer ? USP_TRANSPORT_PEER : USP_TRANSPORT_AUTO, &references);
     if (strcmp(mode, "--threads") == 0 || strcmp(mode, "--all") == 0)
         failed += run_threads(number > 0 ? number : SHARED_RANKS, &references);
     if (strcmp(mode, "--nccl") == 0 || strcmp(mode, "--all") == 0)

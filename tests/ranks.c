@@ -75,6 +75,7 @@ static usp_status create_world(usp_run *run, int rank, usp_world **world) {
     int gpu = run->how.kind == USP_RANKS_NCCL ? rank : 0, seconds = run->how.seconds;
     usp_world_config config = {.struct_size = sizeof config, .device = run->how.device, .timeout_ms = seconds * 500};
     config.watchdog = run->how.watchdog;
+    config.transport = run->how.transport;
     if (run->how.timeout_ms) config.timeout_ms = run->how.timeout_ms;
     usp_heap_configure(run->rank[rank].heap, &config);
     if (run->how.kind == USP_RANKS_PROCESS)

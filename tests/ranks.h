@@ -32,7 +32,8 @@ typedef struct usp_ranks {
     int stack;              /* KiB of each rank's stack; 0: the system's */
     int seconds;            /* time limit; 0: 60 */
     int watchdog;           /* as in usp_world_config */
-    int timeout_ms;         /* as in usp_world_config; 0: half of the time limit */
+    usp_transport_kind transport;
+    int timeout_ms; /* as in usp_world_config; 0: half of the time limit */
     usp_status (*create)(const usp_world_config *, usp_world **); /* processes; NULL: from the environment */
     usp_status (*stream_create)(usp_stream *);                    /* NULL: the NULL stream */
     void (*stream_destroy)(usp_stream);
