@@ -36,7 +36,7 @@ class WorldConfig(Sized):
     _fields_ = ([("struct_size", c_size_t)] +
                 [(name, c_int) for name in ("device", "timeout_ms", "watchdog", "node")] +
                 [(name, c_void_p) for name in ("log", "log_user", "host_alloc", "host_free", "host_user")] +
-                [("silence_ms", c_int), ("reserved", c_int)])
+                [("silence_ms", c_int), ("transport", c_int)])
 
 
 class SequenceConfig(Sized):

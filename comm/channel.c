@@ -121,6 +121,14 @@ usp_status usp_channel_gone(usp_control *control, int peer) {
     return status;
 }
 
+int usp_channel_has_lost(usp_control *control, int peer) {
+    usp_channel *channel = usp_channel_of(control);
+    pthread_mutex_lock(&channel->mutex);
+    int lost = peer != channel->base.rank && channel->lines[peer].connection < 0 && !channel->lines[peer].left;
+    pthread_mutex_unlock(&channel->mutex);
+    return lost;
+}
+
 usp_status usp_channel_fail(usp_control *control, usp_status status, const char *format, ...) {
     usp_channel *channel = usp_channel_of(control);
     va_list arguments;

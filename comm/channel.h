@@ -20,6 +20,8 @@ void usp_channel_progress(usp_control *, uint64_t exchanges, int waiting_for);
 /* The wait on `peer` cannot end: the data connection to it has. PEER_LOST at once if the peer is known to have gone,
  * else as soon as it is, or COMM a second later; OK means: wait on. */
 usp_status usp_channel_gone(usp_control *, int peer);
+/* 1: the line to the peer has ended without a goodbye. */
+int usp_channel_has_lost(usp_control *, int peer);
 /* Records a failure that this rank has found, spreads it to all ranks, and returns the one that came first. */
 usp_status usp_channel_fail(usp_control *, usp_status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 /* Says goodbye, or what has failed, and hears no more: before the data connections are closed. destroy does it too. */

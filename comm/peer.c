@@ -1,5 +1,9 @@
 /* peer.c - GPUs of one host that write into each other's memory. Copy engines move the bytes, rows as they lie, and
- * streams wait for flags: no kernel runs, and the host waits for nobody. An exchange may be captured in a graph. */
+ * streams wait for flags: no kernel runs, and the host waits for nobody. An exchange may be captured in a graph.
+ *
+ * In step i of an exchange a rank sends to the i-th rank behind it and receives from the i-th before it, slot by slot
+ * in turn. So an operation waits for none that another rank enqueues later, by (exchange, step, slot): nothing can
+ * block, even where the GPU puts all streams into one queue. */
 #define _GNU_SOURCE
 
 #include "error.h"
@@ -31,12 +35,14 @@ static CUstreamBatchMemOpParams write_of(uint32_t *flag, uint32_t value) {
     return operation;
 }
 
-usp_status usp_peer_take_flag(usp_peer *self, uint32_t *flag, usp_stream stream) {
-    CUstreamBatchMemOpParams operations[2] = {{.waitValue = {.operation = CU_STREAM_MEM_OP_WAIT_VALUE_32,
+/* Waits until the flag is set, and puts it back. */
+usp_status usp_peer_take_flag(usp_peer *self, usp_peer_flag *flag, int flushes, usp_stream stream) {
+    unsigned how = CU_STREAM_WAIT_VALUE_GEQ | (flushes ? CU_STREAM_WAIT_VALUE_FLUSH : 0u);
+    CUstreamBatchMemOpParams operations[2] = {{.waitValue = {.operation = CU_STREAM_MEM_OP_WAIT_VALUE_64,
                                                              .address = (CUdeviceptr)(uintptr_t)flag,
-                                                             .value = 1,
-                                                             .flags = CU_STREAM_WAIT_VALUE_GEQ}},
-                                              write_of(flag, 0)};
+                                                             .value64 = 1,
+                                                             .flags = how}},
+                                              write_of(&flag->set, 0)};
     return run_batch(self, operations, 2, stream);
 }
 
@@ -67,62 +73,54 @@ static usp_status copy_part(usp_device *device, const usp_message *message, size
     return USP_OK;
 }
 
-/* The stream of bytes that a list has for one peer, or wants from it, and where it is in the slots. */
+/* The stream of bytes that a list has for one peer, or wants from it. */
 typedef struct usp_flow {
     usp_peer *self;
-    int peer, sends;
-    usp_peer_way *way;
-    char *slot; /* NULL: none is taken */
-    size_t used;
+    const usp_message *messages;
+    int count, peer, sends;
+    int message; /* the one that moves, or USP_NO_MESSAGE */
+    size_t at;   /* its bytes so far */
+    int slot;    /* the next one */
 } usp_flow;
 
-static usp_status take_slot(usp_flow *flow) {
-    usp_peer *self = flow->self;
-    usp_peer_flags *own = usp_peer_flags_of(self->region, flow->peer);
-    int slot = flow->way->slot;
-    char *region = flow->sends ? self->link[flow->peer].region : self->region;
-    USP_TRY(usp_peer_take_flag(self, flow->sends ? &own->free[slot] : &own->full[slot], flow->way->stream));
-    flow->slot = usp_peer_slot(self, region, flow->sends ? self->base.rank : flow->peer, slot);
-    flow->used = 0;
-    return USP_OK;
+static usp_flow flow_of(usp_peer *self, const usp_message *messages, int count, int peer, int sends) {
+    return (usp_flow){.self = self,
+                      .messages = messages,
+                      .count = count,
+                      .peer = peer,
+                      .sends = sends,
+                      .message = usp_list_next(messages, count, 0, peer)};
 }
 
-static usp_status pass_slot(usp_flow *flow) {
-    usp_peer *self = flow->self;
-    usp_peer_flags *there = usp_peer_flags_of(self->link[flow->peer].region, self->base.rank);
-    int slot = flow->way->slot;
-    flow->slot = NULL;
-    flow->way->slot = (slot + 1) % USP_PEER_SLOTS;
-    return usp_peer_set_flag(self, flow->sends ? &there->full[slot] : &there->free[slot], flow->way->stream);
-}
-
-static usp_status move_message(usp_flow *flow, const usp_message *message) {
-    usp_device *device = flow->self->base.device;
-    size_t bytes = usp_message_bytes(message), whole = flow->self->slot_bytes;
-    for (size_t at = 0, part; at < bytes; at += part) {
-        if (!flow->slot) USP_TRY(take_slot(flow));
-        part = bytes - at < whole - flow->used ? bytes - at : whole - flow->used;
-        USP_TRY(copy_part(device, message, at, part, flow->slot + flow->used, flow->sends, flow->way->stream));
-        flow->used += (part + USP_PEER_ALIGNMENT - 1) / USP_PEER_ALIGNMENT * USP_PEER_ALIGNMENT;
-        if (flow->used >= whole) USP_TRY(pass_slot(flow));
+static usp_status fill_slot(usp_flow *flow, char *slot, usp_stream stream) {
+    size_t whole = flow->self->slot_bytes;
+    for (size_t used = 0; flow->message != USP_NO_MESSAGE && used < whole;) {
+        const usp_message *message = &flow->messages[flow->message];
+        size_t left = usp_message_bytes(message) - flow->at, part = left < whole - used ? left : whole - used;
+        USP_TRY(copy_part(flow->self->base.device, message, flow->at, part, slot + used, flow->sends, stream));
+        used += (part + USP_PEER_ALIGNMENT - 1) / USP_PEER_ALIGNMENT * USP_PEER_ALIGNMENT;
+        flow->at += part;
+        if (part < left) continue;
+        flow->message = usp_list_next(flow->messages, flow->count, flow->message + 1, flow->peer);
+        flow->at = 0;
     }
     return USP_OK;
 }
 
-/* All messages of one way of one pair, on the way's stream, between two points of `stream`. */
-static usp_status move_way(usp_peer *self, const usp_message *messages, int count, int peer, int sends,
-                           usp_stream stream) {
-    const usp_device_ops *ops = self->base.device->ops;
-    usp_peer_way *way = sends ? &self->link[peer].out : &self->link[peer].in;
-    usp_flow flow = {.self = self, .peer = peer, .sends = sends, .way = way};
-    int i = usp_list_next(messages, count, 0, peer);
-    if (i == USP_NO_MESSAGE) return USP_OK;
-    USP_TRY(ops->event_wait(self->base.device, self->begun, way->stream));
-    for (; i != USP_NO_MESSAGE; i = usp_list_next(messages, count, i + 1, peer))
-        USP_TRY(move_message(&flow, &messages[i]));
-    if (flow.slot) USP_TRY(pass_slot(&flow));
-    USP_TRY(ops->event_record(self->base.device, way->done, way->stream));
-    return ops->event_wait(self->base.device, way->done, stream);
+/* Waits for the next slot, moves what it holds, and passes it on. */
+static usp_status move_slot(usp_flow *flow) {
+    usp_peer *self = flow->self;
+    int rank = self->base.rank, peer = flow->peer, number = flow->slot;
+    char *there = self->link[peer].region;
+    usp_peer_flags *own = usp_peer_flags_of(self->region, peer), *its = usp_peer_flags_of(there, rank);
+    usp_stream stream = flow->sends ? self->out : self->in;
+    char *slot = flow->sends ? usp_peer_slot(self, there, peer, rank, number)
+                             : usp_peer_slot(self, self->region, rank, peer, number);
+    flow->slot = (number + 1) % USP_PEER_SLOTS;
+    USP_TRY(usp_peer_take_flag(self, flow->sends ? &own->free[number] : &own->full[number],
+                               self->flushes && !flow->sends, stream));
+    USP_TRY(fill_slot(flow, slot, stream));
+    return usp_peer_set_flag(self, flow->sends ? &its->full[number].set : &its->free[number].set, stream);
 }
 
 /* ---- exchange ---------------------------------------------------------------------------------------------------- */
@@ -139,16 +137,41 @@ static usp_status set_probe(usp_peer *self, usp_stream stream) {
     return status;
 }
 
+static usp_status begin(usp_peer *self, usp_stream stream) {
+    usp_device *device = self->base.device;
+    USP_TRY(device->ops->event_record(device, self->begun, stream));
+    USP_TRY(device->ops->event_wait(device, self->begun, self->out));
+    return device->ops->event_wait(device, self->begun, self->in);
+}
+
+static usp_status end(usp_peer *self, usp_stream stream) {
+    usp_device *device = self->base.device;
+    USP_TRY(device->ops->event_record(device, self->sent, self->out));
+    USP_TRY(device->ops->event_record(device, self->received, self->in));
+    USP_TRY(device->ops->event_wait(device, self->sent, stream));
+    USP_TRY(device->ops->event_wait(device, self->received, stream));
+    return set_probe(self, stream);
+}
+
 static usp_status move_all(usp_peer *self, const usp_message *sends, int send_count, const usp_message *recvs,
                            int recv_count, usp_stream stream) {
-    USP_TRY(self->base.device->ops->event_record(self->base.device, self->begun, stream));
-    for (int i = 1; i < self->base.size; i++) {
-        int to = (self->base.rank + i) % self->base.size;
-        int from = (self->base.rank + self->base.size - i) % self->base.size;
-        USP_TRY(move_way(self, sends, send_count, to, 1, stream));
-        USP_TRY(move_way(self, recvs, recv_count, from, 0, stream));
+    int size = self->base.size, rank = self->base.rank;
+    USP_TRY(begin(self, stream));
+    for (int i = 1; i < size; i++) {
+        usp_flow out = flow_of(self, sends, send_count, (rank + i) % size, 1);
+        usp_flow in = flow_of(self, recvs, recv_count, (rank + size - i) % size, 0);
+        while (out.message != USP_NO_MESSAGE || in.message != USP_NO_MESSAGE) {
+            if (out.message != USP_NO_MESSAGE) USP_TRY(move_slot(&out));
+            if (in.message != USP_NO_MESSAGE) USP_TRY(move_slot(&in));
+        }
     }
-    return set_probe(self, stream);
+    return end(self, stream);
+}
+
+static int is_empty(const usp_message *messages, int count) {
+    size_t bytes = 0;
+    for (int i = 0; i < count; i++) bytes |= usp_message_bytes(&messages[i]);
+    return bytes == 0;
 }
 
 static usp_status peer_exchange(usp_transport *transport, const usp_message *sends, int send_count,
@@ -157,6 +180,7 @@ static usp_status peer_exchange(usp_transport *transport, const usp_message *sen
     USP_TRY(usp_list_check(transport, sends, send_count, recvs, recv_count));
     USP_TRY(usp_channel_poll(transport->control));
     usp_channel_progress(transport->control, ++self->exchanges, -1);
+    if (is_empty(sends, send_count) && is_empty(recvs, recv_count)) return USP_OK;
     usp_status status = move_all(self, sends, send_count, recvs, recv_count, stream);
     return status == USP_OK ? USP_OK : give_up(self, status);
 }
@@ -175,39 +199,44 @@ static usp_status peer_watch(usp_transport *transport) {
 
 int usp_peer_is_idle(usp_peer *self) {
     usp_device *device = self->base.device;
-    int busy = 0;
-    for (int i = 0; i < self->base.size && !busy; i++) {
-        const usp_peer_link *link = &self->link[i];
-        if (link->out.stream && device->ops->query(device, link->out.stream, &busy) != USP_OK) return 1;
-        if (!busy && link->in.stream && device->ops->query(device, link->in.stream, &busy) != USP_OK) return 1;
-    }
-    return !busy;
+    int sending = 0, receiving = 0;
+    if (device->ops->query(device, self->out, &sending) != USP_OK) return 1;
+    if (device->ops->query(device, self->in, &receiving) != USP_OK) return 1;
+    return !sending && !receiving;
 }
 
-/* Whatever waits for a flag finds it set, again and again: a stream may have many waits in it. */
+static void await_idle(usp_peer *self, int milliseconds) {
+    int64_t begun = usp_now_ms();
+    for (int round = 0; usp_now_ms() - begun < milliseconds && !usp_peer_is_idle(self); round++) usp_pause(round);
+}
+
+/* Whatever waits for a flag goes on, now and later, in streams and in graphs. What it moves then is void: the failure
+ * of the ranks is known here before. */
 static void peer_stop(usp_transport *transport, int milliseconds) {
     usp_peer *self = peer_of(transport);
-    usp_device *device = transport->device;
-    int64_t begin = usp_now_ms();
-    size_t bytes = (size_t)transport->size * sizeof(usp_peer_flags);
-    for (int round = 0;; round++) {
-        if (device->ops->copy(device, self->region, self->set, bytes, self->rescue) != USP_OK) return;
-        if (usp_now_ms() - begin >= milliseconds || usp_peer_is_idle(self)) return;
-        usp_pause(round);
-    }
+    size_t bytes = (size_t)transport->size * sizeof *self->stopped;
+    if (transport->device->ops->copy(transport->device, self->region, self->stopped, bytes, self->rescue) == USP_OK)
+        await_idle(self, milliseconds);
 }
 
 /* ---- the table --------------------------------------------------------------------------------------------------- */
 
+/* What is not done by then fails all ranks: it must not pass for what it is not. A rank whose line ends has let go. */
+static void finish(usp_peer *self) {
+    usp_control *control = self->base.control;
+    if (usp_channel_poll(control) == USP_OK) await_idle(self, USP_PEER_LIMIT_MS);
+    if (!usp_peer_is_idle(self))
+        usp_channel_fail(control, USP_PEER_LOST, "rank %d left before its transfers had ended", self->base.rank);
+    if (usp_channel_poll(control) != USP_OK) peer_stop(&self->base, USP_PEER_LIMIT_MS);
+    if (usp_peer_is_idle(self)) usp_peer_let_go(self);
+    for (int peer = 0; peer < self->base.size; peer++) self->link[peer].lost = usp_channel_has_lost(control, peer);
+    usp_channel_leave(control);
+}
+
 static void peer_destroy(usp_transport *transport) {
     usp_peer *self = peer_of(transport);
-    int64_t begin = usp_now_ms();
-    int healthy = transport->control && usp_channel_poll(transport->control) == USP_OK;
-    for (int round = 0; healthy && !usp_peer_is_idle(self) && usp_now_ms() - begin < USP_PEER_LIMIT_MS; round++)
-        usp_pause(round);
-    if (self->region && !usp_peer_is_idle(self)) peer_stop(transport, USP_PEER_LIMIT_MS);
-    if (transport->control) usp_channel_leave(transport->control);
-    if (usp_peer_is_idle(self))
+    if (self->shown) finish(self);
+    if (!self->shown || usp_peer_is_idle(self))
         usp_peer_end(self);
     else
         usp_host_log(transport->host, 1,

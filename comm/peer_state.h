@@ -1,9 +1,9 @@
 /* peer_state.h - what the files of the peer transport share.
  *
- * Every rank has one region of its GPU's memory that all ranks have mapped. What rank a sends to rank b is one stream
- * of bytes, which a's copy engine writes into slots of b's region, slot after slot; b copies them to where they belong.
- * Flags say which slots are full, in the region of the one that reads, and which are free again, in that of the one
- * that writes: each is waited for where it lies, by a stream, and put back to 0. */
+ * Every rank has one region of its GPU's memory that all ranks have mapped. What rank a sends to rank b in an exchange
+ * is one stream of bytes, which a's copy engine writes into slots of b's region, slot after slot; b copies them to
+ * where they belong. Flags say which slots are full, in the region of the one that reads, and which are free again, in
+ * that of the one that writes: each is waited for where it lies, by a stream, and put back. */
 #ifndef USP_PEER_STATE_H
 #define USP_PEER_STATE_H
 #include <cuda.h>
@@ -19,25 +19,21 @@ enum {
     USP_PEER_LIMIT_MS = 5000  /* longest wait of a rank that leaves */
 };
 
-/* Flags of one rank about one other, in the region of the first. */
+/* Waited for as one number: set by the other rank, or stopped by the own one, then for ever. */
+typedef struct usp_peer_flag {
+    uint32_t set, stop;
+} usp_peer_flag;
+
+/* Flags of one rank about one other, in the region of the first: the other has written a slot, has read one. */
 typedef struct usp_peer_flags {
-    uint32_t full[USP_PEER_SLOTS]; /* the other one has written a slot */
-    uint32_t free[USP_PEER_SLOTS]; /* the other one has read a slot of its region */
-    uint32_t closed;               /* the other one touches this region no more */
-    uint32_t pad[7];
+    usp_peer_flag full[USP_PEER_SLOTS], free[USP_PEER_SLOTS];
 } usp_peer_flags;
 
-/* One direction to or from another rank. */
-typedef struct usp_peer_way {
-    usp_stream stream;
-    usp_event *done;
-    int slot; /* the next one */
-} usp_peer_way;
-
+/* The other rank's region. */
 typedef struct usp_peer_link {
-    char *region; /* the other one's, mapped here; NULL: this rank itself, or not there */
+    char *region; /* mapped here; NULL: this rank itself, or not there */
     int mapped;   /* by a handle, to be closed */
-    usp_peer_way out, in;
+    int lost;     /* the rank is gone, and what it had mapped */
 } usp_peer_link;
 
 typedef CUresult (*usp_stream_batch)(CUstream, unsigned, CUstreamBatchMemOpParams *, unsigned);
@@ -45,13 +41,18 @@ typedef CUresult (*usp_stream_batch)(CUstream, unsigned, CUstreamBatchMemOpParam
 typedef struct usp_peer {
     usp_transport base;
     int gpu;
+    int flushes; /* the GPU can see to it that what was written before a flag is there with it */
+    int shown;   /* others may have mapped the region */
     uint64_t exchanges;
     size_t slot_bytes;
-    char *region;  /* [size] flags, then [size][slots][slot_bytes] */
-    uint32_t *set; /* page-locked: a region's flags as they are to be set, or were read */
+    char *region;            /* [size] flags, [size] whether the other has let go, [size - 1][slots][slot_bytes] */
+    usp_peer_flags *stopped; /* [size], page-locked: flags as they are to be when the ranks have failed */
+    uint32_t *closed;        /* [size], page-locked: what was read */
     usp_stream_batch batch;
-    usp_stream rescue; /* never waits for another rank */
-    usp_event *begun;
+    usp_stream out, in;
+    cudaStream_t rescue; /* of a priority of its own, so that it queues behind no wait */
+    usp_event *begun, *sent, *received;
+    cudaIpcMemHandle_t handle;
     pthread_mutex_t lock; /* of what follows */
     usp_probes probes;
     usp_peer_link link[];
@@ -61,25 +62,30 @@ static inline usp_peer_flags *usp_peer_flags_of(char *region, int rank) {
     return (usp_peer_flags *)(void *)region + rank;
 }
 
-static inline size_t usp_peer_flags_bytes(int size) {
-    size_t bytes = (size_t)size * sizeof(usp_peer_flags);
+static inline uint32_t *usp_peer_closed(const usp_peer *self, char *region) {
+    return (uint32_t *)(void *)usp_peer_flags_of(region, self->base.size);
+}
+
+static inline size_t usp_peer_head_bytes(int size) {
+    size_t bytes = (size_t)size * (sizeof(usp_peer_flags) + sizeof(uint32_t));
     return (bytes + USP_PEER_ALIGNMENT - 1) / USP_PEER_ALIGNMENT * USP_PEER_ALIGNMENT;
 }
 
-/* Slot `slot` of what `from` sends to the region's rank. */
-static inline char *usp_peer_slot(const usp_peer *self, char *region, int from, int slot) {
-    size_t number = (size_t)from * USP_PEER_SLOTS + (size_t)slot;
-    return region + usp_peer_flags_bytes(self->base.size) + number * self->slot_bytes;
+/* A slot of what `from` sends to `owner`, whose region it is. */
+static inline char *usp_peer_slot(const usp_peer *self, char *region, int owner, int from, int slot) {
+    size_t number = (size_t)(from - (from > owner)) * USP_PEER_SLOTS + (size_t)slot;
+    return region + usp_peer_head_bytes(self->base.size) + number * self->slot_bytes;
 }
 
 extern const usp_transport_ops usp_peer_ops;
 
-/* Enqueues: wait until the flag is set, and put it back; set a flag, here or in another region. */
-usp_status usp_peer_take_flag(usp_peer *self, uint32_t *flag, usp_stream stream);
+usp_status usp_peer_take_flag(usp_peer *self, usp_peer_flag *flag, int flushes, usp_stream stream);
 usp_status usp_peer_set_flag(usp_peer *self, uint32_t *flag, usp_stream stream);
-/* Looks once whether all streams are idle. */
+/* Looks once whether what exchanges have begun is done, but for graphs. */
 int usp_peer_is_idle(usp_peer *self);
-/* Takes leave of the other regions, waits a bounded time until they have of this one, and frees what is not needed. */
+/* Of the other regions. */
+void usp_peer_let_go(usp_peer *self);
+/* Waits a bounded time until the others have let go of this one, and frees what is not needed. */
 void usp_peer_end(usp_peer *self);
 
 #endif

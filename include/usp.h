@@ -115,10 +115,13 @@ USP_API usp_status usp_device_select(usp_device_kind kind, int index);
 
 typedef struct usp_world usp_world;
 
-/* What moves tensors, where the way to make a world leaves a choice: between GPUs of processes that meet over the
+/* What moves tensors, where the way to make a world leaves a choice: between GPUs of ranks that meet over the
  * environment or a call-back. AUTO: NCCL. PEER: copy engines, which write into the other GPUs' memory, on one host; it
- * takes no processor of a GPU, and at most 256 MiB of its memory, or 4 MiB for each rank if that is more. Elsewhere
- * AUTO, or what the constructor's name says; all else is INVALID. Alike on all ranks, else MISMATCH. */
+ * takes no processor of a GPU, and at most 256 MiB of its memory, or 4 MiB for each other rank if that is more. Graphs
+ * that hold its exchanges, and calls beside them, must run one after the other, and have ended before destroy.
+ * Elsewhere AUTO, or what the constructor's name says; all else is INVALID. UNSUPPORTED: no GPU, no NCCL; of PEER
+ * several hosts, a GPU whose memory another cannot use, CUDA_DEVICE_MAX_CONNECTIONS below 8. Alike on all ranks, else
+ * MISMATCH. */
 typedef enum usp_transport_kind {
     USP_TRANSPORT_AUTO = 0,
     USP_TRANSPORT_NCCL = 1,
@@ -172,11 +175,11 @@ USP_API usp_status usp_unique_id_create(usp_unique_id *id);
 typedef int (*usp_allgather_fn)(void *user, const void *mine, void *all, size_t bytes_per_rank);
 
 /* Six ways to make a world; all collective among the ranks of the new world. `config` NULL means all defaults.
- * Errors: INVALID, UNSUPPORTED (no such backend here), NO_MEMORY, MISMATCH (library version, device, timeout_ms or
- * silence_ms differ between ranks), PEER_FAILED, TIMEOUT, COMM. Multi-process worlds open TCP connections between all
- * ranks for liveness. A rank whose own arguments are wrong waits for the others and tells them, except where it has no
- * way to (nccl, nccl_id; a rank out of range or taken, no callback, no communicator): there they wait for the time
- * limit. */
+ * Errors: INVALID, UNSUPPORTED (no such backend here), NO_MEMORY, MISMATCH (library version, device, transport,
+ * timeout_ms or silence_ms differ between ranks), PEER_FAILED, TIMEOUT, COMM. Multi-process worlds open TCP connections
+ * between all ranks for liveness. A rank whose own arguments are wrong waits for the others and tells them, except
+ * where it has no way to (nccl, nccl_id; a rank out of range or taken, no callback, no communicator): there they wait
+ * for the time limit. */
 
 /* Ranks are threads of this process, each making the call with its own rank. CPU, or CUDA with any number of ranks a
  * GPU. */
@@ -304,7 +307,7 @@ typedef struct usp_sequence_config {
     int64_t segments;                 /* custom layout: this rank's number of segments */
     const usp_segment *segment;       /* custom layout: all ranks' segments must cover every token exactly once */
     const int64_t *key_document_ends; /* as usp_documents.key_ends, prefixes, parents */
-    const int64_t *prefixes; /* given here they may be given to re-plans; so may parents */
+    const int64_t *prefixes;          /* given here they may be given to re-plans; so may parents */
     const int64_t *parents;
     int64_t key_segments; /* custom layout, cross-attention: the same of the keys */
     const usp_segment *key_segment;
@@ -401,12 +404,12 @@ typedef struct usp_layer_config {
     int64_t window_right;    /* keys behind the diagonal (mask full only); 0: all, USP_NO_KEYS: none */
     usp_alignment alignment; /* of the diagonal */
     usp_route route;
-    float soft_cap; /* score = soft_cap tanh(score / soft_cap); 0: none (Gemma 2, arXiv 2408.00118) */
-    float dropout;  /* the part of all probabilities that is dropped, in [0, 0.95], rounded to 2^-15; 0: none */
-    int sinks;      /* 1: forward and backward read sinks, backward writes dsinks (arXiv 2309.17453, learned) */
-    int dlse;       /* 1, with return_lse: backward reads dlse */
-    int max_logit;  /* 1: forward writes max_logit */
-    int reserved;   /* 0 */
+    float soft_cap;      /* score = soft_cap tanh(score / soft_cap); 0: none (Gemma 2, arXiv 2408.00118) */
+    float dropout;       /* the part of all probabilities that is dropped, in [0, 0.95], rounded to 2^-15; 0: none */
+    int sinks;           /* 1: forward and backward read sinks, backward writes dsinks (arXiv 2309.17453, learned) */
+    int dlse;            /* 1, with return_lse: backward reads dlse */
+    int max_logit;       /* 1: forward writes max_logit */
+    int reserved;        /* 0 */
     const float *slopes; /* ALiBi (arXiv 2108.12409): [heads], host memory, copied; score minus slope times distance
                             from the diagonal; NULL: none */
 } usp_layer_config;
@@ -450,10 +453,10 @@ typedef struct usp_forward {
 typedef struct usp_backward {
     size_t struct_size;
     usp_tensor q, k, v, out, dout, dq, dk, dv;
-    const float *dfinal_state;  /* if config.final_state, else NULL */
-    float *dinitial_state;      /* if config.initial_state, else NULL */
-    const void *saved;          /* what forward wrote */
-    const float *initial_state; /* if config.initial_state: as in forward; else NULL */
+    const float *dfinal_state;     /* if config.final_state, else NULL */
+    float *dinitial_state;         /* if config.initial_state, else NULL */
+    const void *saved;             /* what forward wrote */
+    const float *initial_state;    /* if config.initial_state: as in forward; else NULL */
     const float *sinks;            /* as in forward */
     float *dsinks;                 /* [heads] if config.sinks: the whole gradient, the same on every rank; else NULL */
     const float *dlse;             /* [batch, heads, local_tokens] if config.dlse: the gradient of lse; else NULL */

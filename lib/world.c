@@ -173,7 +173,10 @@ static void prepare(making *m) {
 static void expect_transport(making *m, usp_transport_kind only) {
     usp_transport_kind wanted = m->config.transport;
     if (wanted != USP_TRANSPORT_AUTO && wanted != only)
-        usp_meeting_note(&m->meeting, usp_fail(USP_INVALID, "usp_world_config.transport is %d: not here", (int)wanted));
+        usp_meeting_note(&m->meeting, usp_fail(USP_INVALID,
+                                               "usp_world_config.transport is %d: this way to make a world "
+                                               "leaves no such choice",
+                                               (int)wanted));
 }
 
 static void begin(making *m, const usp_world_config *given, usp_transport_kind only, usp_world **out) {
@@ -348,8 +351,8 @@ usp_status usp_world_wait(usp_world *world, usp_stream stream) {
     struct timespec pause = {.tv_nsec = 20000};
     for (;;) {
         int busy = 0;
-        USP_TRY(usp_transport_poll(world->transport));
         usp_status status = world->device->ops->query(world->device, stream, &busy);
+        USP_TRY(usp_transport_poll(world->transport)); /* behind it: a failure lets streams end */
         if (status != USP_OK || !busy) return usp_world_conclude(world, status);
         if (world->timeout_ms >= 0 && usp_now_ms() - begin > world->timeout_ms)
             return usp_transport_overdue(world->transport);

@@ -1,10 +1,11 @@
 /* check_peer.c - the peer transport: conformance, graphs, what it moves a second, deaths and stops. A plain program
  * that starts its ranks as processes, on the GPUs there are in turn: two ranks may share one.
  *
- *   check_peer [N]          N processes (default: a GPU each, two at least), then with a last one that dies or stops
- *   RANK=... check_peer [--kill|--stop] one of them */
+ *   check_peer [N]          N processes (default: a GPU each, two at least), then with a last one that dies or stops,
+ * then N threads RANK=... check_peer [--kill|--stop|--kill-graph|--stop-graph] one of them */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
+#include <pthread.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdio.h>
@@ -23,9 +24,10 @@ enum {
     MOST_RANKS = 64,
     PHASE_SECONDS = 100,
     TIMEOUT_MS = 20000,
-    FAULT_TIMEOUT_MS = 5000, /* where a rank stops */
-    ANSWER_MS = 12000,       /* from the fault until all others have left */
-    REPLAYS = 50,
+    FAULT_TIMEOUT_MS = 5000,              /* where a rank stops */
+    ANSWER_MS = 12000,                    /* from the fault until all others have left */
+    MANY_SLOTS = 6 * 16 * 1048576 + 1000, /* bytes, more than all slots hold */
+    REPLAYS = 1000,
     ROUNDS = 20
 };
 
@@ -87,21 +89,26 @@ static int shift_and_look(const step *s, int value, cudaGraphExec_t graph) {
     return has_arrived(s, value);
 }
 
-/* Replays between eager steps: both use the same slots in turn. */
-static int check_graph(usp_world *world) {
+/* NULL after saying why. */
+static cudaGraphExec_t capture(const step *s) {
     cudaGraph_t graph = NULL;
     cudaGraphExec_t exec = NULL;
-    step s;
-    int good = open_step(&s, world, 3 * 16 * 1048576 + 1000);
-    good = good && cudaStreamBeginCapture(s.stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess;
-    usp_status status = good ? shift(&s) : USP_DEVICE;
-    good = good && cudaStreamEndCapture(s.stream, &graph) == cudaSuccess && status == USP_OK;
+    int good = cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal) == cudaSuccess;
+    usp_status status = good ? shift(s) : USP_DEVICE;
+    good = good && cudaStreamEndCapture(s->stream, &graph) == cudaSuccess && status == USP_OK;
     good = good && cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess;
-    if (usp_check(world->transport, good, "capture: %s; %s", usp_last_error(), cudaGetErrorString(cudaGetLastError())))
-        return 0;
+    usp_check(s->world->transport, good, "capture: %s; %s", usp_last_error(), cudaGetErrorString(cudaGetLastError()));
+    if (graph) cudaGraphDestroy(graph);
+    return exec;
+}
+
+/* Replays between eager steps: both use the same slots. */
+static int check_graph(usp_world *world) {
+    step s;
+    cudaGraphExec_t exec = open_step(&s, world, MANY_SLOTS) ? capture(&s) : NULL;
+    int good = exec != NULL;
     for (int i = 0; i < REPLAYS && good; i++) good = shift_and_look(&s, i, i % 5 == 2 ? NULL : exec);
-    cudaGraphExecDestroy(exec);
-    cudaGraphDestroy(graph);
+    if (exec) cudaGraphExecDestroy(exec);
     close_step(&s);
     return good;
 }
@@ -128,31 +135,42 @@ static int time_steps(usp_world *world, size_t megabytes) {
 
 /* ---- faults ------------------------------------------------------------------------------------------------------ */
 
-/* The last rank dies or stops in the middle of steps; the others must find out, and whom. */
+/* Steps until one fails, by calls or by launches of a graph. */
+static usp_status shift_until_failure(const step *s, cudaGraphExec_t exec) {
+    usp_status status = USP_OK;
+    while (status == USP_OK) {
+        if (exec) cudaGraphLaunch(exec, s->stream);
+        if (!exec) status = shift(s);
+        if (status == USP_OK) status = usp_world_synchronize(s->world, s->stream);
+    }
+    return status;
+}
+
+/* The last rank dies or stops once all have made some steps; the others must find out, and whom. */
 static int meet_fault(usp_world *world, const char *fault) {
     usp_transport *transport = world->transport;
-    usp_status wanted = strcmp(fault, "--kill") == 0 ? USP_PEER_LOST : USP_TIMEOUT, status = USP_OK;
+    int kills = strncmp(fault, "--kill", 6) == 0, graph = strstr(fault, "graph") != NULL;
     char name[32];
     step s;
-    if (!open_step(&s, world, 64 << 20)) return 1;
-    for (int i = 0; i < 3 && status == USP_OK; i++) status = shift(&s);
-    if (status == USP_OK) status = usp_world_synchronize(world, s.stream);
-    if (transport->rank == transport->size - 1) raise(strcmp(fault, "--kill") == 0 ? SIGKILL : SIGSTOP);
+    if (!open_step(&s, world, MANY_SLOTS)) return 1;
+    cudaGraphExec_t exec = graph ? capture(&s) : NULL;
+    for (int i = 0; i < 3; i++)
+        if (!shift_and_look(&s, i, exec)) return 1;
+    usp_status status = usp_transport_allgather(transport, &s, &s, 0);
+    if (transport->rank == transport->size - 1) raise(kills ? SIGKILL : SIGSTOP);
     double begin = now_ms();
-    while (status == USP_OK) {
-        status = shift(&s);
-        if (status == USP_OK) status = usp_world_synchronize(world, s.stream);
-    }
-    if (status == USP_PEER_LOST) wanted = USP_PEER_LOST; /* a rank that stops may be lost before it is late */
+    if (status == USP_OK) status = shift_until_failure(&s, exec);
     snprintf(name, sizeof name, "rank %d", transport->size - 1);
-    int wrong = usp_check_failure(transport, status, wanted, name);
+    int wrong = usp_check(transport, status == USP_PEER_LOST || (!kills && status == USP_TIMEOUT), "status %d: %s",
+                          (int)status, usp_last_error());
+    wrong += usp_check(transport, strstr(usp_last_error(), name) != NULL, "not %s: %s", name, usp_last_error());
     usp_world_abort(world);
     wrong += usp_check(transport, cudaStreamSynchronize(s.stream) == cudaSuccess, "the GPU still waits");
+    if (exec) cudaGraphExecDestroy(exec);
     close_step(&s);
     usp_world_destroy(world);
     double took = now_ms() - begin;
-    wrong += usp_check(NULL, took < ANSWER_MS, "left after %.0f ms", took);
-    return wrong;
+    return wrong + usp_check(NULL, took < ANSWER_MS, "left after %.0f ms", took);
 }
 
 /* ---- ranks ------------------------------------------------------------------------------------------------------- */
@@ -173,6 +191,66 @@ static int play(const char *fault) {
     usp_world_destroy(world);
     return wrong;
 }
+
+/* ---- threads ----------------------------------------------------------------------------------------------------- */
+
+/* Ranks of one process, which meet over memory. */
+typedef struct team {
+    pthread_barrier_t barrier;
+    const void *given[MOST_RANKS];
+    int size;
+} team;
+
+typedef struct member {
+    team *team;
+    int rank, wrong;
+    pthread_t thread;
+} member;
+
+static int gather(void *user, const void *mine, void *all, size_t bytes) {
+    member *self = user;
+    self->team->given[self->rank] = mine;
+    pthread_barrier_wait(&self->team->barrier);
+    for (int i = 0; i < self->team->size; i++) memcpy((char *)all + (size_t)i * bytes, self->team->given[i], bytes);
+    pthread_barrier_wait(&self->team->barrier);
+    return 0;
+}
+
+static void *play_member(void *argument) {
+    const usp_world_config config = {.struct_size = sizeof config,
+                                     .device = USP_DEVICE_CUDA,
+                                     .timeout_ms = TIMEOUT_MS,
+                                     .transport = USP_TRANSPORT_PEER};
+    member *self = argument;
+    usp_world *world = NULL;
+    usp_device_select(USP_DEVICE_CUDA, self->rank % usp_device_count(USP_DEVICE_CUDA));
+    usp_status status = usp_world_create_callback(&config, gather, self, self->team->size, self->rank, &world);
+    self->wrong = usp_check(NULL, status == USP_OK, "the world: %s", usp_last_error());
+    if (!self->wrong) self->wrong = usp_check_transport(world->transport, 3);
+    usp_world_destroy(world);
+    return NULL;
+}
+
+static int play_threads(int size) {
+    member members[MOST_RANKS];
+    team all = {.size = size};
+    int failed = 0;
+    pthread_barrier_init(&all.barrier, NULL, (unsigned)size);
+    alarm(PHASE_SECONDS);
+    for (int i = 0; i < size; i++) {
+        members[i] = (member){.team = &all, .rank = i};
+        if (pthread_create(&members[i].thread, NULL, play_member, &members[i]) != 0) abort();
+    }
+    for (int i = 0; i < size; i++) {
+        pthread_join(members[i].thread, NULL);
+        failed += members[i].wrong;
+    }
+    pthread_barrier_destroy(&all.barrier);
+    printf("---- %d threads: %s\n", size, failed ? "failed" : "ok");
+    return failed;
+}
+
+/* ---- processes --------------------------------------------------------------------------------------------------- */
 
 static void set_number(const char *name, int number) {
     char text[16];
@@ -212,7 +290,7 @@ static int phase(int size, char *fault) {
 }
 
 int main(int count, char **arguments) {
-    char kill_[] = "--kill", stop[] = "--stop";
+    char faults[][16] = {"--kill", "--stop", "--kill-graph", "--stop-graph"};
     int gpus = usp_device_count(USP_DEVICE_CUDA), size = count > 1 ? atoi(arguments[1]) : gpus < 2 ? 2 : gpus;
     if (gpus > 0 && getenv("RANK")) return play(count > 1 ? arguments[1] : NULL);
     if (gpus == 0 || size < 2 || size > MOST_RANKS) {
@@ -220,6 +298,6 @@ int main(int count, char **arguments) {
         return SKIPPED;
     }
     int failed = phase(size, NULL);
-    failed += phase(size, kill_);
-    return failed + phase(size, stop) != 0;
+    for (int i = 0; i < 4; i++) failed += phase(size, faults[i]);
+    return failed + play_threads(size) != 0;
 }

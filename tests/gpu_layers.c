@@ -1,5 +1,5 @@
 /* gpu_layers.c - the tests of running layers on GPUs: the bodies of the CPU suite, compared with the same oracle, and
- * CUDA graphs. A plain program; exits 77 with the reason where there is no GPU.
+ * those of CUDA graphs and streams. A plain program; exits 77 with the reason where there is no GPU.
  *
  *   gpu_layers                   thread-ranks that share GPU 0, then a thread a GPU over NCCL
  *   gpu_layers --threads [N]     thread-ranks that share GPU 0: worlds of 1 .. N (default 4)
@@ -11,6 +11,7 @@
 #include "bodies.h"
 #include "costs.h"
 #include "formulas.h"
+#include "gpu_streams.h"
 #include "masks.h"
 #include "replans.h"
 #include "spread.h"
@@ -21,208 +22,6 @@
 #include <unistd.h>
 
 enum { SKIPPED = 77, SECONDS = 500, SHARED_RANKS = 4 };
-
-#ifdef USP_HAVE_CUDA
-#include <cuda_runtime_api.h>
-
-static usp_status stream_create(usp_stream *stream) {
-    return cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking) == cudaSuccess ? USP_OK : USP_DEVICE;
-}
-
-static void stream_destroy(usp_stream stream) {
-    cudaStreamDestroy(stream);
-}
-
-/* ---- graphs ------------------------------------------------------------------------------------------------------ */
-
-/* Forward and backward of a stage as one graph. NULL after saying why. */
-static cudaGraphExec_t capture(usp_stage *stage) {
-    cudaGraph_t graph = NULL;
-    cudaGraphExec_t instance = NULL;
-    cudaStreamBeginCapture(stage->rank->stream, cudaStreamCaptureModeThreadLocal);
-    int failed = usp_stage_forward(stage, 1) || usp_stage_backward(stage);
-    cudaError_t ended = cudaStreamEndCapture(stage->rank->stream, &graph);
-    if (!failed && ended == cudaSuccess) ended = cudaGraphInstantiate(&instance, graph, 0);
-    if (graph) cudaGraphDestroy(graph);
-    if (!failed && ended != cudaSuccess) usp_say(stage->rank, "capture: %s", cudaGetErrorString(ended));
-    return failed ? NULL : instance;
-}
-
-static int replay(usp_stage *stage, usp_whole *whole) {
-    cudaGraphExec_t instance = capture(stage);
-    if (!instance) return 1;
-    cudaError_t launched = cudaSuccess;
-    for (int i = 0; i < 3 && launched == cudaSuccess; i++) launched = cudaGraphLaunch(instance, stage->rank->stream);
-    if (launched != cudaSuccess) return usp_say(stage->rank, "launch: %s", cudaGetErrorString(launched));
-    int failed = usp_stage_gather(stage, 1, whole);
-    cudaGraphExecDestroy(instance);
-    return failed;
-}
-
-/* A layer of each kind, for graphs and streams. */
-static const usp_case pair[] = {{.tokens = 517,
-                                 .mask = USP_MASK_CAUSAL,
-                                 .dtype = USP_BF16,
-                                 .heads = 4,
-                                 .kv_heads = 2,
-                                 .head_dim = 64,
-                                 .return_lse = 1,
-                                 .deterministic = 1},
-                                {.attention = USP_LINEAR,
-                                 .tokens = 517,
-                                 .mask = USP_MASK_CAUSAL,
-                                 .dtype = USP_BF16,
-                                 .heads = 4,
-                                 .head_dim = 64,
-                                 .decay = 1,
-                                 .scale = 0.1f,
-                                 .final_state = 1,
-                                 .deterministic = 1}};
-
-/* One of the pair on both axes where the size allows. */
-static int open_pair(usp_rank *rank, int which, usp_stage *stage) {
-    usp_case c = pair[which];
-    c.ulysses = rank->size % 2 == 0 ? 2 : 1;
-    c.ring = rank->size / c.ulysses;
-    if (usp_stage_open(rank, &c, stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
-    return usp_stage_fill(stage);
-}
-
-/* Results of a replayed graph, on memory poisoned since, are those of the calls themselves. */
-static int graphs(usp_rank *rank, void *argument) {
-    (void)argument;
-    for (int i = 0; i < 2; i++) {
-        usp_stage stage;
-        usp_whole eager, replayed;
-        if (open_pair(rank, i, &stage) || usp_stage_forward(&stage, 1) || usp_stage_backward(&stage)) return 1;
-        if (usp_stage_gather(&stage, 1, &eager) || usp_stage_clear(&stage) || replay(&stage, &replayed)) return 1;
-        if (rank->rank == 0) usp_compare_bits(rank, &stage.c, "a replayed graph", USP_SAME_ALL, &replayed, &eager);
-        usp_whole_free(&eager);
-        usp_whole_free(&replayed);
-        usp_stage_close(&stage);
-        usp_count(rank);
-    }
-    return 0;
-}
-
-/* Gives the sequence documents of a pattern. */
-static int replan(usp_stage *stage, int pattern) {
-    usp_case_document_list list;
-    usp_case changed = stage->c;
-    changed.documents = pattern;
-    usp_case_documents(&changed, &list);
-    if (usp_sequence_replan(stage->sequence, list.count, list.ends, stage->rank->stream) == USP_OK) return 0;
-    return usp_say(stage->rank, "replan: %s", usp_last_error());
-}
-
-/* The graph replayed with the documents of a pattern gives what the calls themselves give. */
-static int compare_replanned(usp_stage *stage, cudaGraphExec_t instance, int pattern) {
-    usp_whole eager, replayed;
-    if (replan(stage, pattern) || usp_stage_clear(stage)) return 1;
-    if (cudaGraphLaunch(instance, stage->rank->stream) != cudaSuccess) return usp_say(stage->rank, "no launch");
-    if (usp_stage_gather(stage, 1, &replayed) || usp_stage_clear(stage)) return 1;
-    if (usp_stage_forward(stage, 1) || usp_stage_backward(stage) || usp_stage_gather(stage, 1, &eager)) return 1;
-    if (stage->rank->rank == 0)
-        usp_compare_bits(stage->rank, &stage->c, "a graph replayed with other documents", USP_SAME_ALL, &replayed,
-                         &eager);
-    usp_whole_free(&eager);
-    usp_whole_free(&replayed);
-    return 0;
-}
-
-/* Captured once, with one document; replayed with documents of all patterns. */
-static int replanned_graphs(usp_rank *rank, void *argument) {
-    (void)argument;
-    for (int i = 0; i < 2; i++) {
-        usp_stage stage;
-        usp_case c = pair[i];
-        c.ulysses = rank->size % 2 == 0 ? 2 : 1;
-        c.ring = rank->size / c.ulysses;
-        c.max_documents = USP_CASE_DOCUMENTS;
-        if (usp_stage_open(rank, &c, &stage) != USP_OK) return usp_say(rank, "%s", usp_last_error());
-        if (usp_stage_fill(&stage) || usp_stage_forward(&stage, 1) || usp_stage_backward(&stage)) return 1;
-        cudaGraphExec_t instance = capture(&stage);
-        int failed = instance == NULL;
-        for (int pattern = 1; pattern <= 5 && !failed; pattern++) failed = compare_replanned(&stage, instance, pattern);
-        if (instance) cudaGraphExecDestroy(instance);
-        if (failed) return 1;
-        usp_stage_close(&stage);
-        usp_count(rank);
-    }
-    return 0;
-}
-
-/* ---- streams ----------------------------------------------------------------------------------------------------- */
-
-/* Both layers of the pair, each on a stream of its own, with nothing between the calls that waits. */
-static int run_side_by_side(usp_stage *one, usp_stage *other, usp_stream second) {
-    usp_rank *rank = one->rank;
-    usp_stream first = rank->stream;
-    int failed = usp_stage_forward(one, 1);
-    rank->stream = second;
-    failed = failed || usp_stage_forward(other, 1);
-    rank->stream = first;
-    failed = failed || usp_stage_backward(one);
-    rank->stream = second;
-    failed = failed || usp_stage_backward(other);
-    rank->stream = first;
-    return failed || usp_world_synchronize(rank->world, second) != USP_OK;
-}
-
-static int compare_side_by_side(usp_rank *rank, usp_stage *stage, usp_stage *other, usp_stream second) {
-    usp_whole serial, concurrent;
-    if (usp_stage_forward(stage, 1) || usp_stage_backward(stage) || usp_stage_gather(stage, 1, &serial)) return 1;
-    if (usp_stage_clear(stage) || run_side_by_side(stage, other, second)) return 1;
-    if (usp_stage_gather(stage, 1, &concurrent)) return 1;
-    if (rank->rank == 0) usp_compare_bits(rank, &stage->c, "beside another layer", USP_SAME_ALL, &concurrent, &serial);
-    usp_whole_free(&serial);
-    usp_whole_free(&concurrent);
-    return 0;
-}
-
-/* A layer gives the same bits alone and beside another one on another stream. */
-static int streams(usp_rank *rank, void *argument) {
-    usp_stage stage[2];
-    usp_stream second = NULL;
-    (void)argument;
-    if (stream_create(&second) != USP_OK) return usp_say(rank, "no second stream");
-    if (open_pair(rank, 0, &stage[0]) || open_pair(rank, 1, &stage[1])) return 1;
-    for (int i = 0; i < 2; i++)
-        if (compare_side_by_side(rank, &stage[i], &stage[1 - i], second)) return 1;
-    usp_stage_close(&stage[1]);
-    usp_stage_close(&stage[0]);
-    stream_destroy(second);
-    usp_count(rank);
-    return 0;
-}
-#else
-static usp_status stream_create(usp_stream *stream) {
-    *stream = NULL;
-    return USP_OK;
-}
-
-static void stream_destroy(usp_stream stream) {
-    (void)stream;
-}
-
-static int replanned_graphs(usp_rank *rank, void *argument) {
-    (void)argument;
-    usp_refuse(rank, "CUDA graphs: this program was built without CUDA");
-    return 0;
-}
-
-static int graphs(usp_rank *rank, void *argument) {
-    (void)argument;
-    usp_refuse(rank, "CUDA graphs: this program was built without CUDA");
-    return 0;
-}
-
-static int streams(usp_rank *rank, void *argument) {
-    (void)argument;
-    usp_refuse(rank, "CUDA streams: this program was built without CUDA");
-    return 0;
-}
-#endif
 
 /* ---- axes -------------------------------------------------------------------------------------------------------- */
 
@@ -292,6 +91,7 @@ typedef struct everything {
     usp_references *references;
     int graphs; /* where ranks need not meet on the host */
     int axes;   /* where ranks are joined by NCCL */
+    int calls;  /* of a mix */
 } everything;
 
 static int run_tables(usp_rank *rank, usp_references *references) {
@@ -338,8 +138,9 @@ static int run_everything(usp_rank *rank, void *argument) {
     if (run_tables(rank, all->references)) return usp_say(rank, "... in the tables");
     for (size_t i = 0; i < sizeof properties / sizeof properties[0]; i++)
         if (properties[i].body(rank, NULL)) return usp_say(rank, "... in %s", properties[i].name);
-    if (all->graphs && (graphs(rank, NULL) || replanned_graphs(rank, NULL))) return usp_say(rank, "... in graphs");
-    if (streams(rank, NULL)) return usp_say(rank, "... in streams");
+    if (all->graphs && usp_body_graphs(rank, NULL)) return usp_say(rank, "... in graphs");
+    if (usp_body_streams(rank, NULL)) return usp_say(rank, "... in streams");
+    if (usp_body_interleavings(rank, (void *)(uintptr_t)&all->calls)) return usp_say(rank, "... in interleavings");
     if (all->axes && axes(rank)) return usp_say(rank, "... in axes");
     if (limits(rank)) return usp_say(rank, "... in limits");
     if (usp_body_costs(rank, (void *)(uintptr_t)&usp_half_table)) return usp_say(rank, "... in costs");
@@ -355,11 +156,12 @@ static int run_world(usp_ranks_kind kind, int size, const char *name, usp_transp
                              .device = USP_DEVICE_CUDA,
                              .size = size,
                              .seconds = SECONDS,
-                             .stream_create = stream_create,
-                             .stream_destroy = stream_destroy};
+                             .stream_create = usp_gpu_stream_create,
+                             .stream_destroy = usp_gpu_stream_destroy};
     everything all = {.references = references,
                       .graphs = kind != USP_RANKS_THREADS || size == 1,
-                      .axes = kind != USP_RANKS_THREADS && transport != USP_TRANSPORT_PEER};
+                      .axes = kind != USP_RANKS_THREADS && transport != USP_TRANSPORT_PEER,
+                      .calls = kind != USP_RANKS_THREADS ? 10000 : 1000};
     usp_report report;
     int failed = usp_ranks_run(&ranks, run_everything, &all, &report) || report.done == 0;
     printf("%s (%d here): %d done, %d refused, %d failures\n%s", name, size, report.done, report.refused,
@@ -377,8 +179,8 @@ static int run_across(int most) {
             const usp_ranks ranks = {.device = USP_DEVICE_CUDA,
                                      .size = ulysses * ring,
                                      .seconds = SECONDS,
-                                     .stream_create = stream_create,
-                                     .stream_destroy = stream_destroy};
+                                     .stream_create = usp_gpu_stream_create,
+                                     .stream_destroy = usp_gpu_stream_destroy};
             usp_report report;
             failed += usp_ranks_run(&ranks, usp_body_across_ulysses, &across, &report);
             printf("same bits, ring %d, ulysses %d: %d failures\n%s", ring, ulysses, report.failures, report.text);

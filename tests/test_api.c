@@ -376,6 +376,23 @@ Test(api, wrong_worlds) {
     }
 }
 
+/* Of a world on the CPU: threads have no choice, the others no GPU. */
+Test(api, transports_between_gpus_alone) {
+    for (int way = 0; way < 3; way++) {
+        for (int choice = USP_TRANSPORT_NCCL; choice <= USP_TRANSPORT_PEER; choice++) {
+            usp_heap heap = {0};
+            usp_world *world = NULL;
+            usp_world_config config = {
+                .struct_size = sizeof config, .device = USP_DEVICE_CPU, .transport = (usp_transport_kind)choice};
+            usp_heap_configure(&heap, &config);
+            usp_status status = create_alone(way, &config, &world);
+            cr_expect(status == (way == 2 ? USP_INVALID : USP_UNSUPPORTED) && !world,
+                      "way %d, transport %d: %s, \"%s\"", way, choice, usp_status_string(status), usp_last_error());
+            cr_expect(atomic_load(&heap.live) == 0);
+        }
+    }
+}
+
 Test(api, wrong_fields) {
     for (int size = 1; size <= 4; size++) usp_expect_ranks(size, SECONDS, wrong_fields, NULL);
 }
