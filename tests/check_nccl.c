@@ -9,7 +9,6 @@
 #include <nccl.h>
 #include <pthread.h>
 #include <signal.h>
-#include <spawn.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -21,13 +20,13 @@
 #include <unistd.h>
 
 #include "conformance.h"
+#include "crew.h"
 #include "environment.h"
 #include "split.h"
-#include "port.h"
 
 enum {
     SKIPPED = 77,
-    MOST_RANKS = 64,
+    MOST_RANKS = USP_CREW_MOST,
     TIMEOUT_MS = 20000,       /* where nothing should go wrong */
     FAULT_TIMEOUT_MS = 5000,  /* where a rank stops */
     ABSENT_TIMEOUT_MS = 3000, /* where a rank does not come */
@@ -39,8 +38,6 @@ enum {
     ROUNDS = 20,
     RECYCLES = 24
 };
-
-extern char **environ;
 
 /* One rank of this program. */
 typedef struct usp_player {
@@ -627,76 +624,19 @@ static int play_environment(const char *fault) {
 
 /* ---- ranks as threads -------------------------------------------------------------------------------------------- */
 
-typedef struct usp_team {
-    pthread_barrier_t barrier;
-    int size;
-    const void *given[MOST_RANKS];
-} usp_team;
-
-typedef struct usp_member {
-    usp_team *team;
-    int rank, failed;
-    pthread_t thread;
-} usp_member;
-
-static usp_status team_gather(void *user, const void *mine, void *all, size_t bytes_per_rank) {
-    usp_member *member = user;
-    member->team->given[member->rank] = mine;
-    pthread_barrier_wait(&member->team->barrier);
-    for (int i = 0; i < member->team->size; i++)
-        memcpy((char *)all + (size_t)i * bytes_per_rank, member->team->given[i], bytes_per_rank);
-    pthread_barrier_wait(&member->team->barrier);
-    return USP_OK;
-}
-
-static void *play_member(void *argument) {
-    usp_member *member = argument;
-    usp_player player = {.rank = member->rank, .size = member->team->size, .is_thread = 1};
-    player.bootstrap = (usp_bootstrap){.gather = team_gather, .user = member, .rank = player.rank, .size = player.size};
-    member->failed = good(&player, usp_device_select_cuda(player.rank), "the GPU") ? play(&player) : 1;
-    return NULL;
+static void play_hand(usp_hand *hand) {
+    usp_player player = {.rank = hand->rank, .size = hand->size, .is_thread = 1};
+    player.bootstrap =
+        (usp_bootstrap){.gather = usp_crew_gather, .user = hand, .rank = player.rank, .size = player.size};
+    hand->failed = good(&player, usp_device_select_cuda(player.rank), "the GPU") ? play(&player) : 1;
 }
 
 static int play_threads(int size) {
-    usp_team team = {.size = size};
-    usp_member members[MOST_RANKS];
-    int failed = 0;
-    pthread_barrier_init(&team.barrier, NULL, (unsigned)size);
     alarm(PHASE_SECONDS);
-    for (int i = 0; i < size; i++) {
-        members[i] = (usp_member){.team = &team, .rank = i};
-        if (pthread_create(&members[i].thread, NULL, play_member, &members[i]) != 0) return 1;
-    }
-    for (int i = 0; i < size; i++) {
-        pthread_join(members[i].thread, NULL);
-        failed |= members[i].failed;
-    }
-    pthread_barrier_destroy(&team.barrier);
-    return failed;
+    return usp_crew_threads(size, play_hand);
 }
 
 /* ---- ranks as processes ------------------------------------------------------------------------------------------ */
-
-static void set_number(const char *name, int number) {
-    char text[16];
-    snprintf(text, sizeof text, "%d", number);
-    setenv(name, text, 1);
-}
-
-static void start(int size, const char *fault, pid_t *ranks) {
-    char self[] = "check_nccl", flag[16] = "";
-    char *arguments[] = {self, fault != NULL ? flag : NULL, NULL};
-    if (fault != NULL) snprintf(flag, sizeof flag, "%s", fault);
-    setenv("MASTER_ADDR", "127.0.0.1", 1);
-    set_number("MASTER_PORT", usp_free_port());
-    set_number("WORLD_SIZE", size);
-    set_number("LOCAL_WORLD_SIZE", size);
-    for (int i = 0; i < size; i++) {
-        set_number("RANK", i);
-        set_number("LOCAL_RANK", i);
-        if (posix_spawn(&ranks[i], "/proc/self/exe", NULL, NULL, arguments, environ) != 0) ranks[i] = -1;
-    }
-}
 
 /* Waits for the first `count` ranks; 0 if all ended well before `deadline`. */
 static int reap(const pid_t *ranks, int count, double deadline) {
@@ -723,7 +663,7 @@ static int phase(int size, const char *fault) {
     int others = fault != NULL ? size - 1 : size;
     printf("---- %d processes%s%s\n", size, fault != NULL ? " " : "", fault != NULL ? fault : "");
     fflush(stdout);
-    start(size, fault, ranks);
+    usp_crew_processes(size, fault, ranks);
     int failed = reap(ranks, others, now() + PHASE_SECONDS);
     if (fault != NULL && ranks[size - 1] > 0) {
         kill(ranks[size - 1], SIGKILL);

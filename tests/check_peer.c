@@ -5,9 +5,7 @@
  * then N threads RANK=... check_peer [--kill|--stop|--kill-graph|--stop-graph] one of them */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
-#include <pthread.h>
 #include <signal.h>
-#include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,12 +14,12 @@
 #include <unistd.h>
 
 #include "conformance.h"
-#include "port.h"
+#include "crew.h"
 #include "world.h"
 
 enum {
     SKIPPED = 77,
-    MOST_RANKS = 64,
+    MOST_RANKS = USP_CREW_MOST,
     PHASE_SECONDS = 100,
     TIMEOUT_MS = 20000,
     FAULT_TIMEOUT_MS = 5000,              /* where a rank stops */
@@ -30,8 +28,6 @@ enum {
     REPLAYS = 1000,
     ROUNDS = 20
 };
-
-extern char **environ;
 
 static double now_ms(void) {
     struct timespec time;
@@ -192,93 +188,39 @@ static int play(const char *fault) {
     return wrong;
 }
 
-/* ---- threads ----------------------------------------------------------------------------------------------------- */
+/* ---- crews ------------------------------------------------------------------------------------------------------- */
 
-/* Ranks of one process, which meet over memory. */
-typedef struct team {
-    pthread_barrier_t barrier;
-    const void *given[MOST_RANKS];
-    int size;
-} team;
-
-typedef struct member {
-    team *team;
-    int rank, wrong;
-    pthread_t thread;
-} member;
-
-static int gather(void *user, const void *mine, void *all, size_t bytes) {
-    member *self = user;
-    self->team->given[self->rank] = mine;
-    pthread_barrier_wait(&self->team->barrier);
-    for (int i = 0; i < self->team->size; i++) memcpy((char *)all + (size_t)i * bytes, self->team->given[i], bytes);
-    pthread_barrier_wait(&self->team->barrier);
-    return 0;
+static int gather(void *hand, const void *mine, void *all, size_t bytes) {
+    return usp_crew_gather(hand, mine, all, bytes) != USP_OK;
 }
 
-static void *play_member(void *argument) {
+static void play_hand(usp_hand *hand) {
     const usp_world_config config = {.struct_size = sizeof config,
                                      .device = USP_DEVICE_CUDA,
                                      .timeout_ms = TIMEOUT_MS,
                                      .transport = USP_TRANSPORT_PEER};
-    member *self = argument;
     usp_world *world = NULL;
-    usp_device_select(USP_DEVICE_CUDA, self->rank % usp_device_count(USP_DEVICE_CUDA));
-    usp_status status = usp_world_create_callback(&config, gather, self, self->team->size, self->rank, &world);
-    self->wrong = usp_check(NULL, status == USP_OK, "the world: %s", usp_last_error());
-    if (!self->wrong) self->wrong = usp_check_transport(world->transport, 3);
+    usp_device_select(USP_DEVICE_CUDA, hand->rank % usp_device_count(USP_DEVICE_CUDA));
+    usp_status status = usp_world_create_callback(&config, gather, hand, hand->size, hand->rank, &world);
+    hand->failed = usp_check(NULL, status == USP_OK, "the world: %s", usp_last_error());
+    if (!hand->failed) hand->failed = usp_check_transport(world->transport, 3);
     usp_world_destroy(world);
-    return NULL;
 }
 
 static int play_threads(int size) {
-    member members[MOST_RANKS];
-    team all = {.size = size};
-    int failed = 0;
-    pthread_barrier_init(&all.barrier, NULL, (unsigned)size);
     alarm(PHASE_SECONDS);
-    for (int i = 0; i < size; i++) {
-        members[i] = (member){.team = &all, .rank = i};
-        if (pthread_create(&members[i].thread, NULL, play_member, &members[i]) != 0) abort();
-    }
-    for (int i = 0; i < size; i++) {
-        pthread_join(members[i].thread, NULL);
-        failed += members[i].wrong;
-    }
-    pthread_barrier_destroy(&all.barrier);
+    int failed = usp_crew_threads(size, play_hand);
     printf("---- %d threads: %s\n", size, failed ? "failed" : "ok");
     return failed;
 }
 
-/* ---- processes --------------------------------------------------------------------------------------------------- */
-
-static void set_number(const char *name, int number) {
-    char text[16];
-    snprintf(text, sizeof text, "%d", number);
-    setenv(name, text, 1);
-}
-
-static void start(int size, char *fault, pid_t *ranks) {
-    char self[] = "check_peer";
-    char *arguments[] = {self, fault, NULL};
-    setenv("MASTER_ADDR", "127.0.0.1", 1);
-    set_number("MASTER_PORT", usp_free_port());
-    set_number("WORLD_SIZE", size);
-    set_number("LOCAL_WORLD_SIZE", size);
-    for (int i = 0; i < size; i++) {
-        set_number("RANK", i);
-        set_number("LOCAL_RANK", i);
-        if (posix_spawn(&ranks[i], "/proc/self/exe", NULL, NULL, arguments, environ) != 0) ranks[i] = -1;
-    }
-}
-
 /* With a fault the last rank does not come back by itself. */
-static int phase(int size, char *fault) {
+static int phase(int size, const char *fault) {
     pid_t ranks[MOST_RANKS];
     int failed = 0;
     printf("---- %d processes %s\n", size, fault ? fault : "");
     fflush(stdout);
-    start(size, fault, ranks);
+    usp_crew_processes(size, fault, ranks);
     for (int i = 0; i < size; i++) {
         int state = 0, faulty = fault && i == size - 1;
         if (faulty && ranks[i] > 0) kill(ranks[i], SIGKILL);
@@ -290,7 +232,7 @@ static int phase(int size, char *fault) {
 }
 
 int main(int count, char **arguments) {
-    char faults[][16] = {"--kill", "--stop", "--kill-graph", "--stop-graph"};
+    static const char *const faults[] = {"--kill", "--stop", "--kill-graph", "--stop-graph"};
     int gpus = usp_device_count(USP_DEVICE_CUDA), size = count > 1 ? atoi(arguments[1]) : gpus < 2 ? 2 : gpus;
     if (gpus > 0 && getenv("RANK")) return play(count > 1 ? arguments[1] : NULL);
     if (gpus == 0 || size < 2 || size > MOST_RANKS) {
