@@ -193,8 +193,8 @@ USP_API usp_status usp_world_create_nccl(const usp_world_config *config, struct 
 /* MPI_Comm_c2f(comm) of a communicator of an initialised MPI; borrowed. Host memory. After TIMEOUT make no other world
  * of that communicator: a collective that a rank never came to is still in it. */
 USP_API usp_status usp_world_create_mpi(const usp_world_config *config, int fortran_comm, usp_world **world);
-/* Any bootstrap: the callback gathers bytes over all ranks. NCCL on CUDA, TCP sockets on the CPU. The callback is used
- * only during this call. */
+/* Any bootstrap: the callback gathers bytes over all ranks. NCCL or peer on CUDA, TCP sockets on the CPU. The callback
+ * is used only during this call. */
 USP_API usp_status usp_world_create_callback(const usp_world_config *config, usp_allgather_fn allgather, void *user,
                                              int size, int rank, usp_world **world);
 /* Reads the environment that a launcher has made: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT (torchrun,
@@ -219,8 +219,8 @@ USP_API void usp_world_abort(usp_world *world);
 /* Once no mesh, sequence or layer of the world is left, frees everything but the memory of usp_world_alloc and
  * usp_world_alloc_shared, which is to be freed before. Waits for no call of another rank, and for what this one has
  * begun a short time only: between threads at most 5 s for a rank that still copies, on NCCL at most 5 s for transfers
- * to end and 5 s more for them to be aborted. What is not free then is left behind, with a warning. Ranks still waiting
- * for this one get PEER_LOST. */
+ * to end and 5 s more for them to be aborted, on peer as long and 5 s more until the others have let go of this GPU's
+ * memory. What is not free then is left behind, with a warning. Ranks still waiting for this one get PEER_LOST. */
 USP_API void usp_world_destroy(usp_world *world);
 
 /* Memory of the world's device, for programs without CUDA headers; 256-byte aligned. */
