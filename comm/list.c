@@ -15,6 +15,12 @@ usp_status usp_list_check(const usp_transport *transport, const usp_message *sen
     return USP_OK;
 }
 
+int usp_list_is_empty(const usp_message *messages, int count) {
+    for (int i = 0; i < count; i++)
+        if (usp_message_bytes(&messages[i]) > 0) return 0;
+    return 1;
+}
+
 int usp_list_next(const usp_message *messages, int count, int from, int peer) {
     for (int i = from; i < count; i++)
         if (messages[i].peer == peer && usp_message_bytes(&messages[i]) > 0) return i;

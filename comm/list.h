@@ -10,6 +10,8 @@ enum { USP_NO_MESSAGE = -1 };
 usp_status usp_list_check(const usp_transport *transport, const usp_message *sends, int send_count,
                           const usp_message *recvs, int recv_count);
 
+int usp_list_is_empty(const usp_message *messages, int count); /* of bytes */
+
 /* The first message for `peer` at or after index `from` that has bytes, or USP_NO_MESSAGE. */
 int usp_list_next(const usp_message *messages, int count, int from, int peer);
 

@@ -94,13 +94,6 @@ typedef struct usp_lists {
     int send_count, recv_count;
 } usp_lists;
 
-static int is_empty(const usp_lists *lists) {
-    size_t bytes = 0;
-    for (int i = 0; i < lists->send_count; i++) bytes |= usp_message_bytes(&lists->sends[i]);
-    for (int i = 0; i < lists->recv_count; i++) bytes |= usp_message_bytes(&lists->recvs[i]);
-    return bytes == 0;
-}
-
 /* Every message of one way, packed, inside a group. The peer of the one that was refused goes to *peer. */
 static ncclResult_t issue(usp_nccl *self, const usp_message *messages, int count, int receives, usp_stream stream,
                           int *peer) {
@@ -165,7 +158,7 @@ static usp_status nccl_exchange(usp_transport *transport, const usp_message *sen
     USP_TRY(usp_nccl_check(self));
     self->exchanges++;
     usp_channel_progress(self->base.control, self->exchanges, -1);
-    if (is_empty(&lists)) return USP_OK;
+    if (usp_list_is_empty(sends, send_count) && usp_list_is_empty(recvs, recv_count)) return USP_OK;
     usp_status status = usp_list_pack(transport->device, sends, send_count, stream);
     if (status != USP_OK) return usp_nccl_give_up(self, status);
     USP_TRY(move(self, &lists, stream));

@@ -58,17 +58,12 @@ static usp_status copy_part(usp_device *device, const usp_message *message, size
                             int sends, usp_stream stream) {
     for (size_t done = 0, moved; done < bytes; done += moved) {
         size_t run, left = bytes - done;
-        char *lies = usp_message_at(message, at + done, &run), *packed = slot + done;
-        size_t rows = usp_message_lies_apart(message) && run == message->bytes ? left / run : 0;
-        void *to = sends ? packed : lies;
-        const void *from = sends ? lies : packed;
-        size_t distance = rows ? message->stride : run;
-        moved = rows ? rows * run : run < left ? run : left;
-        if (rows)
-            USP_TRY(device->ops->copy_2d(device, to, sends ? run : distance, from, sends ? distance : run, run,
-                                         (int64_t)rows, stream));
-        else
-            USP_TRY(device->ops->copy(device, to, from, moved, stream));
+        usp_message part = {.base = usp_message_at(message, at + done, &run), .rows = 1, .stride = message->stride};
+        part.bytes = run < left ? run : left;
+        if (part.bytes == message->bytes) part.rows = (int64_t)(left / part.bytes);
+        moved = usp_message_bytes(&part);
+        usp_message packed = usp_message_whole(message->peer, slot + done, moved);
+        USP_TRY(usp_message_copy(device, sends ? &packed : &part, sends ? &part : &packed, stream));
     }
     return USP_OK;
 }
@@ -168,19 +163,13 @@ static usp_status move_all(usp_peer *self, const usp_message *sends, int send_co
     return end(self, stream);
 }
 
-static int is_empty(const usp_message *messages, int count) {
-    size_t bytes = 0;
-    for (int i = 0; i < count; i++) bytes |= usp_message_bytes(&messages[i]);
-    return bytes == 0;
-}
-
 static usp_status peer_exchange(usp_transport *transport, const usp_message *sends, int send_count,
                                 const usp_message *recvs, int recv_count, usp_stream stream) {
     usp_peer *self = peer_of(transport);
     USP_TRY(usp_list_check(transport, sends, send_count, recvs, recv_count));
     USP_TRY(usp_channel_poll(transport->control));
     usp_channel_progress(transport->control, ++self->exchanges, -1);
-    if (is_empty(sends, send_count) && is_empty(recvs, recv_count)) return USP_OK;
+    if (usp_list_is_empty(sends, send_count) && usp_list_is_empty(recvs, recv_count)) return USP_OK;
     usp_status status = move_all(self, sends, send_count, recvs, recv_count, stream);
     return status == USP_OK ? USP_OK : give_up(self, status);
 }

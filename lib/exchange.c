@@ -8,6 +8,10 @@ static const usp_sharding *sharding_of(const usp_layer *layer, const usp_bundle 
     return bundle->keys ? &layer->sequence->key : &layer->sequence->query;
 }
 
+static const usp_ring_side *side_of(const usp_layer *layer, const usp_bundle *bundle) {
+    return bundle->keys ? &layer->plan->key : &layer->plan->query;
+}
+
 /* Tokens of ulysses rank u. */
 static int64_t tokens_of(const usp_layer *layer, const usp_bundle *bundle, int u) {
     return sharding_of(layer, bundle)->local[layer->mesh.r * layer->mesh.ulysses + u];
@@ -23,7 +27,7 @@ static int64_t row_limit(const usp_layer *layer, const usp_bundle *bundle) {
 
 /* Rows of the block before those of rank u, in the order in which they are exchanged. */
 static int64_t rows_before(const usp_layer *layer, const usp_bundle *bundle, int u) {
-    const usp_ring_side *side = bundle->keys ? &layer->plan->key : &layer->plan->query;
+    const usp_ring_side *side = side_of(layer, bundle);
     return u ? side->landing_end[u - 1] : 0;
 }
 
@@ -117,8 +121,7 @@ typedef struct bundle_piece {
 } bundle_piece;
 
 static const usp_landing_runs *runs_of(const usp_layer *layer, const usp_bundle *bundle, int u) {
-    const usp_ring_side *side = bundle->keys ? &layer->plan->key : &layer->plan->query;
-    return &side->landing_runs[u];
+    return &side_of(layer, bundle)->landing_runs[u];
 }
 
 /* Whether the tokens of rank `owner` go in runs: both ranks of a message find the same. Single numbers are too short.
@@ -197,7 +200,7 @@ static bundle_end tokens_end(const usp_layer *layer, const usp_bundle *bundle, i
 static bundle_end block_end(const usp_layer *layer, const usp_bundle *bundle, int u, int i) {
     bundle_piece piece = piece_of(layer, bundle, u, layer->mesh.u, i);
     const usp_bundle_part *p = &bundle->part[piece.part];
-    const usp_ring_side *side = bundle->keys ? &layer->plan->key : &layer->plan->query;
+    const usp_ring_side *side = side_of(layer, bundle);
     usp_tensor tensor = p->block;
     int64_t row = piece.in_runs ? side->landing[rows_before(layer, bundle, u) + piece.begin] : 0;
     tensor.data = advance(tensor.data, row * tensor.stride_token, p->block_dtype);
