@@ -78,6 +78,7 @@ static usp_status make_layer(usp_setup *s) {
     USP_TRY(usp_mesh_create(s->rank->world, s->config->ulysses, s->config->ring, &s->mesh));
     USP_TRY(make_sequence(s));
     s->layer_config = layer_config(s);
+    s->layer_config.shared_memory = s->options->shared_memory;
     USP_TRY(usp_layer_create(s->mesh, s->sequence, &s->layer_config, &s->layer));
     s->sizes.struct_size = sizeof s->sizes;
     s->tokens = usp_sequence_local_tokens(s->sequence, s->rank->rank);

@@ -51,7 +51,7 @@ class LayerConfig(Sized):
                 ("state_exchange", c_int), ("recompute_state", c_int), ("initial_state", c_int),
                 ("final_state", c_int), ("decay", c_void_p), ("window_left", c_int64), ("window_right", c_int64),
                 ("alignment", c_int), ("route", c_int), ("soft_cap", c_float), ("dropout", c_float), ("sinks", c_int),
-                ("dlse", c_int), ("max_logit", c_int), ("reserved", c_int), ("slopes", POINTER(c_float))]
+                ("dlse", c_int), ("max_logit", c_int), ("shared_memory", c_int), ("slopes", POINTER(c_float))]
 
 
 class Forward(Sized):

@@ -61,7 +61,8 @@ static void take_beat(usp_line *line) {
 static void compare_plans(usp_channel *channel, int peer) {
     const usp_frame *frame = &channel->lines[peer].in;
     if (usp_plans_differ(&channel->plans, channel->base.rank, peer, frame->rank, frame->bytes, frame->number))
-        usp_channel_declare(channel, USP_MISMATCH, "rank %d and rank %d re-planned to different documents", peer,
+        usp_channel_declare(channel, USP_MISMATCH,
+                            "rank %d and rank %d re-planned to different documents or gave calls unlike memory", peer,
                             channel->base.rank);
 }
 

@@ -13,8 +13,8 @@ typedef struct usp_control usp_control;
 typedef struct usp_control_ops {
     /* Host memory, collective over all ranks, in rank order; at most timeout_ms. */
     usp_status (*allgather)(usp_control *, const void *mine, void *all, size_t bytes_per_rank);
-    /* This rank has re-planned a sequence over `ranks` ranks, to what `hash` says. Ranks of one data copy that differ
-     * fail by MISMATCH: threads at their next exchange, others with the beats. */
+    /* This rank has re-planned a sequence over `ranks` ranks, or gives calls over them memory, as `hash` says. Ranks of
+     * one data copy that differ fail by MISMATCH: threads at their next exchange, others with the beats. */
     void (*note_plan)(usp_control *, int ranks, uint64_t hash);
     /* The failure that has hit the ranks, with its sentence, or OK. Sticky. Never waits. */
     usp_status (*poll)(usp_control *);

@@ -239,6 +239,7 @@ const usp_transport_ops usp_nccl_ops = {
     .alloc_shared = usp_nccl_alloc_shared,
     .register_shared = usp_nccl_register_shared,
     .free_shared = usp_nccl_free_shared,
+    .reach = usp_plain_reach,
     .watch = nccl_watch,
     .stop = nccl_stop,
     .destroy = nccl_destroy,

@@ -1,9 +1,11 @@
 /* peer.c - GPUs of one host that write into each other's memory. Copy engines move the bytes, rows as they lie, and
  * streams wait for flags: no kernel runs, and the host waits for nobody. An exchange may be captured in a graph.
  *
- * In step i of an exchange a rank sends to the i-th rank behind it and receives from the i-th before it, slot by slot
- * in turn. So an operation waits for none that another rank enqueues later, by (exchange, step, slot): nothing can
- * block, even where the GPU puts all streams into one queue. */
+ * An exchange goes in rounds, of which one is enough where all that a pair moves may arrive where it belongs, or fits
+ * into a slot. In a round a rank first says to all from which it receives that it is ready. Then, peer after peer, it
+ * waits until they are, writes, and says so; and last it waits for what others write. So what a rank waits for its
+ * peer's stream has before its first wait of the same round, or before all its later ones: nothing can block. Between
+ * two exchanges all flags are down, so that graphs and calls may follow each other in any order. */
 #define _GNU_SOURCE
 
 #include "error.h"
@@ -11,114 +13,129 @@
 #include "peer_state.h"
 #include "thread.h"
 
-static usp_peer *peer_of(usp_transport *transport) {
-    return (usp_peer *)transport;
-}
-
 /* This rank has failed by `status`, whose sentence is recorded: all ranks hear of it. Returns the first failure. */
 static usp_status give_up(usp_peer *self, usp_status status) {
     return usp_channel_fail(self->base.control, status, "rank %d: %s", self->base.rank, usp_last_error());
 }
 
-/* ---- flags ------------------------------------------------------------------------------------------------------- */
-
-static usp_status run_batch(usp_peer *self, CUstreamBatchMemOpParams *operations, unsigned count, usp_stream stream) {
-    CUresult result = self->batch((CUstream)stream, count, operations, 0);
-    return result == CUDA_SUCCESS ? USP_OK : usp_fail(USP_DEVICE, "cuStreamBatchMemOp failed: %d", (int)result);
-}
-
-static CUstreamBatchMemOpParams write_of(uint32_t *flag, uint32_t value) {
-    CUstreamBatchMemOpParams operation = {.writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
-                                                         .address = (CUdeviceptr)(uintptr_t)flag,
-                                                         .value = value,
-                                                         .flags = CU_STREAM_WRITE_VALUE_DEFAULT}};
-    return operation;
-}
-
-/* Waits until the flag is set, and puts it back. */
-usp_status usp_peer_take_flag(usp_peer *self, usp_peer_flag *flag, int flushes, usp_stream stream) {
-    unsigned how = CU_STREAM_WAIT_VALUE_GEQ | (flushes ? CU_STREAM_WAIT_VALUE_FLUSH : 0u);
-    CUstreamBatchMemOpParams operations[2] = {{.waitValue = {.operation = CU_STREAM_MEM_OP_WAIT_VALUE_64,
-                                                             .address = (CUdeviceptr)(uintptr_t)flag,
-                                                             .value64 = 1,
-                                                             .flags = how}},
-                                              write_of(&flag->set, 0)};
-    return run_batch(self, operations, 2, stream);
-}
-
-usp_status usp_peer_set_flag(usp_peer *self, uint32_t *flag, usp_stream stream) {
-    CUstreamBatchMemOpParams operation = write_of(flag, 1);
-    return run_batch(self, &operation, 1, stream);
-}
-
 /* ---- one way of one pair ----------------------------------------------------------------------------------------- */
 
+/* The whole message that moves. A receiver copies what arrives elsewhere than where it belongs. */
+static usp_status move_there(usp_peer *self, const usp_peer_flow *flow, usp_stream stream) {
+    const usp_message *message = &flow->messages[flow->message];
+    usp_message there = *message;
+    there.base = flow->sends ? usp_pieces_reach(&self->pieces, flow->peer, message->there, 1) : message->there;
+    there.stride = message->there_stride;
+    if (flow->sends) return usp_message_copy(self->base.device, &there, message, stream);
+    if (message->there == message->base) return USP_OK;
+    return usp_message_copy(self->base.device, message, &there, stream);
+}
+
 /* Bytes `at` .. `at` + `bytes` - 1 of a message to or from where they are side by side. */
-static usp_status copy_part(usp_device *device, const usp_message *message, size_t at, size_t bytes, char *slot,
-                            int sends, usp_stream stream) {
+static usp_status move_part(usp_peer *self, const usp_peer_flow *flow, size_t bytes, char *slot, usp_stream stream) {
+    const usp_message *message = &flow->messages[flow->message];
     for (size_t done = 0, moved; done < bytes; done += moved) {
         size_t run, left = bytes - done;
-        usp_message part = {.base = usp_message_at(message, at + done, &run), .rows = 1, .stride = message->stride};
+        usp_message part = {.base = usp_message_at(message, flow->at + done, &run), .rows = 1};
+        part.stride = message->stride;
         part.bytes = run < left ? run : left;
         if (part.bytes == message->bytes) part.rows = (int64_t)(left / part.bytes);
         moved = usp_message_bytes(&part);
-        usp_message packed = usp_message_whole(message->peer, slot + done, moved);
-        USP_TRY(usp_message_copy(device, sends ? &packed : &part, sends ? &part : &packed, stream));
+        usp_message packed = usp_message_whole(flow->peer, slot + done, moved);
+        USP_TRY(
+            usp_message_copy(self->base.device, flow->sends ? &packed : &part, flow->sends ? &part : &packed, stream));
     }
     return USP_OK;
 }
 
-/* The stream of bytes that a list has for one peer, or wants from it. */
-typedef struct usp_flow {
-    usp_peer *self;
-    const usp_message *messages;
-    int count, peer, sends;
-    int message; /* the one that moves, or USP_NO_MESSAGE */
-    size_t at;   /* its bytes so far */
-    int slot;    /* the next one */
-} usp_flow;
-
-static usp_flow flow_of(usp_peer *self, const usp_message *messages, int count, int peer, int sends) {
-    return (usp_flow){.self = self,
-                      .messages = messages,
-                      .count = count,
-                      .peer = peer,
-                      .sends = sends,
-                      .message = usp_list_next(messages, count, 0, peer)};
+static void advance(usp_peer_flow *flow, size_t bytes) {
+    flow->at += bytes;
+    if (flow->at < usp_message_bytes(&flow->messages[flow->message])) return;
+    flow->message = usp_list_next(flow->messages, flow->count, flow->message + 1, flow->peer);
+    flow->at = 0;
 }
 
-static usp_status fill_slot(usp_flow *flow, char *slot, usp_stream stream) {
-    size_t whole = flow->self->slot_bytes;
-    for (size_t used = 0; flow->message != USP_NO_MESSAGE && used < whole;) {
+/* What moves in one round: messages in order, until the slot is full. */
+static usp_status move_round(usp_peer *self, usp_peer_flow *flow, char *slot, usp_stream stream) {
+    for (size_t used = 0; flow->message != USP_NO_MESSAGE && used < self->slot_bytes;) {
         const usp_message *message = &flow->messages[flow->message];
-        size_t left = usp_message_bytes(message) - flow->at, part = left < whole - used ? left : whole - used;
-        USP_TRY(copy_part(flow->self->base.device, message, flow->at, part, slot + used, flow->sends, stream));
-        used += (part + USP_PEER_ALIGNMENT - 1) / USP_PEER_ALIGNMENT * USP_PEER_ALIGNMENT;
-        flow->at += part;
-        if (part < left) continue;
-        flow->message = usp_list_next(flow->messages, flow->count, flow->message + 1, flow->peer);
-        flow->at = 0;
+        size_t part = usp_message_bytes(message) - flow->at;
+        if (message->there) {
+            USP_TRY(move_there(self, flow, stream));
+        } else {
+            if (part > self->slot_bytes - used) part = self->slot_bytes - used;
+            USP_TRY(move_part(self, flow, part, slot + used, stream));
+            used += (part + USP_PEER_ALIGNMENT - 1) / USP_PEER_ALIGNMENT * USP_PEER_ALIGNMENT;
+        }
+        advance(flow, part);
     }
     return USP_OK;
 }
 
-/* Waits for the next slot, moves what it holds, and passes it on. */
-static usp_status move_slot(usp_flow *flow) {
-    usp_peer *self = flow->self;
-    int rank = self->base.rank, peer = flow->peer, number = flow->slot;
-    char *there = self->link[peer].region;
-    usp_peer_flags *own = usp_peer_flags_of(self->region, peer), *its = usp_peer_flags_of(there, rank);
-    usp_stream stream = flow->sends ? self->out : self->in;
-    char *slot = flow->sends ? usp_peer_slot(self, there, peer, rank, number)
-                             : usp_peer_slot(self, self->region, rank, peer, number);
-    flow->slot = (number + 1) % USP_PEER_SLOTS;
-    USP_TRY(usp_peer_take_flag(self, flow->sends ? &own->free[number] : &own->full[number],
-                               self->flushes && !flow->sends, stream));
-    USP_TRY(fill_slot(flow, slot, stream));
-    return usp_peer_set_flag(self, flow->sends ? &its->full[number].set : &its->free[number].set, stream);
+static usp_status send_round(usp_peer *self, int peer, usp_peer_batch *batch, usp_stream stream) {
+    int rank = self->base.rank;
+    char *slot = usp_pieces_reach(&self->pieces, peer, usp_peer_slot(self, peer, rank), 1);
+    USP_TRY(usp_peer_await(self, batch, &usp_peer_flags_of(self, rank, peer)->ready, stream));
+    USP_TRY(usp_peer_run(self, batch, stream));
+    USP_TRY(move_round(self, &self->other[peer].out, slot, stream));
+    return usp_peer_set(self, batch, &usp_peer_flags_of(self, peer, rank)->full, stream);
+}
+
+static usp_status receive_round(usp_peer *self, int peer, usp_peer_batch *batch, usp_stream stream) {
+    int rank = self->base.rank;
+    USP_TRY(usp_peer_await(self, batch, &usp_peer_flags_of(self, rank, peer)->full, stream));
+    USP_TRY(usp_peer_run(self, batch, stream));
+    return move_round(self, &self->other[peer].in, usp_peer_slot(self, rank, peer), stream);
 }
 
 /* ---- exchange ---------------------------------------------------------------------------------------------------- */
+
+static int moves(const usp_peer_flow *flow) {
+    return flow->message != USP_NO_MESSAGE;
+}
+
+/* Peers in an order in which not all ranks write to the same one. */
+static usp_status run_round(usp_peer *self, usp_stream stream) {
+    int size = self->base.size, rank = self->base.rank;
+    usp_peer_batch batch = {.count = 0};
+    for (int peer = 0; peer < size; peer++)
+        if (moves(&self->other[peer].in))
+            USP_TRY(usp_peer_set(self, &batch, &usp_peer_flags_of(self, peer, rank)->ready, stream));
+    for (int i = 1; i < size; i++)
+        if (moves(&self->other[(rank + i) % size].out)) USP_TRY(send_round(self, (rank + i) % size, &batch, stream));
+    for (int i = size - 1; i > 0; i--)
+        if (moves(&self->other[(rank + i) % size].in)) USP_TRY(receive_round(self, (rank + i) % size, &batch, stream));
+    return usp_peer_run(self, &batch, stream);
+}
+
+static int anything_moves(const usp_peer *self) {
+    for (int peer = 0; peer < self->base.size; peer++)
+        if (moves(&self->other[peer].out) || moves(&self->other[peer].in)) return 1;
+    return 0;
+}
+
+static usp_peer_flow flow_of(const usp_message *messages, int count, int peer, int sends) {
+    return (usp_peer_flow){messages, count, peer, sends, usp_list_next(messages, count, 0, peer), 0};
+}
+
+static usp_status move_all(usp_peer *self, const usp_message *sends, int send_count, const usp_message *recvs,
+                           int recv_count, usp_stream stream) {
+    for (int peer = 0; peer < self->base.size; peer++) {
+        self->other[peer].out = flow_of(sends, send_count, peer, 1);
+        self->other[peer].in = flow_of(recvs, recv_count, peer, 0);
+    }
+    while (anything_moves(self)) USP_TRY(run_round(self, stream));
+    return USP_OK;
+}
+
+static usp_status check_places(const usp_peer *self, const usp_message *messages, int count) {
+    for (int i = 0; i < count; i++) {
+        const usp_message *m = &messages[i];
+        USP_REQUIRE(!m->there || usp_pieces_reach(&self->pieces, m->peer, m->there, usp_message_extent(m)),
+                    "a message to or from rank %d arrives outside of shared memory", m->peer);
+    }
+    return USP_OK;
+}
 
 /* A graph in capture is skipped: what it holds runs when it is launched, and then nobody passes here. */
 static usp_status set_probe(usp_peer *self, usp_stream stream) {
@@ -132,52 +149,28 @@ static usp_status set_probe(usp_peer *self, usp_stream stream) {
     return status;
 }
 
-static usp_status begin(usp_peer *self, usp_stream stream) {
-    usp_device *device = self->base.device;
-    USP_TRY(device->ops->event_record(device, self->begun, stream));
-    USP_TRY(device->ops->event_wait(device, self->begun, self->out));
-    return device->ops->event_wait(device, self->begun, self->in);
-}
-
-static usp_status end(usp_peer *self, usp_stream stream) {
-    usp_device *device = self->base.device;
-    USP_TRY(device->ops->event_record(device, self->sent, self->out));
-    USP_TRY(device->ops->event_record(device, self->received, self->in));
-    USP_TRY(device->ops->event_wait(device, self->sent, stream));
-    USP_TRY(device->ops->event_wait(device, self->received, stream));
-    return set_probe(self, stream);
-}
-
-static usp_status move_all(usp_peer *self, const usp_message *sends, int send_count, const usp_message *recvs,
-                           int recv_count, usp_stream stream) {
-    int size = self->base.size, rank = self->base.rank;
-    USP_TRY(begin(self, stream));
-    for (int i = 1; i < size; i++) {
-        usp_flow out = flow_of(self, sends, send_count, (rank + i) % size, 1);
-        usp_flow in = flow_of(self, recvs, recv_count, (rank + size - i) % size, 0);
-        while (out.message != USP_NO_MESSAGE || in.message != USP_NO_MESSAGE) {
-            if (out.message != USP_NO_MESSAGE) USP_TRY(move_slot(&out));
-            if (in.message != USP_NO_MESSAGE) USP_TRY(move_slot(&in));
-        }
-    }
-    return end(self, stream);
-}
-
 static usp_status peer_exchange(usp_transport *transport, const usp_message *sends, int send_count,
                                 const usp_message *recvs, int recv_count, usp_stream stream) {
-    usp_peer *self = peer_of(transport);
+    usp_peer *self = usp_peer_of(transport);
     USP_TRY(usp_list_check(transport, sends, send_count, recvs, recv_count));
+    USP_TRY(check_places(self, sends, send_count));
+    USP_TRY(check_places(self, recvs, recv_count));
     USP_TRY(usp_channel_poll(transport->control));
     usp_channel_progress(transport->control, ++self->exchanges, -1);
     if (usp_list_is_empty(sends, send_count) && usp_list_is_empty(recvs, recv_count)) return USP_OK;
     usp_status status = move_all(self, sends, send_count, recvs, recv_count, stream);
+    if (status == USP_OK) status = set_probe(self, stream);
     return status == USP_OK ? USP_OK : give_up(self, status);
+}
+
+static void *peer_reach(usp_transport *transport, int peer, const void *memory) {
+    return usp_pieces_reach(&usp_peer_of(transport)->pieces, peer, memory, 1);
 }
 
 /* ---- watching ---------------------------------------------------------------------------------------------------- */
 
 static usp_status peer_watch(usp_transport *transport) {
-    usp_peer *self = peer_of(transport);
+    usp_peer *self = usp_peer_of(transport);
     int late = 0;
     if (pthread_mutex_trylock(&self->lock) != 0) return USP_OK; /* an exchange is being enqueued */
     usp_status status = usp_probes_query(transport->device, &self->probes, transport->timeout_ms, &late);
@@ -186,12 +179,14 @@ static usp_status peer_watch(usp_transport *transport) {
     return late ? usp_channel_overdue(transport->control, -1) : USP_OK;
 }
 
+/* A GPU that has failed does nothing more. */
 int usp_peer_is_idle(usp_peer *self) {
-    usp_device *device = self->base.device;
-    int sending = 0, receiving = 0;
-    if (device->ops->query(device, self->out, &sending) != USP_OK) return 1;
-    if (device->ops->query(device, self->in, &receiving) != USP_OK) return 1;
-    return !sending && !receiving;
+    int late = 0;
+    pthread_mutex_lock(&self->lock);
+    usp_status status = usp_probes_query(self->base.device, &self->probes, -1, &late);
+    int idle = status != USP_OK || self->probes.passed == self->probes.set;
+    pthread_mutex_unlock(&self->lock);
+    return idle;
 }
 
 static void await_idle(usp_peer *self, int milliseconds) {
@@ -199,16 +194,13 @@ static void await_idle(usp_peer *self, int milliseconds) {
     for (int round = 0; usp_now_ms() - begun < milliseconds && !usp_peer_is_idle(self); round++) usp_pause(round);
 }
 
-/* Whatever waits for a flag goes on, now and later, in streams and in graphs. What it moves then is void: the failure
- * of the ranks is known here before. */
+/* What goes on then moves what is void: the failure of the ranks is known here before. */
 static void peer_stop(usp_transport *transport, int milliseconds) {
-    usp_peer *self = peer_of(transport);
-    size_t bytes = (size_t)transport->size * sizeof *self->stopped;
-    if (transport->device->ops->copy(transport->device, self->region, self->stopped, bytes, self->rescue) == USP_OK)
-        await_idle(self, milliseconds);
+    usp_peer_release(usp_peer_of(transport));
+    await_idle(usp_peer_of(transport), milliseconds);
 }
 
-/* ---- the table --------------------------------------------------------------------------------------------------- */
+/* ---- the end ----------------------------------------------------------------------------------------------------- */
 
 /* What is not done by then fails all ranks: it must not pass for what it is not. A rank whose line ends has let go. */
 static void finish(usp_peer *self) {
@@ -218,15 +210,23 @@ static void finish(usp_peer *self) {
         usp_channel_fail(control, USP_PEER_LOST, "rank %d left before its transfers had ended", self->base.rank);
     if (usp_channel_poll(control) != USP_OK) peer_stop(&self->base, USP_PEER_LIMIT_MS);
     if (usp_peer_is_idle(self)) usp_peer_let_go(self);
-    for (int peer = 0; peer < self->base.size; peer++) self->link[peer].lost = usp_channel_has_lost(control, peer);
+    for (int peer = 0; peer < self->base.size; peer++) self->other[peer].lost = usp_channel_has_lost(control, peer);
     usp_channel_leave(control);
 }
 
+static void free_parts(usp_peer *self) {
+    usp_peer_free_pieces(self);
+    usp_probes_destroy(self->base.device, &self->probes);
+    usp_peer_close_board(self);
+    pthread_mutex_destroy(&self->lock);
+    usp_host_free(self->base.host, self);
+}
+
 static void peer_destroy(usp_transport *transport) {
-    usp_peer *self = peer_of(transport);
+    usp_peer *self = usp_peer_of(transport);
     if (self->shown) finish(self);
     if (!self->shown || usp_peer_is_idle(self))
-        usp_peer_end(self);
+        free_parts(self);
     else
         usp_host_log(transport->host, 1,
                      "rank %d: the GPU does not end what it has begun: the transport's memory stays", transport->rank);
@@ -236,9 +236,10 @@ const usp_transport_ops usp_peer_ops = {
     .name = "peer",
     .prepare = usp_plain_prepare,
     .exchange = peer_exchange,
-    .alloc_shared = usp_plain_alloc_shared,
-    .register_shared = usp_plain_register_shared,
-    .free_shared = usp_plain_free_shared,
+    .alloc_shared = usp_peer_alloc_shared,
+    .register_shared = usp_peer_register_shared,
+    .free_shared = usp_peer_free_shared,
+    .reach = peer_reach,
     .watch = peer_watch,
     .stop = peer_stop,
     .destroy = peer_destroy,

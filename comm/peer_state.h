@@ -1,9 +1,9 @@
 /* peer_state.h - what the files of the peer transport share.
  *
- * Every rank has one region of its GPU's memory that all ranks have mapped. What rank a sends to rank b in an exchange
- * is one stream of bytes, which a's copy engine writes into slots of b's region, slot after slot; b copies them to
- * where they belong. Flags say which slots are full, in the region of the one that reads, and which are free again, in
- * that of the one that writes: each is waited for where it lies, by a stream, and put back. */
+ * What rank a sends to rank b is written by a's copy engine into b's memory: to where the message says that it may
+ * arrive or, where it says nothing, into a slot that b has for a, from which b copies. Two flags for each ordered pair
+ * say when: b is ready for a's bytes, and they are there in full. Flags lie in host memory that all ranks have mapped;
+ * streams set them, wait for them and put them back, and the host of the rank that waits can release it. */
 #ifndef USP_PEER_STATE_H
 #define USP_PEER_STATE_H
 #include <cuda.h>
@@ -11,81 +11,119 @@
 #include <pthread.h>
 
 #include "channel.h"
+#include "pieces.h"
 #include "probes.h"
 
 enum {
-    USP_PEER_SLOTS = 4,
     USP_PEER_ALIGNMENT = 256, /* of messages in slots */
-    USP_PEER_LIMIT_MS = 5000  /* longest wait of a rank that leaves */
+    USP_PEER_LIMIT_MS = 5000, /* longest wait of a rank that leaves */
+    USP_PEER_NAME = 32
 };
 
-/* Waited for as one number: set by the other rank, or stopped by the own one, then for ever. */
+/* Waited for as one number: set by a stream, or stopped by the host of the rank that waits, then for ever. */
 typedef struct usp_peer_flag {
     uint32_t set, stop;
 } usp_peer_flag;
 
-/* Flags of one rank about one other, in the region of the first: the other has written a slot, has read one. */
+/* What one rank waits for from one other: to be let write into its slot and pieces; to have its own written. Apart, so
+ * that flags of two pairs share no line of a cache. */
 typedef struct usp_peer_flags {
-    usp_peer_flag full[USP_PEER_SLOTS], free[USP_PEER_SLOTS];
+    usp_peer_flag ready, full;
+    char apart[112];
 } usp_peer_flags;
 
-/* The other rank's region. */
-typedef struct usp_peer_link {
-    char *region; /* mapped here; NULL: this rank itself, or not there */
-    int mapped;   /* by a handle, to be closed */
-    int lost;     /* the rank is gone, and what it had mapped */
-} usp_peer_link;
+/* The flags of all ranks, in a file of memory that rank 0 makes. */
+typedef struct usp_peer_board {
+    char name[USP_PEER_NAME]; /* of the file while others have yet to open it, or empty */
+    usp_peer_flags *flags;    /* [rank that waits][other] */
+    uint32_t *left;           /* [rank] it has let go of all other ranks' memory */
+    size_t bytes;
+} usp_peer_board;
 
 typedef CUresult (*usp_stream_batch)(CUstream, unsigned, CUstreamBatchMemOpParams *, unsigned);
+
+/* What is to be done to flags, in order. */
+typedef struct usp_peer_batch {
+    CUstreamBatchMemOpParams operation[64];
+    unsigned count;
+} usp_peer_batch;
+
+/* The bytes that a list has for one peer, or wants from it. */
+typedef struct usp_peer_flow {
+    const usp_message *messages;
+    int count, peer, sends;
+    int message; /* the one that moves, or USP_NO_MESSAGE */
+    size_t at;   /* its bytes so far */
+} usp_peer_flow;
+
+/* Another rank. */
+typedef struct usp_peer_other {
+    int maps; /* it is of another process: its memory is mapped, and to be let go */
+    int lost; /* it is gone, and what it had mapped */
+    usp_peer_flow out, in;
+} usp_peer_other;
 
 typedef struct usp_peer {
     usp_transport base;
     int gpu;
-    int flushes; /* the GPU can see to it that what was written before a flag is there with it */
-    int shown;   /* others may have mapped the region */
+    int shown; /* others may have mapped what is this rank's */
     uint64_t exchanges;
-    size_t slot_bytes;
-    char *region;            /* [size] flags, [size] whether the other has let go, [size - 1][slots][slot_bytes] */
-    usp_peer_flags *stopped; /* [size], page-locked: flags as they are to be when the ranks have failed */
-    uint32_t *closed;        /* [size], page-locked: what was read */
     usp_stream_batch batch;
-    usp_stream out, in;
-    cudaStream_t rescue; /* of a priority of its own, so that it queues behind no wait */
-    usp_event *begun, *sent, *received;
-    cudaIpcMemHandle_t handle;
-    pthread_mutex_t lock; /* of what follows */
+    usp_peer_board board;
+    usp_pieces pieces;
+    char *slots; /* the first piece: [size - 1][slot_bytes] */
+    size_t slot_bytes;
+    pthread_mutex_t lock; /* of the probes */
     usp_probes probes;
-    usp_peer_link link[];
+    usp_peer_other other[]; /* [size] */
 } usp_peer;
 
-static inline usp_peer_flags *usp_peer_flags_of(char *region, int rank) {
-    return (usp_peer_flags *)(void *)region + rank;
+static inline usp_peer *usp_peer_of(usp_transport *transport) {
+    return (usp_peer *)transport;
 }
 
-static inline uint32_t *usp_peer_closed(const usp_peer *self, char *region) {
-    return (uint32_t *)(void *)usp_peer_flags_of(region, self->base.size);
-}
-
-static inline size_t usp_peer_head_bytes(int size) {
-    size_t bytes = (size_t)size * (sizeof(usp_peer_flags) + sizeof(uint32_t));
-    return (bytes + USP_PEER_ALIGNMENT - 1) / USP_PEER_ALIGNMENT * USP_PEER_ALIGNMENT;
-}
-
-/* A slot of what `from` sends to `owner`, whose region it is. */
-static inline char *usp_peer_slot(const usp_peer *self, char *region, int owner, int from, int slot) {
-    size_t number = (size_t)(from - (from > owner)) * USP_PEER_SLOTS + (size_t)slot;
-    return region + usp_peer_head_bytes(self->base.size) + number * self->slot_bytes;
+/* A slot of `owner` for what `from` sends, as an address of this rank's own slots. */
+static inline char *usp_peer_slot(const usp_peer *self, int owner, int from) {
+    return self->slots + (size_t)(from - (from > owner)) * self->slot_bytes;
 }
 
 extern const usp_transport_ops usp_peer_ops;
 
-usp_status usp_peer_take_flag(usp_peer *self, usp_peer_flag *flag, int flushes, usp_stream stream);
-usp_status usp_peer_set_flag(usp_peer *self, uint32_t *flag, usp_stream stream);
-/* Looks once whether what exchanges have begun is done, but for graphs. */
-int usp_peer_is_idle(usp_peer *self);
-/* Of the other regions. */
+/* ---- flags (peer_flags.c) ---------------------------------------------------------------------------------------- */
+
+static inline usp_peer_flags *usp_peer_flags_of(const usp_peer *self, int waits, int other) {
+    return &self->board.flags[(size_t)waits * (size_t)self->base.size + (size_t)other];
+}
+
+usp_status usp_peer_create_board(usp_peer *self); /* rank 0 */
+usp_status usp_peer_open_board(usp_peer *self, const char *name);
+void usp_peer_unlink_board(usp_peer *self); /* once all have opened it */
+void usp_peer_close_board(usp_peer *self);
+/* Whether the GPU's streams can do with flags what they must. */
+usp_status usp_peer_try_flags(usp_peer *self, usp_stream stream);
+
+/* Put on `stream` by run, or where there is no room for more. Waits until the flag is set, and puts it back. */
+usp_status usp_peer_set(usp_peer *self, usp_peer_batch *batch, usp_peer_flag *flag, usp_stream stream);
+usp_status usp_peer_await(usp_peer *self, usp_peer_batch *batch, usp_peer_flag *flag, usp_stream stream);
+usp_status usp_peer_run(usp_peer *self, usp_peer_batch *batch, usp_stream stream);
+/* Whatever waits for a flag of this rank's goes on, now and later, in streams and in graphs. */
+void usp_peer_release(usp_peer *self);
+
+/* ---- memory (peer_memory.c) -------------------------------------------------------------------------------------- */
+
+/* Collective, as the entries of the table: maps all ranks' pieces. */
+usp_status usp_peer_show_piece(usp_peer *self, usp_shared_piece *piece);
+usp_status usp_peer_alloc_shared(usp_transport *transport, size_t bytes, void **memory);
+usp_status usp_peer_register_shared(usp_transport *transport, void *memory);
+usp_status usp_peer_free_shared(usp_transport *transport, void *memory);
+/* Lets go of all other ranks' memory, and says so. */
 void usp_peer_let_go(usp_peer *self);
-/* Waits a bounded time until the others have let go of this one, and frees what is not needed. */
-void usp_peer_end(usp_peer *self);
+/* Waits a bounded time until the others have let go of this rank's memory, and frees it if they have. */
+void usp_peer_free_pieces(usp_peer *self);
+
+/* ---- end (peer.c) ------------------------------------------------------------------------------------------------ */
+
+/* Looks whether what exchanges have begun is done, but for graphs. */
+int usp_peer_is_idle(usp_peer *self);
 
 #endif

@@ -6,6 +6,7 @@
 #include <sys/types.h>
 #include <time.h>
 
+#include "pieces.h"
 #include "plans.h"
 #include "transport.h"
 
@@ -53,6 +54,7 @@ typedef struct usp_threads {
     usp_control control; /* first */
     usp_transport transport;
     usp_rendezvous *meeting;
+    usp_pieces pieces;
 } usp_threads;
 
 static inline usp_box *usp_threads_box(usp_rendezvous *meeting, int sender, int receiver) {

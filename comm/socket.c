@@ -209,6 +209,7 @@ static const usp_transport_ops socket_ops = {
     .alloc_shared = usp_plain_alloc_shared,
     .register_shared = usp_plain_register_shared,
     .free_shared = usp_plain_free_shared,
+    .reach = usp_plain_reach,
     .watch = usp_plain_watch,
     .stop = usp_plain_stop,
     .destroy = socket_destroy,

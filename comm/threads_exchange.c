@@ -102,10 +102,23 @@ static usp_status compare_plans(usp_rendezvous *meeting, int rank, int peer) {
         const usp_replans *plan = &theirs->of[i];
         uint64_t hash = plan->hash[plan->count % USP_PLAN_HISTORY];
         if (usp_plans_differ(own, rank, peer, plan->ranks, plan->count, hash))
-            return usp_threads_fail(meeting, USP_MISMATCH, "rank %d and rank %d re-planned to different documents",
+            return usp_threads_fail(meeting, USP_MISMATCH,
+                                    "rank %d and rank %d re-planned to different documents or gave calls unlike memory",
                                     peer, rank);
     }
     return USP_OK;
+}
+
+static usp_status compare_messages(const usp_threads *self, int peer, const usp_message *send,
+                                   const usp_message *recv) {
+    usp_rendezvous *meeting = self->meeting;
+    int rank = self->control.rank;
+    size_t sent = usp_message_bytes(send), expected = usp_message_bytes(recv);
+    if (sent != expected)
+        return usp_threads_fail(meeting, USP_COMM, "rank %d sends %zu bytes to rank %d, which expects %zu", peer, sent,
+                                rank, expected);
+    if (send->there == usp_pieces_reach(&self->pieces, peer, recv->there, usp_message_extent(recv))) return USP_OK;
+    return usp_threads_fail(meeting, USP_COMM, "rank %d and rank %d name two places for one message", peer, rank);
 }
 
 /* Takes the next message of `peer` if it is there. */
@@ -117,10 +130,7 @@ static usp_status receive(usp_threads *self, int peer, const usp_errand *errand,
     if (in->want == USP_NO_MESSAGE || in->next == USP_NO_MESSAGE) return USP_OK;
     const usp_message *recv = &errand->recvs[in->want];
     USP_TRY(compare_plans(meeting, rank, peer));
-    size_t sent = usp_message_bytes(&sender->sends[in->next]), expected = usp_message_bytes(recv);
-    if (sent != expected)
-        return usp_threads_fail(meeting, USP_COMM, "rank %d sends %zu bytes to rank %d, which expects %zu", peer, sent,
-                                rank, expected);
+    USP_TRY(compare_messages(self, peer, &sender->sends[in->next], recv));
     usp_status status = copy_message(self, in, sender, recv, errand->stream);
     pthread_cond_signal(&sender->wake);
     if (status != USP_OK) return status;
@@ -169,6 +179,31 @@ static usp_status threads_exchange(usp_transport *transport, const usp_message *
     return status;
 }
 
+/* ---- shared memory ----------------------------------------------------------------------------------------------- */
+
+static usp_status threads_alloc_shared(usp_transport *transport, size_t bytes, void **memory) {
+    usp_threads *self = usp_threads_of(transport);
+    USP_TRY(usp_plain_alloc_shared(transport, bytes, memory));
+    return usp_pieces_add(&self->pieces, transport->host, *memory, bytes, transport->rank, transport->size);
+}
+
+static usp_status threads_register_shared(usp_transport *transport, void *memory) {
+    char **at = usp_pieces_find(&usp_threads_of(transport)->pieces, memory)->at;
+    return usp_transport_allgather(transport, &memory, at, sizeof memory);
+}
+
+static usp_status threads_free_shared(usp_transport *transport, void *memory) {
+    usp_pieces *pieces = &usp_threads_of(transport)->pieces;
+    usp_pieces_remove(pieces, transport->host, usp_pieces_find(pieces, memory));
+    return usp_plain_free_shared(transport, memory);
+}
+
+/* Kernels of a GPU do not reach another one's memory. */
+static void *threads_reach(usp_transport *transport, int peer, const void *memory) {
+    int gpu = transport->device->ops->kind == USP_DEVICE_CUDA;
+    return gpu ? NULL : usp_pieces_reach(&usp_threads_of(transport)->pieces, peer, memory, 1);
+}
+
 /* ---- the table --------------------------------------------------------------------------------------------------- */
 
 /* Takes back the event that tells `peer` what has been read; 0 if the peer, in a copy of its own that does not end, has
@@ -208,9 +243,10 @@ static const usp_transport_ops threads_ops = {
     .name = "threads",
     .prepare = usp_plain_prepare,
     .exchange = threads_exchange,
-    .alloc_shared = usp_plain_alloc_shared,
-    .register_shared = usp_plain_register_shared,
-    .free_shared = usp_plain_free_shared,
+    .alloc_shared = threads_alloc_shared,
+    .register_shared = threads_register_shared,
+    .free_shared = threads_free_shared,
+    .reach = threads_reach,
     .watch = usp_plain_watch,
     .stop = usp_plain_stop,
     .destroy = threads_destroy,

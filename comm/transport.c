@@ -67,6 +67,11 @@ usp_status usp_plain_free_shared(usp_transport *transport, void *memory) {
     return USP_OK;
 }
 
+void *usp_plain_reach(usp_transport *transport, int peer, const void *memory) {
+    (void)transport, (void)peer, (void)memory;
+    return NULL;
+}
+
 usp_status usp_plain_watch(usp_transport *transport) {
     (void)transport;
     return USP_OK;

@@ -15,7 +15,12 @@ typedef struct usp_transport usp_transport;
 /* Rows of one length at one distance. What is sent is only read. `packed`, where it is given, is memory for all rows
  * side by side, which the exchange may use; both sides of a message give it or neither, bytes, distance and addresses
  * are even then, and the distance is less than 2^31. It may be where the rows lie; without it rows lie side by side. A
- * transport moves rows as they lie or by way of there. */
+ * transport moves rows as they lie or by way of there.
+ *
+ * `there`, where it is given, is where the rows may arrive: an address of this rank's shared memory, whose place in the
+ * receiver's piece is meant. Both sides of a message give the same place or none. A transport writes there, at any time
+ * while both are in the exchange, and the receiver copies to `base` from there unless it is the same; or it does not
+ * use it. Rows that lie apart there are cut alike on both sides. */
 typedef struct usp_message {
     int peer;
     void *base;
@@ -23,23 +28,30 @@ typedef struct usp_message {
     size_t bytes, stride; /* of a row; from one row to the next, at least as much */
     void *packed;
     int joined; /* on both sides: `packed` is right behind that of the message before, which is of the same peer */
+    void *there;
+    size_t there_stride; /* from one row to the next there */
 } usp_message;
 
 /* Bytes that lie side by side, as one row. */
 static inline usp_message usp_message_whole(int peer, const void *data, size_t bytes) {
-    return (usp_message){peer, (void *)(uintptr_t)data, 1, bytes, bytes, NULL, 0};
+    return (usp_message){.peer = peer, .base = (void *)(uintptr_t)data, .rows = 1, .bytes = bytes, .stride = bytes};
 }
 
 static inline size_t usp_message_bytes(const usp_message *message) {
     return (size_t)message->rows * message->bytes;
 }
 
+/* From the first to the last byte where it may arrive. */
+static inline size_t usp_message_extent(const usp_message *message) {
+    return message->rows ? (size_t)(message->rows - 1) * message->there_stride + message->bytes : 0;
+}
+
 typedef struct usp_transport_ops {
     const char *name;
     /* Local. Makes room for exchanges of at most `messages` messages and `bytes` bytes: they then allocate nothing. */
     usp_status (*prepare)(usp_transport *, int64_t messages, size_t bytes);
-    /* Enqueues on `stream` where memory is the device's, else returns when done. Waits for other ranks on the host only
-     * where ranks are threads or memory is the host's, and then at most timeout_ms. */
+    /* Enqueues on `stream`, one of the device's making, where memory is the device's, else returns when done. Waits for
+     * other ranks on the host only where ranks are threads or memory is the host's, and then at most timeout_ms. */
     usp_status (*exchange)(usp_transport *, const usp_message *sends, int send_count, const usp_message *recvs,
                            int recv_count, usp_stream stream);
     /* Device memory that peers may touch directly. Local: gets it, the same size on every rank. Collective, once all
@@ -49,6 +61,9 @@ typedef struct usp_transport_ops {
     usp_status (*alloc_shared)(usp_transport *, size_t bytes, void **memory);
     usp_status (*register_shared)(usp_transport *, void *memory);
     usp_status (*free_shared)(usp_transport *, void *memory);
+    /* Where copies and kernels of this rank's device reach, in the peer's piece, the place that `memory` is in the own
+     * registered one. NULL: nowhere. */
+    void *(*reach)(usp_transport *, int peer, const void *memory);
     /* Looks whether what is under way has failed or is overdue, which then fails all ranks. Never waits. */
     usp_status (*watch)(usp_transport *);
     /* Ranks have failed: lets go of the device, where work may wait for ranks that are gone, and waits at most so long
@@ -86,6 +101,7 @@ usp_status usp_plain_prepare(usp_transport *, int64_t messages, size_t bytes);
 usp_status usp_plain_alloc_shared(usp_transport *, size_t bytes, void **memory);
 usp_status usp_plain_register_shared(usp_transport *, void *memory);
 usp_status usp_plain_free_shared(usp_transport *, void *memory);
+void *usp_plain_reach(usp_transport *, int peer, const void *memory);
 usp_status usp_plain_watch(usp_transport *);
 void usp_plain_stop(usp_transport *, int milliseconds);
 

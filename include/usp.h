@@ -117,11 +117,11 @@ typedef struct usp_world usp_world;
 
 /* What moves tensors, where the way to make a world leaves a choice: between GPUs of ranks that meet over the
  * environment or a call-back. AUTO: NCCL. PEER: copy engines, which write into the other GPUs' memory, on one host; it
- * takes no processor of a GPU, and at most 256 MiB of its memory, or 4 MiB for each other rank if that is more. Graphs
- * that hold its exchanges, and calls beside them, must run one after the other, and have ended before destroy.
- * Elsewhere AUTO, or what the constructor's name says; all else is INVALID. UNSUPPORTED: no GPU, no NCCL; of PEER
- * several hosts, a GPU whose memory another cannot use, CUDA_DEVICE_MAX_CONNECTIONS below 8. Alike on all ranks, else
- * MISMATCH. */
+ * takes no processor of a GPU, and at most 128 MiB of its memory, or 1 MiB for each other rank if that is more; it is
+ * fastest where layers are promised shared memory. Graphs that hold its exchanges, and calls beside them, must run one
+ * after the other, and have ended before destroy. Elsewhere AUTO, or what the constructor's name says; all else is
+ * INVALID. UNSUPPORTED: no GPU, no NCCL; of PEER several hosts, a GPU whose memory another cannot use, ranks that share
+ * no /dev/shm. Alike on all ranks, else MISMATCH. */
 typedef enum usp_transport_kind {
     USP_TRANSPORT_AUTO = 0,
     USP_TRANSPORT_NCCL = 1,
@@ -409,7 +409,10 @@ typedef struct usp_layer_config {
     int sinks;           /* 1: forward and backward read sinks, backward writes dsinks (arXiv 2309.17453, learned) */
     int dlse;            /* 1, with return_lse: backward reads dlse */
     int max_logit;       /* 1: forward writes max_logit */
-    int reserved;        /* 0 */
+    int shared_memory;   /* both kinds: 1: workspace and saved of all calls are shared memory (usp_world_alloc_shared),
+                            at the same place of the same piece on all ranks of the mesh: transports that can, as peer,
+                            then write where tokens belong, if tokens and heads divide evenly. MISMATCH where ranks are
+                            found to differ */
     const float *slopes; /* ALiBi (arXiv 2108.12409): [heads], host memory, copied; score minus slope times distance
                             from the diagonal; NULL: none */
 } usp_layer_config;

@@ -47,9 +47,8 @@ typedef struct usp_attn_ops {
     const char *name;
     const usp_operand_row *rows[2]; /* by usp_pass */
     int row_count[2];
-    /* Bytes of workspace that a pass carves from inner->arena, where operands are exchanged or not; of what it keeps.
-     */
-    size_t (*workspace)(const usp_layer *, usp_pass, int exchanged);
+    /* Measures what a pass carves from inner->arena, where operands are exchanged or not; bytes of what it keeps. */
+    void (*measure)(const usp_layer *, usp_pass, int exchanged, usp_arena *);
     size_t (*saved)(const usp_layer *);
     /* Does it sum gradients over several stages? Then their blocks are fp32 where they are exchanged. NULL: never. */
     int (*sums)(const usp_layer *);

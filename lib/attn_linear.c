@@ -57,11 +57,9 @@ static buffers carve(const usp_layer *layer, usp_pass pass, usp_arena *arena) {
     return b;
 }
 
-static size_t workspace(const usp_layer *layer, usp_pass pass, int exchanged) {
-    usp_arena arena = {0};
+static void measure(const usp_layer *layer, usp_pass pass, int exchanged, usp_arena *arena) {
     (void)exchanged;
-    carve(layer, pass, &arena);
-    return arena.used;
+    carve(layer, pass, arena);
 }
 
 /* The states before the own chunks (LASP's cache). */
@@ -356,7 +354,7 @@ const usp_attn_ops usp_attn_linear = {
     "linear",
     {forward_rows, backward_rows},
     {sizeof forward_rows / sizeof *forward_rows, sizeof backward_rows / sizeof *backward_rows},
-    workspace,
+    measure,
     saved,
     NULL, /* it sums over chunks, inside the kernels */
     NULL,

@@ -82,10 +82,8 @@ static buffers carve(const usp_layer *layer, usp_pass pass, int exchanged, usp_a
     return b;
 }
 
-static size_t workspace(const usp_layer *layer, usp_pass pass, int exchanged) {
-    usp_arena arena = {0};
-    carve(layer, pass, exchanged, &arena);
-    return arena.used;
+static void measure(const usp_layer *layer, usp_pass pass, int exchanged, usp_arena *arena) {
+    carve(layer, pass, exchanged, arena);
 }
 
 /* What is kept of every query row: top, then sum. */
@@ -184,13 +182,19 @@ static int is_empty(const usp_messages *messages) {
 
 /* ---- numbers of heads -------------------------------------------------------------------------------------------- */
 
+/* Ring rank r's numbers, one for each own head. */
+static float *numbers_of(const usp_layer *layer, float *all, int r) {
+    return all ? all + (int64_t)r * usp_layer_own_heads(layer) : NULL;
+}
+
 /* Posts one number of each own head to every other ring rank, and theirs to `all`, [ring][heads]. */
 static void post_heads(const usp_layer *layer, const float *mine, float *all, usp_messages *messages) {
     int64_t heads = usp_layer_own_heads(layer), bytes = heads * (int64_t)sizeof(float);
     for (int r = 0; r < layer->mesh.ring; r++) {
         if (r == layer->mesh.r) continue;
-        usp_messages_send(messages, usp_layer_ring_rank(layer, r), mine, bytes);
-        usp_messages_recv(messages, usp_layer_ring_rank(layer, r), all ? all + r * heads : NULL, bytes);
+        float *theirs = numbers_of(layer, all, r);
+        usp_messages_send(messages, usp_layer_ring_rank(layer, r), mine, bytes, numbers_of(layer, all, layer->mesh.r));
+        usp_messages_recv(messages, usp_layer_ring_rank(layer, r), theirs, bytes, theirs);
     }
 }
 
@@ -361,7 +365,7 @@ const usp_attn_ops usp_attn_softmax = {
     "softmax",
     {forward_rows, backward_rows},
     {sizeof forward_rows / sizeof *forward_rows, sizeof backward_rows / sizeof *backward_rows},
-    workspace,
+    measure,
     saved,
     sums,
     derive,

@@ -92,20 +92,19 @@ void usp_bundle_carve(const usp_layer *layer, usp_bundle *bundle, usp_arena *are
             usp_carve(arena, (size_t)(limit * layer->config.batch * whole_row(layer, bundle)) * sizeof(float));
 }
 
-/* Own tokens' rows for peer u. */
-static char *tokens_side_of(const usp_layer *layer, const usp_bundle *bundle, int u) {
+/* Where rank `owner` has its tokens packed for the heads of rank `header`; in own memory, but alike on all ranks. */
+static char *tokens_side_of(const usp_layer *layer, const usp_bundle *bundle, int owner, int header) {
     int64_t bytes = 0;
-    for (int before = 0; before < u; before++)
-        if (before != layer->mesh.u)
-            bytes += tokens_of(layer, bundle, layer->mesh.u) * token_bytes(layer, bundle, before);
+    for (int before = 0; before < header; before++)
+        if (before != owner) bytes += tokens_of(layer, bundle, owner) * token_bytes(layer, bundle, before);
     return bundle->tokens_side ? bundle->tokens_side + bytes : NULL;
 }
 
-/* Peer u's rows of the block. */
-static char *block_side_of(const usp_layer *layer, const usp_bundle *bundle, int u) {
-    int64_t rows = rows_before(layer, bundle, u);
-    if (u > layer->mesh.u) rows -= tokens_of(layer, bundle, layer->mesh.u);
-    return bundle->block_side ? bundle->block_side + rows * token_bytes(layer, bundle, layer->mesh.u) : NULL;
+/* Where rank `header` has the tokens of rank `owner` packed, of its block. */
+static char *block_side_of(const usp_layer *layer, const usp_bundle *bundle, int owner, int header) {
+    int64_t rows = rows_before(layer, bundle, owner);
+    if (owner > header) rows -= tokens_of(layer, bundle, header);
+    return bundle->block_side ? bundle->block_side + rows * token_bytes(layer, bundle, header) : NULL;
 }
 
 /* ---- pieces ------------------------------------------------------------------------------------------------------ */
@@ -161,6 +160,7 @@ typedef struct bundle_end {
     usp_dtype dtype;
     const int32_t *rows; /* of the tensor, by token; NULL: one after the other */
     int lies;            /* travels as rows, not packed */
+    int carved;          /* the tensor is */
 } bundle_end;
 
 /* The elements of a row are side by side, and the rows not nearer than they are long, nor further apart than messages
@@ -175,7 +175,7 @@ static bundle_end end_of(const usp_bundle *bundle, bundle_piece piece, usp_tenso
     int64_t row = (int64_t)piece.heads * piece.dim;
     usp_tensor packed = {advance(side, piece.packed, bundle->wire), piece.tokens * row, row, piece.dim};
     int lies = piece.in_runs && dtype == bundle->wire && is_rows(&tensor, &piece, dtype);
-    return (bundle_end){piece, tensor, packed, dtype, NULL, lies};
+    return (bundle_end){piece, tensor, packed, dtype, NULL, lies, 0};
 }
 
 /* Own tokens' heads for rank u, in a tensor of all heads. */
@@ -185,27 +185,28 @@ static usp_tensor heads_of(const usp_layer *layer, const usp_bundle_part *part, 
     return all;
 }
 
-/* Piece i of own tokens for the heads of rank u. */
-static bundle_end tokens_end(const usp_layer *layer, const usp_bundle *bundle, int u, int i) {
-    bundle_piece piece = piece_of(layer, bundle, layer->mesh.u, u, i);
+/* Piece i of the tokens of `owner` for the heads of `header`, as the owner has it: packed, if that is another rank. */
+static bundle_end tokens_end(const usp_layer *layer, const usp_bundle *bundle, int owner, int header, int i) {
+    bundle_piece piece = piece_of(layer, bundle, owner, header, i);
     const usp_bundle_part *p = &bundle->part[piece.part];
-    usp_tensor tensor = heads_of(layer, p, p->tokens, p->tokens_dtype, u);
+    usp_tensor tensor = heads_of(layer, p, p->tokens, p->tokens_dtype, header);
     tensor.data = advance(tensor.data, piece.begin * tensor.stride_token, p->tokens_dtype);
-    bundle_end end = end_of(bundle, piece, tensor, p->tokens_dtype, tokens_side_of(layer, bundle, u));
+    bundle_end end = end_of(bundle, piece, tensor, p->tokens_dtype, tokens_side_of(layer, bundle, owner, header));
     end.lies = end.lies && !bundle->sums;
     return end;
 }
 
-/* Piece i of rank u's tokens for own heads. */
-static bundle_end block_end(const usp_layer *layer, const usp_bundle *bundle, int u, int i) {
-    bundle_piece piece = piece_of(layer, bundle, u, layer->mesh.u, i);
+/* The same as the one has it whose heads they are; in the own block, but alike on all ranks. */
+static bundle_end block_end(const usp_layer *layer, const usp_bundle *bundle, int owner, int header, int i) {
+    bundle_piece piece = piece_of(layer, bundle, owner, header, i);
     const usp_bundle_part *p = &bundle->part[piece.part];
     const usp_ring_side *side = side_of(layer, bundle);
     usp_tensor tensor = p->block;
-    int64_t row = piece.in_runs ? side->landing[rows_before(layer, bundle, u) + piece.begin] : 0;
+    int64_t row = piece.in_runs ? side->landing[rows_before(layer, bundle, owner) + piece.begin] : 0;
     tensor.data = advance(tensor.data, row * tensor.stride_token, p->block_dtype);
-    bundle_end end = end_of(bundle, piece, tensor, p->block_dtype, block_side_of(layer, bundle, u));
-    if (!piece.in_runs) end.rows = landing_of(layer, bundle, u);
+    bundle_end end = end_of(bundle, piece, tensor, p->block_dtype, block_side_of(layer, bundle, owner, header));
+    if (!piece.in_runs) end.rows = landing_of(layer, bundle, owner);
+    end.carved = bundle->carved;
     return end;
 }
 
@@ -256,7 +257,7 @@ static void add_own_copies(usp_layer *layer, const usp_bundle *bundle, int to_bl
  * rank u's rows of the block and where they are packed. Nothing for the own rank. */
 static void add_token_copies(usp_layer *layer, const usp_bundle *bundle, int u, int packs, int adds) {
     for (int i = 0; u != layer->mesh.u && i < pieces_of(layer, bundle, layer->mesh.u); i++) {
-        bundle_end end = tokens_end(layer, bundle, u, i);
+        bundle_end end = tokens_end(layer, bundle, layer->mesh.u, u, i);
         usp_copy copy = copy_end(layer, bundle, &end, packs);
         copy.accumulate = adds;
         if (!end.lies) usp_copies_add(layer, copy);
@@ -265,49 +266,56 @@ static void add_token_copies(usp_layer *layer, const usp_bundle *bundle, int u, 
 
 static void add_block_copies(usp_layer *layer, const usp_bundle *bundle, int u, int packs) {
     for (int i = 0; u != layer->mesh.u && i < pieces_of(layer, bundle, u); i++) {
-        bundle_end end = block_end(layer, bundle, u, i);
+        bundle_end end = block_end(layer, bundle, u, layer->mesh.u, i);
         if (!end.lies) usp_copies_add(layer, copy_end(layer, bundle, &end, packs));
     }
 }
 
 /* ---- messages ---------------------------------------------------------------------------------------------------- */
 
-/* The message of batch entry b of a piece, or of all entries if it does not go in runs. */
-static usp_message message_of(const usp_layer *layer, const usp_bundle *bundle, const bundle_end *end, int b) {
-    const bundle_piece *piece = &end->piece;
-    int peer = usp_mesh_rank(&layer->mesh, piece->u, layer->mesh.r);
-    int64_t size = (int64_t)usp_dtype_size(bundle->wire), row = (int64_t)piece->heads * piece->dim;
-    int64_t bytes = piece->tokens * row * size * (piece->in_runs ? 1 : layer->config.batch);
-    void *packed = advance(end->packed.data, b * end->packed.stride_batch, bundle->wire);
-    usp_message message = usp_message_whole(peer, packed, (size_t)bytes);
-    if (end->lies)
-        message = (usp_message){.peer = peer,
-                                .base = advance(end->tensor.data, b * end->tensor.stride_batch, end->dtype),
-                                .rows = piece->tokens,
-                                .bytes = (size_t)(row * size),
-                                .stride = (size_t)(end->tensor.stride_token * size)};
-    message.packed = packed;
-    message.joined = piece->packed + b * end->packed.stride_batch > 0;
-    return message;
+/* Where batch entry b of what the end gets may arrive: where it belongs, if that is carved, else packed. */
+static usp_tensor arrival_of(const bundle_end *end) {
+    return end->lies && end->carved ? end->tensor : end->packed;
 }
 
-static void post_end(const usp_layer *layer, const usp_bundle *bundle, const bundle_end *end, int sends,
-                     usp_messages *messages) {
-    for (int b = 0; b < (end->piece.in_runs ? layer->config.batch : 1); b++)
-        (sends ? usp_messages_send_rows : usp_messages_recv_rows)(messages, message_of(layer, bundle, end, b));
+/* The message of batch entry b of a piece, or of all entries if it does not go in runs, from or to `end`; `to`: the
+ * receiver's end. */
+static usp_message message_of(const usp_layer *layer, const usp_bundle *bundle, const bundle_end *end,
+                              const bundle_end *to, int b) {
+    const bundle_piece *piece = &end->piece;
+    int64_t size = (int64_t)usp_dtype_size(bundle->wire), row = (int64_t)piece->heads * piece->dim;
+    int64_t rows = piece->in_runs ? piece->tokens : 1, all = piece->tokens * row * layer->config.batch;
+    usp_tensor from = end->lies ? end->tensor : end->packed, there = arrival_of(to);
+    return (usp_message){.peer = usp_mesh_rank(&layer->mesh, piece->u, layer->mesh.r),
+                         .base = advance(from.data, b * from.stride_batch, bundle->wire),
+                         .rows = rows,
+                         .bytes = (size_t)((piece->in_runs ? row : all) * size),
+                         .stride = (size_t)((piece->in_runs ? from.stride_token : all) * size),
+                         .packed = advance(end->packed.data, b * end->packed.stride_batch, bundle->wire),
+                         .joined = piece->packed + b * end->packed.stride_batch > 0,
+                         .there = advance(there.data, b * there.stride_batch, bundle->wire),
+                         .there_stride = (size_t)((piece->in_runs ? there.stride_token : all) * size)};
+}
+
+static void post_pieces(const usp_layer *layer, const usp_bundle *bundle, int owner, int header, int to_heads,
+                        usp_messages *messages) {
+    int owns = owner == layer->mesh.u, sends = owns == to_heads;
+    for (int i = 0; i < pieces_of(layer, bundle, owner); i++) {
+        bundle_end tokens = tokens_end(layer, bundle, owner, header, i);
+        bundle_end block = block_end(layer, bundle, owner, header, i);
+        for (int b = 0; b < (tokens.piece.in_runs ? layer->config.batch : 1); b++) {
+            usp_message message = message_of(layer, bundle, owns ? &tokens : &block, to_heads ? &block : &tokens, b);
+            (sends ? usp_messages_send_rows : usp_messages_recv_rows)(messages, message);
+        }
+    }
 }
 
 void usp_bundle_post(const usp_layer *layer, const usp_bundle *bundle, usp_messages *messages, int to_heads) {
+    int own = layer->mesh.u;
     for (int u = 0; u < layer->mesh.ulysses; u++) {
-        if (u == layer->mesh.u) continue;
-        for (int i = 0; i < pieces_of(layer, bundle, layer->mesh.u); i++) {
-            bundle_end end = tokens_end(layer, bundle, u, i);
-            post_end(layer, bundle, &end, to_heads, messages);
-        }
-        for (int i = 0; i < pieces_of(layer, bundle, u); i++) {
-            bundle_end end = block_end(layer, bundle, u, i);
-            post_end(layer, bundle, &end, !to_heads, messages);
-        }
+        if (u == own) continue;
+        post_pieces(layer, bundle, own, u, to_heads, messages);
+        post_pieces(layer, bundle, u, own, to_heads, messages);
     }
 }
 

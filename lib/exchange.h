@@ -25,6 +25,7 @@ typedef struct usp_bundle {
     int sums;       /* toward tokens: parts of shared heads are summed, in fp32 in rank order */
     usp_dtype wire; /* of messages */
     usp_bundle_part part[2];
+    int carved;                     /* the block is: what is sent may arrive in it */
     char *tokens_side, *block_side; /* packed: own tokens for all other peers; other peers' tokens of the block */
     float *sum;                     /* own tokens of all heads */
 } usp_bundle;
@@ -56,8 +57,8 @@ void usp_bundle_post(const usp_layer *layer, const usp_bundle *bundle, usp_messa
 void usp_bundle_lift(usp_layer *layer, const usp_bundle *bundle);
 usp_status usp_bundle_unpack(usp_layer *layer, const usp_bundle *bundle, usp_stream stream);
 
-/* Bytes of workspace of the head exchange as a call of its own (exchange_alone.c). */
-size_t usp_exchange_alone_bytes(const usp_layer *layer);
+/* Bytes of workspace of the head exchange as a call of its own (exchange_alone.c), noted in `shape`. */
+size_t usp_exchange_alone_bytes(const usp_layer *layer, usp_arena *shape);
 
 /* Copies of any one list of `bundles` bundles at most, and messages of one way. */
 static inline int64_t usp_bundle_copies(const usp_layer *layer, int bundles) {

@@ -14,13 +14,14 @@ static usp_bundle open(const usp_layer *layer, usp_operand operand, const usp_te
     return bundle;
 }
 
-size_t usp_exchange_alone_bytes(const usp_layer *layer) {
+size_t usp_exchange_alone_bytes(const usp_layer *layer, usp_arena *shape) {
     const usp_tensor none = {0};
     size_t most = 0;
     for (int i = 0; i < 2 * USP_OPERANDS && layer->mesh.ulysses > 1; i++) {
         usp_arena arena = {0};
         open(layer, (usp_operand)(i / 2), &none, &none, i % 2, &arena);
         if (arena.used > most) most = arena.used;
+        usp_arena_note(shape, arena.shape);
     }
     return most;
 }
@@ -47,8 +48,8 @@ static usp_status move(usp_layer *layer, usp_operand operand, const usp_tensor *
     USP_REQUIRE(operand >= USP_QUERY && operand <= USP_OUT, "operand is %d: no such operand", (int)operand);
     USP_REQUIRE(tokens && heads, "tokens or heads is NULL");
     USP_TRY(usp_check_ends(layer, operand, tokens, heads, to_heads));
-    USP_TRY(usp_check_workspace(workspace, bytes, layer->sizes.exchange_workspace));
-    usp_arena arena = {workspace, 0};
+    USP_TRY(usp_check_workspace(layer, USP_EXCHANGE_WORKSPACE, workspace, bytes, layer->sizes.exchange_workspace));
+    usp_arena arena = usp_arena_at(workspace);
     usp_bundle bundle = open(layer, operand, tokens, heads, to_heads, &arena);
     return usp_world_conclude(layer->world, move_bundle(layer, &bundle, to_heads, stream));
 }

@@ -98,6 +98,7 @@ static usp_bundle bundle_of(const usp_layer *layer, usp_pass pass, const usp_fra
 static void carve_block(const usp_layer *layer, usp_frame *frame, int begin, usp_bundle *bundle, usp_arena *arena) {
     usp_dtype dtype = bundle->part[0].block_dtype;
     void *block = usp_carve(arena, (size_t)usp_bundle_block_bytes(layer, bundle, dtype));
+    bundle->carved = 1;
     for (int i = 0; i < bundle->parts; i++) {
         const usp_operand_row *row = &frame->rows[begin + i];
         usp_bundle_part *part = &bundle->part[i];
@@ -176,15 +177,22 @@ static void carve_sides(const usp_layer *layer, usp_bundle *bundles, int count, 
     for (int i = 0; i < count; i++) usp_bundle_carve(layer, &bundles[i], arena);
 }
 
+static usp_arena rest_of(const usp_arena *workspace) {
+    return usp_arena_at(workspace->base ? workspace->base + workspace->used : NULL);
+}
+
 /* Before, in and behind the inner stage the same memory serves what lives then. */
 static void carve_phases(const usp_layer *layer, usp_pass pass, usp_frame *frame, usp_arena *workspace) {
-    usp_arena before = *workspace, behind = *workspace;
-    size_t stage = workspace->used + layer->attn->workspace(layer, pass, 1);
+    usp_arena before = *workspace, stage = *workspace, behind = *workspace;
+    frame->inner.arena = rest_of(workspace);
+    layer->attn->measure(layer, pass, 1, &stage);
     carve_sides(layer, frame->in, frame->ins, &before);
     carve_sides(layer, frame->out, frame->outs, &behind);
-    frame->inner.arena = (usp_arena){workspace->base ? workspace->base + workspace->used : NULL, 0};
-    if (before.used > stage) stage = before.used;
-    workspace->used = behind.used > stage ? behind.used : stage;
+    const usp_arena *const phases[] = {&before, &stage, &behind};
+    for (int i = 0; i < 3; i++) {
+        if (phases[i]->used > workspace->used) workspace->used = phases[i]->used;
+        usp_arena_note(workspace, phases[i]->shape);
+    }
 }
 
 /* The caller's tensors are the inner stage's. There is room for keys all the same, where forward leaves them packed. */
@@ -197,8 +205,8 @@ static void open_as_given(const usp_layer *layer, usp_pass pass, usp_frame *fram
     frame->inner.kept = mine;
     frame->inner.keys = keys;
     frame->inner.packed = keys && pass == USP_PASS_BACKWARD;
-    frame->inner.arena = (usp_arena){workspace->base ? workspace->base + workspace->used : NULL, 0};
-    workspace->used += layer->attn->workspace(layer, pass, 0);
+    frame->inner.arena = rest_of(workspace);
+    layer->attn->measure(layer, pass, 0, workspace);
 }
 
 static int sums_of(const usp_frame *frame, int keys) {

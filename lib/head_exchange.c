@@ -27,8 +27,9 @@ void usp_heads_post(const usp_layer *layer, const usp_head_part *part, usp_messa
     for (int u = 0; u < layer->mesh.ulysses; u++) {
         int peer = usp_mesh_rank(&layer->mesh, u, layer->mesh.r);
         if (u == layer->mesh.u) continue;
-        usp_messages_send(messages, peer, part->own, head * usp_layer_own_heads(layer));
-        usp_messages_recv(messages, peer, staging_of(layer, part, u), head * usp_layer_heads(layer, USP_OUT, u).count);
+        float *mine = staging_of(layer, part, layer->mesh.u), *theirs = staging_of(layer, part, u);
+        usp_messages_send(messages, peer, part->own, head * usp_layer_own_heads(layer), mine);
+        usp_messages_recv(messages, peer, theirs, head * usp_layer_heads(layer, USP_OUT, u).count, theirs);
     }
 }
 

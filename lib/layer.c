@@ -141,7 +141,19 @@ static usp_shape shape_of(const usp_layer *layer) {
                        c->route};
 }
 
-static usp_status build(usp_layer *layer, const float *decay, const float *slopes) {
+/* Collective: whether all ranks of the mesh carve what calls get to the same shape. */
+static usp_status compare_shapes(usp_layer *layer, uint64_t mine) {
+    void *memory = NULL;
+    int first = layer->mesh.copy * layer->mesh.ranks;
+    usp_status status = usp_world_gather(layer->world, "layer's shape", &mine, sizeof mine, sizeof mine, &memory);
+    const uint64_t *all = memory;
+    layer->alike = layer->config.shared_memory && status == USP_OK;
+    for (int p = 0; p < layer->mesh.ranks && layer->alike; p++) layer->alike = all[first + p] == mine;
+    usp_host_free(&layer->world->host, memory);
+    return status;
+}
+
+static usp_status build(usp_layer *layer, const float *decay, const float *slopes, uint64_t *carved) {
     usp_device *device = layer->world->device;
     usp_kernel_shape kernels = kernel_shape(&layer->config);
     int64_t messages = most_messages(layer);
@@ -150,7 +162,7 @@ static usp_status build(usp_layer *layer, const float *decay, const float *slope
     usp_shape shape = shape_of(layer);
     USP_TRY(usp_plan_acquire(layer->sequence, &shape, &layer->plan));
     layer->needs = device->ops->needs(device, &kernels);
-    layer->sizes = usp_run_sizes(layer);
+    layer->sizes = usp_run_sizes(layer, carved);
     USP_TRY(allocate_lists(layer, messages));
     USP_TRY(prepare_transport(layer, messages));
     USP_TRY(upload_heads(layer, decay, &layer->decay));
@@ -187,8 +199,10 @@ static usp_status create(const usp_mesh *mesh, usp_sequence *sequence, const usp
     *layer = (usp_layer){.world = mesh->world, .mesh = *mesh, .sequence = sequence, .config = config};
     layer->config.decay = layer->config.slopes = NULL;
     usp_object_begin(&layer->object, mesh->world, &sequence->object, free_layer);
-    status = build(layer, config.decay, config.slopes);
+    uint64_t carved = 0;
+    status = build(layer, config.decay, config.slopes, &carved);
     status = usp_world_agree(mesh->world, status, &(usp_agreement){.what = "layer"});
+    if (status == USP_OK) status = compare_shapes(layer, carved);
     if (status != USP_OK) {
         usp_layer_destroy(layer);
         return status;

@@ -11,6 +11,7 @@ enum { USP_OPERANDS = 4 };
 struct usp_messages {
     usp_message *send, *recv;
     int sends, recvs;
+    int alike; /* the layer's */
     int64_t bytes_sent, bytes_received;
 };
 
@@ -24,6 +25,10 @@ typedef struct usp_copies {
 typedef struct usp_head_range {
     int first, count;
 } usp_head_range;
+
+/* What calls get to work in. */
+typedef enum usp_memory { USP_FORWARD_WORKSPACE, USP_BACKWARD_WORKSPACE, USP_EXCHANGE_WORKSPACE, USP_SAVED } usp_memory;
+enum { USP_MEMORIES = USP_SAVED + 1 };
 
 struct usp_layer {
     usp_object object;
@@ -40,6 +45,8 @@ struct usp_layer {
     usp_sizes sizes;
     usp_kernel_needs needs;
     float *decay, *slopes; /* device, own heads; NULL: none */
+    int alike;             /* calls get shared memory, and all ranks carve it alike: what is sent may arrive in it */
+    usp_place memory[USP_MEMORIES]; /* of it, that the last calls got */
     usp_messages messages;
     usp_copies copies;
     void *list_memory;
@@ -70,8 +77,9 @@ static inline int usp_layer_ring_rank(const usp_layer *layer, int r) {
 /* Message lists. begin empties the layer's list; exchange puts it on the transfer stream, run does so behind what
  * `stream` has now; join makes `stream` wait for it. */
 usp_messages *usp_messages_begin(usp_layer *layer);
-void usp_messages_send(usp_messages *messages, int peer, const void *data, int64_t bytes);
-void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t bytes);
+/* `there`: where it arrives in what is carved, as all ranks carve it; NULL: anywhere. Counts where `data` is NULL. */
+void usp_messages_send(usp_messages *messages, int peer, const void *data, int64_t bytes, void *there);
+void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t bytes, void *there);
 void usp_messages_send_rows(usp_messages *messages, usp_message rows);
 void usp_messages_recv_rows(usp_messages *messages, usp_message rows);
 usp_status usp_messages_exchange(usp_layer *layer);

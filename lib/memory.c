@@ -24,10 +24,18 @@ usp_status usp_world_copy(usp_world *world, void *to, const void *from, size_t b
 
 /* ---- shared memory ----------------------------------------------------------------------------------------------- */
 
-static void *keep_piece(usp_world *world, usp_piece *piece, void *memory) {
-    *piece = (usp_piece){world->pieces, memory, ++world->piece_count};
+static void *keep_piece(usp_world *world, usp_piece *piece, void *memory, size_t bytes) {
+    *piece = (usp_piece){world->pieces, memory, bytes, ++world->piece_count};
     world->pieces = piece;
     return memory;
+}
+
+usp_place usp_world_find_place(const usp_world *world, const void *memory, size_t bytes) {
+    for (const usp_piece *piece = world->pieces; piece; piece = piece->next) {
+        size_t offset = (size_t)((uintptr_t)memory - (uintptr_t)piece->memory);
+        if (offset <= piece->bytes && bytes <= piece->bytes - offset) return (usp_place){piece->number, offset};
+    }
+    return (usp_place){0, 0};
 }
 
 static usp_status alloc_shared(usp_world *world, size_t bytes, void **memory) {
@@ -45,7 +53,7 @@ static usp_status alloc_shared(usp_world *world, size_t bytes, void **memory) {
         usp_host_free(&world->host, entry);
         return status;
     }
-    *memory = keep_piece(world, entry, taken);
+    *memory = keep_piece(world, entry, taken, bytes);
     return USP_OK;
 }
 

@@ -5,27 +5,37 @@
 
 usp_messages *usp_messages_begin(usp_layer *layer) {
     layer->messages.sends = layer->messages.recvs = 0;
+    layer->messages.alike = layer->alike;
     return &layer->messages;
 }
 
 void usp_messages_send_rows(usp_messages *messages, usp_message rows) {
     if (!usp_message_bytes(&rows)) return;
+    if (!messages->alike) rows.there = NULL;
     messages->bytes_sent += (int64_t)usp_message_bytes(&rows);
     if (messages->send) messages->send[messages->sends++] = rows;
 }
 
 void usp_messages_recv_rows(usp_messages *messages, usp_message rows) {
     if (!usp_message_bytes(&rows)) return;
+    if (!messages->alike) rows.there = NULL;
     messages->bytes_received += (int64_t)usp_message_bytes(&rows);
     if (messages->recv) messages->recv[messages->recvs++] = rows;
 }
 
-void usp_messages_send(usp_messages *messages, int peer, const void *data, int64_t bytes) {
-    usp_messages_send_rows(messages, usp_message_whole(peer, data, (size_t)bytes));
+static usp_message whole(int peer, const void *data, int64_t bytes, void *there) {
+    usp_message message = usp_message_whole(peer, data, (size_t)bytes);
+    message.there = there;
+    message.there_stride = message.stride;
+    return message;
 }
 
-void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t bytes) {
-    usp_messages_recv_rows(messages, usp_message_whole(peer, data, (size_t)bytes));
+void usp_messages_send(usp_messages *messages, int peer, const void *data, int64_t bytes, void *there) {
+    usp_messages_send_rows(messages, whole(peer, data, bytes, there));
+}
+
+void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t bytes, void *there) {
+    usp_messages_recv_rows(messages, whole(peer, data, bytes, there));
 }
 
 usp_status usp_messages_exchange(usp_layer *layer) {

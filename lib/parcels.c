@@ -42,6 +42,11 @@ static const int32_t *map_of(const usp_layer *layer, const usp_parcel *parcel) {
     return parcel->map >= 0 ? layer->plan->device.map + parcel->map : NULL;
 }
 
+/* Where the only parcel of a stage arrives, on every rank. Of several a sender does not know what comes before. */
+static char *first_of(const usp_layer *layer, char *arriving) {
+    return layer->plan->route.route == USP_ROUTE_GATHERED ? NULL : arriving;
+}
+
 /* ---- keys -------------------------------------------------------------------------------------------------------- */
 
 void usp_parcels_pack(usp_layer *layer, int t, const usp_key_memory *memory) {
@@ -67,9 +72,9 @@ void usp_parcels_pack(usp_layer *layer, int t, const usp_key_memory *memory) {
 static void post_relay(const usp_layer *layer, int t, const usp_key_memory *memory, usp_messages *messages) {
     int ring = layer->mesh.ring, r = layer->mesh.r;
     usp_messages_send(messages, usp_layer_ring_rank(layer, (r + 1) % ring), memory->before,
-                      key_bytes(layer, stage_of(layer, t - 1)->rows));
+                      key_bytes(layer, stage_of(layer, t - 1)->rows), memory->arriving);
     usp_messages_recv(messages, usp_layer_ring_rank(layer, (r - 1 + ring) % ring), memory->arriving,
-                      key_bytes(layer, stage_of(layer, t)->rows));
+                      key_bytes(layer, stage_of(layer, t)->rows), memory->arriving);
 }
 
 void usp_parcels_post_keys(const usp_layer *layer, int t, const usp_key_memory *memory, usp_messages *messages) {
@@ -82,13 +87,14 @@ void usp_parcels_post_keys(const usp_layer *layer, int t, const usp_key_memory *
         const usp_parcel *parcel = reader_of(layer, t, i);
         char *from = parcel->map >= 0 ? at(memory->packed, key_bytes(layer, packed))
                                       : at(memory->own, key_bytes(layer, parcel->row));
-        usp_messages_send(messages, usp_layer_ring_rank(layer, parcel->r), from, key_bytes(layer, parcel->rows));
+        usp_messages_send(messages, usp_layer_ring_rank(layer, parcel->r), from, key_bytes(layer, parcel->rows),
+                          first_of(layer, memory->arriving));
         if (parcel->map >= 0) packed += parcel->rows;
     }
     for (int64_t i = 0; i < stage_of(layer, t)->sources; i++) {
         const usp_parcel *parcel = source_of(layer, t, i);
         usp_messages_recv(messages, usp_layer_ring_rank(layer, parcel->r), at(memory->arriving, key_bytes(layer, done)),
-                          key_bytes(layer, parcel->rows));
+                          key_bytes(layer, parcel->rows), first_of(layer, memory->arriving));
         done += parcel->rows;
     }
 }
@@ -101,14 +107,15 @@ void usp_parcels_post_gradients(const usp_layer *layer, int t, const char *leavi
     for (int64_t i = 0; i < stage_of(layer, t)->sources; i++) {
         const usp_parcel *parcel = source_of(layer, t, i);
         usp_messages_send(messages, usp_layer_ring_rank(layer, parcel->r),
-                          leaving ? leaving + gradient_bytes(layer, done) : NULL, gradient_bytes(layer, parcel->rows));
+                          leaving ? leaving + gradient_bytes(layer, done) : NULL, gradient_bytes(layer, parcel->rows),
+                          first_of(layer, arriving));
         done += parcel->rows;
     }
     done = 0;
     for (int64_t i = 0; i < stage_of(layer, t)->readers; i++) {
         const usp_parcel *parcel = reader_of(layer, t, i);
         usp_messages_recv(messages, usp_layer_ring_rank(layer, parcel->r), at(arriving, gradient_bytes(layer, done)),
-                          gradient_bytes(layer, parcel->rows));
+                          gradient_bytes(layer, parcel->rows), first_of(layer, arriving));
         done += parcel->rows;
     }
 }

@@ -144,7 +144,7 @@ static usp_plan_arrays carve(const usp_sequence *sequence, const usp_plan *plan,
 
 /* Plans into host copy `turn`. */
 static void fill(usp_sequence *sequence, usp_plan *plan, int turn) {
-    usp_arena arena = {plan->host_memory[turn], 0};
+    usp_arena arena = usp_arena_at(plan->host_memory[turn]);
     plan->host = carve(sequence, plan, &arena);
     plan->chunks.to = plan->host.chunks;
     usp_plan_fill(sequence, plan);
@@ -181,7 +181,7 @@ static usp_status allocate_arrays(usp_sequence *sequence, usp_plan *plan) {
     for (int i = 0; i <= sequence->replans; i++)
         USP_TRY(device->ops->alloc_host(device, arena.used, &plan->host_memory[i]));
     USP_TRY(device->ops->alloc(device, arena.used, &plan->device_memory));
-    arena = (usp_arena){plan->device_memory, 0};
+    arena = usp_arena_at(plan->device_memory);
     plan->device = carve(sequence, plan, &arena);
     return USP_OK;
 }

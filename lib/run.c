@@ -71,7 +71,7 @@ static usp_status run_as_given(usp_layer *layer, usp_pass pass, usp_frame *frame
 /* `inner`: the caller's tensors are the inner stage's. */
 static usp_status run(usp_layer *layer, usp_pass pass, const void *args, void *saved, void *workspace,
                       usp_stream stream, int inner) {
-    usp_arena work = {workspace, 0}, kept = {saved, 0};
+    usp_arena work = usp_arena_at(workspace), kept = usp_arena_at(saved);
     usp_frame frame;
     int moves = layer->mesh.ulysses > 1 && !inner;
     usp_frame_open(layer, pass, args, moves, saved ? &kept : &work, &work, &frame);
@@ -87,9 +87,9 @@ static usp_status forward(usp_layer *layer, const usp_forward *given, void *work
     USP_TRY(usp_world_poll(layer->world));
     USP_TRY(usp_abi_read(&args, sizeof args, given, "usp_forward"));
     USP_TRY(usp_check_operands(layer, USP_PASS_FORWARD, &args, inner));
-    USP_TRY(usp_check_saved(args.saved, "usp_forward.saved"));
+    USP_TRY(usp_check_saved(layer, args.saved, "usp_forward.saved"));
     size_t needed = args.saved ? layer->sizes.forward_saving_workspace : layer->sizes.forward_workspace;
-    USP_TRY(usp_check_workspace(workspace, bytes, needed));
+    USP_TRY(usp_check_workspace(layer, USP_FORWARD_WORKSPACE, workspace, bytes, needed));
     return run(layer, USP_PASS_FORWARD, &args, args.saved, workspace, stream, inner);
 }
 
@@ -117,8 +117,8 @@ static usp_status backward(usp_layer *layer, const usp_backward *given, void *wo
     USP_TRY(usp_check_operands(layer, USP_PASS_BACKWARD, &args, inner));
     if (!args.saved && layer->sizes.saved)
         return usp_fail(USP_WORKSPACE, "usp_backward.saved is NULL: pass what forward wrote");
-    USP_TRY(usp_check_saved(args.saved, "usp_backward.saved"));
-    USP_TRY(usp_check_workspace(workspace, bytes, layer->sizes.backward_workspace));
+    USP_TRY(usp_check_saved(layer, args.saved, "usp_backward.saved"));
+    USP_TRY(usp_check_workspace(layer, USP_BACKWARD_WORKSPACE, workspace, bytes, layer->sizes.backward_workspace));
     return run(layer, USP_PASS_BACKWARD, &args, (void *)(uintptr_t)args.saved, workspace, stream, inner);
 }
 
@@ -139,7 +139,7 @@ usp_status usp_layer_inner_backward(usp_layer *layer, const usp_backward *args, 
 /* ---- sizes and cost ---------------------------------------------------------------------------------------------- */
 
 /* Workspace of a call, with an exchange and without, whichever is more; kept apart or not. */
-static size_t measure(const usp_layer *layer, usp_pass pass, int apart, size_t *saved) {
+static size_t measure(const usp_layer *layer, usp_pass pass, int apart, size_t *saved, usp_arena *shape) {
     size_t most = 0;
     for (int moves = 0; moves <= (layer->mesh.ulysses > 1); moves++) {
         usp_arena work = {0}, kept = {0};
@@ -147,16 +147,22 @@ static size_t measure(const usp_layer *layer, usp_pass pass, int apart, size_t *
         usp_frame_open(layer, pass, NULL, moves, apart ? &kept : &work, &work, &frame);
         if (work.used > most) most = work.used;
         if (saved && kept.used > *saved) *saved = kept.used;
+        usp_arena_note(shape, work.shape);
+        usp_arena_note(shape, kept.shape);
     }
     return most;
 }
 
-usp_sizes usp_run_sizes(const usp_layer *layer) {
+usp_sizes usp_run_sizes(const usp_layer *layer, uint64_t *shape) {
     usp_sizes sizes = {.alignment = USP_ALIGNMENT};
-    sizes.forward_workspace = measure(layer, USP_PASS_FORWARD, 0, NULL);
-    sizes.forward_saving_workspace = measure(layer, USP_PASS_FORWARD, 1, &sizes.saved);
-    sizes.backward_workspace = measure(layer, USP_PASS_BACKWARD, 1, NULL);
-    sizes.exchange_workspace = usp_exchange_alone_bytes(layer);
+    usp_arena all = {0};
+    sizes.forward_workspace = measure(layer, USP_PASS_FORWARD, 0, NULL, &all);
+    sizes.forward_saving_workspace = measure(layer, USP_PASS_FORWARD, 1, &sizes.saved, &all);
+    sizes.backward_workspace = measure(layer, USP_PASS_BACKWARD, 1, NULL, &all);
+    sizes.exchange_workspace = usp_exchange_alone_bytes(layer, &all);
+    for (int i = 0; i < USP_OPERANDS; i++)
+        usp_arena_note(&all, (uint64_t)usp_layer_heads(layer, (usp_operand)i, layer->mesh.u).count);
+    *shape = all.shape;
     return sizes;
 }
 

@@ -77,9 +77,11 @@ static void post_gather(const usp_layer *layer, const usp_flow *f, usp_messages 
     for (int r = 0; r < layer->mesh.ring; r++) {
         int peer = usp_layer_ring_rank(layer, r);
         if (r == layer->mesh.r) continue;
-        usp_messages_send(messages, peer, f->totals, chunks->own_chunks * state_bytes(layer));
-        usp_messages_recv(messages, peer, state_at(layer, f->slots, chunks->first[r]),
-                          (chunks->first[r + 1] - chunks->first[r]) * state_bytes(layer));
+        float *mine = state_at(layer, f->slots, chunks->first[layer->mesh.r]);
+        float *theirs = state_at(layer, f->slots, chunks->first[r]);
+        usp_messages_send(messages, peer, f->totals, chunks->own_chunks * state_bytes(layer), mine);
+        usp_messages_recv(messages, peer, theirs, (chunks->first[r + 1] - chunks->first[r]) * state_bytes(layer),
+                          theirs);
     }
 }
 
@@ -97,9 +99,9 @@ static void post_hop(const usp_layer *layer, const usp_flow *f, int64_t i, int r
     int from = chunks->chunk[chain_chunk(layer, f, i)].owner, to = chunks->chunk[chain_chunk(layer, f, i + 1)].owner;
     if (from == to) return;
     if (!receiving && from == layer->mesh.r)
-        usp_messages_send(messages, usp_layer_ring_rank(layer, to), f->carry, state_bytes(layer));
+        usp_messages_send(messages, usp_layer_ring_rank(layer, to), f->carry, state_bytes(layer), f->carry);
     if (receiving && to == layer->mesh.r)
-        usp_messages_recv(messages, usp_layer_ring_rank(layer, from), f->carry, state_bytes(layer));
+        usp_messages_recv(messages, usp_layer_ring_rank(layer, from), f->carry, state_bytes(layer), f->carry);
 }
 
 /* The state after the last chunk is everybody's where it is an output, or where there is no mask. */
@@ -114,9 +116,9 @@ static void post_spread(const usp_layer *layer, const usp_flow *f, usp_messages 
     for (int r = 0; r < layer->mesh.ring; r++) {
         if (r == owner) continue;
         if (owner == layer->mesh.r)
-            usp_messages_send(messages, usp_layer_ring_rank(layer, r), f->carry, state_bytes(layer));
+            usp_messages_send(messages, usp_layer_ring_rank(layer, r), f->carry, state_bytes(layer), f->carry);
         if (r == layer->mesh.r)
-            usp_messages_recv(messages, usp_layer_ring_rank(layer, owner), f->carry, state_bytes(layer));
+            usp_messages_recv(messages, usp_layer_ring_rank(layer, owner), f->carry, state_bytes(layer), f->carry);
     }
 }
 

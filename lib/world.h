@@ -11,8 +11,14 @@
 typedef struct usp_piece {
     struct usp_piece *next;
     void *memory;
-    uint64_t number; /* counts pieces: the same on all ranks */
+    size_t bytes;
+    uint64_t number; /* counts pieces from 1: the same on all ranks */
 } usp_piece;
+
+/* A place in shared memory, as all ranks can name it. */
+typedef struct usp_place {
+    uint64_t piece, offset;
+} usp_place;
 
 struct usp_world {
     usp_object object;
@@ -42,6 +48,9 @@ usp_status usp_world_fork(usp_world *world, usp_stream from, usp_stream to);
  * failure is the world's, DEVICE where the device had no memory. UNSUPPORTED (an exchange that cannot be captured) was
  * found before anything moved. */
 usp_status usp_world_conclude(usp_world *world, usp_status status);
+
+/* Where so many bytes of shared memory are; piece 0 if they are not all of one piece. */
+usp_place usp_world_find_place(const usp_world *world, const void *memory, size_t bytes);
 
 /* The transport's exchange on the transfer stream. The caller forks to it before and from it where the data is needed.
  */

@@ -117,15 +117,16 @@ size_t usp_case_print(const usp_case *c, char *text, size_t capacity) {
     static const char *const layouts[] = {"zigzag", "contiguous", "stripe", "per-document", "custom"};
     static const char *const dtypes[] = {"f32", "f16", "bf16"};
     static const char *const arrangements[] = {"bshd", "bhsd", "sbhd", "packed", "padded"};
-    int n = snprintf(text, capacity,
-                     "U%d R%d x%d %s %s %s %s %s b%d s%lld/%lld h%d/%d/%d d%d/%d%s%s%s%s%s%s decay%d exchange%d seed%d",
-                     c->ulysses, c->ring, c->copies, c->attention == USP_LINEAR ? "linear" : "softmax",
-                     c->mask == USP_MASK_CAUSAL ? "causal" : "full", dtypes[c->dtype], layouts[c->layout],
-                     arrangements[c->arrangement], c->batch, (long long)c->tokens, (long long)usp_case_keys(c),
-                     c->heads, c->kv_heads, c->value_heads, c->head_dim, c->value_dim, c->scale != 0 ? " scale" : "",
-                     c->return_lse ? " lse" : "", c->deterministic ? " deterministic" : "",
-                     c->recompute_state ? " recompute" : "", c->initial_state ? " initial" : "",
-                     c->final_state ? " final" : "", c->decay, (int)c->state_exchange, c->seed);
+    int n = snprintf(
+        text, capacity,
+        "U%d R%d x%d %s %s %s %s %s b%d s%lld/%lld h%d/%d/%d d%d/%d%s%s%s%s%s%s%s decay%d exchange%d seed%d",
+        c->ulysses, c->ring, c->copies, c->attention == USP_LINEAR ? "linear" : "softmax",
+        c->mask == USP_MASK_CAUSAL ? "causal" : "full", dtypes[c->dtype], layouts[c->layout],
+        arrangements[c->arrangement], c->batch, (long long)c->tokens, (long long)usp_case_keys(c), c->heads,
+        c->kv_heads, c->value_heads, c->head_dim, c->value_dim, c->scale != 0 ? " scale" : "",
+        c->return_lse ? " lse" : "", c->deterministic ? " deterministic" : "", c->recompute_state ? " recompute" : "",
+        c->initial_state ? " initial" : "", c->final_state ? " final" : "", c->shared_memory ? " shared" : "", c->decay,
+        (int)c->state_exchange, c->seed);
     if (n < 0 || (size_t)n >= capacity) return n < 0 ? 0 : (size_t)n;
     return (size_t)n + print_mask(c, text + n, capacity - (size_t)n);
 }
@@ -256,6 +257,7 @@ void usp_case_configure(const usp_case *c, int p, int n, usp_case_configs *confi
                                         .sinks = c->sinks,
                                         .dlse = c->dlse,
                                         .max_logit = c->max_logit,
+                                        .shared_memory = c->shared_memory,
                                         .slopes = c->slopes ? configs->slopes : NULL};
 }
 
@@ -327,5 +329,6 @@ usp_case usp_case_random(uint64_t *state, usp_split split, int64_t most) {
         random_documents(state, &c);
         c.state_exchange = (usp_state_exchange)usp_random_below(state, 3);
     }
+    c.shared_memory = one_in(state, 3);
     return usp_case_complete(c);
 }

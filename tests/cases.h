@@ -32,6 +32,7 @@ typedef struct usp_case {
     float soft_cap, dropout;
     int slopes, sinks, dlse, max_logit;
     int64_t first_key; /* as first_token, of keys that are another tensor */
+    int shared_memory; /* 1: workspace and saved are */
 } usp_case;
 
 /* What a create call of the case may do. */

@@ -2,7 +2,9 @@
  * that starts its ranks as processes, on the GPUs there are in turn: two ranks may share one.
  *
  *   check_peer [N]          N processes (default: a GPU each, two at least), then with a last one that dies or stops,
- * then N threads RANK=... check_peer [--kill|--stop|--kill-graph|--stop-graph] one of them */
+ * then N threads
+ *   check_peer --threads    the threads alone
+ * RANK=... check_peer [--kill|--stop|--kill-graph|--stop-graph] one of them */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
 #include <signal.h>
@@ -22,9 +24,9 @@ enum {
     MOST_RANKS = USP_CREW_MOST,
     PHASE_SECONDS = 100,
     TIMEOUT_MS = 20000,
-    FAULT_TIMEOUT_MS = 5000,              /* where a rank stops */
-    ANSWER_MS = 12000,                    /* from the fault until all others have left */
-    MANY_SLOTS = 6 * 16 * 1048576 + 1000, /* bytes, more than all slots hold */
+    FAULT_TIMEOUT_MS = 5000,               /* where a rank stops */
+    ANSWER_MS = 12000,                     /* from the fault until all others have left */
+    MANY_ROUNDS = 3 * 64 * 1048576 + 1000, /* bytes, more than slots hold */
     REPLAYS = 1000,
     ROUNDS = 20
 };
@@ -37,12 +39,13 @@ static double now_ms(void) {
 
 /* ---- ring steps -------------------------------------------------------------------------------------------------- */
 
-/* One rank's tensors of a ring step: `bytes` that go, and as many that come. */
+/* One rank's tensors of a ring step: `bytes` that go, and as many that come, to shared memory or by way of slots. */
 typedef struct step {
     usp_world *world;
     usp_stream stream;
     char *out, *in;
     size_t bytes;
+    int shared;
 } step;
 
 static usp_status shift(const step *s) {
@@ -50,18 +53,23 @@ static usp_status shift(const step *s) {
     int rank = transport->rank, size = transport->size;
     usp_message send = usp_message_whole((rank + 1) % size, s->out, s->bytes);
     usp_message recv = usp_message_whole((rank + size - 1) % size, s->in, s->bytes);
+    if (s->shared) send.there = recv.there = s->in;
     return transport->ops->exchange(transport, &send, 1, &recv, 1, s->stream);
 }
 
-static int open_step(step *s, usp_world *world, size_t bytes) {
-    *s = (step){.world = world, .bytes = bytes};
-    return cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking) == cudaSuccess &&
-           cudaMalloc((void **)&s->out, bytes) == cudaSuccess && cudaMalloc((void **)&s->in, bytes) == cudaSuccess;
+static int open_step(step *s, usp_world *world, size_t bytes, int shared) {
+    *s = (step){.world = world, .bytes = bytes, .shared = shared};
+    void *in = NULL;
+    int good = shared ? usp_world_alloc_shared(world, bytes, &in) == USP_OK : cudaMalloc(&in, bytes) == cudaSuccess;
+    s->in = in;
+    return good && cudaStreamCreateWithFlags(&s->stream, cudaStreamNonBlocking) == cudaSuccess &&
+           cudaMalloc((void **)&s->out, bytes) == cudaSuccess;
 }
 
 static void close_step(step *s) {
     cudaFree(s->out);
-    cudaFree(s->in);
+    if (s->shared) usp_world_free_shared(s->world, s->in);
+    if (!s->shared) cudaFree(s->in);
     cudaStreamDestroy(s->stream);
 }
 
@@ -98,10 +106,10 @@ static cudaGraphExec_t capture(const step *s) {
     return exec;
 }
 
-/* Replays between eager steps: both use the same slots. */
-static int check_graph(usp_world *world) {
+/* Replays between eager steps: both use the same memory. */
+static int check_graph(usp_world *world, int shared) {
     step s;
-    cudaGraphExec_t exec = open_step(&s, world, MANY_SLOTS) ? capture(&s) : NULL;
+    cudaGraphExec_t exec = open_step(&s, world, MANY_ROUNDS, shared) ? capture(&s) : NULL;
     int good = exec != NULL;
     for (int i = 0; i < REPLAYS && good; i++) good = shift_and_look(&s, i, i % 5 == 2 ? NULL : exec);
     if (exec) cudaGraphExecDestroy(exec);
@@ -110,10 +118,10 @@ static int check_graph(usp_world *world) {
 }
 
 /* Milliseconds a step, and microseconds of the host for its call. */
-static int time_steps(usp_world *world, size_t megabytes) {
+static int time_steps(usp_world *world, size_t megabytes, int shared) {
     step s;
     double host = 0;
-    if (!open_step(&s, world, megabytes << 20) || !shift_and_look(&s, 1, NULL)) return 0;
+    if (!open_step(&s, world, megabytes << 20, shared) || !shift_and_look(&s, 1, NULL)) return 0;
     double begin = now_ms();
     for (int i = 0; i < ROUNDS; i++) {
         double called = now_ms();
@@ -123,8 +131,8 @@ static int time_steps(usp_world *world, size_t megabytes) {
     if (usp_world_synchronize(world, s.stream) != USP_OK) return 0;
     double ms = (now_ms() - begin) / ROUNDS;
     if (world->transport->rank == 0)
-        printf("ring step of %4zu MB: %8.3f ms, %6.1f GB/s, call %5.1f us\n", megabytes, ms,
-               (double)s.bytes / ms * 1e-6, host / ROUNDS * 1e3);
+        printf("ring step of %4zu MB, %s: %8.3f ms, %6.1f GB/s, call %5.1f us\n", megabytes,
+               shared ? "straight" : "by slots", ms, (double)s.bytes / ms * 1e-6, host / ROUNDS * 1e3);
     close_step(&s);
     return 1;
 }
@@ -148,7 +156,7 @@ static int meet_fault(usp_world *world, const char *fault) {
     int kills = strncmp(fault, "--kill", 6) == 0, graph = strstr(fault, "graph") != NULL;
     char name[32];
     step s;
-    if (!open_step(&s, world, MANY_SLOTS)) return 1;
+    if (!open_step(&s, world, MANY_ROUNDS, kills)) return 1;
     cudaGraphExec_t exec = graph ? capture(&s) : NULL;
     for (int i = 0; i < 3; i++)
         if (!shift_and_look(&s, i, exec)) return 1;
@@ -182,8 +190,11 @@ static int play(const char *fault) {
     if (usp_check(NULL, status == USP_OK, "the world: %s", usp_last_error())) return 1;
     if (fault) return meet_fault(world, fault);
     int wrong = usp_check_transport(world->transport, 1) || usp_check_transport(world->transport, 2);
-    wrong = wrong || !check_graph(world);
-    for (size_t megabytes = 1; megabytes <= 256 && !wrong; megabytes *= 4) wrong = !time_steps(world, megabytes);
+    for (int shared = 0; shared < 2; shared++) {
+        wrong = wrong || !check_graph(world, shared);
+        for (size_t megabytes = 1; megabytes <= 256 && !wrong; megabytes *= 4)
+            wrong = !time_steps(world, megabytes, shared);
+    }
     usp_world_destroy(world);
     return wrong;
 }
@@ -234,6 +245,7 @@ static int phase(int size, const char *fault) {
 int main(int count, char **arguments) {
     static const char *const faults[] = {"--kill", "--stop", "--kill-graph", "--stop-graph"};
     int gpus = usp_device_count(USP_DEVICE_CUDA), size = count > 1 ? atoi(arguments[1]) : gpus < 2 ? 2 : gpus;
+    if (gpus > 0 && count > 1 && strcmp(arguments[1], "--threads") == 0) return play_threads(gpus < 2 ? 2 : gpus);
     if (gpus > 0 && getenv("RANK")) return play(count > 1 ? arguments[1] : NULL);
     if (gpus == 0 || size < 2 || size > MOST_RANKS) {
         printf("skipped: needs a GPU and 2 to %d ranks\n", MOST_RANKS);

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { USP_ROUNDS = 24, USP_MANY = 3, USP_GUARD = 8, USP_GUARD_BYTE = 0xA5 };
+enum { USP_ROUNDS = 24, USP_MANY = 3, USP_GUARD = 8, USP_GUARD_BYTE = 0xA5, USP_SHARED = 1 << 20 };
 
 int usp_check(const usp_transport *transport, int good, const char *format, ...) {
     if (good) return 0;
@@ -27,7 +27,7 @@ int usp_check_failure(const usp_transport *transport, usp_status status, usp_sta
                      (int)wanted, words, (int)status, sentence);
 }
 
-static int usp_check_ok(const usp_transport *transport, usp_status status, const char *what) {
+int usp_check_ok(const usp_transport *transport, usp_status status, const char *what) {
     return usp_check(transport, status == USP_OK, "%s: status %d: %s", what, (int)status, usp_last_error());
 }
 
@@ -36,6 +36,7 @@ static int usp_check_ok(const usp_transport *transport, usp_status status, const
 typedef struct usp_round {
     unsigned seed;
     int round, step;
+    char *shared; /* USP_SHARED bytes */
 } usp_round;
 
 static uint64_t usp_mix(uint64_t hash, uint64_t value) {
@@ -50,7 +51,7 @@ static uint64_t usp_draw(const usp_round *round, int a, int b, int c) {
 
 /* Ranks of one colour exchange with each other and know nothing of the rest. */
 static int usp_colour(const usp_round *round, int rank) {
-    usp_round whole = {round->seed, round->round, 0};
+    usp_round whole = {round->seed, round->round, 0, NULL};
     return (int)(usp_draw(&whole, rank, 0, 1) % (round->round % 3 + 1u));
 }
 
@@ -76,6 +77,16 @@ static size_t usp_bytes(const usp_round *round, int from, int to, int k) {
     default:
         return (size_t)(rest % 40) * 240; /* in rows of many lengths */
     }
+}
+
+/* Where message k of a pair may arrive in the receiver's shared memory: some have such a place. */
+static char *usp_there(const usp_round *round, int from, int to, int k) {
+    size_t at = 0;
+    if (usp_draw(round, from, to, 5000 + k) % 3 != 0) return NULL;
+    for (int f = 0; f <= from; f++)
+        for (int i = 0; i < (f < from ? usp_messages(round, f, to) : k); i++)
+            at += (usp_bytes(round, f, to, i) + USP_GUARD) / USP_GUARD * USP_GUARD;
+    return at + usp_bytes(round, from, to, k) <= USP_SHARED ? round->shared + at : NULL;
 }
 
 /* Rows of `row` bytes, `stride` apart. */
@@ -193,7 +204,7 @@ static void usp_side_free(const usp_transport *transport, usp_side *side) {
     free(side->peer), free(side->k), free(side->place), free(side->host);
 }
 
-static usp_status usp_drain(const usp_transport *transport, usp_stream stream) {
+usp_status usp_drain(const usp_transport *transport, usp_stream stream) {
     int busy = 1;
     usp_status status = USP_OK;
     while (busy && status == USP_OK) status = transport->device->ops->query(transport->device, stream, &busy);
@@ -214,23 +225,27 @@ static usp_status usp_from_device(const usp_transport *transport, usp_side *side
 
 /* ---- exchange ---------------------------------------------------------------------------------------------------- */
 
-static usp_message usp_message_of(const usp_side *side, int i) {
+static usp_message usp_message_of(const usp_transport *transport, const usp_round *round, const usp_side *side,
+                                  int incoming, int i) {
     const usp_place *place = &side->place[i];
+    int from = usp_from(transport, incoming, side->peer[i]), to = usp_to(transport, incoming, side->peer[i]);
     return (usp_message){.peer = side->peer[i],
                          .base = (char *)side->device + place->at,
                          .rows = (int64_t)(place->bytes / place->row),
                          .bytes = place->row,
                          .stride = place->stride,
                          .packed = place->bytes % 2 == 0 ? (char *)side->device + place->packed : NULL,
-                         .joined = place->joined};
+                         .joined = place->joined,
+                         .there = usp_there(round, from, to, side->k[i]),
+                         .there_stride = place->row};
 }
 
-static usp_status usp_exchange_sides(usp_transport *transport, const usp_side *out, const usp_side *in,
-                                     usp_stream stream) {
+static usp_status usp_exchange_sides(usp_transport *transport, const usp_round *round, const usp_side *out,
+                                     const usp_side *in, usp_stream stream) {
     usp_message *sends = calloc((size_t)out->count + 1, sizeof *sends);
     usp_message *recvs = calloc((size_t)in->count + 1, sizeof *recvs);
-    for (int i = 0; i < out->count; i++) sends[i] = usp_message_of(out, i);
-    for (int i = 0; i < in->count; i++) recvs[i] = usp_message_of(in, i);
+    for (int i = 0; i < out->count; i++) sends[i] = usp_message_of(transport, round, out, 0, i);
+    for (int i = 0; i < in->count; i++) recvs[i] = usp_message_of(transport, round, in, 1, i);
     usp_status status = transport->ops->exchange(transport, sends, out->count, recvs, in->count, stream);
     free(sends), free(recvs);
     return status;
@@ -243,7 +258,7 @@ static int usp_check_step(usp_transport *transport, const usp_round *round, usp_
     usp_side_fill(transport, round, 0, &out, out.host);
     usp_status status = usp_to_device(transport, &out, stream);
     if (status == USP_OK) status = usp_to_device(transport, &in, stream);
-    if (status == USP_OK) status = usp_exchange_sides(transport, &out, &in, stream);
+    if (status == USP_OK) status = usp_exchange_sides(transport, round, &out, &in, stream);
     if (status == USP_OK) status = usp_from_device(transport, &in, stream);
     int wrong = usp_check_ok(transport, status, "exchange");
     unsigned char *expected = malloc(in.total);
@@ -258,9 +273,9 @@ static int usp_check_step(usp_transport *transport, const usp_round *round, usp_
 }
 
 /* Groups make different numbers of exchanges in a round, so that they run apart. */
-static int usp_check_exchanges(usp_transport *transport, unsigned seed, usp_stream stream) {
+static int usp_check_exchanges(usp_transport *transport, unsigned seed, char *shared, usp_stream stream) {
     for (int i = 0; i < USP_ROUNDS; i++) {
-        usp_round round = {seed, i, 0};
+        usp_round round = {seed, i, 0, shared};
         int steps = 1 + (int)(usp_draw(&round, usp_colour(&round, transport->rank), 0, 3) % 3);
         for (round.step = 1; round.step <= steps; round.step++)
             if (usp_check_step(transport, &round, stream)) return 1;
@@ -268,10 +283,10 @@ static int usp_check_exchanges(usp_transport *transport, unsigned seed, usp_stre
     return 0;
 }
 
-/* ---- gather, shared memory --------------------------------------------------------------------------------------- */
+/* ---- gather ------------------------------------------------------------------------------------------------------ */
 
 static int usp_check_gather(usp_transport *transport, unsigned seed, size_t bytes) {
-    usp_round round = {seed, (int)(bytes % 1000), 0};
+    usp_round round = {seed, (int)(bytes % 1000), 0, NULL};
     size_t total = bytes * (size_t)transport->size;
     unsigned char *mine = malloc(bytes + 1), *all = malloc(total + 1), *expected = malloc(total + 1);
     memset(all, 0, total + 1);
@@ -293,36 +308,6 @@ static int usp_check_gathers(usp_transport *transport, unsigned seed) {
     return 0;
 }
 
-/* A ring step from shared memory to shared memory. */
-static usp_status usp_shift_shared(usp_transport *transport, unsigned char *shared, size_t bytes, unsigned char *seen) {
-    const usp_device_ops *ops = transport->device->ops;
-    unsigned char mine[256];
-    memset(mine, transport->rank + 1, sizeof mine);
-    usp_message send = usp_message_whole((transport->rank + 1) % transport->size, shared, bytes);
-    usp_message recv =
-        usp_message_whole((transport->rank + transport->size - 1) % transport->size, shared + bytes, bytes);
-    usp_status status = ops->copy(transport->device, shared, mine, bytes, NULL);
-    if (status == USP_OK && transport->size > 1) status = transport->ops->exchange(transport, &send, 1, &recv, 1, NULL);
-    if (status == USP_OK && transport->size == 1)
-        status = ops->copy(transport->device, shared + bytes, shared, bytes, NULL);
-    if (status == USP_OK) status = ops->copy(transport->device, seen, shared + bytes, bytes, NULL);
-    return status == USP_OK ? usp_drain(transport, NULL) : status;
-}
-
-static int usp_check_shared(usp_transport *transport) {
-    unsigned char seen[256] = {0}, expected[256];
-    void *shared;
-    usp_status status = transport->ops->alloc_shared(transport, 2 * sizeof seen, &shared);
-    if (usp_check_ok(transport, status, "alloc_shared")) return 1;
-    if (usp_check_ok(transport, transport->ops->register_shared(transport, shared), "register_shared")) return 1;
-    int wrong = usp_check(transport, (uintptr_t)shared % 256 == 0, "shared memory is not aligned");
-    wrong +=
-        usp_check_ok(transport, usp_shift_shared(transport, shared, sizeof seen, seen), "exchange of shared memory");
-    memset(expected, (transport->rank + transport->size - 1) % transport->size + 1, sizeof expected);
-    wrong += usp_check(transport, memcmp(seen, expected, sizeof seen) == 0, "shared memory: wrong bytes");
-    return wrong + usp_check_ok(transport, transport->ops->free_shared(transport, shared), "free_shared");
-}
-
 /* ---- refusals ---------------------------------------------------------------------------------------------------- */
 
 /* Lists that no transport may take; nobody else hears of them. */
@@ -339,15 +324,23 @@ static int usp_check_refusals(usp_transport *transport) {
     return wrong + usp_check_failure(transport, status, USP_INVALID, "peer");
 }
 
+static int usp_check_all(usp_transport *transport, unsigned seed, char *shared, usp_stream stream) {
+    if (usp_check_ok(transport, transport->ops->register_shared(transport, shared), "register_shared")) return 1;
+    int wrong = usp_check_exchanges(transport, seed, shared, stream);
+    if (!wrong) wrong = usp_check_gathers(transport, seed);
+    if (!wrong) wrong = usp_check_shared(transport, shared, stream);
+    if (!wrong) wrong = usp_check_refusals(transport);
+    if (!wrong) wrong = usp_check_ok(transport, usp_transport_poll(transport), "poll");
+    return wrong || usp_check_ok(transport, transport->ops->free_shared(transport, shared), "free_shared");
+}
+
 int usp_check_transport(usp_transport *transport, unsigned seed) {
     const usp_device_ops *ops = transport->device->ops;
     usp_stream stream = NULL;
+    void *shared = NULL;
     if (usp_check_ok(transport, ops->stream_create(transport->device, &stream), "stream")) return 1;
-    int wrong = usp_check_exchanges(transport, seed, stream);
-    if (!wrong) wrong = usp_check_gathers(transport, seed);
-    if (!wrong) wrong = usp_check_shared(transport);
-    if (!wrong) wrong = usp_check_refusals(transport);
-    if (!wrong) wrong = usp_check_ok(transport, usp_transport_poll(transport), "poll");
+    if (usp_check_ok(transport, transport->ops->alloc_shared(transport, USP_SHARED, &shared), "alloc_shared")) return 1;
+    int wrong = usp_check_all(transport, seed, shared, stream);
     ops->stream_destroy(transport->device, stream);
     return wrong;
 }

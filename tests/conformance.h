@@ -20,7 +20,13 @@ usp_status usp_make_socket(const usp_transport_config *config, const usp_bootstr
 /* Prints the sentence, with the rank, and returns 1 unless `good`. */
 int usp_check(const usp_transport *transport, int good, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
+int usp_check_ok(const usp_transport *transport, usp_status status, const char *what);
 /* Checks that `status` is the wanted one and that the last error contains `words`. */
 int usp_check_failure(const usp_transport *transport, usp_status status, usp_status wanted, const char *words);
+
+/* Waits until the stream is done. */
+usp_status usp_drain(const usp_transport *transport, usp_stream stream);
+/* Part of usp_check_transport, with a registered piece of at least 2048 bytes and as many as there are ranks. */
+int usp_check_shared(usp_transport *transport, char *shared, usp_stream stream);
 
 #endif

@@ -119,6 +119,16 @@ static size_t state_count(const usp_case *c) {
     return (size_t)c->batch * (size_t)usp_case_out_heads(c) * (size_t)c->head_dim * (size_t)c->value_dim;
 }
 
+/* Shared memory has room for what any rank needs. */
+static usp_status create_memory(usp_stage *stage, size_t bytes, usp_buffer *buffer) {
+    const usp_case *c = &stage->c;
+    usp_world *world = stage->rank->world;
+    size_t rows = (size_t)(c->batch * usp_case_out_heads(c)) * (size_t)(c->tokens + usp_case_keys(c));
+    size_t room = ((size_t)1 << 20) + rows * (size_t)(c->head_dim + c->value_dim) * 64 + 64 * state_count(c);
+    if (c->shared_memory) return usp_buffer_create_shared(world, stage->rank->stream, bytes, room, buffer);
+    return usp_buffer_create(world, stage->rank->stream, bytes, buffer);
+}
+
 static usp_status create_extra(usp_stage *stage) {
     const usp_case *c = &stage->c;
     size_t states = state_count(c) * sizeof(float);
@@ -129,23 +139,18 @@ static usp_status create_extra(usp_stage *stage) {
     const struct {
         usp_buffer *buffer;
         size_t bytes;
-    } all[] = {{&stage->lse, lse + 16},
-               {&stage->initial_state, states},
-               {&stage->final_state, states},
-               {&stage->dfinal_state, states},
-               {&stage->dinitial_state, states},
-               {&stage->workspace, workspace},
-               {&stage->saved, stage->sizes.saved},
-               {&stage->sinks, heads},
-               {&stage->dsinks, heads},
-               {&stage->dlse, lse + 16},
-               {&stage->max_logit, heads},
-               {&stage->dropout_state, sizeof usp_dropout_words}};
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
-        usp_status status = usp_buffer_create(stage->rank->world, stage->rank->stream, all[i].bytes, all[i].buffer);
-        if (status != USP_OK) return status;
-    }
-    return USP_OK;
+    } all[] = {{&stage->lse, lse + 16},          {&stage->initial_state, states},
+               {&stage->final_state, states},    {&stage->dfinal_state, states},
+               {&stage->dinitial_state, states}, {&stage->sinks, heads},
+               {&stage->dsinks, heads},          {&stage->dlse, lse + 16},
+               {&stage->max_logit, heads},       {&stage->dropout_state, sizeof usp_dropout_words}};
+    usp_world *world = stage->rank->world;
+    usp_stream stream = stage->rank->stream;
+    usp_status status = create_memory(stage, workspace, &stage->workspace);
+    if (status == USP_OK) status = create_memory(stage, stage->sizes.saved, &stage->saved);
+    for (size_t i = 0; i < sizeof all / sizeof all[0] && status == USP_OK; i++)
+        status = usp_buffer_create(world, stream, all[i].bytes, all[i].buffer);
+    return status;
 }
 
 static uint64_t part_seed(const usp_stage *stage) {
@@ -369,8 +374,10 @@ static size_t forward_bytes(const usp_stage *stage, int keep) {
     return keep ? stage->sizes.forward_saving_workspace : stage->sizes.forward_workspace;
 }
 
-/* The last `bytes` bytes: what lies behind is not the stage's, as sanitizers know. */
+/* The last `bytes` bytes: what lies behind is not the stage's, as sanitizers know. Shared memory begins at the same
+ * place on all ranks. */
 static void *end_of_workspace(const usp_stage *stage, size_t bytes) {
+    if (stage->c.shared_memory) return stage->workspace.device;
     return (char *)stage->workspace.device + (stage->workspace.bytes - bytes);
 }
 

@@ -103,12 +103,26 @@ double usp_load(usp_dtype dtype, const void *from) {
 
 /* ---- buffers ----------------------------------------------------------------------------------------------------- */
 
-usp_status usp_buffer_create(usp_world *world, usp_stream stream, size_t bytes, usp_buffer *buffer) {
+static usp_status begin(usp_world *world, usp_stream stream, size_t bytes, usp_buffer *buffer) {
     *buffer = (usp_buffer){.world = world, .stream = stream, .bytes = bytes};
     buffer->host = malloc(bytes + 1);
     if (!buffer->host) return USP_NO_MEMORY;
     memset(buffer->host, 0xff, bytes + 1);
-    usp_status status = usp_world_alloc(world, bytes + 1, &buffer->device);
+    return USP_OK;
+}
+
+usp_status usp_buffer_create(usp_world *world, usp_stream stream, size_t bytes, usp_buffer *buffer) {
+    usp_status status = begin(world, stream, bytes, buffer);
+    if (status == USP_OK) status = usp_world_alloc(world, bytes + 1, &buffer->device);
+    return status == USP_OK ? usp_buffer_upload(buffer) : status;
+}
+
+usp_status usp_buffer_create_shared(usp_world *world, usp_stream stream, size_t bytes, size_t room,
+                                    usp_buffer *buffer) {
+    usp_status status = begin(world, stream, bytes, buffer);
+    if (status == USP_OK && bytes > room) status = USP_NO_MEMORY;
+    if (status == USP_OK) status = usp_world_alloc_shared(world, room, &buffer->device);
+    buffer->shared = 1;
     return status == USP_OK ? usp_buffer_upload(buffer) : status;
 }
 
@@ -122,7 +136,8 @@ usp_status usp_buffer_download(const usp_buffer *buffer) {
 }
 
 void usp_buffer_destroy(usp_buffer *buffer) {
-    if (buffer->device) usp_world_free(buffer->world, buffer->device);
+    if (buffer->device && buffer->shared) usp_world_free_shared(buffer->world, buffer->device);
+    if (buffer->device && !buffer->shared) usp_world_free(buffer->world, buffer->device);
     free(buffer->host);
     *buffer = (usp_buffer){0};
 }

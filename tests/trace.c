@@ -94,6 +94,10 @@ static usp_status free_shared(usp_transport *transport, void *memory) {
     return trace_of(transport)->inside->ops->free_shared(trace_of(transport)->inside, memory);
 }
 
+static void *reach(usp_transport *transport, int peer, const void *memory) {
+    return trace_of(transport)->inside->ops->reach(trace_of(transport)->inside, peer, memory);
+}
+
 static usp_status watch_inside(usp_transport *transport) {
     return trace_of(transport)->inside->ops->watch(trace_of(transport)->inside);
 }
@@ -114,6 +118,7 @@ static const usp_transport_ops ops = {.name = "trace",
                                       .alloc_shared = alloc_shared,
                                       .register_shared = register_shared,
                                       .free_shared = free_shared,
+                                      .reach = reach,
                                       .watch = watch_inside,
                                       .stop = stop,
                                       .destroy = destroy};
