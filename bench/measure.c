@@ -34,10 +34,11 @@ static usp_status enqueue(usp_setup *s, usp_pass pass, int times) {
     return USP_OK;
 }
 
-/* Enqueues `times` passes and waits for them. */
-static usp_status run_passes(usp_setup *s, usp_pass pass, int times, double *seconds) {
+/* Enqueues `times` passes and waits for them. *called: a pass's part of the time until all are enqueued. */
+static usp_status run_passes(usp_setup *s, usp_pass pass, int times, double *seconds, double *called) {
     double begin = now();
     USP_TRY(enqueue(s, pass, times));
+    *called = (now() - begin) / times;
     USP_TRY(usp_world_synchronize(s->rank->world, s->rank->stream));
     *seconds = now() - begin;
     return USP_OK;
@@ -56,16 +57,20 @@ static double quantile(const double *sorted, int count, double part) {
     return sorted[index < 0 ? 0 : index];
 }
 
+static double median_of(double *sorted, int count) {
+    qsort(sorted, (size_t)count, sizeof *sorted, ascending);
+    return 0.5 * (sorted[(count - 1) / 2] + sorted[count / 2]);
+}
+
 static void summarise(double *seconds, int count, usp_timing *time) {
     double sum = 0, squares = 0;
-    qsort(seconds, (size_t)count, sizeof *seconds, ascending);
+    time->median = median_of(seconds, count);
     for (int i = 0; i < count; i++) sum += seconds[i];
     time->mean = sum / count;
     for (int i = 0; i < count; i++) squares += (seconds[i] - time->mean) * (seconds[i] - time->mean);
     time->deviation = sqrt(squares / count);
     time->min = seconds[0];
     time->max = seconds[count - 1];
-    time->median = 0.5 * (seconds[(count - 1) / 2] + seconds[count / 2]);
     time->p95 = quantile(seconds, count, 0.95);
     time->p99 = quantile(seconds, count, 0.99);
     time->iterations = count;
@@ -78,10 +83,10 @@ static int aggregate_of(const usp_options *o, double pass_time) {
 }
 
 static usp_status warm_up(usp_setup *s, usp_pass pass, double *pass_time) {
-    double mine = 0;
+    double mine = 0, called;
     *pass_time = 0;
     for (int i = 0; i < s->options->warmup; i++) {
-        USP_TRY(run_passes(s, pass, 1, &mine));
+        USP_TRY(run_passes(s, pass, 1, &mine, &called));
         USP_TRY(usp_rank_max(s->rank, mine, pass_time));
         if (s->options->budget > 0 && *pass_time * (i + 1) > s->options->budget) break;
     }
@@ -106,21 +111,22 @@ static usp_status record(usp_setup *s, usp_pass pass, int passes) {
     return usp_world_synchronize(s->rank->world, stream);
 }
 
-/* The gather of an iteration's times is the next one's barrier, and lets all ranks end together. */
+/* The gather of an iteration's times is the next one's barrier, and lets all ranks end together. `seconds`: for all
+ * iterations, and as many again. */
 static usp_status time_iterations(usp_setup *s, usp_pass pass, usp_sweep_state *state, double *seconds,
                                   usp_timing *time) {
     const usp_options *o = s->options;
-    double spent = 0, mine = 0;
+    double spent = 0, mine = 0, *called = seconds + o->iterations;
     int count = 0;
     for (; count < o->iterations && (count < 3 || o->budget <= 0 || spent < o->budget); count++) {
         show(s, state, pass, (double)count / o->iterations);
-        USP_TRY(run_passes(s, pass, time->aggregate, &mine));
+        USP_TRY(run_passes(s, pass, time->aggregate, &mine, &called[count]));
         USP_TRY(usp_rank_max(s->rank, mine, &mine));
         seconds[count] = mine / time->aggregate;
         spent += mine;
     }
     summarise(seconds, count, time);
-    return USP_OK;
+    return usp_rank_max(s->rank, median_of(called, count), &time->call);
 }
 
 /* Poisons the results, and then runs `aggregate` passes an iteration, or the graph of so many some times. */
@@ -137,7 +143,7 @@ static usp_status time_prepared(usp_setup *s, usp_pass pass, int aggregate, usp_
 
 static usp_status time_pass(usp_setup *s, usp_pass pass, usp_sweep_state *state, usp_timing *time) {
     double pass_time;
-    double *seconds = usp_tool_alloc(&s->rank->error, (size_t)s->options->iterations, sizeof *seconds);
+    double *seconds = usp_tool_alloc(&s->rank->error, 2 * (size_t)s->options->iterations, sizeof *seconds);
     if (!seconds) return USP_NO_MEMORY;
     usp_status status = warm_up(s, pass, &pass_time);
     if (status == USP_OK) status = time_prepared(s, pass, aggregate_of(s->options, pass_time), state, seconds, time);
@@ -222,7 +228,7 @@ static usp_status measure_pass(usp_setup *s, usp_pass pass, usp_sweep_state *sta
     result->config = *s->config;
     result->pass = pass;
     show(s, state, pass, 0);
-    if (pass == USP_PASS_BACKWARD) USP_TRY(run_passes(s, USP_PASS_FORWARD, 1, &ignored));
+    if (pass == USP_PASS_BACKWARD) USP_TRY(run_passes(s, USP_PASS_FORWARD, 1, &ignored, &ignored));
     USP_TRY(fill_cost(s, pass, result));
     USP_TRY(time_pass(s, pass, state, &result->time));
     return s->options->check ? check_pass(s, pass, result) : USP_OK;

@@ -87,9 +87,10 @@ static void print_details(const usp_report *report, const usp_result *r) {
     struct rusage usage = {0};
     const usp_timing *t = &r->time;
     if (report->options->statistics)
-        printf("#   %d iterations of %d: min %.2f mean %.2f median %.2f p95 %.2f p99 %.2f max %.2f us, cv %.1f %%\n",
+        printf("#   %d iterations of %d: min %.2f mean %.2f median %.2f p95 %.2f p99 %.2f max %.2f us, cv %.1f %%, a "
+               "call %.2f us of the host\n",
                t->iterations, t->aggregate, t->min * 1e6, t->mean * 1e6, t->median * 1e6, t->p95 * 1e6, t->p99 * 1e6,
-               t->max * 1e6, 100 * t->deviation / t->mean);
+               t->max * 1e6, 100 * t->deviation / t->mean, t->call * 1e6);
     if (!report->options->memory) return;
     getrusage(RUSAGE_SELF, &usage);
     printf("#   workspace %.2f saved %.2f tensors %.2f MiB a rank, process peak %.2f MiB\n", r->workspace / 0x1p20,
@@ -185,6 +186,7 @@ static void write_time(usp_json *json, const usp_timing *t) {
     usp_json_real(json, "max", t->max * 1e6);
     usp_json_real(json, "mean", t->mean * 1e6);
     usp_json_real(json, "deviation", t->deviation * 1e6);
+    usp_json_real(json, "call", t->call * 1e6);
     usp_json_close(json, '}');
     usp_json_integer(json, "iterations", t->iterations);
     usp_json_integer(json, "passes_per_iteration", t->aggregate);

@@ -234,6 +234,7 @@ static void peer_destroy(usp_transport *transport) {
 
 const usp_transport_ops usp_peer_ops = {
     .name = "peer",
+    .reaches = 1,
     .prepare = usp_plain_prepare,
     .exchange = peer_exchange,
     .alloc_shared = usp_peer_alloc_shared,

@@ -241,6 +241,7 @@ static void threads_destroy(usp_transport *transport) {
 
 static const usp_transport_ops threads_ops = {
     .name = "threads",
+    .reaches = 1,
     .prepare = usp_plain_prepare,
     .exchange = threads_exchange,
     .alloc_shared = threads_alloc_shared,

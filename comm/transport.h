@@ -48,6 +48,7 @@ static inline size_t usp_message_extent(const usp_message *message) {
 
 typedef struct usp_transport_ops {
     const char *name;
+    int reaches; /* 1: rows go to the places that messages name, as they lie, and need no `packed` */
     /* Local. Makes room for exchanges of at most `messages` messages and `bytes` bytes: they then allocate nothing. */
     usp_status (*prepare)(usp_transport *, int64_t messages, size_t bytes);
     /* Enqueues on `stream`, one of the device's making, where memory is the device's, else returns when done. Waits for

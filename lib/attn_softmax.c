@@ -33,6 +33,7 @@ static const usp_operand_row backward_rows[] = {
 
 typedef struct buffers {
     char *own, *packed, *stage[2]; /* keys: own, if nobody has them side by side; for readers; of stages 1, 2, 1, ... */
+    usp_tensor lying[2];           /* own k and v, as they are sent */
     float *acc;                    /* forward: running output; backward: running dq */
     float *peak;                   /* [batch, heads, rows] */
     float *home;                   /* backward: fp32 gradients of own keys */
@@ -151,16 +152,27 @@ static void set_stage(const usp_layer *layer, const usp_inner *inner, usp_softma
     stage->last = t == plan->route.last;
 }
 
-/* The own keys side by side, as readers are sent them. */
+/* Where they may be sent from as they are: heads side by side, tokens in order. */
+static int are_rows(const usp_layer *layer, const usp_tensor *x, usp_operand like) {
+    int64_t row = (int64_t)usp_layer_heads(layer, like, layer->mesh.u).count * layer->dim[like];
+    int64_t most = INT32_MAX / (int64_t)usp_dtype_size(layer->config.dtype);
+    return x->stride_head == layer->dim[like] && x->stride_token >= row && x->stride_token <= most;
+}
+
+/* The own keys side by side, as readers are sent them, unless they can be sent from where they are. */
 static usp_status pack_own(usp_layer *layer, const usp_inner *inner, buffers *b) {
     usp_bundle bundle = usp_parcels_bundle(layer);
+    int rows = are_rows(layer, &inner->k, USP_KEY) && are_rows(layer, &inner->v, USP_VALUE);
+    b->lying[0] = inner->k;
+    b->lying[1] = inner->v;
     if (inner->keys) b->own = inner->keys;
     if (inner->packed || layer->plan->route.stages == 1) return USP_OK;
+    if (usp_parcels_go_in_parts(layer) && rows) return USP_OK;
     for (int part = 0; part < 2; part++) {
         usp_copy copy = usp_bundle_copy(layer, &bundle, part, layer->mesh.u, usp_plan_keys(layer->plan));
         copy.from_dtype = copy.to_dtype = layer->config.dtype;
-        copy.from = part ? inner->v : inner->k;
-        copy.to = usp_bundle_block(layer, &bundle, b->own, layer->config.dtype, part);
+        copy.from = b->lying[part];
+        copy.to = b->lying[part] = usp_bundle_block(layer, &bundle, b->own, layer->config.dtype, part);
         usp_copies_add(layer, copy);
     }
     return usp_copies_run(layer, inner->stream);
@@ -169,7 +181,11 @@ static usp_status pack_own(usp_layer *layer, const usp_inner *inner, buffers *b)
 /* Posts the keys of stage t, which arrive during the one before. */
 static usp_status send_keys(usp_layer *layer, const usp_inner *inner, const buffers *b, int t, usp_messages *messages) {
     if (t >= layer->plan->route.stages) return USP_OK;
-    const usp_key_memory memory = {b->own, b->packed, t == 1 ? b->own : b->stage[t % 2], b->stage[(t - 1) % 2]};
+    const usp_key_memory memory = {.own = b->own,
+                                   .lying = {b->lying[0], b->lying[1]},
+                                   .packed = b->packed,
+                                   .before = b->stage[t % 2],
+                                   .arriving = b->stage[(t - 1) % 2]};
     usp_parcels_pack(layer, t, &memory);
     USP_TRY(usp_copies_run(layer, inner->stream));
     usp_parcels_post_keys(layer, t, &memory, messages);

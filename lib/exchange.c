@@ -185,14 +185,16 @@ static usp_tensor heads_of(const usp_layer *layer, const usp_bundle_part *part, 
     return all;
 }
 
-/* Piece i of the tokens of `owner` for the heads of `header`, as the owner has it: packed, if that is another rank. */
-static bundle_end tokens_end(const usp_layer *layer, const usp_bundle *bundle, int owner, int header, int i) {
+/* Piece i of the tokens of `owner` for the heads of `header`, as the owner has it: packed, if that is another rank, or
+ * if it arrives where ranks may write, which the caller's tensors are not. */
+static bundle_end tokens_end(const usp_layer *layer, const usp_bundle *bundle, int owner, int header, int i,
+                             int arrives) {
     bundle_piece piece = piece_of(layer, bundle, owner, header, i);
     const usp_bundle_part *p = &bundle->part[piece.part];
     usp_tensor tensor = heads_of(layer, p, p->tokens, p->tokens_dtype, header);
     tensor.data = advance(tensor.data, piece.begin * tensor.stride_token, p->tokens_dtype);
     bundle_end end = end_of(bundle, piece, tensor, p->tokens_dtype, tokens_side_of(layer, bundle, owner, header));
-    end.lies = end.lies && !bundle->sums;
+    end.lies = end.lies && !bundle->sums && !(arrives && layer->alike);
     return end;
 }
 
@@ -257,7 +259,7 @@ static void add_own_copies(usp_layer *layer, const usp_bundle *bundle, int to_bl
  * rank u's rows of the block and where they are packed. Nothing for the own rank. */
 static void add_token_copies(usp_layer *layer, const usp_bundle *bundle, int u, int packs, int adds) {
     for (int i = 0; u != layer->mesh.u && i < pieces_of(layer, bundle, layer->mesh.u); i++) {
-        bundle_end end = tokens_end(layer, bundle, layer->mesh.u, u, i);
+        bundle_end end = tokens_end(layer, bundle, layer->mesh.u, u, i, !packs);
         usp_copy copy = copy_end(layer, bundle, &end, packs);
         copy.accumulate = adds;
         if (!end.lies) usp_copies_add(layer, copy);
@@ -301,7 +303,7 @@ static void post_pieces(const usp_layer *layer, const usp_bundle *bundle, int ow
                         usp_messages *messages) {
     int owns = owner == layer->mesh.u, sends = owns == to_heads;
     for (int i = 0; i < pieces_of(layer, bundle, owner); i++) {
-        bundle_end tokens = tokens_end(layer, bundle, owner, header, i);
+        bundle_end tokens = tokens_end(layer, bundle, owner, header, i, !to_heads);
         bundle_end block = block_end(layer, bundle, owner, header, i);
         for (int b = 0; b < (tokens.piece.in_runs ? layer->config.batch : 1); b++) {
             usp_message message = message_of(layer, bundle, owns ? &tokens : &block, to_heads ? &block : &tokens, b);

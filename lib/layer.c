@@ -79,10 +79,11 @@ static int64_t state_capacity(const usp_layer *layer) {
     return gathered + layer->plan->chunks.chunk_capacity + 2 * (ring + layer->mesh.ulysses);
 }
 
-/* Most messages of any one exchange, one way: each bundle's to or from all peers; keys and gradients; states. */
+/* Most messages of any one exchange, one way: each bundle's to or from all peers; keys, in parts, and gradients;
+ * states. */
 static int64_t most_messages(const usp_layer *layer) {
     int64_t heads = USP_MOST_BUNDLES * (int64_t)layer->mesh.ulysses;
-    return usp_bundle_messages(layer, USP_MOST_BUNDLES) + heads + 3 * layer->mesh.ring + 8;
+    return usp_bundle_messages(layer, USP_MOST_BUNDLES) + heads + (USP_MOST_PIECES + 3) * layer->mesh.ring + 8;
 }
 
 static usp_status allocate_lists(usp_layer *layer, int64_t messages) {
@@ -141,13 +142,13 @@ static usp_shape shape_of(const usp_layer *layer) {
                        c->route};
 }
 
-/* Collective: whether all ranks of the mesh carve what calls get to the same shape. */
+/* Collective: whether what is sent may arrive in what calls get: all ranks of the mesh must carve it to one shape. */
 static usp_status compare_shapes(usp_layer *layer, uint64_t mine) {
     void *memory = NULL;
     int first = layer->mesh.copy * layer->mesh.ranks;
     usp_status status = usp_world_gather(layer->world, "layer's shape", &mine, sizeof mine, sizeof mine, &memory);
     const uint64_t *all = memory;
-    layer->alike = layer->config.shared_memory && status == USP_OK;
+    layer->alike = layer->config.shared_memory && layer->world->transport->ops->reaches && status == USP_OK;
     for (int p = 0; p < layer->mesh.ranks && layer->alike; p++) layer->alike = all[first + p] == mine;
     usp_host_free(&layer->world->host, memory);
     return status;

@@ -44,8 +44,8 @@ struct usp_layer {
     const usp_attn_ops *attn;
     usp_sizes sizes;
     usp_kernel_needs needs;
-    float *decay, *slopes; /* device, own heads; NULL: none */
-    int alike;             /* calls get shared memory, and all ranks carve it alike: what is sent may arrive in it */
+    float *decay, *slopes;          /* device, own heads; NULL: none */
+    int alike;                      /* calls get shared memory, which all ranks carve alike and the transport reaches */
     usp_place memory[USP_MEMORIES]; /* of it, that the last calls got */
     usp_messages messages;
     usp_copies copies;

@@ -22,8 +22,8 @@ static int64_t gradient_bytes(const usp_layer *layer, int64_t rows) {
     return usp_parcels_bytes(layer, rows, USP_F32);
 }
 
-static char *at(char *base, int64_t bytes) {
-    return base ? base + bytes : NULL;
+static char *at(void *base, int64_t bytes) {
+    return base ? (char *)base + bytes : NULL;
 }
 
 static const usp_route_stage *stage_of(const usp_layer *layer, int t) {
@@ -68,13 +68,67 @@ void usp_parcels_pack(usp_layer *layer, int t, const usp_key_memory *memory) {
     }
 }
 
-/* The relay ring: from neighbour to neighbour. */
+/* Rows of keys that lie as `lying` says, with the other ring rank r, part by part. */
+static void post_parts(const usp_layer *layer, const usp_tensor lying[2], int64_t rows, int r, char *there, int sends,
+                       usp_messages *messages) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    int64_t size = (int64_t)usp_dtype_size(layer->config.dtype);
+    for (int i = 0; i < 2 * layer->config.batch; i++) {
+        int part = i % 2, b = i / 2;
+        usp_tensor from = lying[part], to = usp_bundle_block(layer, &bundle, there, layer->config.dtype, part);
+        int heads = usp_layer_heads(layer, bundle.part[part].like, layer->mesh.u).count;
+        usp_message message = {.peer = usp_layer_ring_rank(layer, r),
+                               .base = at(from.data, b * from.stride_batch * size),
+                               .rows = rows,
+                               .bytes = (size_t)(heads * bundle.part[part].dim * size),
+                               .stride = (size_t)(from.stride_token * size),
+                               .there = at(to.data, b * to.stride_batch * size),
+                               .there_stride = (size_t)(to.stride_token * size)};
+        (sends ? usp_messages_send_rows : usp_messages_recv_rows)(messages, message);
+    }
+}
+
+/* Rows of own keys, from `row` on, to ring rank r. */
+static void send_own(const usp_layer *layer, const usp_key_memory *memory, int64_t row, int64_t rows, int r,
+                     usp_messages *messages) {
+    char *there = first_of(layer, memory->arriving);
+    usp_tensor lying[2] = {memory->lying[0], memory->lying[1]};
+    if (!usp_parcels_go_in_parts(layer)) {
+        usp_messages_send(messages, usp_layer_ring_rank(layer, r), at(memory->own, key_bytes(layer, row)),
+                          key_bytes(layer, rows), there);
+        return;
+    }
+    for (int part = 0; part < 2; part++)
+        lying[part].data =
+            at(lying[part].data, row * lying[part].stride_token * (int64_t)usp_dtype_size(layer->config.dtype));
+    post_parts(layer, lying, rows, r, there, 1, messages);
+}
+
+/* Ring rank r's own keys, to where they arrive. */
+static void receive_own(const usp_layer *layer, char *to, int64_t rows, int r, char *there, usp_messages *messages) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    usp_tensor lying[2];
+    if (!usp_parcels_go_in_parts(layer)) {
+        usp_messages_recv(messages, usp_layer_ring_rank(layer, r), to, key_bytes(layer, rows), there);
+        return;
+    }
+    for (int part = 0; part < 2; part++) lying[part] = usp_bundle_block(layer, &bundle, to, layer->config.dtype, part);
+    post_parts(layer, lying, rows, r, there, 0, messages);
+}
+
+/* The relay ring: from neighbour to neighbour, first own keys, then what came from the other one. */
 static void post_relay(const usp_layer *layer, int t, const usp_key_memory *memory, usp_messages *messages) {
-    int ring = layer->mesh.ring, r = layer->mesh.r;
-    usp_messages_send(messages, usp_layer_ring_rank(layer, (r + 1) % ring), memory->before,
-                      key_bytes(layer, stage_of(layer, t - 1)->rows), memory->arriving);
-    usp_messages_recv(messages, usp_layer_ring_rank(layer, (r - 1 + ring) % ring), memory->arriving,
-                      key_bytes(layer, stage_of(layer, t)->rows), memory->arriving);
+    int ring = layer->mesh.ring, r = layer->mesh.r, next = (r + 1) % ring, last = (r - 1 + ring) % ring;
+    int64_t leave = stage_of(layer, t - 1)->rows, arrive = stage_of(layer, t)->rows;
+    if (t == 1) {
+        send_own(layer, memory, 0, leave, next, messages);
+        receive_own(layer, memory->arriving, arrive, last, memory->arriving, messages);
+        return;
+    }
+    usp_messages_send(messages, usp_layer_ring_rank(layer, next), memory->before, key_bytes(layer, leave),
+                      memory->arriving);
+    usp_messages_recv(messages, usp_layer_ring_rank(layer, last), memory->arriving, key_bytes(layer, arrive),
+                      memory->arriving);
 }
 
 void usp_parcels_post_keys(const usp_layer *layer, int t, const usp_key_memory *memory, usp_messages *messages) {
@@ -85,16 +139,18 @@ void usp_parcels_post_keys(const usp_layer *layer, int t, const usp_key_memory *
     }
     for (int64_t i = 0; i < stage_of(layer, t)->readers; i++) {
         const usp_parcel *parcel = reader_of(layer, t, i);
-        char *from = parcel->map >= 0 ? at(memory->packed, key_bytes(layer, packed))
-                                      : at(memory->own, key_bytes(layer, parcel->row));
-        usp_messages_send(messages, usp_layer_ring_rank(layer, parcel->r), from, key_bytes(layer, parcel->rows),
-                          first_of(layer, memory->arriving));
-        if (parcel->map >= 0) packed += parcel->rows;
+        if (parcel->map < 0) {
+            send_own(layer, memory, parcel->row, parcel->rows, parcel->r, messages);
+            continue;
+        }
+        usp_messages_send(messages, usp_layer_ring_rank(layer, parcel->r), at(memory->packed, key_bytes(layer, packed)),
+                          key_bytes(layer, parcel->rows), first_of(layer, memory->arriving));
+        packed += parcel->rows;
     }
     for (int64_t i = 0; i < stage_of(layer, t)->sources; i++) {
         const usp_parcel *parcel = source_of(layer, t, i);
-        usp_messages_recv(messages, usp_layer_ring_rank(layer, parcel->r), at(memory->arriving, key_bytes(layer, done)),
-                          key_bytes(layer, parcel->rows), first_of(layer, memory->arriving));
+        receive_own(layer, at(memory->arriving, key_bytes(layer, done)), parcel->rows, parcel->r,
+                    first_of(layer, memory->arriving), messages);
         done += parcel->rows;
     }
 }

@@ -10,11 +10,18 @@ int64_t usp_parcels_bytes(const usp_layer *layer, int64_t rows, usp_dtype dtype)
 /* Keys of stage t: what relays send on or owners give to their readers, and where they arrive. Any may be NULL, to
  * count. */
 typedef struct usp_key_memory {
-    char *own;      /* the own block */
-    char *packed;   /* those of own rows that do not lie side by side */
-    char *before;   /* keys of stage t - 1, which a relay sends on */
-    char *arriving; /* of stage t */
+    char *own;           /* the own block */
+    usp_tensor lying[2]; /* own k and v, for keys that go in parts */
+    char *packed;        /* those of own rows that do not lie side by side */
+    char *before;        /* keys of stage t - 1, which a relay sends on */
+    char *arriving;      /* of stage t */
 } usp_key_memory;
+
+/* Own keys go in parts, k and v of each batch entry, from where they lie: to where they belong they are rows. */
+static inline int usp_parcels_go_in_parts(const usp_layer *layer) {
+    int parts = 2 * layer->config.batch;
+    return layer->alike && layer->mesh.ulysses == 1 && layer->plan->route.pack_limit == 0 && parts <= USP_MOST_PIECES;
+}
 
 /* Adds copies of what must be packed for the readers of stage t. */
 void usp_parcels_pack(usp_layer *layer, int t, const usp_key_memory *memory);

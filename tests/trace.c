@@ -15,6 +15,7 @@ typedef struct watch {
 
 struct usp_trace {
     usp_transport transport; /* first: a trace is a transport */
+    usp_transport_ops ops;
     usp_transport *inside;
     usp_traffic traffic;
     watch watch;
@@ -128,7 +129,9 @@ usp_trace *usp_trace_insert(usp_world *world) {
     if (!trace) return NULL;
     trace->inside = world->transport;
     trace->transport = *world->transport;
-    trace->transport.ops = &ops;
+    trace->ops = ops;
+    trace->ops.reaches = trace->inside->ops->reaches;
+    trace->transport.ops = &trace->ops;
     world->transport = &trace->transport;
     return trace;
 }
