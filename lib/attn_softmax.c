@@ -324,23 +324,47 @@ static usp_status bring_home(usp_layer *layer, const usp_inner *inner, const usp
     return usp_copies_run(layer, inner->stream);
 }
 
+/* Waits for what is moving, and adds stage t's gradients where they are wanted. */
+static usp_status add_arrived(usp_layer *layer, const usp_inner *inner, int t, const buffers *b,
+                              const usp_tensor home[2], int moving) {
+    if (moving) USP_TRY(usp_messages_join(layer, inner->stream));
+    return t > 0 ? usp_parcels_add(layer, t, b->arriving, home, inner->stream) : USP_OK;
+}
+
+/* The last stage, of which one slice's gradients go home during the next one's work, once the room there is free. */
+static usp_status run_slices(usp_layer *layer, const usp_inner *inner, const usp_softmax *stage, int t,
+                             const buffers *b, const usp_tensor home[2], int slices, int moving) {
+    usp_device *device = layer->world->device;
+    for (int i = 0; i < slices; i++) {
+        usp_softmax part = usp_slice_of(stage, (usp_slice){i, slices});
+        if (stage->keys) USP_TRY(device->ops->softmax_backward(device, &part, inner->stream));
+        if (i == 0) USP_TRY(add_arrived(layer, inner, t - 1, b, home, moving));
+        usp_messages *messages = usp_messages_begin(layer);
+        usp_parcels_post_slice(layer, t, b->leaving[(t + 1) % 2], b->arriving, (usp_slice){i, slices}, messages);
+        USP_TRY(usp_messages_run(layer, inner->stream));
+    }
+    return USP_OK;
+}
+
 /* During step t the keys of stage t + 1 arrive, and the gradients of stage t - 1 go home and are added. */
 static usp_status backward_step(usp_layer *layer, const usp_inner *inner, usp_softmax *stage, int t, const buffers *b,
                                 const usp_tensor home[2]) {
     usp_device *device = layer->world->device;
     usp_messages *messages = usp_messages_begin(layer);
+    int stages = layer->plan->route.stages, slices = stages > 1 ? usp_slice_count(layer) : 1;
     USP_TRY(send_keys(layer, inner, b, t + 1, messages));
-    if (t > 1) usp_parcels_post_gradients(layer, t - 1, b->leaving[t % 2], b->arriving, messages);
+    if (t > 1 && (t < stages || slices == 1))
+        usp_parcels_post_gradients(layer, t - 1, b->leaving[t % 2], b->arriving, messages);
     int moving = !is_empty(messages);
     if (moving) USP_TRY(usp_messages_run(layer, inner->stream));
-    if (t < layer->plan->route.stages) {
+    if (t < stages) {
         set_stage(layer, inner, stage, t, b->stage[(t + 1) % 2]);
         set_query_sums(layer, inner, stage, b);
         set_key_gradients(layer, inner, stage, t, b, home);
+        if (t == stages - 1 && slices > 1) return run_slices(layer, inner, stage, t, b, home, slices, moving);
         if (t == 0 || stage->keys) USP_TRY(device->ops->softmax_backward(device, stage, inner->stream));
     }
-    if (moving) USP_TRY(usp_messages_join(layer, inner->stream));
-    return t > 1 ? usp_parcels_add(layer, t - 1, b->arriving, home, inner->stream) : USP_OK;
+    return add_arrived(layer, inner, t - 1, b, home, moving || (t == stages && slices > 1));
 }
 
 static usp_status backward(usp_layer *layer, usp_inner *inner) {

@@ -202,6 +202,7 @@ typedef struct usp_kernel_shape {
 /* What a layer's kernels need of it. */
 typedef struct usp_kernel_needs {
     size_t scratch; /* bytes to work in, one kernel at a time */
+    int64_t items;  /* of work, times heads and batch, that keep the device busy */
     int query_sums; /* softmax_backward may add to dq_sum in calls that are first and last too: it is given there */
 } usp_kernel_needs;
 

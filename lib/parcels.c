@@ -176,6 +176,33 @@ void usp_parcels_post_gradients(const usp_layer *layer, int t, const char *leavi
     }
 }
 
+/* Rows of a slice's gradients of one part, to where they lie on the other rank too. */
+static usp_message slice_rows(const usp_layer *layer, const usp_parcel *parcel, char *block, int part, usp_slice slice,
+                              char *there) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    int heads = usp_layer_heads(layer, bundle.part[part].like, layer->mesh.u).count / slice.count;
+    int64_t bytes = heads * bundle.part[part].dim * (int64_t)sizeof(float);
+    usp_tensor from = usp_bundle_block(layer, &bundle, block, USP_F32, part);
+    usp_tensor to = usp_bundle_block(layer, &bundle, there, USP_F32, part);
+    size_t stride = (size_t)from.stride_token * sizeof(float);
+    return (usp_message){.peer = usp_layer_ring_rank(layer, parcel->r),
+                         .base = at(from.data, slice.number * bytes),
+                         .rows = parcel->rows,
+                         .bytes = (size_t)bytes,
+                         .stride = stride,
+                         .there = at(to.data, slice.number * bytes),
+                         .there_stride = stride};
+}
+
+void usp_parcels_post_slice(const usp_layer *layer, int t, char *leaving, char *arriving, usp_slice slice,
+                            usp_messages *messages) {
+    const usp_parcel *source = source_of(layer, t, 0), *reader = reader_of(layer, t, 0);
+    for (int part = 0; part < 2; part++) {
+        usp_messages_send_rows(messages, slice_rows(layer, source, leaving, part, slice, arriving));
+        usp_messages_recv_rows(messages, slice_rows(layer, reader, arriving, part, slice, arriving));
+    }
+}
+
 usp_status usp_parcels_add(usp_layer *layer, int t, char *arrived, const usp_tensor sums[2], usp_stream stream) {
     usp_bundle bundle = usp_parcels_bundle(layer);
     int64_t done = 0;

@@ -2,6 +2,7 @@
 #ifndef USP_PARCELS_H
 #define USP_PARCELS_H
 #include "exchange.h"
+#include "slices.h"
 
 /* k and v side by side, as the ring sends them: of the layer's dtype; as fp32 gradients. */
 usp_bundle usp_parcels_bundle(const usp_layer *layer);
@@ -27,9 +28,12 @@ static inline int usp_parcels_go_in_parts(const usp_layer *layer) {
 void usp_parcels_pack(usp_layer *layer, int t, const usp_key_memory *memory);
 void usp_parcels_post_keys(const usp_layer *layer, int t, const usp_key_memory *memory, usp_messages *messages);
 
-/* Gradients of stage t's keys to their owners, and those of own keys from their readers. */
+/* Gradients of stage t's keys to their owners, and those of own keys from their readers: whole, or a slice of the heads
+ * of stages that have one source and one reader. */
 void usp_parcels_post_gradients(const usp_layer *layer, int t, const char *leaving, char *arriving,
                                 usp_messages *messages);
+void usp_parcels_post_slice(const usp_layer *layer, int t, char *leaving, char *arriving, usp_slice slice,
+                            usp_messages *messages);
 /* Adds what has arrived to the own rows' sums, reader after reader. */
 usp_status usp_parcels_add(usp_layer *layer, int t, char *arrived, const usp_tensor sums[2], usp_stream stream);
 

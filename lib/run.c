@@ -162,6 +162,7 @@ usp_sizes usp_run_sizes(const usp_layer *layer, uint64_t *shape) {
     sizes.exchange_workspace = usp_exchange_alone_bytes(layer, &all);
     for (int i = 0; i < USP_OPERANDS; i++)
         usp_arena_note(&all, (uint64_t)usp_layer_heads(layer, (usp_operand)i, layer->mesh.u).count);
+    usp_arena_note(&all, (uint64_t)layer->needs.items);
     *shape = all.shape;
     return sizes;
 }

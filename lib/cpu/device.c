@@ -110,7 +110,7 @@ static usp_kernel_needs cpu_needs(usp_device *device, const usp_kernel_shape *sh
     int block = usp_cpu_block(shape->dim, shape->value_dim);
     int dims = usp_cpu_pad(shape->dim) + usp_cpu_pad(shape->value_dim);
     (void)device;
-    return (usp_kernel_needs){.scratch = sizeof(float) * (size_t)(block * (3 * dims + 3 * block))};
+    return (usp_kernel_needs){.scratch = sizeof(float) * (size_t)(block * (3 * dims + 3 * block)), .items = 1};
 }
 
 /* Inside a block the CPU compares all pairs of rows: short blocks cost least. */

@@ -1,0 +1,17 @@
+/* slices.h - the last stage of a ring's backward pass in slices of heads, so that the gradients of one slice's keys go
+ * home while the next slice is worked on. A head's results do not depend on which others are worked on beside it. */
+#ifndef USP_SLICES_H
+#define USP_SLICES_H
+#include "layer.h"
+
+typedef struct usp_slice {
+    int number, count;
+} usp_slice;
+
+/* The same on all ranks of a ring. One: what the transport does not reach is sent whole, as is what is too small. */
+int usp_slice_count(const usp_layer *layer);
+
+/* The part of a kernel's arguments that a slice works on. */
+usp_softmax usp_slice_of(const usp_softmax *whole, usp_slice slice);
+
+#endif
