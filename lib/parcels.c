@@ -42,9 +42,9 @@ static const int32_t *map_of(const usp_layer *layer, const usp_parcel *parcel) {
     return parcel->map >= 0 ? layer->plan->device.map + parcel->map : NULL;
 }
 
-/* Where the only parcel of a stage arrives, on every rank. Of several a sender does not know what comes before. */
+/* Where the only parcel of a stage arrives, on every rank. */
 static char *first_of(const usp_layer *layer, char *arriving) {
-    return layer->plan->route.route == USP_ROUTE_GATHERED ? NULL : arriving;
+    return usp_route_is_single(&layer->plan->route) ? arriving : NULL;
 }
 
 /* ---- keys -------------------------------------------------------------------------------------------------------- */

@@ -20,30 +20,8 @@ static usp_status allocate_sides(usp_sequence *sequence, usp_plan *plan) {
     return status;
 }
 
-/* Where counts stay, the room is what is needed: found by planning without any. */
-static usp_status allocate_route(usp_sequence *sequence, usp_plan *plan) {
-    usp_status status = USP_OK;
-    const usp_host *host = &sequence->world->host;
-    int ring = plan->shape.grid.ring, relay = plan->route.route == USP_ROUTE_RELAY;
-    usp_route_plan *route = &plan->route;
-    route->stage = usp_host_array(host, ring + 1, sizeof *route->stage, "plan", &status);
-    route->source = usp_host_array(host, ring, sizeof *route->source, "plan", &status);
-    route->reader = usp_host_array(host, ring, sizeof *route->reader, "plan", &status);
-    USP_TRY(status);
-    usp_plan_routes(plan);
-    route->map_capacity = route->maps;
-    if (usp_sequence_moves(sequence)) route->map_capacity = relay ? 0 : 2 * (ring - 1) * plan->key_limit;
-    route->map = usp_host_array(host, route->map_capacity, sizeof *route->map, "plan", &status);
-    USP_TRY(status);
-    usp_plan_routes(plan);
-    return USP_OK;
-}
-
-/* Rows that this rank sends, packs and receives in one stage at most. */
-static void set_route_limits(const usp_sequence *sequence, usp_plan *plan) {
-    usp_route_plan *route = &plan->route;
-    int64_t others = route->route == USP_ROUTE_GATHERED ? plan->shape.grid.ring - 1 : 1, all = others * plan->key_limit;
-    route->limit = route->reader_limit = route->pack_limit = 0;
+/* Rows that one rank sends, packs and receives in one stage. */
+static void take_limits(usp_route_plan *route) {
     for (int t = 1; t < route->stages; t++) {
         int64_t read = 0, packed = 0;
         for (int64_t i = 0; i < route->stage[t].readers; i++) {
@@ -55,9 +33,40 @@ static void set_route_limits(const usp_sequence *sequence, usp_plan *plan) {
         route->reader_limit = usp_most(route->reader_limit, read);
         route->pack_limit = usp_most(route->pack_limit, packed);
     }
+}
+
+/* What any rank sends, packs and receives at most, so that all make the same room. Plans them all, the own one last. */
+static void set_route_limits(const usp_sequence *sequence, usp_plan *plan) {
+    usp_route_plan *route = &plan->route;
+    int ring = plan->shape.grid.ring, own = plan->shape.grid.r;
+    int64_t others = route->route == USP_ROUTE_GATHERED ? ring - 1 : 1, all = others * plan->key_limit;
+    for (int i = 1; i <= ring; i++) {
+        plan->shape.grid.r = (own + i) % ring;
+        usp_plan_routes(plan);
+        take_limits(route);
+    }
     if (!usp_sequence_moves(sequence) || route->stages == 1) return;
     route->limit = route->reader_limit = all;
     route->pack_limit = route->route == USP_ROUTE_RELAY ? 0 : all;
+}
+
+/* Where counts stay, the room is what is needed: found by planning without any. */
+static usp_status allocate_route(usp_sequence *sequence, usp_plan *plan) {
+    usp_status status = USP_OK;
+    const usp_host *host = &sequence->world->host;
+    int ring = plan->shape.grid.ring, relay = plan->route.route == USP_ROUTE_RELAY;
+    usp_route_plan *route = &plan->route;
+    route->stage = usp_host_array(host, ring + 1, sizeof *route->stage, "plan", &status);
+    route->source = usp_host_array(host, ring, sizeof *route->source, "plan", &status);
+    route->reader = usp_host_array(host, ring, sizeof *route->reader, "plan", &status);
+    USP_TRY(status);
+    set_route_limits(sequence, plan);
+    route->map_capacity = route->maps;
+    if (usp_sequence_moves(sequence)) route->map_capacity = relay ? 0 : 2 * (ring - 1) * plan->key_limit;
+    route->map = usp_host_array(host, route->map_capacity, sizeof *route->map, "plan", &status);
+    USP_TRY(status);
+    usp_plan_routes(plan);
+    return USP_OK;
 }
 
 static usp_status choose_route(usp_sequence *sequence, usp_plan *plan) {
@@ -67,9 +76,7 @@ static usp_status choose_route(usp_sequence *sequence, usp_plan *plan) {
         usp_route_rows rows = usp_route_count(&sides, plan->spans);
         plan->route.route = usp_route_choose(&rows, plan->shape.grid.ring);
     }
-    USP_TRY(allocate_route(sequence, plan));
-    set_route_limits(sequence, plan);
-    return USP_OK;
+    return allocate_route(sequence, plan);
 }
 
 static int64_t items_of(int64_t rows) {

@@ -32,6 +32,11 @@ typedef struct usp_route_plan {
     int64_t pack_limit;   /* of those that have a map */
 } usp_route_plan;
 
+/* Is there one parcel a stage and way at most? Of several a rank does not know what comes before its own. */
+static inline int usp_route_is_single(const usp_route_plan *plan) {
+    return plan->stages < 2 || plan->stage[1].sources == 1;
+}
+
 /* What a side sees; see usp_plan. */
 typedef struct usp_sides {
     const usp_ring_side *query, *key;
