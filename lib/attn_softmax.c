@@ -8,6 +8,7 @@
 #include "dropout.h"
 #include "error.h"
 #include "parcels.h"
+#include "ring_heads.h"
 
 /* ---- operands ---------------------------------------------------------------------------------------------------- */
 
@@ -140,11 +141,9 @@ static usp_softmax arguments_of(const usp_layer *layer, const usp_inner *inner, 
 /* The keys, pairs and work of stage t; its keys lie in `block`, but the own ones. */
 static void set_stage(const usp_layer *layer, const usp_inner *inner, usp_softmax *stage, int t, void *block) {
     const usp_plan *plan = layer->plan;
-    usp_bundle bundle = usp_parcels_bundle(layer);
-    usp_dtype dtype = layer->config.dtype;
     stage->keys = plan->route.stage[t].rows;
-    stage->k = t ? usp_bundle_block(layer, &bundle, block, dtype, 0) : inner->k;
-    stage->v = t ? usp_bundle_block(layer, &bundle, block, dtype, 1) : inner->v;
+    stage->k = t ? usp_parcels_block(layer, block, stage->keys, 0) : inner->k;
+    stage->v = t ? usp_parcels_block(layer, block, stage->keys, 1) : inner->v;
     stage->pairs = usp_plan_pairs(plan, &plan->device, t);
     stage->by_query = usp_plan_tiles(plan, &plan->device, t, 0);
     stage->by_key = usp_plan_tiles(plan, &plan->device, t, 1);
@@ -172,7 +171,7 @@ static usp_status pack_own(usp_layer *layer, const usp_inner *inner, buffers *b)
         usp_copy copy = usp_bundle_copy(layer, &bundle, part, layer->mesh.u, usp_plan_keys(layer->plan));
         copy.from_dtype = copy.to_dtype = layer->config.dtype;
         copy.from = b->lying[part];
-        copy.to = b->lying[part] = usp_bundle_block(layer, &bundle, b->own, layer->config.dtype, part);
+        copy.to = b->lying[part] = usp_parcels_block(layer, b->own, usp_plan_keys(layer->plan), part);
         usp_copies_add(layer, copy);
     }
     return usp_copies_run(layer, inner->stream);
@@ -198,40 +197,13 @@ static int is_empty(const usp_messages *messages) {
 
 /* ---- numbers of heads -------------------------------------------------------------------------------------------- */
 
-/* Ring rank r's numbers, one for each own head. */
-static float *numbers_of(const usp_layer *layer, float *all, int r) {
-    return all ? all + (int64_t)r * usp_layer_own_heads(layer) : NULL;
-}
-
-/* Posts one number of each own head to every other ring rank, and theirs to `all`, [ring][heads]. */
-static void post_heads(const usp_layer *layer, const float *mine, float *all, usp_messages *messages) {
-    int64_t heads = usp_layer_own_heads(layer), bytes = heads * (int64_t)sizeof(float);
-    for (int r = 0; r < layer->mesh.ring; r++) {
-        if (r == layer->mesh.r) continue;
-        float *theirs = numbers_of(layer, all, r);
-        usp_messages_send(messages, usp_layer_ring_rank(layer, r), mine, bytes, numbers_of(layer, all, layer->mesh.r));
-        usp_messages_recv(messages, usp_layer_ring_rank(layer, r), theirs, bytes, theirs);
-    }
-}
-
-static usp_status gather_heads(usp_layer *layer, const usp_inner *inner, const float *mine, float *all) {
-    usp_device *device = layer->world->device;
-    int64_t heads = usp_layer_own_heads(layer);
-    usp_messages *messages = usp_messages_begin(layer);
-    post_heads(layer, mine, all, messages);
-    USP_TRY(device->ops->copy(device, all + layer->mesh.r * heads, mine, (size_t)heads * sizeof(float), inner->stream));
-    if (is_empty(messages)) return USP_OK;
-    USP_TRY(usp_messages_run(layer, inner->stream));
-    return usp_messages_join(layer, inner->stream);
-}
-
 /* The largest score of each own head over all rows of all ring ranks. */
 static usp_status find_peaks(usp_layer *layer, const usp_inner *inner, const usp_softmax *stage, const buffers *b) {
     usp_device *device = layer->world->device;
     float *mine = b->heads + (int64_t)layer->mesh.ring * stage->heads;
     usp_softmax ranks = {.batch = layer->mesh.ring, .heads = stage->heads, .queries = 1, .peak = b->heads};
     USP_TRY(device->ops->softmax_peaks(device, stage, mine, inner->stream));
-    USP_TRY(gather_heads(layer, inner, mine, b->heads));
+    USP_TRY(usp_ring_heads_gather(layer, mine, b->heads, inner->stream));
     return device->ops->softmax_peaks(device, &ranks, inner->max_logit, inner->stream);
 }
 
@@ -241,7 +213,7 @@ static usp_status sum_sinks(usp_layer *layer, const usp_inner *inner, const usp_
     int64_t heads = stage->heads;
     float *mine = b->heads + layer->mesh.ring * heads;
     USP_TRY(device->ops->softmax_sinks(device, stage, mine, inner->stream));
-    USP_TRY(gather_heads(layer, inner, mine, b->heads));
+    USP_TRY(usp_ring_heads_gather(layer, mine, b->heads, inner->stream));
     for (int r = 0; r < layer->mesh.ring; r++) {
         usp_copies_add(layer, (usp_copy){.tokens = 1,
                                          .batch = 1,
@@ -312,36 +284,43 @@ static int sums_at_home(const usp_layer *layer, const usp_inner *inner) {
     return !inner->sum_keys && layer->plan->route.stages > 1;
 }
 
-static usp_status bring_home(usp_layer *layer, const usp_inner *inner, const usp_tensor home[2]) {
+static usp_status bring_home(usp_layer *layer, const usp_inner *inner, const usp_tensor home[2], usp_slice slice) {
     usp_bundle bundle = usp_parcels_bundle(layer);
     for (int part = 0; part < 2 && sums_at_home(layer, inner); part++) {
         usp_copy copy = usp_bundle_copy(layer, &bundle, part, layer->mesh.u, usp_plan_keys(layer->plan));
+        copy.heads /= slice.count;
         copy.to_dtype = layer->config.dtype;
-        copy.from = home[part];
-        copy.to = part ? inner->dv : inner->dk;
+        copy.from = usp_from_head(home[part], USP_F32, slice.number * copy.heads);
+        copy.to = usp_from_head(part ? inner->dv : inner->dk, layer->config.dtype, slice.number * copy.heads);
         usp_copies_add(layer, copy);
     }
     return usp_copies_run(layer, inner->stream);
 }
 
-/* Waits for what is moving, and adds stage t's gradients where they are wanted. */
-static usp_status add_arrived(usp_layer *layer, const usp_inner *inner, int t, const buffers *b,
-                              const usp_tensor home[2], int moving) {
-    if (moving) USP_TRY(usp_messages_join(layer, inner->stream));
-    return t > 0 ? usp_parcels_add(layer, t, b->arriving, home, inner->stream) : USP_OK;
+static usp_status run_slice(usp_layer *layer, const usp_inner *inner, const usp_softmax *stage, char *leaving,
+                            usp_slice slice) {
+    usp_device *device = layer->world->device;
+    usp_softmax part = usp_slice_of(stage, slice);
+    part.dk = usp_parcels_slice_block(layer, leaving, stage->keys, slice, 0);
+    part.dv = usp_parcels_slice_block(layer, leaving, stage->keys, slice, 1);
+    return device->ops->softmax_backward(device, &part, inner->stream);
 }
 
-/* The last stage, of which one slice's gradients go home during the next one's work, once the room there is free. */
+/* The last stage and what follows it: one slice's gradients go home during the next one's work. What is moving when it
+ * begins are the gradients of the stage before, which arrive where the first slice's are to. */
 static usp_status run_slices(usp_layer *layer, const usp_inner *inner, const usp_softmax *stage, int t,
-                             const buffers *b, const usp_tensor home[2], int slices, int moving) {
-    usp_device *device = layer->world->device;
-    for (int i = 0; i < slices; i++) {
-        usp_softmax part = usp_slice_of(stage, (usp_slice){i, slices});
-        if (stage->keys) USP_TRY(device->ops->softmax_backward(device, &part, inner->stream));
-        if (i == 0) USP_TRY(add_arrived(layer, inner, t - 1, b, home, moving));
-        usp_messages *messages = usp_messages_begin(layer);
-        usp_parcels_post_slice(layer, t, b->leaving[(t + 1) % 2], b->arriving, (usp_slice){i, slices}, messages);
-        USP_TRY(usp_messages_run(layer, inner->stream));
+                             const buffers *b, const usp_tensor home[2], int moving) {
+    int count = usp_slice_count(layer);
+    for (int i = 0; i <= count; i++) {
+        usp_slice slice = {i, count}, before = {i - 1, count};
+        if (i < count && stage->keys) USP_TRY(run_slice(layer, inner, stage, b->leaving[(t + 1) % 2], slice));
+        if (i > 0 || moving) USP_TRY(usp_messages_join(layer, inner->stream));
+        if (i == 0 && t > 1) USP_TRY(usp_parcels_add(layer, t - 1, b->arriving, home, inner->stream));
+        if (i < count) usp_parcels_post_slice(layer, t, b->leaving[(t + 1) % 2], b->arriving, slice);
+        if (i < count) USP_TRY(usp_messages_run(layer, inner->stream));
+        if (i == 0) continue;
+        USP_TRY(usp_parcels_add_slice(layer, t, b->arriving, home, before, inner->stream));
+        USP_TRY(bring_home(layer, inner, home, before));
     }
     return USP_OK;
 }
@@ -351,20 +330,20 @@ static usp_status backward_step(usp_layer *layer, const usp_inner *inner, usp_so
                                 const usp_tensor home[2]) {
     usp_device *device = layer->world->device;
     usp_messages *messages = usp_messages_begin(layer);
-    int stages = layer->plan->route.stages, slices = stages > 1 ? usp_slice_count(layer) : 1;
+    int stages = layer->plan->route.stages;
     USP_TRY(send_keys(layer, inner, b, t + 1, messages));
-    if (t > 1 && (t < stages || slices == 1))
-        usp_parcels_post_gradients(layer, t - 1, b->leaving[t % 2], b->arriving, messages);
+    if (t > 1) usp_parcels_post_gradients(layer, t - 1, b->leaving[t % 2], b->arriving, messages);
     int moving = !is_empty(messages);
     if (moving) USP_TRY(usp_messages_run(layer, inner->stream));
     if (t < stages) {
         set_stage(layer, inner, stage, t, b->stage[(t + 1) % 2]);
         set_query_sums(layer, inner, stage, b);
         set_key_gradients(layer, inner, stage, t, b, home);
-        if (t == stages - 1 && slices > 1) return run_slices(layer, inner, stage, t, b, home, slices, moving);
+        if (t == stages - 1 && usp_slice_count(layer) > 1) return run_slices(layer, inner, stage, t, b, home, moving);
         if (t == 0 || stage->keys) USP_TRY(device->ops->softmax_backward(device, stage, inner->stream));
     }
-    return add_arrived(layer, inner, t - 1, b, home, moving || (t == stages && slices > 1));
+    if (moving) USP_TRY(usp_messages_join(layer, inner->stream));
+    return t > 1 ? usp_parcels_add(layer, t - 1, b->arriving, home, inner->stream) : USP_OK;
 }
 
 static usp_status backward(usp_layer *layer, usp_inner *inner) {
@@ -372,11 +351,12 @@ static usp_status backward(usp_layer *layer, usp_inner *inner) {
     usp_softmax stage = arguments_of(layer, inner, &b);
     usp_bundle bundle = usp_parcels_bundle(layer);
     usp_tensor home[2] = {inner->dk, inner->dv};
+    int sliced = usp_slice_count(layer) > 1, steps = layer->plan->route.stages + !sliced;
     for (int part = 0; part < 2 && sums_at_home(layer, inner); part++)
         home[part] = usp_bundle_block(layer, &bundle, b.home, USP_F32, part);
     USP_TRY(pack_own(layer, inner, &b));
-    for (int t = 0; t <= layer->plan->route.stages; t++) USP_TRY(backward_step(layer, inner, &stage, t, &b, home));
-    USP_TRY(bring_home(layer, inner, home));
+    for (int t = 0; t < steps; t++) USP_TRY(backward_step(layer, inner, &stage, t, &b, home));
+    if (!sliced) USP_TRY(bring_home(layer, inner, home, (usp_slice){0, 1}));
     return layer->config.sinks ? sum_sinks(layer, inner, &stage, &b) : USP_OK;
 }
 
@@ -396,7 +376,7 @@ static void count_messages(const usp_layer *layer, usp_pass pass, usp_messages *
         usp_parcels_post_keys(layer, t, &nowhere, count);
         if (pass == USP_PASS_BACKWARD) usp_parcels_post_gradients(layer, t, NULL, NULL, count);
     }
-    if (numbers) post_heads(layer, NULL, NULL, count);
+    if (numbers) usp_ring_heads_post(layer, NULL, NULL, count);
 }
 
 /* ---- table ------------------------------------------------------------------------------------------------------- */

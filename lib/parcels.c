@@ -47,6 +47,27 @@ static char *first_of(const usp_layer *layer, char *arriving) {
     return usp_route_is_single(&layer->plan->route) ? arriving : NULL;
 }
 
+/* Rows of one part behind `before` elements. */
+static usp_tensor part_block(const usp_layer *layer, void *block, int64_t before, int64_t row, int part) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    return (usp_tensor){at(block, before), row, row * layer->config.batch, bundle.part[part].dim};
+}
+
+/* Elements of a row of one part: of own heads, or a slice of them. */
+static int64_t part_row(const usp_layer *layer, int part, int slices) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    int heads = usp_layer_heads(layer, bundle.part[part].like, layer->mesh.u).count;
+    return (int64_t)heads / slices * bundle.part[part].dim;
+}
+
+usp_tensor usp_parcels_block(const usp_layer *layer, void *block, int64_t rows, int part) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    int64_t size = (int64_t)usp_dtype_size(layer->config.dtype);
+    int64_t before = part ? rows * layer->config.batch * part_row(layer, 0, 1) * size : 0;
+    if (!usp_parcels_go_in_parts(layer)) return usp_bundle_block(layer, &bundle, block, layer->config.dtype, part);
+    return part_block(layer, block, before, part_row(layer, part, 1), part);
+}
+
 /* ---- keys -------------------------------------------------------------------------------------------------------- */
 
 void usp_parcels_pack(usp_layer *layer, int t, const usp_key_memory *memory) {
@@ -75,7 +96,7 @@ static void post_parts(const usp_layer *layer, const usp_tensor lying[2], int64_
     int64_t size = (int64_t)usp_dtype_size(layer->config.dtype);
     for (int i = 0; i < 2 * layer->config.batch; i++) {
         int part = i % 2, b = i / 2;
-        usp_tensor from = lying[part], to = usp_bundle_block(layer, &bundle, there, layer->config.dtype, part);
+        usp_tensor from = lying[part], to = usp_parcels_block(layer, there, rows, part);
         int heads = usp_layer_heads(layer, bundle.part[part].like, layer->mesh.u).count;
         usp_message message = {.peer = usp_layer_ring_rank(layer, r),
                                .base = at(from.data, b * from.stride_batch * size),
@@ -106,13 +127,12 @@ static void send_own(const usp_layer *layer, const usp_key_memory *memory, int64
 
 /* Ring rank r's own keys, to where they arrive. */
 static void receive_own(const usp_layer *layer, char *to, int64_t rows, int r, char *there, usp_messages *messages) {
-    usp_bundle bundle = usp_parcels_bundle(layer);
     usp_tensor lying[2];
     if (!usp_parcels_go_in_parts(layer)) {
         usp_messages_recv(messages, usp_layer_ring_rank(layer, r), to, key_bytes(layer, rows), there);
         return;
     }
-    for (int part = 0; part < 2; part++) lying[part] = usp_bundle_block(layer, &bundle, to, layer->config.dtype, part);
+    for (int part = 0; part < 2; part++) lying[part] = usp_parcels_block(layer, to, rows, part);
     post_parts(layer, lying, rows, r, there, 0, messages);
 }
 
@@ -176,33 +196,6 @@ void usp_parcels_post_gradients(const usp_layer *layer, int t, const char *leavi
     }
 }
 
-/* Rows of a slice's gradients of one part, to where they lie on the other rank too. */
-static usp_message slice_rows(const usp_layer *layer, const usp_parcel *parcel, char *block, int part, usp_slice slice,
-                              char *there) {
-    usp_bundle bundle = usp_parcels_bundle(layer);
-    int heads = usp_layer_heads(layer, bundle.part[part].like, layer->mesh.u).count / slice.count;
-    int64_t bytes = heads * bundle.part[part].dim * (int64_t)sizeof(float);
-    usp_tensor from = usp_bundle_block(layer, &bundle, block, USP_F32, part);
-    usp_tensor to = usp_bundle_block(layer, &bundle, there, USP_F32, part);
-    size_t stride = (size_t)from.stride_token * sizeof(float);
-    return (usp_message){.peer = usp_layer_ring_rank(layer, parcel->r),
-                         .base = at(from.data, slice.number * bytes),
-                         .rows = parcel->rows,
-                         .bytes = (size_t)bytes,
-                         .stride = stride,
-                         .there = at(to.data, slice.number * bytes),
-                         .there_stride = stride};
-}
-
-void usp_parcels_post_slice(const usp_layer *layer, int t, char *leaving, char *arriving, usp_slice slice,
-                            usp_messages *messages) {
-    const usp_parcel *source = source_of(layer, t, 0), *reader = reader_of(layer, t, 0);
-    for (int part = 0; part < 2; part++) {
-        usp_messages_send_rows(messages, slice_rows(layer, source, leaving, part, slice, arriving));
-        usp_messages_recv_rows(messages, slice_rows(layer, reader, arriving, part, slice, arriving));
-    }
-}
-
 usp_status usp_parcels_add(usp_layer *layer, int t, char *arrived, const usp_tensor sums[2], usp_stream stream) {
     usp_bundle bundle = usp_parcels_bundle(layer);
     int64_t done = 0;
@@ -221,4 +214,41 @@ usp_status usp_parcels_add(usp_layer *layer, int t, char *arrived, const usp_ten
         done += parcel->rows;
     }
     return USP_OK;
+}
+
+/* ---- slices ------------------------------------------------------------------------------------------------------ */
+
+/* Slice after slice; in each dk, then dv. */
+usp_tensor usp_parcels_slice_block(const usp_layer *layer, char *block, int64_t rows, usp_slice slice, int part) {
+    int64_t before = slice.number * (gradient_bytes(layer, rows) / slice.count);
+    if (part) before += rows * part_row(layer, 0, slice.count) * (int64_t)sizeof(float);
+    return part_block(layer, block, before, part_row(layer, part, slice.count), part);
+}
+
+void usp_parcels_post_slice(usp_layer *layer, int t, char *leaving, char *arriving, usp_slice slice) {
+    const usp_parcel *source = source_of(layer, t, 0), *reader = reader_of(layer, t, 0);
+    int64_t leave = gradient_bytes(layer, source->rows) / slice.count;
+    int64_t arrive = gradient_bytes(layer, reader->rows) / slice.count;
+    usp_messages *messages = usp_messages_begin(layer);
+    usp_messages_send(messages, usp_layer_ring_rank(layer, source->r), at(leaving, slice.number * leave), leave,
+                      at(arriving, slice.number * leave));
+    usp_messages_recv(messages, usp_layer_ring_rank(layer, reader->r), at(arriving, slice.number * arrive), arrive,
+                      at(arriving, slice.number * arrive));
+}
+
+usp_status usp_parcels_add_slice(usp_layer *layer, int t, char *arrived, const usp_tensor sums[2], usp_slice slice,
+                                 usp_stream stream) {
+    usp_bundle bundle = usp_parcels_bundle(layer);
+    const usp_parcel *parcel = reader_of(layer, t, 0);
+    for (int part = 0; part < 2; part++) {
+        usp_copy copy = usp_bundle_copy(layer, &bundle, part, layer->mesh.u, parcel->rows);
+        copy.heads /= slice.count;
+        copy.accumulate = 1;
+        copy.from = usp_parcels_slice_block(layer, arrived, parcel->rows, slice, part);
+        copy.to = usp_from_head(sums[part], USP_F32, slice.number * copy.heads);
+        copy.to_row = map_of(layer, parcel);
+        if (parcel->map < 0) copy.to.data = (float *)copy.to.data + parcel->row * copy.to.stride_token;
+        usp_copies_add(layer, copy);
+    }
+    return usp_copies_run(layer, stream);
 }

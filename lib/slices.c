@@ -9,13 +9,15 @@ int usp_slice_count(const usp_layer *layer) {
     int heads = usp_layer_own_heads(layer), keys = usp_layer_heads(layer, USP_KEY, layer->mesh.u).count;
     int64_t items = heads * ((layer->plan->key_limit + USP_WORK_ROWS - 1) / USP_WORK_ROWS);
     int count = MOST_SLICES;
-    if (!layer->alike || layer->config.batch > 1 || !usp_route_is_single(&layer->plan->route)) return 1;
+    if (layer->plan->route.stages == 1 || !layer->alike || layer->config.batch > 1 ||
+        !usp_route_is_single(&layer->plan->route))
+        return 1;
     if (map.offset || keys * map.group != heads) return 1;
     while (count > 1 && (keys % count || items < count * layer->needs.items)) count /= 2;
     return count;
 }
 
-static usp_tensor from_head(usp_tensor x, usp_dtype dtype, int head) {
+usp_tensor usp_from_head(usp_tensor x, usp_dtype dtype, int head) {
     x.data = x.data ? (char *)x.data + head * x.stride_head * (int64_t)usp_dtype_size(dtype) : NULL;
     return x;
 }
@@ -27,14 +29,12 @@ usp_softmax usp_slice_of(const usp_softmax *whole, usp_slice slice) {
     int head = slice.number * heads, key = slice.number * keys;
     part.heads = heads;
     part.key_heads = keys;
-    part.q = from_head(whole->q, whole->dtype, head);
-    part.dout = from_head(whole->dout, whole->dtype, head);
-    part.dq = from_head(whole->dq, whole->dtype, head);
-    part.dq_sum = from_head(whole->dq_sum, USP_F32, head);
-    part.k = from_head(whole->k, whole->dtype, key);
-    part.v = from_head(whole->v, whole->dtype, key);
-    part.dk = from_head(whole->dk, whole->key_dtype, key);
-    part.dv = from_head(whole->dv, whole->key_dtype, key);
+    part.q = usp_from_head(whole->q, whole->dtype, head);
+    part.dout = usp_from_head(whole->dout, whole->dtype, head);
+    part.dq = usp_from_head(whole->dq, whole->dtype, head);
+    part.dq_sum = usp_from_head(whole->dq_sum, USP_F32, head);
+    part.k = usp_from_head(whole->k, whole->dtype, key);
+    part.v = usp_from_head(whole->v, whole->dtype, key);
     part.top += head * whole->queries;
     part.sum += head * whole->queries;
     part.delta += head * whole->queries;

@@ -11,7 +11,10 @@ typedef struct usp_slice {
 /* The same on all ranks of a ring. One: what the transport does not reach is sent whole, as is what is too small. */
 int usp_slice_count(const usp_layer *layer);
 
-/* The part of a kernel's arguments that a slice works on. */
+/* The part of a kernel's arguments that a slice works on, but for dk and dv. */
 usp_softmax usp_slice_of(const usp_softmax *whole, usp_slice slice);
+
+/* The tensor from one of its heads on. */
+usp_tensor usp_from_head(usp_tensor x, usp_dtype dtype, int head);
 
 #endif
