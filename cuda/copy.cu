@@ -1,6 +1,6 @@
 /* copy.cu - rows of tensors into others, with conversion between element types or addition to fp32 sums. Copies that
- * take the same kernel share a launch. Any strides and row maps; rows that both begin on 16 bytes and keep their type
- * move 16 bytes at a time. For sm_80 and up. */
+ * take the same kernel share a launch. Any strides and row maps; where both rows begin on 16 bytes, 16 bytes move at a
+ * time if they keep their type, else four elements. For sm_80 and up. */
 #include "launch.cuh"
 #include "launch.h"
 #include <type_traits>
@@ -61,13 +61,22 @@ static __device__ __forceinline__ To converted(From from, const To &to, int adds
     return usp_from_float<To>(adds ? usp_to_float(to) + value : value);
 }
 
-template <typename From, typename To>
+template <typename T, int n> struct alignas(n * sizeof(T)) element_pack { T x[n]; };
+
+/* n elements at a time. */
+template <typename From, typename To, int n>
 static __global__ void __launch_bounds__(threads_per_block) copy_elements(const __grid_constant__ copy_list list) {
+    typedef element_pack<From, n> from_pack;
+    typedef element_pack<To, n> to_pack;
     begin_kernel();
     for_units(list, [](const usp_copy &copy, const copy_unit &unit) {
-        const From *from = usp_row<From>(copy.from, unit.from_row, unit.batch, unit.head) + unit.column;
-        To *to = usp_row<To>(copy.to, unit.to_row, unit.batch, unit.head) + unit.column;
-        *to = converted<To>(*from, *to, copy.accumulate);
+        const From *from = usp_row<From>(copy.from, unit.from_row, unit.batch, unit.head) + unit.column * n;
+        To *to = usp_row<To>(copy.to, unit.to_row, unit.batch, unit.head) + unit.column * n;
+        from_pack value = *reinterpret_cast<const from_pack *>(from);
+        to_pack sum = {};
+        if (copy.accumulate) sum = *reinterpret_cast<const to_pack *>(to);
+        for (int i = 0; i < n; i++) sum.x[i] = converted<To>(value.x[i], sum.x[i], copy.accumulate);
+        *reinterpret_cast<to_pack *>(to) = sum;
     });
 }
 
@@ -75,27 +84,37 @@ static __global__ void __launch_bounds__(threads_per_block) copy_elements(const 
 
 typedef void (*copy_kernel)(copy_list);
 
-template <typename From> static copy_kernel element_kernel(usp_dtype to) {
-    if (to == USP_F32) return copy_elements<From, float>;
-    if (to == USP_F16) return copy_elements<From, __half>;
-    return copy_elements<From, __nv_bfloat16>;
+/* What moves at a time. */
+enum copy_width { one_element, four_elements, sixteen_bytes };
+
+template <typename From, int n> static copy_kernel element_kernel(usp_dtype to) {
+    if (to == USP_F32) return copy_elements<From, float, n>;
+    if (to == USP_F16) return copy_elements<From, __half, n>;
+    return copy_elements<From, __nv_bfloat16, n>;
 }
 
-static copy_kernel choose_kernel(const usp_copy *copy, bool vectors) {
-    if (vectors) return copy_vectors;
-    if (copy->from_dtype == USP_F32) return element_kernel<float>(copy->to_dtype);
-    if (copy->from_dtype == USP_F16) return element_kernel<__half>(copy->to_dtype);
-    return element_kernel<__nv_bfloat16>(copy->to_dtype);
+template <int n> static copy_kernel kernel_of(const usp_copy *copy) {
+    if (copy->from_dtype == USP_F32) return element_kernel<float, n>(copy->to_dtype);
+    if (copy->from_dtype == USP_F16) return element_kernel<__half, n>(copy->to_dtype);
+    return element_kernel<__nv_bfloat16, n>(copy->to_dtype);
 }
 
-static bool whole_vectors(const usp_copy *copy) {
-    size_t element = usp_dtype_size(copy->from_dtype);
-    return copy->from_dtype == copy->to_dtype && !copy->accumulate && copy->dim * element % sizeof(uint4) == 0 &&
-           usp_rows_aligned(copy->from, element) && usp_rows_aligned(copy->to, element);
+static copy_kernel choose_kernel(const usp_copy *copy, copy_width width) {
+    if (width == sixteen_bytes) return copy_vectors;
+    return width == four_elements ? kernel_of<4>(copy) : kernel_of<1>(copy);
 }
 
-static int64_t units_of_row(const usp_copy *copy, bool vectors) {
-    return vectors ? copy->dim * usp_dtype_size(copy->from_dtype) / sizeof(uint4) : copy->dim;
+static copy_width width_of(const usp_copy *copy) {
+    size_t from = usp_dtype_size(copy->from_dtype), to = usp_dtype_size(copy->to_dtype);
+    if (!usp_rows_aligned(copy->from, from) || !usp_rows_aligned(copy->to, to)) return one_element;
+    if (copy->from_dtype == copy->to_dtype && !copy->accumulate && copy->dim * from % sizeof(uint4) == 0)
+        return sixteen_bytes;
+    return copy->dim % 4 == 0 ? four_elements : one_element;
+}
+
+static int64_t units_of_row(const usp_copy *copy, copy_width width) {
+    if (width == sixteen_bytes) return copy->dim * usp_dtype_size(copy->from_dtype) / sizeof(uint4);
+    return width == four_elements ? copy->dim / 4 : copy->dim;
 }
 
 /* What is about to be launched: copies that take one kernel. */
@@ -119,11 +138,11 @@ static usp_status flush(copy_launch *launch) {
 }
 
 /* Puts a copy of less than 2^32 units into the next launch; what is there already goes first if it does not fit. */
-static usp_status push(copy_launch *launch, const usp_copy *copy, bool vectors) {
+static usp_status push(copy_launch *launch, const usp_copy *copy, copy_width width) {
     copy_list &list = launch->list;
-    copy_kernel kernel = choose_kernel(copy, vectors);
+    copy_kernel kernel = choose_kernel(copy, width);
     if (list.count == sizeof list.copy / sizeof *list.copy || kernel != launch->kernel) USP_TRY(flush(launch));
-    int64_t columns = units_of_row(copy, vectors);
+    int64_t columns = units_of_row(copy, width);
     launch->kernel = kernel;
     list.copy[list.count] = *copy;
     list.columns[list.count] = static_cast<unsigned>(columns);
@@ -158,8 +177,8 @@ static usp_copy cut(const usp_copy *copy, const usp_copy *size, int64_t token, i
 
 /* A copy in parts of `most` units. */
 static usp_status push_parts(copy_launch *launch, const usp_copy *copy, int64_t most) {
-    bool vectors = whole_vectors(copy);
-    int64_t units = units_of_row(copy, vectors);
+    copy_width width = width_of(copy);
+    int64_t units = units_of_row(copy, width);
     usp_copy size = *copy;
     if (units == 0 || copy->heads == 0 || copy->batch == 0) return USP_OK;
     size.heads = static_cast<int>(pieces(most, units, copy->heads));
@@ -169,7 +188,7 @@ static usp_status push_parts(copy_launch *launch, const usp_copy *copy, int64_t 
         for (int batch = 0; batch < copy->batch; batch += size.batch) {
             for (int head = 0; head < copy->heads; head += size.heads) {
                 usp_copy part = cut(copy, &size, token, batch, head);
-                USP_TRY(push(launch, &part, vectors));
+                USP_TRY(push(launch, &part, width));
             }
         }
     }

@@ -193,8 +193,8 @@ static usp_status cuda_softmax_peaks(usp_device *device, const usp_softmax *soft
     return usp_cuda_softmax_peaks(softmax, most, stream);
 }
 
-/* Four for each of a Hopper's processors. */
-enum { BUSY_ITEMS = 4 * 132 };
+/* About two for each of a Hopper's processors. */
+enum { BUSY_ITEMS = 256 };
 
 static usp_kernel_needs cuda_needs(usp_device *device, const usp_kernel_shape *shape) {
     return (usp_kernel_needs){.scratch = shape->attention == USP_SOFTMAX ? USP_WGMMA_SCRATCH : 0,
