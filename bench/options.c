@@ -26,6 +26,7 @@ enum {
     KEY_MAX_DOCUMENTS,
     KEY_SHARED_MEMORY,
     KEY_BASELINE,
+    KEY_PLAN,
     KEY_CSV,
     KEY_COMMIT,
     KEY_QUIET,
@@ -80,6 +81,8 @@ static const struct argp_option option_table[] = {
     {"budget", KEY_BUDGET, "SECONDS", 0, "End a row's iterations after this time, but not before 3; 0: never (10)", 0},
     {"check", 'c', "0|1", 0, "Check results against a double-precision reference at sampled rows (1)", 0},
     {"baseline", KEY_BASELINE, NULL, 0, "Also time one rank alone at the same length and print the speed-up", 0},
+    {"plan", KEY_PLAN, NULL, 0,
+     "Under every row what a model of GPUs of one host expects, there and of 2, 4 and 8 ranks (with --baseline)", 0},
 
     {NULL, 0, NULL, 0, "Output:", 5},
     {"json", 'J', "FILE", 0, "Also write everything as JSON", 0},
@@ -309,6 +312,9 @@ static error_t parse_measuring(int key, char *text, struct argp_state *state, us
         break;
     case KEY_BASELINE:
         o->baseline = 1;
+        break;
+    case KEY_PLAN:
+        o->baseline = o->plan = 1;
         break;
     default:
         return ARGP_ERR_UNKNOWN;

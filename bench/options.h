@@ -31,7 +31,7 @@ typedef struct usp_options {
     usp_layer_config layer; /* its fields that are options: of each case those that its kind and mask have */
     usp_document_rule documents;
     int max_documents; /* room for so many; 0: never re-planned */
-    int shared_memory, baseline, memory, statistics, quiet, info;
+    int shared_memory, baseline, plan, memory, statistics, quiet, info;
     const char *json, *csv, *commit;
     const char *packed;  /* documents, as given */
     const char *command; /* the whole command line, for the header */

@@ -2,6 +2,7 @@
  * Lines that are not rows begin with '#', as those who read such tables by programs expect. */
 #include "report.h"
 #include "json.h"
+#include "model.h"
 #include <fields.h>
 #include <errno.h>
 #include <math.h>
@@ -83,6 +84,22 @@ static void print_row(const usp_report *report, const usp_result *r) {
     putchar('\n');
 }
 
+/* "#   plan: here 743.3 us, 0.98 of the time; 2 ranks 2x1 743.3 1x2 531.0; ..." */
+static void print_plan(const usp_result *r) {
+    const usp_case *c = &r->config;
+    double here = usp_model_pass(c, r->pass, c->ulysses, c->ring, r->baseline);
+    if (r->baseline <= 0 || here <= 0) return;
+    printf("#   plan: here %.1f us, %.2f of the time", here * 1e6, here / r->time.median);
+    for (int ranks = 2; ranks <= 8; ranks *= 2) {
+        printf("; %d ranks", ranks);
+        for (int ring = 1; ring <= ranks; ring *= 2) {
+            double time = usp_model_pass(c, r->pass, ranks / ring, ring, r->baseline);
+            if (time > 0) printf(" %dx%d %.1f", ranks / ring, ring, time * 1e6);
+        }
+    }
+    putchar('\n');
+}
+
 static void print_details(const usp_report *report, const usp_result *r) {
     struct rusage usage = {0};
     const usp_timing *t = &r->time;
@@ -91,6 +108,7 @@ static void print_details(const usp_report *report, const usp_result *r) {
                "call %.2f us of the host\n",
                t->iterations, t->aggregate, t->min * 1e6, t->mean * 1e6, t->median * 1e6, t->p95 * 1e6, t->p99 * 1e6,
                t->max * 1e6, 100 * t->deviation / t->mean, t->call * 1e6);
+    if (report->options->plan) print_plan(r);
     if (!report->options->memory) return;
     getrusage(RUSAGE_SELF, &usage);
     printf("#   workspace %.2f saved %.2f tensors %.2f MiB a rank, process peak %.2f MiB\n", r->workspace / 0x1p20,
@@ -210,6 +228,8 @@ static void write_measured(usp_json *json, const usp_result *r) {
     if (r->baseline <= 0) return;
     usp_json_real(json, "baseline_us", r->baseline * 1e6);
     usp_json_real(json, "speedup", speedup(r));
+    usp_json_real(json, "plan_us",
+                  1e6 * usp_model_pass(&r->config, r->pass, r->config.ulysses, r->config.ring, r->baseline));
 }
 
 static void write_result(usp_json *json, const usp_result *r) {

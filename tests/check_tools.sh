@@ -482,6 +482,8 @@ rows=$(grep -vc '^#' log)
 grep -q '# .*skipped: ' log || fail "linear attention on a striped ring was not skipped"
 grep -q 'Out of bounds values : 0 OK' log || fail "no verdict line"
 [ "$(wc -l <b.csv)" -eq 89 ] || fail "CSV has $(wc -l <b.csv) lines, not 89"
+expect 0 "$bench" $quick -t 2 -b 64 -e 64 --plan
+[ "$(grep -c '^#   plan: here [0-9.]* us, [0-9.]* of the time; 2 ranks 2x1 [0-9.]* 1x2 [0-9.]*; 4 ranks ' log)" -eq 4 ] || fail "no plan: $(cat log)"
 expect 0 "$bench" $quick -b 64 -e 64 -d f16,bf16 --full --shared-memory
 expect 0 "$bench" $quick -t 4 -b 256 -e 256 --layout all --documents 8:90 --max-documents 64 --window-left 20 --soft-cap 5 \
     --slopes alibi --sinks --dropout 0.1 --kv-heads 2 --kind softmax --csv masks.csv
