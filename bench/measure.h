@@ -8,7 +8,8 @@
 /* Seconds per pass, over iterations; each is that of the slowest rank. */
 typedef struct usp_timing {
     double min, mean, median, p95, p99, max, deviation;
-    double call; /* of the host, until a call returns or a graph is launched: the slowest rank's median */
+    double call; /* a pass's part of the host's time until all of an iteration are enqueued, by calls or as graphs: the
+                    slowest rank's median */
     int iterations, aggregate;
 } usp_timing;
 

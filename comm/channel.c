@@ -89,7 +89,6 @@ static void channel_note_plan(usp_control *control, int ranks, uint64_t hash) {
     pthread_mutex_lock(&channel->mutex);
     usp_plans_note(&channel->plans, ranks, hash);
     for (int i = 0; i < channel->base.size; i++) channel->lines[i].plan_due = 0;
-    usp_channel_ring(channel->wake);
     pthread_mutex_unlock(&channel->mutex);
 }
 

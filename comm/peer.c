@@ -225,6 +225,7 @@ static void free_parts(usp_peer *self) {
 static void peer_destroy(usp_transport *transport) {
     usp_peer *self = usp_peer_of(transport);
     if (self->shown) finish(self);
+    if (!self->shown) usp_peer_let_go(self);
     if (!self->shown || usp_peer_is_idle(self))
         free_parts(self);
     else

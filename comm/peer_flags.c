@@ -26,13 +26,17 @@ static usp_status map_board(usp_peer *self, int file) {
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     close(file);
     if (memory == MAP_FAILED) return usp_fail(USP_UNSUPPORTED, "cannot map %zu bytes: %s", bytes, strerror(errno));
+    void *there = NULL;
     cudaError_t error = cudaHostRegister(memory, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
+    if (error == cudaSuccess) error = cudaHostGetDevicePointer(&there, memory, 0);
     if (error != cudaSuccess) {
+        cudaHostUnregister(memory);
         cudaGetLastError();
         munmap(memory, bytes);
-        return usp_fail(USP_UNSUPPORTED, "cudaHostRegister failed: %s", cudaGetErrorString(error));
+        return usp_fail(USP_UNSUPPORTED, "the GPU cannot map memory of the host: %s", cudaGetErrorString(error));
     }
     board->flags = memory;
+    board->there = there;
     board->left = (uint32_t *)(board->flags + (size_t)self->base.size * (size_t)self->base.size);
     board->bytes = bytes;
     return USP_OK;
@@ -88,32 +92,48 @@ static usp_status add(usp_peer *self, usp_peer_batch *batch, CUstreamBatchMemOpP
     return USP_OK;
 }
 
-static CUstreamBatchMemOpParams write_of(usp_peer_flag *flag, uint32_t value) {
+static CUdeviceptr address_of(const usp_peer *self, const usp_peer_flag *flag) {
+    return (CUdeviceptr)(uintptr_t)(self->board.there + ((const char *)flag - (const char *)self->board.flags));
+}
+
+/* A flag's first word says that it is set. */
+static CUstreamBatchMemOpParams write_of(const usp_peer *self, const usp_peer_flag *flag, uint32_t value) {
     return (CUstreamBatchMemOpParams){.writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
-                                                     .address = (CUdeviceptr)(uintptr_t)&flag->set,
+                                                     .address = address_of(self, flag),
                                                      .value = value,
                                                      .flags = CU_STREAM_WRITE_VALUE_DEFAULT}};
 }
 
 usp_status usp_peer_set(usp_peer *self, usp_peer_batch *batch, usp_peer_flag *flag, usp_stream stream) {
-    return add(self, batch, write_of(flag, 1), stream);
+    return add(self, batch, write_of(self, flag, 1), stream);
 }
 
 usp_status usp_peer_await(usp_peer *self, usp_peer_batch *batch, usp_peer_flag *flag, usp_stream stream) {
+    unsigned how = CU_STREAM_WAIT_VALUE_GEQ | (self->flushes ? CU_STREAM_WAIT_VALUE_FLUSH : 0u);
     CUstreamBatchMemOpParams wait = {.waitValue = {.operation = CU_STREAM_MEM_OP_WAIT_VALUE_64,
-                                                   .address = (CUdeviceptr)(uintptr_t)flag,
+                                                   .address = address_of(self, flag),
                                                    .value64 = 1,
-                                                   .flags = CU_STREAM_WAIT_VALUE_GEQ}};
+                                                   .flags = how}};
     USP_TRY(add(self, batch, wait, stream));
-    return add(self, batch, write_of(flag, 0), stream);
+    return add(self, batch, write_of(self, flag, 0), stream);
 }
 
-usp_status usp_peer_try_flags(usp_peer *self, usp_stream stream) {
+static usp_status pass_flag(usp_peer *self, usp_stream stream) {
     usp_peer_flag *flag = &usp_peer_flags_of(self, self->base.rank, self->base.rank)->full;
     usp_peer_batch batch = {.count = 0};
-    usp_status status = usp_peer_set(self, &batch, flag, stream);
-    if (status == USP_OK) status = usp_peer_await(self, &batch, flag, stream);
-    if (status == USP_OK) status = usp_peer_run(self, &batch, stream);
+    USP_TRY(usp_peer_set(self, &batch, flag, stream));
+    USP_TRY(usp_peer_await(self, &batch, flag, stream));
+    USP_TRY(usp_peer_run(self, &batch, stream));
+    cudaError_t error = cudaStreamSynchronize((cudaStream_t)stream);
+    return error == cudaSuccess ? USP_OK : usp_fail(USP_DEVICE, "a flag failed: %s", cudaGetErrorString(error));
+}
+
+usp_status usp_peer_try_flags(usp_peer *self) {
+    usp_device *device = self->base.device;
+    usp_stream stream = NULL;
+    USP_TRY(device->ops->stream_create(device, &stream));
+    usp_status status = pass_flag(self, stream);
+    device->ops->stream_destroy(device, stream);
     return status == USP_OK ? USP_OK
                             : usp_fail(USP_UNSUPPORTED, "the GPU's streams cannot wait for 64-bit numbers of the host");
 }

@@ -26,7 +26,8 @@ static usp_status find_batch(usp_peer *self) {
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess)
         return usp_fail(USP_UNSUPPORTED, "the driver has no cuStreamBatchMemOp");
     memcpy(&self->batch, &entry, sizeof entry);
-    return USP_OK;
+    error = cudaDeviceGetAttribute(&self->flushes, cudaDevAttrCanFlushRemoteWrites, self->gpu);
+    return error == cudaSuccess ? USP_OK : usp_fail(USP_DEVICE, "no attributes: %s", cudaGetErrorString(error));
 }
 
 /* What needs no other rank. */
@@ -38,7 +39,6 @@ static usp_status create_parts(usp_peer *self) {
     if (error != cudaSuccess) return usp_fail(USP_DEVICE, "cudaGetDevice failed: %s", cudaGetErrorString(error));
     USP_TRY(find_batch(self));
     USP_TRY(usp_probes_create(device, &self->probes));
-    if (self->base.rank == 0) USP_TRY(usp_peer_create_board(self));
     USP_TRY(usp_peer_alloc_shared(&self->base, bytes ? bytes : 1, &slots));
     self->slots = slots;
     return USP_OK;
@@ -78,17 +78,22 @@ static usp_status find_board(usp_peer *self, char name[USP_PEER_NAME]) {
     return status;
 }
 
-/* All have opened the board once they have shown each other their slots. */
-static usp_status connect_ranks(usp_peer *self, const usp_meeting *meeting) {
+static usp_status share_board(usp_peer *self) {
     char name[USP_PEER_NAME];
+    if (self->base.rank == 0) USP_TRY(usp_peer_create_board(self));
+    USP_TRY(find_board(self, name));
+    USP_TRY(usp_peer_open_board(self, name));
+    return usp_peer_try_flags(self);
+}
+
+/* Nobody shows its memory before all have the board, on which it is said who has let go of it. */
+static usp_status connect_ranks(usp_peer *self, const usp_meeting *meeting) {
     USP_TRY(usp_channel_connect(self->base.control, meeting, NULL));
-    usp_status status = find_board(self, name);
-    if (status == USP_OK) status = usp_peer_open_board(self, name);
-    if (status == USP_OK) status = usp_peer_try_flags(self, NULL);
+    usp_status status = share_board(self);
     if (status != USP_OK) return usp_transport_fail(&self->base, status);
-    USP_TRY(usp_peer_show_piece(self, self->pieces.first));
+    USP_TRY(usp_transport_allgather(&self->base, self, self, 0));
     usp_peer_unlink_board(self);
-    return USP_OK;
+    return usp_peer_show_piece(self, self->pieces.first);
 }
 
 usp_status usp_transport_create_peer(const usp_transport_config *config, usp_meeting *meeting,

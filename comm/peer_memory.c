@@ -46,11 +46,11 @@ static usp_status map_piece(usp_peer *self, int peer, const usp_peer_card *card,
                     cudaGetErrorString(error));
 }
 
-static usp_status gather_cards(usp_peer *self, const usp_shared_piece *piece, usp_peer_card *all) {
+static usp_status gather_cards(usp_peer *self, usp_shared_piece *piece, usp_peer_card *all) {
     usp_peer_card mine = {process_identity(), piece->memory, self->gpu, 0, {{0}}};
     mine.failed = cudaIpcGetMemHandle(&mine.handle, piece->memory) != cudaSuccess;
     if (mine.failed) cudaGetLastError();
-    self->shown = 1;
+    self->shown = piece->shown = 1;
     return usp_transport_allgather(&self->base, &mine, all, sizeof mine);
 }
 
@@ -95,14 +95,16 @@ usp_status usp_peer_register_shared(usp_transport *transport, void *memory) {
     return usp_peer_show_piece(self, usp_pieces_find(&self->pieces, memory));
 }
 
-/* All have come, and their work is done: nobody writes to what is let go. One that no rank has seen goes back as it
- * came; what ranks that have failed may still have mapped destroy frees. */
+/* All have come, and their work is done: nobody writes to what is let go. One that was not shown goes back as it came;
+ * what ranks that have failed may still write to destroy lets go and frees. */
 usp_status usp_peer_free_shared(usp_transport *transport, void *memory) {
     usp_peer *self = usp_peer_of(transport);
     usp_shared_piece *piece = usp_pieces_find(&self->pieces, memory);
-    int seen = piece->at[(transport->rank + 1) % transport->size] != NULL;
-    unmap_piece(self, piece);
-    if (seen) USP_TRY(usp_transport_allgather(transport, memory, memory, 0));
+    if (piece->shown) {
+        USP_TRY(usp_transport_poll(transport));
+        unmap_piece(self, piece);
+        USP_TRY(usp_transport_allgather(transport, memory, memory, 0));
+    }
     usp_pieces_remove(&self->pieces, transport->host, piece);
     return usp_plain_free_shared(transport, memory);
 }

@@ -36,6 +36,7 @@ typedef struct usp_peer_flags {
 typedef struct usp_peer_board {
     char name[USP_PEER_NAME]; /* of the file while others have yet to open it, or empty */
     usp_peer_flags *flags;    /* [rank that waits][other] */
+    char *there;              /* where the GPU has them */
     uint32_t *left;           /* [rank] it has let go of all other ranks' memory */
     size_t bytes;
 } usp_peer_board;
@@ -66,7 +67,8 @@ typedef struct usp_peer_other {
 typedef struct usp_peer {
     usp_transport base;
     int gpu;
-    int shown; /* others may have mapped what is this rank's */
+    int flushes; /* the GPU can see to it that what was written before a flag is there with it */
+    int shown;   /* others may have mapped what is this rank's */
     uint64_t exchanges;
     usp_stream_batch batch;
     usp_peer_board board;
@@ -100,7 +102,7 @@ usp_status usp_peer_open_board(usp_peer *self, const char *name);
 void usp_peer_unlink_board(usp_peer *self); /* once all have opened it */
 void usp_peer_close_board(usp_peer *self);
 /* Whether the GPU's streams can do with flags what they must. */
-usp_status usp_peer_try_flags(usp_peer *self, usp_stream stream);
+usp_status usp_peer_try_flags(usp_peer *self);
 
 /* Put on `stream` by run, or where there is no room for more. Waits until the flag is set, and puts it back. */
 usp_status usp_peer_set(usp_peer *self, usp_peer_batch *batch, usp_peer_flag *flag, usp_stream stream);

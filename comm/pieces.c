@@ -6,7 +6,7 @@ usp_status usp_pieces_add(usp_pieces *pieces, const usp_host *host, void *memory
     void *entry = NULL;
     USP_TRY(usp_host_alloc(host, sizeof(usp_shared_piece) + (size_t)ranks * sizeof(char *), "shared memory", &entry));
     usp_shared_piece *piece = entry;
-    *piece = (usp_shared_piece){pieces->first, memory, bytes ? bytes : 1};
+    *piece = (usp_shared_piece){pieces->first, memory, bytes ? bytes : 1, 0};
     for (int i = 0; i < ranks; i++) piece->at[i] = i == rank ? memory : NULL;
     pieces->first = piece;
     return USP_OK;

@@ -8,6 +8,7 @@ typedef struct usp_shared_piece {
     struct usp_shared_piece *next;
     char *memory;
     size_t bytes;
+    int shown;  /* others may have it */
     char *at[]; /* [ranks] where this rank reaches theirs; NULL: not there (yet); the own one's is `memory` */
 } usp_shared_piece;
 

@@ -410,9 +410,9 @@ typedef struct usp_layer_config {
     int dlse;            /* 1, with return_lse: backward reads dlse */
     int max_logit;       /* 1: forward writes max_logit */
     int shared_memory;   /* both kinds: 1: workspace and saved of all calls are shared memory (usp_world_alloc_shared),
-                            at the same place of the same piece on all ranks of the mesh: transports that can, as peer,
-                            then write where tokens belong, if tokens and heads divide evenly. MISMATCH where ranks are
-                            found to differ */
+                            at the same place of the same piece on all ranks of the mesh, and saved is given on all or
+                            none: transports that can, as peer, then write where tokens belong, if tokens and heads
+                            divide evenly. Calls: INVALID if it is not, MISMATCH where ranks are found to differ */
     const float *slopes; /* ALiBi (arXiv 2108.12409): [heads], host memory, copied; score minus slope times distance
                             from the diagonal; NULL: none */
 } usp_layer_config;

@@ -10,11 +10,10 @@
 static usp_status check_shared(usp_layer *layer, usp_memory kind, const void *memory, size_t bytes, const char *name) {
     usp_control *control = layer->world->transport->control;
     if (!layer->config.shared_memory || bytes == 0) return USP_OK;
-    usp_place place = usp_world_find_place(layer->world, memory, bytes);
-    USP_REQUIRE(place.piece, "%s is not in shared memory, which usp_layer_config.shared_memory promises", name);
-    if (!layer->alike || memcmp(&place, &layer->memory[kind], sizeof place) == 0) return USP_OK;
-    layer->memory[kind] = place;
-    control->ops->note_plan(control, layer->mesh.ranks, usp_hash(kind + 1, &place, sizeof place));
+    usp_place place = memory ? usp_world_find_place(layer->world, memory, bytes) : (usp_place){0, 0};
+    USP_REQUIRE(!memory || place.piece, "%s is not in shared memory, which usp_layer_config.shared_memory promises",
+                name);
+    if (layer->alike) control->ops->note_plan(control, layer->mesh.ranks, usp_hash(kind + 1, &place, sizeof place));
     return USP_OK;
 }
 
@@ -29,7 +28,7 @@ usp_status usp_check_workspace(usp_layer *layer, usp_memory kind, const void *wo
 usp_status usp_check_saved(usp_layer *layer, const void *saved, const char *name) {
     if ((uintptr_t)saved % USP_ALIGNMENT)
         return usp_fail(USP_WORKSPACE, "%s is not aligned to %d bytes", name, USP_ALIGNMENT);
-    return saved ? check_shared(layer, USP_SAVED, saved, layer->sizes.saved, name) : USP_OK;
+    return check_shared(layer, USP_SAVED, saved, layer->sizes.saved, name);
 }
 
 /* ---- tensors ----------------------------------------------------------------------------------------------------- */

@@ -10,8 +10,8 @@ usp_status usp_check_operands(const usp_layer *layer, usp_pass pass, const void 
 usp_status usp_check_ends(const usp_layer *layer, usp_operand operand, const usp_tensor *tokens,
                           const usp_tensor *heads, int to_heads);
 
-/* INVALID too where the layer was promised shared memory and this is none. If it is another place than in the last call
- * ranks hear of it, whose own must be the same. */
+/* INVALID too where the layer was promised shared memory and this is none. Ranks compare where it is, which must be
+ * alike. */
 usp_status usp_check_workspace(usp_layer *layer, usp_memory kind, const void *workspace, size_t bytes, size_t needed);
 usp_status usp_check_saved(usp_layer *layer, const void *saved, const char *name);
 

@@ -28,7 +28,6 @@ typedef struct usp_head_range {
 
 /* What calls get to work in. */
 typedef enum usp_memory { USP_FORWARD_WORKSPACE, USP_BACKWARD_WORKSPACE, USP_EXCHANGE_WORKSPACE, USP_SAVED } usp_memory;
-enum { USP_MEMORIES = USP_SAVED + 1 };
 
 struct usp_layer {
     usp_object object;
@@ -44,9 +43,8 @@ struct usp_layer {
     const usp_attn_ops *attn;
     usp_sizes sizes;
     usp_kernel_needs needs;
-    float *decay, *slopes;          /* device, own heads; NULL: none */
-    int alike;                      /* calls get shared memory, which all ranks carve alike and the transport reaches */
-    usp_place memory[USP_MEMORIES]; /* of it, that the last calls got */
+    float *decay, *slopes; /* device, own heads; NULL: none */
+    int alike;             /* calls get shared memory, which all ranks carve alike and the transport reaches */
     usp_messages messages;
     usp_copies copies;
     void *list_memory;

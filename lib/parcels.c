@@ -42,11 +42,6 @@ static const int32_t *map_of(const usp_layer *layer, const usp_parcel *parcel) {
     return parcel->map >= 0 ? layer->plan->device.map + parcel->map : NULL;
 }
 
-/* Where the only parcel of a stage arrives, on every rank. */
-static char *first_of(const usp_layer *layer, char *arriving) {
-    return usp_route_is_single(&layer->plan->route) ? arriving : NULL;
-}
-
 /* Rows of one part behind `before` elements. */
 static usp_tensor part_block(const usp_layer *layer, void *block, int64_t before, int64_t row, int part) {
     usp_bundle bundle = usp_parcels_bundle(layer);
@@ -111,8 +106,7 @@ static void post_parts(const usp_layer *layer, const usp_tensor lying[2], int64_
 
 /* Rows of own keys, from `row` on, to ring rank r. */
 static void send_own(const usp_layer *layer, const usp_key_memory *memory, int64_t row, int64_t rows, int r,
-                     usp_messages *messages) {
-    char *there = first_of(layer, memory->arriving);
+                     char *there, usp_messages *messages) {
     usp_tensor lying[2] = {memory->lying[0], memory->lying[1]};
     if (!usp_parcels_go_in_parts(layer)) {
         usp_messages_send(messages, usp_layer_ring_rank(layer, r), at(memory->own, key_bytes(layer, row)),
@@ -125,15 +119,15 @@ static void send_own(const usp_layer *layer, const usp_key_memory *memory, int64
     post_parts(layer, lying, rows, r, there, 1, messages);
 }
 
-/* Ring rank r's own keys, to where they arrive. */
-static void receive_own(const usp_layer *layer, char *to, int64_t rows, int r, char *there, usp_messages *messages) {
+/* Ring rank r's own keys. */
+static void receive_own(const usp_layer *layer, char *to, int64_t rows, int r, usp_messages *messages) {
     usp_tensor lying[2];
     if (!usp_parcels_go_in_parts(layer)) {
-        usp_messages_recv(messages, usp_layer_ring_rank(layer, r), to, key_bytes(layer, rows), there);
+        usp_messages_recv(messages, usp_layer_ring_rank(layer, r), to, key_bytes(layer, rows), to);
         return;
     }
     for (int part = 0; part < 2; part++) lying[part] = usp_parcels_block(layer, to, rows, part);
-    post_parts(layer, lying, rows, r, there, 0, messages);
+    post_parts(layer, lying, rows, r, to, 0, messages);
 }
 
 /* The relay ring: from neighbour to neighbour, first own keys, then what came from the other one. */
@@ -141,8 +135,8 @@ static void post_relay(const usp_layer *layer, int t, const usp_key_memory *memo
     int ring = layer->mesh.ring, r = layer->mesh.r, next = (r + 1) % ring, last = (r - 1 + ring) % ring;
     int64_t leave = stage_of(layer, t - 1)->rows, arrive = stage_of(layer, t)->rows;
     if (t == 1) {
-        send_own(layer, memory, 0, leave, next, messages);
-        receive_own(layer, memory->arriving, arrive, last, memory->arriving, messages);
+        send_own(layer, memory, 0, leave, next, memory->arriving, messages);
+        receive_own(layer, memory->arriving, arrive, last, messages);
         return;
     }
     usp_messages_send(messages, usp_layer_ring_rank(layer, next), memory->before, key_bytes(layer, leave),
@@ -159,18 +153,18 @@ void usp_parcels_post_keys(const usp_layer *layer, int t, const usp_key_memory *
     }
     for (int64_t i = 0; i < stage_of(layer, t)->readers; i++) {
         const usp_parcel *parcel = reader_of(layer, t, i);
+        char *there = at(memory->arriving, key_bytes(layer, parcel->before));
         if (parcel->map < 0) {
-            send_own(layer, memory, parcel->row, parcel->rows, parcel->r, messages);
+            send_own(layer, memory, parcel->row, parcel->rows, parcel->r, there, messages);
             continue;
         }
         usp_messages_send(messages, usp_layer_ring_rank(layer, parcel->r), at(memory->packed, key_bytes(layer, packed)),
-                          key_bytes(layer, parcel->rows), first_of(layer, memory->arriving));
+                          key_bytes(layer, parcel->rows), there);
         packed += parcel->rows;
     }
     for (int64_t i = 0; i < stage_of(layer, t)->sources; i++) {
         const usp_parcel *parcel = source_of(layer, t, i);
-        receive_own(layer, at(memory->arriving, key_bytes(layer, done)), parcel->rows, parcel->r,
-                    first_of(layer, memory->arriving), messages);
+        receive_own(layer, at(memory->arriving, key_bytes(layer, done)), parcel->rows, parcel->r, messages);
         done += parcel->rows;
     }
 }
@@ -184,14 +178,15 @@ void usp_parcels_post_gradients(const usp_layer *layer, int t, const char *leavi
         const usp_parcel *parcel = source_of(layer, t, i);
         usp_messages_send(messages, usp_layer_ring_rank(layer, parcel->r),
                           leaving ? leaving + gradient_bytes(layer, done) : NULL, gradient_bytes(layer, parcel->rows),
-                          first_of(layer, arriving));
+                          at(arriving, gradient_bytes(layer, parcel->before)));
         done += parcel->rows;
     }
     done = 0;
     for (int64_t i = 0; i < stage_of(layer, t)->readers; i++) {
         const usp_parcel *parcel = reader_of(layer, t, i);
-        usp_messages_recv(messages, usp_layer_ring_rank(layer, parcel->r), at(arriving, gradient_bytes(layer, done)),
-                          gradient_bytes(layer, parcel->rows), first_of(layer, arriving));
+        char *there = at(arriving, gradient_bytes(layer, done));
+        usp_messages_recv(messages, usp_layer_ring_rank(layer, parcel->r), there, gradient_bytes(layer, parcel->rows),
+                          there);
         done += parcel->rows;
     }
 }

@@ -91,7 +91,7 @@ static usp_key_rows stage_keys(const usp_sequence *sequence, usp_plan *plan, int
     const usp_route_stage *stage = &plan->route.stage[t];
     int64_t first = usp_plan_first_key(plan, t), done = 0, runs = 0;
     int32_t *position = plan->host.key + first, *last = plan->host.last ? plan->host.last + first : NULL;
-    const usp_parcel own = {plan->shape.grid.r, stage->rows, 0, -1};
+    const usp_parcel own = {plan->shape.grid.r, stage->rows, 0, -1, 0};
     if (t == 0) put_positions(plan, &own, own.r, position);
     for (int64_t i = 0; i < stage->sources; done += plan->route.source[stage->source + i++].rows)
         put_positions(plan, &plan->route.source[stage->source + i], plan->route.source[stage->source + i].r,

@@ -90,7 +90,7 @@ usp_route usp_route_choose(const usp_route_rows *rows, int ring) {
 /* ---- stages ------------------------------------------------------------------------------------------------------ */
 
 static usp_parcel whole_block(const usp_ring_side *key, int owner, int other) {
-    return (usp_parcel){other, usp_ring_rows(key, owner), 0, -1};
+    return (usp_parcel){other, usp_ring_rows(key, owner), 0, -1, 0};
 }
 
 /* What `reader`, whose spans these are, reads of `owner`'s keys, as a parcel with `other`; its map, if it takes one,
@@ -100,7 +100,7 @@ static usp_parcel seen_block(usp_route_plan *plan, const usp_ring_side *key, int
     walk w = {0};
     if (plan->map) w = (walk){.map = plan->map + plan->maps, .room = plan->map_capacity - plan->maps};
     walk_rows(&w, key, owner, spans, count);
-    usp_parcel parcel = {other, w.rows, w.first, w.ranges > 1 ? plan->maps : -1};
+    usp_parcel parcel = {other, w.rows, w.first, w.ranges > 1 ? plan->maps : -1, 0};
     if (w.ranges > 1) plan->maps += w.rows;
     return parcel;
 }
@@ -126,6 +126,24 @@ static void fill_relay(usp_route_plan *plan, const usp_sides *sides) {
     }
 }
 
+static int64_t count_seen(const usp_ring_side *key, int owner, const usp_span *spans, int64_t count) {
+    walk w = {0};
+    walk_rows(&w, key, owner, spans, count);
+    return w.rows;
+}
+
+/* A gathered stage has the keys of r - 1, r - 2, ... one behind the other, and their readers' gradients come in the
+ * order r + 1, r + 2, ...: so before what goes from rank r to owner r - i comes what r - m, for all m < i, has for it.
+ */
+static void find_sources_before(usp_route_plan *plan, const usp_sides *sides, usp_span *spans) {
+    int ring = sides->grid->ring, r = sides->grid->r;
+    for (int m = 1; m < ring - 1; m++) {
+        int64_t count = find_spans(sides, (r - m + ring) % ring, spans);
+        for (int i = m + 1; i < ring; i++)
+            plan->source[i - 1].before += count_seen(sides->key, (r - i + ring) % ring, spans, count);
+    }
+}
+
 static void fill_seen(usp_route_plan *plan, const usp_sides *sides, usp_span *spans) {
     int ring = sides->grid->ring, r = sides->grid->r;
     int64_t count = find_spans(sides, r, spans);
@@ -137,7 +155,10 @@ static void fill_seen(usp_route_plan *plan, const usp_sides *sides, usp_span *sp
         int reader = (r + i) % ring;
         count = find_spans(sides, reader, spans);
         plan->reader[i - 1] = seen_block(plan, sides->key, r, reader, spans, count);
+        for (int j = 1; j < i && plan->route == USP_ROUTE_GATHERED; j++)
+            plan->reader[i - 1].before += count_seen(sides->key, (reader - j + ring) % ring, spans, count);
     }
+    if (plan->route == USP_ROUTE_GATHERED) find_sources_before(plan, sides, spans);
 }
 
 /* Sums of parcels. */

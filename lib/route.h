@@ -10,6 +10,8 @@
 typedef struct usp_parcel {
     int r; /* the other ring rank */
     int64_t rows, row, map;
+    int64_t before; /* rows in the other one's memory for the stage that lie before: of a reader, of its keys; of a
+                       source, of its own keys' gradients */
 } usp_parcel;
 
 /* The keys of one stage, parcel after parcel of their owners, and what others read of the own ones. Stage 0 is the own
@@ -32,7 +34,7 @@ typedef struct usp_route_plan {
     int64_t pack_limit;   /* of those that have a map */
 } usp_route_plan;
 
-/* Is there one parcel a stage and way at most? Of several a rank does not know what comes before its own. */
+/* Is there one parcel a stage and way at most? */
 static inline int usp_route_is_single(const usp_route_plan *plan) {
     return plan->stages < 2 || plan->stage[1].sources == 1;
 }

@@ -8,7 +8,8 @@ typedef struct usp_slice {
     int number, count;
 } usp_slice;
 
-/* The same on all ranks of a ring. One: what the transport does not reach is sent whole, as is what is too small. */
+/* The same on all ranks of a ring. One: gradients are sent whole, as where the transport does not reach, of several
+ * batch entries or parcels, and of too little work. */
 int usp_slice_count(const usp_layer *layer);
 
 /* The part of a kernel's arguments that a slice works on, but for dk and dv. */

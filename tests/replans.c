@@ -226,3 +226,23 @@ int usp_body_planned_apart(usp_rank *rank, void *argument) {
     (void)argument;
     return run_apart(rank, &c, rank->rank ? others : halves, 2, USP_OK);
 }
+
+static usp_status run_forward(const usp_stage *stage, int keep) {
+    usp_forward f = usp_stage_forward_arguments(stage, keep);
+    return usp_layer_forward(stage->layer, &f, stage->workspace.device, stage->workspace.bytes, stage->rank->stream);
+}
+
+int usp_body_memory_apart(usp_rank *rank, void *argument) {
+    const usp_case c = {.tokens = 64, .mask = USP_MASK_CAUSAL, .ring = 2, .shared_memory = 1};
+    usp_stage stage;
+    (void)argument;
+    if (usp_stage_open(rank, &c, &stage) != USP_OK) return usp_say(rank, "create: %s", usp_last_error());
+    if (usp_stage_fill(&stage)) return 1;
+    usp_status status = run_forward(&stage, 1);
+    if (status != USP_OK) usp_say(rank, "forward: %s", usp_last_error());
+    status = run_forward(&stage, rank->rank == 0);
+    if (status != USP_MISMATCH) usp_say(rank, "unlike: %s, \"%s\"", usp_status_string(status), usp_last_error());
+    usp_stage_close(&stage);
+    usp_count(rank);
+    return 0;
+}

@@ -23,5 +23,7 @@ int usp_body_refused_alone(usp_rank *rank, void *argument);
 /* Two ranks re-plan to different documents by which each owns as many tokens: told, and by that reason, wherever their
  * tokens lie. Ends the world. argument: none. */
 int usp_body_planned_apart(usp_rank *rank, void *argument);
+/* Two ranks that have promised like memory, of which one gives no saved: told. Ends the world. argument: none. */
+int usp_body_memory_apart(usp_rank *rank, void *argument);
 
 #endif

@@ -262,3 +262,7 @@ Test(documents, a_replan_refused_on_one_rank) {
 Test(documents, a_replan_that_differs_though_lengths_do_not) {
     usp_expect_ranks(2, SECONDS, usp_body_planned_apart, NULL);
 }
+
+Test(documents, ranks_that_give_unlike_memory_are_told) {
+    usp_expect_ranks(2, SECONDS, usp_body_memory_apart, NULL);
+}
