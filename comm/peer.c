@@ -179,8 +179,8 @@ static usp_status peer_watch(usp_transport *transport) {
     return late ? usp_channel_overdue(transport->control, -1) : USP_OK;
 }
 
-/* A GPU that has failed does nothing more. */
-int usp_peer_is_idle(usp_peer *self) {
+/* Looks whether what exchanges have begun is done, but for graphs. A GPU that has failed does nothing more. */
+static int is_idle(usp_peer *self) {
     int late = 0;
     pthread_mutex_lock(&self->lock);
     usp_status status = usp_probes_query(self->base.device, &self->probes, -1, &late);
@@ -191,7 +191,7 @@ int usp_peer_is_idle(usp_peer *self) {
 
 static void await_idle(usp_peer *self, int milliseconds) {
     int64_t begun = usp_now_ms();
-    for (int round = 0; usp_now_ms() - begun < milliseconds && !usp_peer_is_idle(self); round++) usp_pause(round);
+    for (int round = 0; usp_now_ms() - begun < milliseconds && !is_idle(self); round++) usp_pause(round);
 }
 
 /* What goes on then moves what is void: the failure of the ranks is known here before. */
@@ -206,10 +206,10 @@ static void peer_stop(usp_transport *transport, int milliseconds) {
 static void finish(usp_peer *self) {
     usp_control *control = self->base.control;
     if (usp_channel_poll(control) == USP_OK) await_idle(self, USP_PEER_LIMIT_MS);
-    if (!usp_peer_is_idle(self))
+    if (!is_idle(self))
         usp_channel_fail(control, USP_PEER_LOST, "rank %d left before its transfers had ended", self->base.rank);
     if (usp_channel_poll(control) != USP_OK) peer_stop(&self->base, USP_PEER_LIMIT_MS);
-    if (usp_peer_is_idle(self)) usp_peer_let_go(self);
+    if (is_idle(self)) usp_peer_let_go(self);
     for (int peer = 0; peer < self->base.size; peer++) self->other[peer].lost = usp_channel_has_lost(control, peer);
     usp_channel_leave(control);
 }
@@ -226,7 +226,7 @@ static void peer_destroy(usp_transport *transport) {
     usp_peer *self = usp_peer_of(transport);
     if (self->shown) finish(self);
     if (!self->shown) usp_peer_let_go(self);
-    if (!self->shown || usp_peer_is_idle(self))
+    if (!self->shown || is_idle(self))
         free_parts(self);
     else
         usp_host_log(transport->host, 1,

@@ -123,9 +123,4 @@ void usp_peer_let_go(usp_peer *self);
 /* Waits a bounded time until the others have let go of this rank's memory, and frees it if they have. */
 void usp_peer_free_pieces(usp_peer *self);
 
-/* ---- end (peer.c) ------------------------------------------------------------------------------------------------ */
-
-/* Looks whether what exchanges have begun is done, but for graphs. */
-int usp_peer_is_idle(usp_peer *self);
-
 #endif

@@ -87,16 +87,14 @@ void usp_parcels_pack(usp_layer *layer, int t, const usp_key_memory *memory) {
 /* Rows of keys that lie as `lying` says, with the other ring rank r, part by part. */
 static void post_parts(const usp_layer *layer, const usp_tensor lying[2], int64_t rows, int r, char *there, int sends,
                        usp_messages *messages) {
-    usp_bundle bundle = usp_parcels_bundle(layer);
     int64_t size = (int64_t)usp_dtype_size(layer->config.dtype);
     for (int i = 0; i < 2 * layer->config.batch; i++) {
         int part = i % 2, b = i / 2;
         usp_tensor from = lying[part], to = usp_parcels_block(layer, there, rows, part);
-        int heads = usp_layer_heads(layer, bundle.part[part].like, layer->mesh.u).count;
         usp_message message = {.peer = usp_layer_ring_rank(layer, r),
                                .base = at(from.data, b * from.stride_batch * size),
                                .rows = rows,
-                               .bytes = (size_t)(heads * bundle.part[part].dim * size),
+                               .bytes = (size_t)(part_row(layer, part, 1) * size),
                                .stride = (size_t)(from.stride_token * size),
                                .there = at(to.data, b * to.stride_batch * size),
                                .there_stride = (size_t)(to.stride_token * size)};
