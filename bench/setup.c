@@ -139,15 +139,10 @@ static usp_status allocate_memory(usp_setup *s) {
     return allocate(s, s->saved_bytes, &s->saved);
 }
 
-/* Collective: registered memory has the same size on all ranks. */
+/* Collective. */
 static usp_status allocate_shared(usp_setup *s) {
-    double workspace, saved;
     if (!s->options->shared_memory) return USP_OK;
     s->shared = 1;
-    USP_TRY(usp_rank_max(s->rank, (double)s->workspace_bytes, &workspace));
-    USP_TRY(usp_rank_max(s->rank, (double)s->saved_bytes, &saved));
-    s->workspace_bytes = (size_t)workspace;
-    s->saved_bytes = (size_t)saved;
     USP_TRY(usp_world_alloc_shared(s->rank->world, s->workspace_bytes ? s->workspace_bytes : 1, &s->workspace));
     return usp_world_alloc_shared(s->rank->world, s->saved_bytes ? s->saved_bytes : 1, &s->saved);
 }

@@ -231,10 +231,10 @@ USP_API void usp_world_free(usp_world *world, void *memory);
 USP_API usp_status usp_world_copy(usp_world *world, void *to, const void *from, size_t bytes, usp_stream stream);
 /* Collective. Device memory that the transport has registered with every rank: workspace and saved in it make exchanges
  * faster (up to 1.7 x measured between GPUs of one node); both or neither, and on all ranks alike, since NCCL may wait
- * for ever between memory of two kinds. Every rank gives the same size. free is collective too, when all work that uses
- * the memory is done, and every rank gives the same piece: else INVALID (NULL or no piece of this world) or MISMATCH,
- * and nothing is freed. Over NCCL, once a call has been captured in a CUDA graph, what is freed stays with the world
- * and serves who asks next. */
+ * for ever between memory of two kinds. Every rank gets as much as the one that asks for most. free is collective too,
+ * when all work that uses the memory is done, and every rank gives the same piece: else INVALID (NULL or no piece of
+ * this world) or MISMATCH, and nothing is freed. Over NCCL, once a call has been captured in a CUDA graph, what is
+ * freed stays with the world and serves who asks next. */
 USP_API usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory);
 USP_API usp_status usp_world_free_shared(usp_world *world, void *memory);
 

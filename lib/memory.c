@@ -39,21 +39,21 @@ usp_place usp_world_find_place(const usp_world *world, const void *memory, size_
 }
 
 static usp_status alloc_shared(usp_world *world, size_t bytes, void **memory) {
-    static const usp_field fields[] = {{"bytes", 0, sizeof(uint64_t)}};
     usp_transport *transport = world->transport;
     void *entry = NULL, *taken = NULL;
-    uint64_t record = bytes;
+    int64_t most;
+    USP_TRY(usp_world_largest(world, "shared memory", bytes < INT64_MAX ? (int64_t)bytes : INT64_MAX, &most));
     usp_status status = memory ? USP_OK : usp_fail(USP_INVALID, "memory is NULL");
     if (status == USP_OK) status = usp_host_alloc(&world->host, sizeof(usp_piece), "shared memory", &entry);
-    if (status == USP_OK) status = transport->ops->alloc_shared(transport, bytes, &taken);
-    status = usp_world_agree(world, status, &(usp_agreement){"shared memory", 0, &record, sizeof record, fields, 1, 0});
+    if (status == USP_OK) status = transport->ops->alloc_shared(transport, (size_t)most, &taken);
+    status = usp_world_agree(world, status, &(usp_agreement){.what = "shared memory"});
     if (status == USP_OK) status = transport->ops->register_shared(transport, taken);
     if (status != USP_OK) {
         if (taken) transport->ops->free_shared(transport, taken);
         usp_host_free(&world->host, entry);
         return status;
     }
-    *memory = keep_piece(world, entry, taken, bytes);
+    *memory = keep_piece(world, entry, taken, (size_t)most);
     return USP_OK;
 }
 

@@ -30,7 +30,7 @@ typedef struct usp_ranks {
     usp_device_kind device; /* auto: CPU */
     int size;               /* the environment's knows better */
     int stack;              /* KiB of each rank's stack; 0: the system's */
-    int seconds;            /* time limit; 0: 60 */
+    int seconds;            /* time limit; 0: 60; four times as many under a thread sanitizer */
     int watchdog;           /* as in usp_world_config */
     usp_transport_kind transport;
     int timeout_ms; /* as in usp_world_config; 0: half of the time limit */

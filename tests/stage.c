@@ -119,14 +119,11 @@ static size_t state_count(const usp_case *c) {
     return (size_t)c->batch * (size_t)usp_case_out_heads(c) * (size_t)c->head_dim * (size_t)c->value_dim;
 }
 
-/* Shared memory has room for what any rank needs. */
 static usp_status create_memory(usp_stage *stage, size_t bytes, usp_buffer *buffer) {
-    const usp_case *c = &stage->c;
     usp_world *world = stage->rank->world;
-    size_t rows = (size_t)(c->batch * usp_case_out_heads(c)) * (size_t)(c->tokens + usp_case_keys(c));
-    size_t room = ((size_t)1 << 20) + rows * (size_t)(c->head_dim + c->value_dim) * 64 + 64 * state_count(c);
-    if (c->shared_memory) return usp_buffer_create_shared(world, stage->rank->stream, bytes, room, buffer);
-    return usp_buffer_create(world, stage->rank->stream, bytes, buffer);
+    usp_stream stream = stage->rank->stream;
+    return stage->c.shared_memory ? usp_buffer_create_shared(world, stream, bytes, buffer)
+                                  : usp_buffer_create(world, stream, bytes, buffer);
 }
 
 static usp_status create_extra(usp_stage *stage) {

@@ -117,11 +117,9 @@ usp_status usp_buffer_create(usp_world *world, usp_stream stream, size_t bytes, 
     return status == USP_OK ? usp_buffer_upload(buffer) : status;
 }
 
-usp_status usp_buffer_create_shared(usp_world *world, usp_stream stream, size_t bytes, size_t room,
-                                    usp_buffer *buffer) {
+usp_status usp_buffer_create_shared(usp_world *world, usp_stream stream, size_t bytes, usp_buffer *buffer) {
     usp_status status = begin(world, stream, bytes, buffer);
-    if (status == USP_OK && bytes > room) status = USP_NO_MEMORY;
-    if (status == USP_OK) status = usp_world_alloc_shared(world, room, &buffer->device);
+    if (status == USP_OK) status = usp_world_alloc_shared(world, bytes, &buffer->device);
     buffer->shared = 1;
     return status == USP_OK ? usp_buffer_upload(buffer) : status;
 }

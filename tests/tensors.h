@@ -31,9 +31,8 @@ typedef struct usp_buffer {
 } usp_buffer;
 
 usp_status usp_buffer_create(usp_world *world, usp_stream stream, size_t bytes, usp_buffer *buffer);
-/* Collective: the first `bytes` of `room` bytes of shared memory, as many on all ranks. Its destroy is collective too.
- */
-usp_status usp_buffer_create_shared(usp_world *world, usp_stream stream, size_t bytes, size_t room, usp_buffer *buffer);
+/* Collective, in shared memory. Its destroy is collective too. */
+usp_status usp_buffer_create_shared(usp_world *world, usp_stream stream, size_t bytes, usp_buffer *buffer);
 usp_status usp_buffer_upload(const usp_buffer *buffer);
 usp_status usp_buffer_download(const usp_buffer *buffer); /* waits for the stream */
 void usp_buffer_destroy(usp_buffer *buffer);

@@ -4,6 +4,7 @@
 #include "expect.h"
 #include "reference.h"
 #include "stage.h"
+#include "world.h"
 
 #include <poll.h>
 #include <pthread.h>
@@ -528,15 +529,20 @@ static void expect_free(usp_rank *rank, usp_world *world, void *memory, usp_stat
                 usp_last_error());
 }
 
-/* One rank gives back what it should not: nothing is freed on any rank, and the world goes on. */
+/* All ranks get what rank 2 of 3 asks for. One rank gives back what it should not: nothing is freed on any rank, and
+ * the world goes on. */
 static int shares(usp_rank *rank, void *argument) {
     meeting *m = argument;
     void *piece[2] = {NULL, NULL};
     int odd = rank->rank == 1;
     usp_world *world = join(rank, m, silent());
     if (!world) return 1;
-    for (int i = 0; i < 2; i++)
-        if (usp_world_alloc_shared(world, 100, &piece[i]) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+    for (int i = 0; i < 2; i++) {
+        size_t bytes = 100 * (size_t)rank->rank;
+        if (usp_world_alloc_shared(world, bytes, &piece[i]) != USP_OK) return usp_say(rank, "%s", usp_last_error());
+        memset(piece[i], 1, 200);
+        if (!usp_world_find_place(world, (char *)piece[i] + 199, 1).piece) usp_say(rank, "the last byte has no place");
+    }
     for (int i = 0; i < 2; i++)
         expect_free(rank, world, odd ? (i ? m : NULL) : piece[0], odd ? USP_INVALID : USP_PEER_FAILED,
                     odd ? "no shared memory" : "rank 1");
