@@ -413,6 +413,11 @@ typedef struct usp_layer_config {
                             at the same place of the same piece on all ranks of the mesh, and saved is given on all or
                             none: transports that can, as peer, then write where tokens belong, if tokens and heads
                             divide evenly. Calls: INVALID if it is not, MISMATCH where ranks are found to differ */
+    int head_groups;     /* with ulysses: own heads are exchanged and worked on in at most so many groups, one group's
+                            exchange during another's work, by more launches and in more workspace; usp_layer_describe
+                            says in how many. One, whatever is given, of several batch entries, where keys travel the
+                            ring, and where heads or keys' heads do not divide. The results are the same. 0: one */
+    int reserved;        /* 0 */
     const float *slopes; /* ALiBi (arXiv 2108.12409): [heads], host memory, copied; score minus slope times distance
                             from the diagonal; NULL: none */
 } usp_layer_config;

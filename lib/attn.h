@@ -6,6 +6,11 @@
 #include "device.h"
 #include "operand.h"
 
+/* One of `count` equal parts of heads. */
+typedef struct usp_slice {
+    int number, count;
+} usp_slice;
+
 /* The inner stage's operands: this ring rank's rows, this ulysses rank's heads. */
 typedef struct usp_inner {
     usp_tensor q, k, v, out, dout, dq, dk, dv;
@@ -17,6 +22,7 @@ typedef struct usp_inner {
     int packed;                /* they are in it */
     int exchanged;             /* operands are blocks of the workspace, not the caller's */
     int sum_queries, sum_keys; /* gradients are fp32: the exchange sums or converts them */
+    usp_slice slice;           /* the own heads that are worked on now; of several only where no keys travel */
     void *kept;                /* what the kind itself keeps for backward: `saved` bytes */
     usp_arena arena;           /* what is left of the workspace */
     usp_stream stream;

@@ -191,10 +191,6 @@ static usp_status send_keys(usp_layer *layer, const usp_inner *inner, const buff
     return USP_OK;
 }
 
-static int is_empty(const usp_messages *messages) {
-    return !messages->sends && !messages->recvs;
-}
-
 /* ---- numbers of heads -------------------------------------------------------------------------------------------- */
 
 /* The largest score of each own head over all rows of all ring ranks. */
@@ -227,6 +223,11 @@ static usp_status sum_sinks(usp_layer *layer, const usp_inner *inner, const usp_
     return USP_OK;
 }
 
+/* Of the slices that a call works on. */
+static int is_last(const usp_inner *inner) {
+    return inner->slice.number == inner->slice.count - 1;
+}
+
 /* ---- forward ----------------------------------------------------------------------------------------------------- */
 
 static usp_status forward(usp_layer *layer, usp_inner *inner) {
@@ -237,13 +238,14 @@ static usp_status forward(usp_layer *layer, usp_inner *inner) {
     for (int t = 0; t < layer->plan->route.stages; t++) {
         usp_messages *messages = usp_messages_begin(layer);
         USP_TRY(send_keys(layer, inner, &b, t + 1, messages));
-        int moving = !is_empty(messages);
+        int moving = !usp_messages_are_none(messages);
         if (moving) USP_TRY(usp_messages_run(layer, inner->stream));
         set_stage(layer, inner, &stage, t, b.stage[(t + 1) % 2]);
-        if (t == 0 || stage.keys) USP_TRY(device->ops->softmax_forward(device, &stage, inner->stream));
+        usp_softmax part = usp_slice_of(&stage, inner->slice);
+        if (t == 0 || stage.keys) USP_TRY(device->ops->softmax_forward(device, &part, inner->stream));
         if (moving) USP_TRY(usp_messages_join(layer, inner->stream));
     }
-    return layer->config.max_logit ? find_peaks(layer, inner, &stage, &b) : USP_OK;
+    return layer->config.max_logit && is_last(inner) ? find_peaks(layer, inner, &stage, &b) : USP_OK;
 }
 
 /* ---- backward ---------------------------------------------------------------------------------------------------- */
@@ -333,14 +335,15 @@ static usp_status backward_step(usp_layer *layer, const usp_inner *inner, usp_so
     int stages = layer->plan->route.stages;
     USP_TRY(send_keys(layer, inner, b, t + 1, messages));
     if (t > 1) usp_parcels_post_gradients(layer, t - 1, b->leaving[t % 2], b->arriving, messages);
-    int moving = !is_empty(messages);
+    int moving = !usp_messages_are_none(messages);
     if (moving) USP_TRY(usp_messages_run(layer, inner->stream));
     if (t < stages) {
         set_stage(layer, inner, stage, t, b->stage[(t + 1) % 2]);
         set_query_sums(layer, inner, stage, b);
         set_key_gradients(layer, inner, stage, t, b, home);
         if (t == stages - 1 && usp_slice_count(layer) > 1) return run_slices(layer, inner, stage, t, b, home, moving);
-        if (t == 0 || stage->keys) USP_TRY(device->ops->softmax_backward(device, stage, inner->stream));
+        usp_softmax part = usp_slice_of(stage, inner->slice);
+        if (t == 0 || stage->keys) USP_TRY(device->ops->softmax_backward(device, &part, inner->stream));
     }
     if (moving) USP_TRY(usp_messages_join(layer, inner->stream));
     return t > 1 ? usp_parcels_add(layer, t - 1, b->arriving, home, inner->stream) : USP_OK;
@@ -357,7 +360,7 @@ static usp_status backward(usp_layer *layer, usp_inner *inner) {
     USP_TRY(pack_own(layer, inner, &b));
     for (int t = 0; t < steps; t++) USP_TRY(backward_step(layer, inner, &stage, t, &b, home));
     if (!sliced) USP_TRY(bring_home(layer, inner, home, (usp_slice){0, 1}));
-    return layer->config.sinks ? sum_sinks(layer, inner, &stage, &b) : USP_OK;
+    return layer->config.sinks && is_last(inner) ? sum_sinks(layer, inner, &stage, &b) : USP_OK;
 }
 
 /* ---- cost -------------------------------------------------------------------------------------------------------- */

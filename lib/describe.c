@@ -60,8 +60,9 @@ static void say_place(text *t, const usp_layer *layer) {
         layer->mesh.u, layer->mesh.ring, layer->mesh.r, layer->mesh.copy, layer->mesh.copies);
     say(t, "  layout    %s, %lld own tokens\n", layouts[layer->sequence->layout],
         (long long)layer->sequence->query.local[layer->mesh.p]);
-    say(t, "  inner     %lld tokens, heads %d .. %d\n", (long long)usp_plan_queries(layer->plan), own.first,
+    say(t, "  inner     %lld tokens, heads %d .. %d", (long long)usp_plan_queries(layer->plan), own.first,
         own.first + own.count - 1);
+    say(t, layer->groups > 1 ? " in %d groups\n" : "\n", layer->groups);
 }
 
 static void say_cost(text *t, const usp_layer *layer, usp_pass pass) {

@@ -50,9 +50,10 @@ int64_t usp_bundle_row(const usp_layer *layer, const usp_bundle *bundle, int u) 
     return before(layer, bundle, bundle->parts, u);
 }
 
-/* Bytes of one token (all batches) on its way to or from rank u. */
+/* Bytes of one token (all batches) on its way to or from rank u, of one slice. */
 static int64_t token_bytes(const usp_layer *layer, const usp_bundle *bundle, int u) {
-    return layer->config.batch * usp_bundle_row(layer, bundle, u) * (int64_t)usp_dtype_size(bundle->wire);
+    int64_t row = usp_bundle_row(layer, bundle, u) / bundle->slice.count;
+    return layer->config.batch * row * (int64_t)usp_dtype_size(bundle->wire);
 }
 
 int64_t usp_bundle_block_bytes(const usp_layer *layer, const usp_bundle *bundle, usp_dtype dtype) {
@@ -112,8 +113,8 @@ static char *block_side_of(const usp_layer *layer, const usp_bundle *bundle, int
 /* Tokens of one rank, one part, the heads of another rank: of a message for each batch entry if they go in runs, else
  * of one message. Packed it is [batch][tokens][heads * dim]. */
 typedef struct bundle_piece {
-    int u; /* the other rank: who owns the tokens, or whose the heads are */
-    int part, heads, dim;
+    int u;                      /* the other rank: who owns the tokens, or whose the heads are */
+    int part, head, heads, dim; /* head: the first one, of the header's */
     int in_runs;
     int64_t begin, tokens;
     int64_t packed; /* elements of the bundle before it, for or from rank u */
@@ -134,18 +135,21 @@ static int pieces_of(const usp_layer *layer, const usp_bundle *bundle, int owner
     return bundle->parts * (goes_in_runs(layer, bundle, owner) ? runs_of(layer, bundle, owner)->runs : 1);
 }
 
-/* Piece i of the tokens of `owner` for the heads of `header`, one of which this rank is. */
+/* Piece i of the tokens of `owner` for the heads of `header`, one of which this rank is. Packed, one slice takes the
+ * place of the one before. */
 static bundle_piece piece_of(const usp_layer *layer, const usp_bundle *bundle, int owner, int header, int i) {
     const usp_landing_runs *runs = runs_of(layer, bundle, owner);
     int part = i % bundle->parts, run = i / bundle->parts, in_runs = goes_in_runs(layer, bundle, owner);
     const usp_bundle_part *p = &bundle->part[part];
-    int64_t begin = in_runs ? runs->begin[run] : 0;
+    usp_slice slice = bundle->slice;
+    int heads = usp_layer_heads(layer, p->like, header).count / slice.count;
+    int64_t begin = in_runs ? runs->begin[run] : 0, row = usp_bundle_row(layer, bundle, header) / slice.count;
     int64_t end = in_runs ? runs->begin[run + 1] : tokens_of(layer, bundle, owner);
-    int64_t packed =
-        begin * usp_bundle_row(layer, bundle, header) + (end - begin) * before(layer, bundle, part, header);
+    int64_t packed = begin * row + (end - begin) * before(layer, bundle, part, header) / slice.count;
     return (bundle_piece){.u = owner == layer->mesh.u ? header : owner,
                           .part = part,
-                          .heads = usp_layer_heads(layer, p->like, header).count,
+                          .head = slice.number * heads,
+                          .heads = heads,
                           .dim = p->dim,
                           .in_runs = in_runs,
                           .begin = begin,
@@ -192,7 +196,8 @@ static bundle_end tokens_end(const usp_layer *layer, const usp_bundle *bundle, i
     bundle_piece piece = piece_of(layer, bundle, owner, header, i);
     const usp_bundle_part *p = &bundle->part[piece.part];
     usp_tensor tensor = heads_of(layer, p, p->tokens, p->tokens_dtype, header);
-    tensor.data = advance(tensor.data, piece.begin * tensor.stride_token, p->tokens_dtype);
+    int64_t skip = piece.begin * tensor.stride_token + piece.head * tensor.stride_head;
+    tensor.data = advance(tensor.data, skip, p->tokens_dtype);
     bundle_end end = end_of(bundle, piece, tensor, p->tokens_dtype, tokens_side_of(layer, bundle, owner, header));
     end.lies = end.lies && !bundle->sums && !(arrives && layer->alike);
     return end;
@@ -205,7 +210,7 @@ static bundle_end block_end(const usp_layer *layer, const usp_bundle *bundle, in
     const usp_ring_side *side = side_of(layer, bundle);
     usp_tensor tensor = p->block;
     int64_t row = piece.in_runs ? side->landing[rows_before(layer, bundle, owner) + piece.begin] : 0;
-    tensor.data = advance(tensor.data, row * tensor.stride_token, p->block_dtype);
+    tensor.data = advance(tensor.data, row * tensor.stride_token + piece.head * tensor.stride_head, p->block_dtype);
     bundle_end end = end_of(bundle, piece, tensor, p->block_dtype, block_side_of(layer, bundle, owner, header));
     if (!piece.in_runs) end.rows = landing_of(layer, bundle, owner);
     end.carved = bundle->carved;

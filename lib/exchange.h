@@ -25,6 +25,7 @@ typedef struct usp_bundle {
     int sums;       /* toward tokens: parts of shared heads are summed, in fp32 in rank order */
     usp_dtype wire; /* of messages */
     usp_bundle_part part[2];
+    usp_slice slice;                /* what travels of the heads of each rank */
     int carved;                     /* the block is: what is sent may arrive in it */
     char *tokens_side, *block_side; /* packed: own tokens for all other peers; other peers' tokens of the block */
     float *sum;                     /* own tokens of all heads */
@@ -43,7 +44,8 @@ usp_copy usp_bundle_copy(const usp_layer *layer, const usp_bundle *bundle, int p
 /* Carves what lies between the two ends. */
 void usp_bundle_carve(const usp_layer *layer, usp_bundle *bundle, usp_arena *arena);
 
-/* Own tokens' own heads, which do not travel: adds copies to the block or, where nothing is summed, from it. */
+/* Own tokens' own heads, which do not travel, of all groups: adds copies to the block or, where nothing is summed, from
+ * it. */
 void usp_bundle_keep(usp_layer *layer, const usp_bundle *bundle, int to_heads);
 
 /* Toward heads: pack adds copies, post messages; when these have arrived land adds copies. */

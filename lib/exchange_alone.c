@@ -8,7 +8,8 @@ static usp_bundle open(const usp_layer *layer, usp_operand operand, const usp_te
                        int to_heads, usp_arena *arena) {
     usp_dtype dtype = layer->config.dtype;
     int sums = !to_heads && layer->shared[operand];
-    usp_bundle bundle = {.parts = 1, .keys = usp_is_key(operand), .sums = sums, .wire = sums ? USP_F32 : dtype};
+    usp_bundle bundle = {
+        .parts = 1, .keys = usp_is_key(operand), .sums = sums, .wire = sums ? USP_F32 : dtype, .slice = {0, 1}};
     bundle.part[0] = (usp_bundle_part){operand, layer->dim[operand], dtype, dtype, *tokens, *heads};
     usp_bundle_carve(layer, &bundle, arena);
     return bundle;

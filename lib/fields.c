@@ -46,6 +46,9 @@ const usp_layer_field usp_layer_fields[] = {
     {"dlse", offsetof(usp_layer_config, dlse), USP_FIELD_FLAG, USP_SOFTMAX, 0, 0, 1, NULL, NULL},
     {"max_logit", offsetof(usp_layer_config, max_logit), USP_FIELD_FLAG, USP_SOFTMAX, 0, 0, 1, NULL, NULL},
     {"shared_memory", offsetof(usp_layer_config, shared_memory), USP_FIELD_FLAG, 0, 0, 0, 1, NULL, NULL},
+    {"head_groups", offsetof(usp_layer_config, head_groups), USP_FIELD_INT, USP_SOFTMAX, 0, 0, 64, NULL,
+     "Groups of heads, one of which is exchanged while another is worked on, at most; 0: one (0)"},
+    {"reserved", offsetof(usp_layer_config, reserved), USP_FIELD_INT, 0, 0, 0, 0, NULL, NULL},
     {"slopes", offsetof(usp_layer_config, slopes), USP_FIELD_HEADS, USP_SOFTMAX, 0, -FLT_MAX, FLT_MAX, NULL, NULL},
     {0}};
 

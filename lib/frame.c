@@ -85,6 +85,7 @@ static int end_of_bundle(const usp_layer *layer, const usp_frame *frame, int i) 
 
 static usp_bundle bundle_of(const usp_layer *layer, usp_pass pass, const usp_frame *frame, int begin, int end) {
     usp_bundle bundle = {.parts = end - begin, .keys = usp_is_key(frame->rows[begin].like)};
+    bundle.slice.count = frame->rows[begin].form == USP_FORM_TENSOR ? layer->groups : 1;
     for (int i = begin; i < end; i++) bundle.sums |= is_shared_sum(layer, &frame->rows[i]);
     bundle.wire = bundle.sums || frame->rows[begin].form == USP_FORM_ROWS ? USP_F32 : layer->config.dtype;
     for (int i = begin; i < end; i++) {
@@ -181,13 +182,16 @@ static usp_arena rest_of(const usp_arena *workspace) {
     return usp_arena_at(workspace->base ? workspace->base + workspace->used : NULL);
 }
 
-/* Before, in and behind the inner stage the same memory serves what lives then. */
+/* Before, in and behind the inner stage the same memory serves what lives then, but where groups of heads are at each
+ * of the three at once. */
 static void carve_phases(const usp_layer *layer, usp_pass pass, usp_frame *frame, usp_arena *workspace) {
-    usp_arena before = *workspace, stage = *workspace, behind = *workspace;
+    usp_arena before = *workspace, behind = *workspace;
+    int apart = layer->groups > 1;
+    carve_sides(layer, frame->in, frame->ins, apart ? workspace : &before);
+    carve_sides(layer, frame->out, frame->outs, apart ? workspace : &behind);
+    usp_arena stage = *workspace;
     frame->inner.arena = rest_of(workspace);
     layer->attn->measure(layer, pass, 1, &stage);
-    carve_sides(layer, frame->in, frame->ins, &before);
-    carve_sides(layer, frame->out, frame->outs, &behind);
     const usp_arena *const phases[] = {&before, &stage, &behind};
     for (int i = 0; i < 3; i++) {
         if (phases[i]->used > workspace->used) workspace->used = phases[i]->used;

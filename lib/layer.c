@@ -4,6 +4,7 @@
 #include "exchange.h"
 #include "run.h"
 #include "size.h"
+#include "slices.h"
 
 /* ---- checks ------------------------------------------------------------------------------------------------------ */
 
@@ -163,6 +164,7 @@ static usp_status build(usp_layer *layer, const float *decay, const float *slope
     usp_shape shape = shape_of(layer);
     USP_TRY(usp_plan_acquire(layer->sequence, &shape, &layer->plan));
     layer->needs = device->ops->needs(device, &kernels);
+    layer->groups = usp_group_count(layer);
     layer->sizes = usp_run_sizes(layer, carved);
     USP_TRY(allocate_lists(layer, messages));
     USP_TRY(prepare_transport(layer, messages));

@@ -44,6 +44,7 @@ struct usp_layer {
     usp_sizes sizes;
     usp_kernel_needs needs;
     float *decay, *slopes; /* device, own heads; NULL: none */
+    int groups;            /* of heads that are exchanged and worked on one after the other */
     int alike;             /* calls get shared memory, which all ranks carve alike and the transport reaches */
     usp_messages messages;
     usp_copies copies;
@@ -75,6 +76,7 @@ static inline int usp_layer_ring_rank(const usp_layer *layer, int r) {
 /* Message lists. begin empties the layer's list; exchange puts it on the transfer stream, run does so behind what
  * `stream` has now; join makes `stream` wait for it. */
 usp_messages *usp_messages_begin(usp_layer *layer);
+int usp_messages_are_none(const usp_messages *messages);
 /* `there`: where it arrives in what is carved, as all ranks carve it; NULL: anywhere. Counts where `data` is NULL. */
 void usp_messages_send(usp_messages *messages, int peer, const void *data, int64_t bytes, void *there);
 void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t bytes, void *there);

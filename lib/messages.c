@@ -9,6 +9,10 @@ usp_messages *usp_messages_begin(usp_layer *layer) {
     return &layer->messages;
 }
 
+int usp_messages_are_none(const usp_messages *messages) {
+    return !messages->sends && !messages->recvs;
+}
+
 void usp_messages_send_rows(usp_messages *messages, usp_message rows) {
     if (!usp_message_bytes(&rows)) return;
     if (!messages->alike) rows.there = NULL;
@@ -40,7 +44,7 @@ void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t byt
 
 usp_status usp_messages_exchange(usp_layer *layer) {
     const usp_messages *messages = &layer->messages;
-    if (!messages->sends && !messages->recvs) return USP_OK;
+    if (usp_messages_are_none(messages)) return USP_OK;
     return usp_world_exchange(layer->world, messages->send, messages->sends, messages->recv, messages->recvs);
 }
 

@@ -1,6 +1,7 @@
-/* run.c - one forward or backward call as a straight line: carve, exchange in, the kind's ring stage, exchange out.
- * Both passes are one line that walks the kind's operands; it names no kind. With one ulysses rank there is no exchange
- * and the ring stage works on the caller's tensors. */
+/* run.c - one forward or backward call as a straight line: carve, exchange in, the kind's ring stage, exchange out; in
+ * groups of heads one step ahead of the stage and one behind it. Both passes are one line that walks the kind's
+ * operands; it names no kind. With one ulysses rank there is no exchange and the ring stage works on the caller's
+ * tensors. */
 #include "run.h"
 #include "abi.h"
 #include "arguments.h"
@@ -9,63 +10,98 @@
 
 /* ---- one pass ---------------------------------------------------------------------------------------------------- */
 
-/* What stays on this rank is copied while the rest travels. */
-static usp_status exchange(usp_layer *layer, const usp_bundle *bundles, int count, int to_heads, usp_stream stream) {
-    USP_TRY(usp_messages_run(layer, stream));
-    for (int i = 0; i < count; i++) usp_bundle_keep(layer, &bundles[i], to_heads);
-    USP_TRY(usp_copies_run(layer, stream));
-    return usp_messages_join(layer, stream);
+/* What leaves and arrives during step g: of the group behind it and of the one before it. What is of all heads arrives
+ * with the first and leaves with the last. */
+typedef struct crossing {
+    usp_bundle in[USP_MOST_BUNDLES], out[USP_MOST_BUNDLES];
+    int ins, outs, begins, ends;
+} crossing;
+
+/* Of what goes in groups group g; the rest goes whole, with group `with`. Returns how many parts there are: none if
+ * there is no such group. */
+static int parts_of(const usp_layer *layer, const usp_bundle *bundles, int count, int g, int with, usp_bundle *parts) {
+    int found = 0;
+    for (int i = 0; i < count && g >= 0 && g < layer->groups; i++) {
+        int whole = bundles[i].slice.count < layer->groups;
+        if (whole && g != with) continue;
+        parts[found] = bundles[i];
+        parts[found++].slice.number = whole ? 0 : g;
+    }
+    return found;
 }
 
-static void post_in(const usp_layer *layer, const usp_frame *frame, usp_messages *messages) {
-    for (int i = 0; i < frame->ins; i++) usp_bundle_post(layer, &frame->in[i], messages, 1);
+static crossing crossing_of(const usp_layer *layer, const usp_frame *frame, int g) {
+    crossing c = {.begins = g == -1, .ends = g == layer->groups};
+    c.ins = parts_of(layer, frame->in, frame->ins, g + 1, 0, c.in);
+    c.outs = parts_of(layer, frame->out, frame->outs, g - 1, layer->groups - 1, c.out);
+    return c;
 }
 
-static void post_out(const usp_layer *layer, const usp_frame *frame, usp_messages *messages) {
-    for (int i = 0; i < frame->outs; i++) usp_bundle_post(layer, &frame->out[i], messages, 0);
-    for (int i = 0; i < frame->head_outs; i++) usp_heads_post(layer, &frame->head_out[i], messages);
+static void post(const usp_layer *layer, const usp_frame *frame, const crossing *c, usp_messages *messages) {
+    for (int i = 0; i < c->ins; i++) usp_bundle_post(layer, &c->in[i], messages, 1);
+    for (int i = 0; i < c->outs; i++) usp_bundle_post(layer, &c->out[i], messages, 0);
+    for (int i = 0; i < frame->head_outs && c->ends; i++) usp_heads_post(layer, &frame->head_out[i], messages);
 }
 
-static usp_status exchange_in(usp_layer *layer, const usp_frame *frame, usp_stream stream) {
-    for (int i = 0; i < frame->ins; i++) usp_bundle_pack(layer, &frame->in[i]);
-    for (int i = 0; i < frame->head_ins; i++) usp_heads_slice(layer, &frame->head_in[i]);
-    USP_TRY(usp_copies_run(layer, stream));
-    post_in(layer, frame, usp_messages_begin(layer));
-    USP_TRY(exchange(layer, frame->in, frame->ins, 1, stream));
-    for (int i = 0; i < frame->ins; i++) usp_bundle_land(layer, &frame->in[i]);
+static usp_status pack(usp_layer *layer, const usp_frame *frame, const crossing *c, usp_stream stream) {
+    for (int i = 0; i < c->ins; i++) usp_bundle_pack(layer, &c->in[i]);
+    for (int i = 0; i < c->outs; i++) usp_bundle_lift(layer, &c->out[i]);
+    for (int i = 0; i < frame->head_ins && c->begins; i++) usp_heads_slice(layer, &frame->head_in[i]);
     return usp_copies_run(layer, stream);
 }
 
-static usp_status exchange_out(usp_layer *layer, const usp_frame *frame, usp_stream stream) {
-    for (int i = 0; i < frame->outs; i++) usp_bundle_lift(layer, &frame->out[i]);
-    USP_TRY(usp_copies_run(layer, stream));
-    post_out(layer, frame, usp_messages_begin(layer));
-    USP_TRY(exchange(layer, frame->out, frame->outs, 0, stream));
-    for (int i = 0; i < frame->outs; i++) USP_TRY(usp_bundle_unpack(layer, &frame->out[i], stream));
-    for (int i = 0; i < frame->head_outs; i++) usp_heads_unpack(layer, &frame->head_out[i]);
+/* What stays on this rank is copied while the first or last of the rest travels. */
+static usp_status keep(usp_layer *layer, const usp_frame *frame, const crossing *c, usp_stream stream) {
+    for (int i = 0; i < frame->ins && c->begins; i++) usp_bundle_keep(layer, &frame->in[i], 1);
+    for (int i = 0; i < frame->outs && c->ends; i++) usp_bundle_keep(layer, &frame->out[i], 0);
     return usp_copies_run(layer, stream);
 }
 
-static usp_status run_stage(usp_layer *layer, usp_pass pass, usp_frame *frame, usp_stream stream) {
-    frame->inner.stream = stream;
-    return pass == USP_PASS_FORWARD ? layer->attn->forward(layer, &frame->inner)
-                                    : layer->attn->backward(layer, &frame->inner);
+static usp_status unpack(usp_layer *layer, const usp_frame *frame, const crossing *c, usp_stream stream) {
+    for (int i = 0; i < c->ins; i++) usp_bundle_land(layer, &c->in[i]);
+    for (int i = 0; i < c->outs; i++) USP_TRY(usp_bundle_unpack(layer, &c->out[i], stream));
+    for (int i = 0; i < frame->head_outs && c->ends; i++) usp_heads_unpack(layer, &frame->head_out[i]);
+    return usp_copies_run(layer, stream);
+}
+
+/* Group g of heads; none before the first and behind the last. */
+static usp_status run_stage(usp_layer *layer, usp_pass pass, const usp_frame *frame, int g, usp_stream stream) {
+    usp_inner inner = frame->inner;
+    if (g < 0 || g >= layer->groups) return USP_OK;
+    inner.stream = stream;
+    inner.slice = (usp_slice){g, layer->groups};
+    return pass == USP_PASS_FORWARD ? layer->attn->forward(layer, &inner) : layer->attn->backward(layer, &inner);
+}
+
+/* While group g is worked on, the next one arrives and the one before leaves. */
+static usp_status run_step(usp_layer *layer, usp_pass pass, const usp_frame *frame, int g, usp_stream stream) {
+    crossing c = crossing_of(layer, frame, g);
+    USP_TRY(pack(layer, frame, &c, stream));
+    usp_messages *messages = usp_messages_begin(layer);
+    post(layer, frame, &c, messages);
+    int moving = !usp_messages_are_none(messages);
+    if (moving) USP_TRY(usp_messages_run(layer, stream));
+    USP_TRY(keep(layer, frame, &c, stream));
+    USP_TRY(run_stage(layer, pass, frame, g, stream));
+    if (moving) USP_TRY(usp_messages_join(layer, stream));
+    return unpack(layer, frame, &c, stream);
 }
 
 static usp_status run_exchanged(usp_layer *layer, usp_pass pass, usp_frame *frame, usp_stream stream) {
     frame->local.stream = stream;
     if (pass == USP_PASS_BACKWARD && layer->attn->derive)
         USP_TRY(layer->attn->derive(layer, &frame->local, layer->sequence->query.local[layer->mesh.p], layer->heads));
-    USP_TRY(exchange_in(layer, frame, stream));
-    USP_TRY(run_stage(layer, pass, frame, stream));
-    return exchange_out(layer, frame, stream);
+    for (int g = -1; g <= layer->groups; g++) USP_TRY(run_step(layer, pass, frame, g, stream));
+    return USP_OK;
 }
 
 static usp_status run_as_given(usp_layer *layer, usp_pass pass, usp_frame *frame, usp_stream stream) {
-    frame->inner.stream = stream;
+    usp_inner *inner = &frame->inner;
+    inner->stream = stream;
+    inner->slice = (usp_slice){0, 1};
     if (pass == USP_PASS_BACKWARD && layer->attn->derive)
-        USP_TRY(layer->attn->derive(layer, &frame->inner, usp_plan_queries(layer->plan), usp_layer_own_heads(layer)));
-    return run_stage(layer, pass, frame, stream);
+        USP_TRY(layer->attn->derive(layer, inner, usp_plan_queries(layer->plan), usp_layer_own_heads(layer)));
+    return pass == USP_PASS_FORWARD ? layer->attn->forward(layer, inner) : layer->attn->backward(layer, inner);
 }
 
 /* `inner`: the caller's tensors are the inner stage's. */
@@ -172,6 +208,8 @@ void usp_run_count_messages(const usp_layer *layer, usp_pass pass, usp_messages 
     usp_frame frame;
     if (layer->mesh.ulysses == 1) return;
     usp_frame_open(layer, pass, NULL, 1, &kept, &work, &frame);
-    post_in(layer, &frame, count);
-    post_out(layer, &frame, count);
+    for (int g = -1; g <= layer->groups; g++) {
+        crossing c = crossing_of(layer, &frame, g);
+        post(layer, &frame, &c, count);
+    }
 }

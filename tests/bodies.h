@@ -57,6 +57,8 @@ int usp_body_continue(usp_rank *rank, void *argument);
 
 /* Workspace and saved in memory that is registered with every rank: bit for bit the same. */
 int usp_body_shared_memory(usp_rank *rank, void *argument);
+/* Heads in groups give the bits that they give at once (groups.c). argument: none */
+int usp_body_groups(usp_rank *rank, void *argument);
 /* Two data copies with sequences and layers of their own. argument: usp_references */
 int usp_body_unlike_copies(usp_rank *rank, void *argument);
 

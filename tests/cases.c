@@ -106,6 +106,7 @@ static size_t print_mask(const usp_case *c, char *text, size_t capacity) {
     if (c->window_left || c->window_right || c->alignment || c->route)
         n += snprintf(text + n, capacity - (size_t)n, " window%lld/%lld align%d route%d", (long long)c->window_left,
                       (long long)c->window_right, (int)c->alignment, (int)c->route);
+    if (c->head_groups) n += snprintf(text + n, capacity - (size_t)n, " groups%d", c->head_groups);
     if (c->soft_cap > 0 || c->dropout > 0 || c->slopes || c->sinks || c->dlse || c->max_logit)
         n += snprintf(text + n, capacity - (size_t)n, " cap%g drop%g%s%s%s%s", (double)c->soft_cap, (double)c->dropout,
                       c->slopes ? " slopes" : "", c->sinks ? " sinks" : "", c->dlse ? " dlse" : "",
@@ -258,6 +259,7 @@ void usp_case_configure(const usp_case *c, int p, int n, usp_case_configs *confi
                                         .dlse = c->dlse,
                                         .max_logit = c->max_logit,
                                         .shared_memory = c->shared_memory,
+                                        .head_groups = c->head_groups,
                                         .slopes = c->slopes ? configs->slopes : NULL};
 }
 
@@ -330,5 +332,6 @@ usp_case usp_case_random(uint64_t *state, usp_split split, int64_t most) {
         c.state_exchange = (usp_state_exchange)usp_random_below(state, 3);
     }
     c.shared_memory = one_in(state, 3);
+    if (c.attention == USP_SOFTMAX && one_in(state, 2)) c.head_groups = 1 + usp_random_below(state, 4);
     return usp_case_complete(c);
 }

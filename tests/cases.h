@@ -33,6 +33,7 @@ typedef struct usp_case {
     int slopes, sinks, dlse, max_logit;
     int64_t first_key; /* as first_token, of keys that are another tensor */
     int shared_memory; /* 1: workspace and saved are */
+    int head_groups;
 } usp_case;
 
 /* What a create call of the case may do. */

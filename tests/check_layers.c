@@ -54,6 +54,7 @@ static const struct part {
     {"dropped", NULL, usp_body_dropped},
     {"replanned", NULL, usp_body_replanned},
     {"refused_replans", NULL, usp_body_refused_replans},
+    {"groups", NULL, usp_body_groups},
 };
 enum { PARTS = sizeof parts / sizeof parts[0] };
 

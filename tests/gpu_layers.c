@@ -131,6 +131,7 @@ static int run_everything(usp_rank *rank, void *argument) {
                       {"replanned", usp_body_replanned},
                       {"refused replans", usp_body_refused_replans},
                       {"shared memory", usp_body_shared_memory},
+                      {"groups", usp_body_groups},
                       {"not a number", usp_body_not_a_number},
                       {"spread", usp_body_spread}};
     const everything *all = argument;

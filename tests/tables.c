@@ -14,6 +14,9 @@ static const usp_case softmax_cases[] = {
     {.tokens = 61, .layout = USP_LAYOUT_STRIPE, .return_lse = 1},
     {.tokens = 61, .layout = USP_LAYOUT_ZIGZAG_PER_DOCUMENT, .return_lse = 1},
     {.tokens = 61, .layout = USP_LAYOUT_CUSTOM, .return_lse = 1},
+    /* heads in groups, where ulysses alone spreads tokens */
+    {.tokens = 97, .mask = USP_MASK_CAUSAL, .heads = 16, .kv_heads = 8, .head_groups = 2, .return_lse = 1},
+    {.tokens = 61, .layout = USP_LAYOUT_STRIPE, .heads = 24, .head_groups = 3, .sinks = 1, .arrangement = USP_BHSD},
     /* few tokens: ranks without any */
     {.tokens = 0, .mask = USP_MASK_CAUSAL, .return_lse = 1},
     {.tokens = 1, .mask = USP_MASK_CAUSAL, .return_lse = 1},

@@ -57,6 +57,10 @@ Test(properties, same_bits_in_registered_memory) {
     on_sizes(sizes, 3, usp_body_shared_memory);
 }
 
+Test(properties, same_bits_in_groups_of_heads) {
+    on_sizes(sizes, 4, usp_body_groups);
+}
+
 Test(properties, exchange_there_and_back) {
     on_sizes(sizes, 5, usp_body_round_trip);
 }
