@@ -415,8 +415,8 @@ typedef struct usp_layer_config {
                             divide evenly. Calls: INVALID if it is not, MISMATCH where ranks are found to differ */
     int head_groups;     /* with ulysses: own heads are exchanged and worked on in at most so many groups, one group's
                             exchange during another's work, by more launches and in more workspace; usp_layer_describe
-                            says in how many. One, whatever is given, of several batch entries, where keys travel the
-                            ring, and where heads or keys' heads do not divide. The results are the same. 0: one */
+                            says in how many. One, whatever is given, of several batch entries, on rings of several
+                            ranks, and where ulysses does not divide heads and kv_heads. The same bits. 0: one */
     int reserved;        /* 0 */
     const float *slopes; /* ALiBi (arXiv 2108.12409): [heads], host memory, copied; score minus slope times distance
                             from the diagonal; NULL: none */

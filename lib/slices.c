@@ -22,7 +22,7 @@ int usp_group_count(const usp_layer *layer) {
     const usp_layer_config *c = &layer->config;
     int ulysses = layer->mesh.ulysses, keys = layer->total[USP_KEY] / ulysses;
     int count = c->head_groups < keys ? c->head_groups : keys;
-    if (c->attention != USP_SOFTMAX || ulysses == 1 || c->batch > 1 || layer->plan->route.stages > 1) return 1;
+    if (c->attention != USP_SOFTMAX || ulysses == 1 || c->batch > 1 || layer->mesh.ring > 1) return 1;
     if (layer->heads % ulysses || layer->total[USP_KEY] % ulysses) return 1;
     while (count > 1 && keys % count) count--;
     return count > 1 ? count : 1;
