@@ -44,6 +44,8 @@ static usp_status alloc_shared(usp_world *world, size_t bytes, void **memory) {
     int64_t most;
     USP_TRY(usp_world_largest(world, "shared memory", bytes < INT64_MAX ? (int64_t)bytes : INT64_MAX, &most));
     usp_status status = memory ? USP_OK : usp_fail(USP_INVALID, "memory is NULL");
+    if (status == USP_OK && most == INT64_MAX)
+        status = usp_fail(USP_NO_MEMORY, "cannot allocate %lld bytes of shared memory or more", (long long)most);
     if (status == USP_OK) status = usp_host_alloc(&world->host, sizeof(usp_piece), "shared memory", &entry);
     if (status == USP_OK) status = transport->ops->alloc_shared(transport, (size_t)most, &taken);
     status = usp_world_agree(world, status, &(usp_agreement){.what = "shared memory"});
