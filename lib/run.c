@@ -64,16 +64,17 @@ static usp_status unpack(usp_layer *layer, const usp_frame *frame, const crossin
     return usp_copies_run(layer, stream);
 }
 
-/* Group g of heads; none before the first and behind the last. */
-static usp_status run_stage(usp_layer *layer, usp_pass pass, const usp_frame *frame, int g, usp_stream stream) {
+/* Each slice carves the same memory. */
+static usp_status run_stage(usp_layer *layer, usp_pass pass, const usp_frame *frame, usp_slice slice,
+                            usp_stream stream) {
     usp_inner inner = frame->inner;
-    if (g < 0 || g >= layer->groups) return USP_OK;
     inner.stream = stream;
-    inner.slice = (usp_slice){g, layer->groups};
+    inner.slice = slice;
     return pass == USP_PASS_FORWARD ? layer->attn->forward(layer, &inner) : layer->attn->backward(layer, &inner);
 }
 
-/* While group g is worked on, the next one arrives and the one before leaves. */
+/* While group g is worked on, the next one arrives and the one before leaves. Before the first and behind the last
+ * there is none to work on. */
 static usp_status run_step(usp_layer *layer, usp_pass pass, const usp_frame *frame, int g, usp_stream stream) {
     crossing c = crossing_of(layer, frame, g);
     USP_TRY(pack(layer, frame, &c, stream));
@@ -82,7 +83,7 @@ static usp_status run_step(usp_layer *layer, usp_pass pass, const usp_frame *fra
     int moving = !usp_messages_are_none(messages);
     if (moving) USP_TRY(usp_messages_run(layer, stream));
     USP_TRY(keep(layer, frame, &c, stream));
-    USP_TRY(run_stage(layer, pass, frame, g, stream));
+    if (g >= 0 && g < layer->groups) USP_TRY(run_stage(layer, pass, frame, (usp_slice){g, layer->groups}, stream));
     if (moving) USP_TRY(usp_messages_join(layer, stream));
     return unpack(layer, frame, &c, stream);
 }
@@ -96,12 +97,10 @@ static usp_status run_exchanged(usp_layer *layer, usp_pass pass, usp_frame *fram
 }
 
 static usp_status run_as_given(usp_layer *layer, usp_pass pass, usp_frame *frame, usp_stream stream) {
-    usp_inner *inner = &frame->inner;
-    inner->stream = stream;
-    inner->slice = (usp_slice){0, 1};
+    frame->inner.stream = stream;
     if (pass == USP_PASS_BACKWARD && layer->attn->derive)
-        USP_TRY(layer->attn->derive(layer, inner, usp_plan_queries(layer->plan), usp_layer_own_heads(layer)));
-    return pass == USP_PASS_FORWARD ? layer->attn->forward(layer, inner) : layer->attn->backward(layer, inner);
+        USP_TRY(layer->attn->derive(layer, &frame->inner, usp_plan_queries(layer->plan), usp_layer_own_heads(layer)));
+    return run_stage(layer, pass, frame, (usp_slice){0, 1}, stream);
 }
 
 /* `inner`: the caller's tensors are the inner stage's. */

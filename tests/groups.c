@@ -5,7 +5,7 @@
 #include <string.h>
 
 /* Heads worked on in `groups` groups, where ulysses ranks have heads of as many as `expected`: their results are those
- * of all heads at once, bit by bit, and as many bytes cross. */
+ * of all heads at once, bit by bit. */
 static int grouped_case(usp_rank *rank, usp_case c, int groups, int expected) {
     usp_whole one, several;
     usp_stage stage;
