@@ -413,14 +413,14 @@ typedef struct usp_layer_config {
                             at the same place of the same piece on all ranks of the mesh, and saved is given on all or
                             none: transports that can, as peer, then write where tokens belong, if tokens and heads
                             divide evenly. Calls: INVALID if it is not, MISMATCH where ranks are found to differ */
+    const float *slopes; /* ALiBi (arXiv 2108.12409): [heads], host memory, copied; score minus slope times distance
+                            from the diagonal; NULL: none */
     int head_groups;     /* with ulysses: own heads are exchanged and worked on in at most so many groups, one group's
                             exchange during another's work, by more launches and in more workspace; usp_layer_describe
                             says in how many. One, whatever is given, of several batch entries, on rings of several
                             ranks, and where ulysses does not divide heads and kv_heads. The same bits, but for dq of
                             16-bit backward on Hopper GPUs, whose sums may take another order. 0: one */
     int reserved;        /* 0 */
-    const float *slopes; /* ALiBi (arXiv 2108.12409): [heads], host memory, copied; score minus slope times distance
-                            from the diagonal; NULL: none */
 } usp_layer_config;
 
 #define USP_NO_KEYS (-1)

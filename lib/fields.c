@@ -46,14 +46,14 @@ const usp_layer_field usp_layer_fields[] = {
     {"dlse", offsetof(usp_layer_config, dlse), USP_FIELD_FLAG, USP_SOFTMAX, 0, 0, 1, NULL, NULL},
     {"max_logit", offsetof(usp_layer_config, max_logit), USP_FIELD_FLAG, USP_SOFTMAX, 0, 0, 1, NULL, NULL},
     {"shared_memory", offsetof(usp_layer_config, shared_memory), USP_FIELD_FLAG, 0, 0, 0, 1, NULL, NULL},
+    {"slopes", offsetof(usp_layer_config, slopes), USP_FIELD_HEADS, USP_SOFTMAX, 0, -FLT_MAX, FLT_MAX, NULL, NULL},
     {"head_groups", offsetof(usp_layer_config, head_groups), USP_FIELD_INT, USP_SOFTMAX, 0, 0, 64, NULL,
      "Groups of heads, one of which is exchanged while another is worked on, at most; 0: one (0)"},
     {"reserved", offsetof(usp_layer_config, reserved), USP_FIELD_INT, 0, 0, 0, 0, NULL, NULL},
-    {"slopes", offsetof(usp_layer_config, slopes), USP_FIELD_HEADS, USP_SOFTMAX, 0, -FLT_MAX, FLT_MAX, NULL, NULL},
     {0}};
 
 /* A field behind the table's last one would be neither checked nor compared. */
-_Static_assert(offsetof(usp_layer_config, slopes) + sizeof(float *) == sizeof(usp_layer_config), "the table is whole");
+_Static_assert(offsetof(usp_layer_config, reserved) + sizeof(int) == sizeof(usp_layer_config), "the table is whole");
 
 size_t usp_layer_field_size(const usp_layer_field *field) {
     if (field->form == USP_FIELD_HEADS) return sizeof(const float *);
