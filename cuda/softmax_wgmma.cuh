@@ -277,14 +277,13 @@ struct row_pairs {
 
 /* ---- launch ------------------------------------------------------------------------------------------------------ */
 
-/* Starts blocks that stay and ask for jobs, as many as the GPU has multiprocessors. */
+/* Starts blocks that stay and ask for jobs, as many as the GPU has multiprocessors, be there a job for each or not. */
 template <typename... Parameters, typename... More>
 static usp_status launch_staying(const char *what, void (*kernel)(Parameters...), const usp_gpu *gpu,
-                                 const usp_softmax &args, int64_t jobs, int threads, size_t shared, usp_stream stream,
+                                 const usp_softmax &args, int threads, size_t shared, usp_stream stream,
                                  const More &...more) {
-    dim3 grid((unsigned)(jobs < gpu->processors ? jobs : gpu->processors));
     USP_TRY(usp_cuda_clear(static_cast<int *>(args.scratch), USP_WGMMA_SCRATCH / sizeof(int), stream));
-    return usp_cuda_launch(what, kernel, grid, dim3(threads), shared, stream, args, more...);
+    return usp_cuda_launch(what, kernel, dim3((unsigned)gpu->processors), dim3(threads), shared, stream, args, more...);
 }
 
 /* ---- the launchers of the family --------------------------------------------------------------------------------- */

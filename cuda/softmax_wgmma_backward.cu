@@ -33,10 +33,9 @@ template <typename T, typename shape>
 static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
     static_assert(backward_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
     backward_maps maps;
-    int64_t jobs = count_jobs(*args, true, shape::rows);
-    if (jobs == 0) return USP_OK;
+    if (count_jobs(*args, true, shape::rows) == 0) return USP_OK;
     USP_TRY(make_backward_maps<shape>(gpu, *args, &maps));
-    return launch_staying("softmax backward", softmax_wgmma_backward_kernel<T, shape>, gpu, *args, jobs, shape::threads,
+    return launch_staying("softmax backward", softmax_wgmma_backward_kernel<T, shape>, gpu, *args, shape::threads,
                           backward_memory<shape>::bytes, stream, maps, soft_cap_of(*args));
 }
 

@@ -51,14 +51,13 @@ template <typename T, typename shape>
 static usp_status start_shape(const usp_gpu *gpu, const usp_softmax *args, usp_stream stream) {
     static_assert(forward_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
     forward_maps maps;
-    int64_t jobs = count_jobs(*args, false, shape::rows);
-    if (jobs == 0) return USP_OK;
+    if (count_jobs(*args, false, shape::rows) == 0) return USP_OK;
     USP_TRY(make_map(gpu, *args, args->dtype, false, args->q, args->dim, shape::rows, &maps.q));
     USP_TRY(make_map(gpu, *args, args->dtype, true, args->k, args->dim, shape::step, &maps.k));
     USP_TRY(make_map(gpu, *args, args->dtype, true, args->v, args->value_dim, shape::step, &maps.v));
     maps.has_out = shape::boxes_out && args->last && is_copied(*args, false, args->out);
     if (maps.has_out) USP_TRY(make_map(gpu, *args, args->dtype, false, args->out, args->value_dim, 64, &maps.out));
-    return launch_staying("softmax forward", softmax_wgmma_forward_kernel<T, shape>, gpu, *args, jobs, shape::threads,
+    return launch_staying("softmax forward", softmax_wgmma_forward_kernel<T, shape>, gpu, *args, shape::threads,
                           forward_memory<shape>::bytes, stream, maps, soft_cap_of(*args));
 }
 

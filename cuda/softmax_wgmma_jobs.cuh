@@ -37,6 +37,7 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
     job_deals &deals;
     turn<DEALS> at;
     int items, lines, bundle, last; /* last: forward, the first line of the last bundle */
+    int run;                        /* in order: jobs of a head that go one way, or none if all do */
     number asked;                   /* by the first thread: the number to come, or none */
 
     /* `asked_`: by the first warp, its first number, which is on its way while the list is looked at.
@@ -54,25 +55,25 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
         bundle = KEY_ROWS && !IN_ORDER && long_heads ? LONG_BUNDLE : USP_SOFTMAX_BUNDLE;
         if (count.even && (KEY_ROWS || !long_heads)) bundle = 1;
         last = max(lines - 1 - bundle, 0) / bundle * bundle;
+        run = IN_ORDER ? run_of(min(bundle, lines * max(args.slices, 1))) : 0;
     }
 
-    /* The item of a rank, or the rank of an item, where `width` heads are worked on side by side. In order, a job of a
-     * causal mask would wait until the one before it, which begins two steps sooner, has come to where it begins
-     * itself. So where a head has few jobs, and none goes through several heads, they are cut into runs, of two jobs of
-     * every block that works on the head, and every other run goes backward: its jobs come one behind the other. With
-     * many jobs, or smaller ones, which begin a step sooner, that costs what it gives: jobs that are far apart find
-     * less in the cache. */
-    __device__ __forceinline__ int ranked(int item, int width) const {
-        int run = 2 * (int)gridDim.x / width;
-        bool few = items * parts <= FEW_RUNS * run && args.heads == args.key_heads;
-        if (!IN_ORDER || !few || run < 2 || item / run % 2) return item;
+    /* In order, a job of a causal mask would wait until the one before it, which begins two steps sooner, has come to
+     * where it begins itself. So where a head has few jobs, and none goes through several heads, they are cut into
+     * runs, of two jobs of every block that works on the head, and every other run goes backward: its jobs come one
+     * behind the other. With many jobs, or smaller ones, which begin a step sooner, that costs what it gives: jobs that
+     * are far apart find less in the cache. The order is that of the whole call, `width` of whose heads are worked on
+     * side by side, in whatever slices it comes. */
+    __device__ __forceinline__ int run_of(int width) const {
+        int jobs = 2 * (int)gridDim.x / width;
+        return jobs > 1 && items * parts <= FEW_RUNS * jobs && args.heads == args.key_heads ? jobs : 0;
+    }
+
+    /* The item of a rank of a head, or the rank of an item. */
+    __device__ __forceinline__ int ranked(int item) const {
+        if (!IN_ORDER || run == 0 || item / run % 2) return item;
         int first = item / run * run;
         return first + min(first + run, items) - 1 - item;
-    }
-
-    /* Backward: heads of the bundle that has this line. */
-    __device__ __forceinline__ int width_at(int line) const {
-        return min(bundle, lines - line / bundle * bundle);
     }
 
     static __device__ __forceinline__ number ask(const usp_softmax &args) {
@@ -115,7 +116,7 @@ template <int ROWS, bool KEY_ROWS, bool IN_ORDER = false> struct job_list {
         int first = (int)(n / ((number)items * (number)bundle)) * bundle, width = min(bundle, lines - first);
         if (!KEY_ROWS && first >= last) first = last, width = lines - last;
         int rest = (int)(n - (number)first * (number)items), line = first + rest % width;
-        int item = ranked(rest / width, width), skipped = item % parts * ROWS, heads = (int)heads_of(args, KEY_ROWS);
+        int item = ranked(rest / width), skipped = item % parts * ROWS, heads = (int)heads_of(args, KEY_ROWS);
         const usp_work *work = tiles_of(args, KEY_ROWS).work + item / parts;
         bool idle = !KEY_ROWS && !args.first && !args.last && work->tiles == 0;
         if (idle || work->count <= skipped) return {nullptr, 0, -1, 0, 0};

@@ -13,16 +13,15 @@
 template <int ROWS> struct query_turns {
     using job_list_type = job_list<ROWS, true, true>;
     const job_list_type &list;
-    int rank, width, head; /* width: key heads side by side */
-    int *turn;             /* of the cells of `head` */
+    int rank, head;
+    int *turn;         /* of the cells of `head` */
     int before, until; /* the rank of the job before this one, -1 if none, in cells from the last one asked for on */
     int held;          /* the first cell whose turn has not come */
 
     __device__ __forceinline__ query_turns(const job_list_type &list_, const softmax_job &job)
-        : list(list_), width(list.width_at(job.batch * (int)heads_of(list.args, true) + job.head)), head(-1),
-          turn(nullptr), before(-1), until(0), held(0) {
+        : list(list_), head(-1), turn(nullptr), before(-1), until(0), held(0) {
         int item = (int)(job.work - list.args.by_key.work) * list.parts + (job.begin - job.work->begin) / ROWS;
-        rank = list.ranked(item, width);
+        rank = list.ranked(item);
     }
 
     static __device__ __forceinline__ int cell_of(int row) {
@@ -40,7 +39,7 @@ template <int ROWS> struct query_turns {
 
     /* Whether the job of a rank sees queries of a cell, and the first cell behind where that may be otherwise. */
     __device__ __forceinline__ bool sees(int other, int cell, int &end) const {
-        int item = list.ranked(other, width);
+        int item = list.ranked(other);
         const usp_work *work = list.args.by_key.work + item / list.parts;
         end = INT_MAX;
         if (work->count <= item % list.parts * ROWS) return false;

@@ -235,10 +235,9 @@ template <typename T> static usp_status start(const usp_gpu *gpu, const usp_soft
     using shape = wide_shape;
     static_assert(wide_memory<shape>::bytes <= 227 * 1024, "tiles must fit a Hopper GPU");
     backward_maps maps;
-    int64_t jobs = count_jobs(*args, true, shape::rows);
-    if (jobs == 0) return USP_OK;
+    if (count_jobs(*args, true, shape::rows) == 0) return USP_OK;
     USP_TRY(make_backward_maps<shape>(gpu, *args, &maps));
-    return launch_staying("softmax backward", softmax_wgmma_wide_kernel<T, shape>, gpu, *args, jobs, shape::threads,
+    return launch_staying("softmax backward", softmax_wgmma_wide_kernel<T, shape>, gpu, *args, shape::threads,
                           wide_memory<shape>::bytes, stream, maps);
 }
 

@@ -418,8 +418,7 @@ typedef struct usp_layer_config {
     int head_groups;     /* with ulysses: own heads are exchanged and worked on in at most so many groups, one group's
                             exchange during another's work, by more launches and in more workspace; usp_layer_describe
                             says in how many. One, whatever is given, of several batch entries, on rings of several
-                            ranks, and where ulysses does not divide heads and kv_heads. The same bits, but for dq of
-                            16-bit backward on Hopper GPUs, whose sums may take another order. 0: one */
+                            ranks, and where ulysses does not divide heads and kv_heads. The same bits. 0: one */
     int reserved;        /* 0 */
 } usp_layer_config;
 

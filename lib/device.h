@@ -104,6 +104,8 @@ typedef struct usp_softmax {
     usp_pairs pairs;
     usp_tiles by_query, by_key; /* rows are queries; rows are keys (backward) */
     int deterministic;          /* 1: no kernel whose result depends on timing */
+    int slices;                 /* of a call's heads, alike, one of which this is, 0 being 1: an order of sums that
+                                   follows from heads follows from the whole call's */
     int first, last;            /* of the blocks of keys that are folded into these queries. first: what is kept begins
                                    here; last: it is completed, by the sinks too, and results are written. by_query has
                                    every row of the queries in one item if first or last, by_key every row always */

@@ -41,6 +41,7 @@ usp_softmax usp_slice_of(const usp_softmax *whole, usp_slice slice) {
     usp_softmax part = *whole;
     int heads = whole->heads / slice.count, keys = whole->key_heads / slice.count;
     int head = slice.number * heads, key = slice.number * keys;
+    part.slices = slice.count;
     part.heads = heads;
     part.key_heads = keys;
     part.q = usp_from_head(whole->q, whole->dtype, head);

@@ -1,6 +1,6 @@
 /* slices.h - work in slices of heads, so that one slice travels while another is worked on: the last stage of a ring's
  * backward pass, where the gradients of keys go home, and groups of heads in the head exchange. A head's results do not
- * depend on which others are worked on beside it, but for the order in which Hopper GPUs sum dq. */
+ * depend on which others are worked on beside it. */
 #ifndef USP_SLICES_H
 #define USP_SLICES_H
 #include "layer.h"

@@ -6,6 +6,7 @@
 
 #include "../cuda/softmax.h"
 #include "../lib/dropout.h"
+#include "../lib/slices.h"
 #include "gpu_softmax.h"
 
 /* ---- cases ------------------------------------------------------------------------------------------------------- */
@@ -331,11 +332,20 @@ static usp_status attend(const usp_gpu_world *w, const usp_gpu_softmax *s, const
     return (backward ? usp_cuda_softmax_backward : usp_cuda_softmax_forward)(&gpu, a, w->stream);
 }
 
+static usp_status attend_slices(const usp_gpu_world *w, const usp_gpu_softmax *s, const usp_softmax *whole) {
+    usp_status status = USP_OK;
+    for (int i = 0; i < s->slices && status == USP_OK; i++) {
+        usp_softmax a = usp_slice_of(whole, (usp_slice){i, s->slices});
+        status = attend(w, s, &a, 1);
+    }
+    return status;
+}
+
 static usp_status attend_blocks(const usp_gpu_world *w, const usp_gpu_softmax *s, int backward) {
     usp_status status = USP_OK;
     for (int i = 0; i < s->blocks && status == USP_OK; i++) {
         usp_softmax a = usp_gpu_softmax_args(w, s, i);
-        status = attend(w, s, &a, backward);
+        status = backward && s->slices ? attend_slices(w, s, &a) : attend(w, s, &a, backward);
     }
     return status;
 }

@@ -48,6 +48,7 @@ typedef struct usp_gpu_softmax {
     int processors; /* that kernels are told the GPU has; 0: the truth */
     int portable;   /* kernels that run on every GPU, and sum in one order */
     int deterministic;
+    int slices; /* of the heads of one batch entry, that backward works on one after the other; 0: 1 */
     usp_gpu_pairs pairs;
     size_t query_at, low_at, high_at, diagonal_at, key_at[USP_GPU_KEY_BLOCKS], last_at[USP_GPU_KEY_BLOCKS];
     size_t slopes_at, sinks_at, state_at;
