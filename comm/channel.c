@@ -78,10 +78,13 @@ static usp_status channel_allgather(usp_control *control, const void *mine, void
     return status;
 }
 
-void usp_channel_progress(usp_control *control, uint64_t exchanges, int waiting_for) {
-    usp_channel *channel = usp_channel_of(control);
-    atomic_store(&channel->exchanges, exchanges);
-    atomic_store(&channel->waits_for, waiting_for);
+uint64_t usp_channel_enter(usp_control *control) {
+    usp_channel_await(control, USP_NOBODY);
+    return atomic_fetch_add(&usp_channel_of(control)->exchanges, 1) + 1;
+}
+
+void usp_channel_await(usp_control *control, int peer) {
+    atomic_store(&usp_channel_of(control)->waits_for, peer);
 }
 
 static void channel_note_plan(usp_control *control, int ranks, uint64_t hash) {

@@ -52,13 +52,26 @@ usp_status usp_meeting_note(usp_meeting *meeting, usp_status status) {
     return mine->status == USP_OK ? USP_OK : usp_fail((usp_status)mine->status, "%s", mine->sentence);
 }
 
+static size_t bytes_of(const usp_meeting *meeting) {
+    return (sizeof(usp_card) + sizeof(int)) * (size_t)meeting->bootstrap.size;
+}
+
 /* Not by the caller's allocator: a rank that has no memory must be able to say so. */
 static usp_status map_cards(usp_meeting *meeting) {
-    size_t bytes = sizeof(usp_card) * (size_t)meeting->bootstrap.size;
+    size_t bytes = bytes_of(meeting);
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return usp_fail(USP_NO_MEMORY, "cannot map %zu bytes for a meeting", bytes);
     meeting->all = memory;
+    meeting->node = (int *)(void *)(meeting->all + meeting->bootstrap.size);
     return USP_OK;
+}
+
+static void find_nodes(usp_meeting *meeting) {
+    for (int rank = 0; rank < meeting->bootstrap.size; rank++) {
+        int first = 0;
+        while (meeting->all[first].node != meeting->all[rank].node) first++;
+        meeting->node[rank] = first;
+    }
 }
 
 usp_status usp_meet(usp_meeting *meeting) {
@@ -67,10 +80,11 @@ usp_status usp_meet(usp_meeting *meeting) {
     usp_status status = bootstrap->gather(bootstrap->user, &meeting->mine, meeting->all, sizeof(usp_card));
     USP_TRY(usp_meeting_note(meeting, USP_OK));
     for (int i = 0; i < bootstrap->size; i++) usp_text_clean(meeting->all[i].sentence, sizeof meeting->all[i].sentence);
+    if (status == USP_OK) find_nodes(meeting);
     return status == USP_OK ? judge(meeting->all, bootstrap->size) : status;
 }
 
 void usp_meeting_end(usp_meeting *meeting) {
-    if (meeting->all) munmap(meeting->all, sizeof(usp_card) * (size_t)meeting->bootstrap.size);
+    if (meeting->all) munmap(meeting->all, bytes_of(meeting));
     meeting->all = NULL;
 }

@@ -34,13 +34,14 @@ typedef struct usp_meeting {
     usp_bootstrap bootstrap;
     usp_card mine;
     usp_card *all; /* [size] */
+    int *node;     /* [size] the first rank on the same host; there with `all` */
 } usp_meeting;
 
 /* Notes how a part of this rank's own preparation went; the first failure counts. Returns it,
  * with its sentence. */
 usp_status usp_meeting_note(usp_meeting *meeting, usp_status status);
 /* Collective over the bootstrap. The same verdict on all ranks: this rank's own failure, else PEER_FAILED naming a rank
- * that failed and why, else MISMATCH naming the term and two ranks, else OK and `all` is there. */
+ * that failed and why, else MISMATCH naming the term and two ranks, else OK and `all` and `node` are there. */
 usp_status usp_meet(usp_meeting *meeting);
 void usp_meeting_end(usp_meeting *meeting); /* of one that never met too */
 

@@ -27,7 +27,6 @@ typedef struct usp_transfer {
 typedef struct usp_mpi {
     usp_transport base;
     MPI_Comm comm;
-    uint64_t exchanges;
     unsigned *sent, *received; /* [size]: messages so far, one array for both */
 
     /* of the exchange that runs; [capacity], which grows until the largest exchange has been seen */
@@ -164,7 +163,7 @@ static usp_status complete(usp_mpi *self) {
     int left = self->count;
     for (int round = 0; left > 0; round++) {
         int before = left, peer = first_waited_for(self);
-        usp_channel_progress(self->base.control, self->exchanges, peer);
+        usp_channel_await(self->base.control, peer);
         USP_TRY(collect(self, &left));
         USP_TRY(usp_channel_poll(self->base.control));
         if (left == 0) break;
@@ -173,7 +172,7 @@ static usp_status complete(usp_mpi *self) {
         if (left < before) round = 0;
         usp_pause(round);
     }
-    usp_channel_progress(self->base.control, self->exchanges, -1);
+    usp_channel_await(self->base.control, -1);
     return USP_OK;
 }
 
@@ -198,12 +197,13 @@ static usp_status mpi_prepare(usp_transport *transport, int64_t messages, size_t
     return reserve(mpi_of(transport), requests);
 }
 
-static usp_status mpi_exchange(usp_transport *transport, const usp_message *sends, int send_count,
+static usp_status mpi_exchange(usp_transport *transport, int lane, const usp_message *sends, int send_count,
                                const usp_message *recvs, int recv_count, usp_stream stream) {
     usp_mpi *self = mpi_of(transport);
+    (void)lane;
     USP_TRY(usp_list_check(transport, sends, send_count, recvs, recv_count));
     USP_TRY(usp_channel_poll(transport->control));
-    usp_channel_progress(self->base.control, ++self->exchanges, -1);
+    usp_channel_enter(self->base.control);
     usp_status status = usp_list_pack(transport->device, sends, send_count, stream);
     if (status == USP_OK) status = post_all(self, sends, send_count, recvs, recv_count);
     if (status == USP_OK) status = complete(self);
@@ -330,7 +330,7 @@ static usp_status begin(const usp_transport_config *config, MPI_Comm borrowed, u
         return status;
     }
     usp_mpi *self = memory;
-    self->base = (usp_transport){&mpi_ops, rank, size, config->timeout_ms, config->device, config->host, NULL};
+    self->base = (usp_transport){&mpi_ops, rank, size, config->timeout_ms, config->device, config->host, NULL, NULL};
     self->comm = MPI_COMM_NULL;
     self->sent = messages;
     self->received = self->sent + size;

@@ -122,21 +122,21 @@ static ncclResult_t launch(usp_nccl *self, const usp_lists *lists, usp_stream st
 
 /* Notes where the exchange ends in the stream, so that watch can tell when work is overdue. A graph in capture is
  * skipped: what it holds runs when it is launched, and then nobody passes here. */
-static usp_status set_probe(usp_nccl *self, usp_stream stream) {
+static usp_status set_probe(usp_nccl *self, int lane, usp_stream stream) {
     const usp_device_ops *ops = self->base.device->ops;
     int capturing = 0;
     USP_TRY(ops->capturing(self->base.device, stream, &capturing));
     if (capturing) self->captured = 1;
     if (capturing) return USP_OK;
     pthread_mutex_lock(&self->lock);
-    usp_status status = usp_probes_record(self->base.device, &self->probes, stream);
+    usp_status status = usp_probes_record(self->base.device, &self->probes, lane, stream);
     pthread_mutex_unlock(&self->lock);
     return status;
 }
 
 static usp_status fail_launch(usp_nccl *self, ncclResult_t result, int peer) {
     char what[64];
-    snprintf(what, sizeof what, "exchange %llu, rank %d", (unsigned long long)self->exchanges, peer);
+    snprintf(what, sizeof what, "an exchange with rank %d", peer);
     return usp_nccl_give_up(self, usp_nccl_fail(self->base.rank, peer < 0 ? "the exchange" : what, result));
 }
 
@@ -150,20 +150,20 @@ static usp_status move(usp_nccl *self, const usp_lists *lists, usp_stream stream
     return usp_nccl_settle(self, result, "the exchange");
 }
 
-static usp_status nccl_exchange(usp_transport *transport, const usp_message *sends, int send_count,
+/* The communicator serves one stream after the other: all lanes are one queue. */
+static usp_status nccl_exchange(usp_transport *transport, int lane, const usp_message *sends, int send_count,
                                 const usp_message *recvs, int recv_count, usp_stream stream) {
     usp_nccl *self = usp_nccl_of(transport);
     const usp_lists lists = {sends, recvs, send_count, recv_count};
     USP_TRY(usp_list_check(transport, sends, send_count, recvs, recv_count));
     USP_TRY(usp_nccl_check(self));
-    self->exchanges++;
-    usp_channel_progress(self->base.control, self->exchanges, -1);
+    usp_channel_enter(self->base.control);
     if (usp_list_is_empty(sends, send_count) && usp_list_is_empty(recvs, recv_count)) return USP_OK;
     usp_status status = usp_list_pack(transport->device, sends, send_count, stream);
     if (status != USP_OK) return usp_nccl_give_up(self, status);
     USP_TRY(move(self, &lists, stream));
     status = usp_list_unpack(transport->device, recvs, recv_count, stream);
-    if (status == USP_OK) status = set_probe(self, stream);
+    if (status == USP_OK) status = set_probe(self, lane, stream);
     return status == USP_OK ? USP_OK : usp_nccl_give_up(self, status);
 }
 
@@ -172,13 +172,13 @@ static usp_status nccl_exchange(usp_transport *transport, const usp_message *sen
 static usp_status nccl_watch(usp_transport *transport) {
     usp_nccl *self = usp_nccl_of(transport);
     ncclResult_t result = ncclSuccess;
-    int late = 0;
+    int busy = 0, late = 0;
     if (!usp_nccl_lock_within(self, 0)) return USP_OK; /* another thread is in a call, and will see its result */
     if (self->comm != NULL) {
         ncclResult_t query = ncclCommGetAsyncError(self->comm, &result);
         if (query != ncclSuccess) result = query;
     }
-    usp_status status = usp_probes_query(transport->device, &self->probes, transport->timeout_ms, &late);
+    usp_status status = usp_probes_query(transport->device, &self->probes, transport->timeout_ms, &busy, &late);
     pthread_mutex_unlock(&self->lock);
     if (usp_nccl_went_wrong(result))
         return usp_nccl_give_up(self, usp_nccl_fail(transport->rank, "the communicator", result));

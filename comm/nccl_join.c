@@ -56,7 +56,8 @@ static usp_status begin(const usp_transport_config *config, int size, int rank, 
         return status;
     }
     usp_nccl *self = memory;
-    self->base = (usp_transport){&usp_nccl_ops, rank, size, config->timeout_ms, config->device, config->host, NULL};
+    self->base =
+        (usp_transport){&usp_nccl_ops, rank, size, config->timeout_ms, config->device, config->host, NULL, NULL};
     self->gpu = gpu;
     self->release = release;
     pthread_mutex_init(&self->lock, NULL);
@@ -89,7 +90,7 @@ static usp_status exchange_blocks(usp_nccl *self, char *all, size_t bytes, usp_s
         sends[count] = usp_message_whole(peer, all + (size_t)rank * bytes, bytes);
         recvs[count++] = usp_message_whole(peer, all + (size_t)peer * bytes, bytes);
     }
-    usp_status status = usp_nccl_ops.exchange(&self->base, sends, count, recvs, count, stream);
+    usp_status status = usp_nccl_ops.exchange(&self->base, 0, sends, count, recvs, count, stream);
     usp_host_free(self->base.host, memory);
     return status;
 }

@@ -37,7 +37,6 @@ typedef struct usp_nccl {
     usp_transport base;
     int gpu;
     int connected; /* to the other ranks: one that is behind can be named */
-    uint64_t exchanges;
 
     /* one NCCL call at a time, and this paragraph; never held while waiting for another rank */
     pthread_mutex_t lock;

@@ -72,20 +72,27 @@ static usp_status move_round(usp_peer *self, usp_peer_flow *flow, char *slot, us
     return USP_OK;
 }
 
-static usp_status send_round(usp_peer *self, int peer, usp_peer_batch *batch, usp_stream stream) {
+/* One call of exchange, and what it is about to do to flags. */
+typedef struct errand {
+    int lane;
+    usp_stream stream;
+    usp_peer_batch batch;
+} errand;
+
+static usp_status send_round(usp_peer *self, int peer, errand *e) {
     int rank = self->base.rank;
-    char *slot = usp_pieces_reach(&self->pieces, peer, usp_peer_slot(self, peer, rank), 1);
-    USP_TRY(usp_peer_await(self, batch, &usp_peer_flags_of(self, rank, peer)->ready, stream));
-    USP_TRY(usp_peer_run(self, batch, stream));
-    USP_TRY(move_round(self, &self->other[peer].out, slot, stream));
-    return usp_peer_set(self, batch, &usp_peer_flags_of(self, peer, rank)->full, stream);
+    char *slot = usp_pieces_reach(&self->pieces, peer, usp_peer_slot(self, e->lane, peer, rank), 1);
+    USP_TRY(usp_peer_await(self, &e->batch, &usp_peer_flags_of(self, e->lane, rank, peer)->ready, e->stream));
+    USP_TRY(usp_peer_run(self, &e->batch, e->stream));
+    USP_TRY(move_round(self, &self->other[peer].out, slot, e->stream));
+    return usp_peer_set(self, &e->batch, &usp_peer_flags_of(self, e->lane, peer, rank)->full, e->stream);
 }
 
-static usp_status receive_round(usp_peer *self, int peer, usp_peer_batch *batch, usp_stream stream) {
+static usp_status receive_round(usp_peer *self, int peer, errand *e) {
     int rank = self->base.rank;
-    USP_TRY(usp_peer_await(self, batch, &usp_peer_flags_of(self, rank, peer)->full, stream));
-    USP_TRY(usp_peer_run(self, batch, stream));
-    return move_round(self, &self->other[peer].in, usp_peer_slot(self, rank, peer), stream);
+    USP_TRY(usp_peer_await(self, &e->batch, &usp_peer_flags_of(self, e->lane, rank, peer)->full, e->stream));
+    USP_TRY(usp_peer_run(self, &e->batch, e->stream));
+    return move_round(self, &self->other[peer].in, usp_peer_slot(self, e->lane, rank, peer), e->stream);
 }
 
 /* ---- exchange ---------------------------------------------------------------------------------------------------- */
@@ -95,17 +102,16 @@ static int moves(const usp_peer_flow *flow) {
 }
 
 /* Peers in an order in which not all ranks write to the same one. */
-static usp_status run_round(usp_peer *self, usp_stream stream) {
+static usp_status run_round(usp_peer *self, errand *e) {
     int size = self->base.size, rank = self->base.rank;
-    usp_peer_batch batch = {.count = 0};
     for (int peer = 0; peer < size; peer++)
         if (moves(&self->other[peer].in))
-            USP_TRY(usp_peer_set(self, &batch, &usp_peer_flags_of(self, peer, rank)->ready, stream));
+            USP_TRY(usp_peer_set(self, &e->batch, &usp_peer_flags_of(self, e->lane, peer, rank)->ready, e->stream));
     for (int i = 1; i < size; i++)
-        if (moves(&self->other[(rank + i) % size].out)) USP_TRY(send_round(self, (rank + i) % size, &batch, stream));
+        if (moves(&self->other[(rank + i) % size].out)) USP_TRY(send_round(self, (rank + i) % size, e));
     for (int i = size - 1; i > 0; i--)
-        if (moves(&self->other[(rank + i) % size].in)) USP_TRY(receive_round(self, (rank + i) % size, &batch, stream));
-    return usp_peer_run(self, &batch, stream);
+        if (moves(&self->other[(rank + i) % size].in)) USP_TRY(receive_round(self, (rank + i) % size, e));
+    return usp_peer_run(self, &e->batch, e->stream);
 }
 
 static int anything_moves(const usp_peer *self) {
@@ -119,18 +125,19 @@ static usp_peer_flow flow_of(const usp_message *messages, int count, int peer, i
 }
 
 static usp_status move_all(usp_peer *self, const usp_message *sends, int send_count, const usp_message *recvs,
-                           int recv_count, usp_stream stream) {
+                           int recv_count, errand *e) {
     for (int peer = 0; peer < self->base.size; peer++) {
         self->other[peer].out = flow_of(sends, send_count, peer, 1);
         self->other[peer].in = flow_of(recvs, recv_count, peer, 0);
     }
-    while (anything_moves(self)) USP_TRY(run_round(self, stream));
+    while (anything_moves(self)) USP_TRY(run_round(self, e));
     return USP_OK;
 }
 
 static usp_status check_places(const usp_peer *self, const usp_message *messages, int count) {
     for (int i = 0; i < count; i++) {
         const usp_message *m = &messages[i];
+        USP_REQUIRE(self->other[m->peer].near, "rank %d is on another host", m->peer);
         USP_REQUIRE(!m->there || usp_pieces_reach(&self->pieces, m->peer, m->there, usp_message_extent(m)),
                     "a message to or from rank %d arrives outside of shared memory", m->peer);
     }
@@ -138,28 +145,29 @@ static usp_status check_places(const usp_peer *self, const usp_message *messages
 }
 
 /* A graph in capture is skipped: what it holds runs when it is launched, and then nobody passes here. */
-static usp_status set_probe(usp_peer *self, usp_stream stream) {
+static usp_status set_probe(usp_peer *self, int lane, usp_stream stream) {
     usp_device *device = self->base.device;
     int capturing = 0;
     USP_TRY(device->ops->capturing(device, stream, &capturing));
     if (capturing) return USP_OK;
     pthread_mutex_lock(&self->lock);
-    usp_status status = usp_probes_record(device, &self->probes, stream);
+    usp_status status = usp_probes_record(device, &self->probes, lane, stream);
     pthread_mutex_unlock(&self->lock);
     return status;
 }
 
-static usp_status peer_exchange(usp_transport *transport, const usp_message *sends, int send_count,
+static usp_status peer_exchange(usp_transport *transport, int lane, const usp_message *sends, int send_count,
                                 const usp_message *recvs, int recv_count, usp_stream stream) {
     usp_peer *self = usp_peer_of(transport);
+    errand e = {.lane = lane, .stream = stream};
     USP_TRY(usp_list_check(transport, sends, send_count, recvs, recv_count));
     USP_TRY(check_places(self, sends, send_count));
     USP_TRY(check_places(self, recvs, recv_count));
     USP_TRY(usp_channel_poll(transport->control));
-    usp_channel_progress(transport->control, ++self->exchanges, -1);
+    usp_channel_enter(transport->control);
     if (usp_list_is_empty(sends, send_count) && usp_list_is_empty(recvs, recv_count)) return USP_OK;
-    usp_status status = move_all(self, sends, send_count, recvs, recv_count, stream);
-    if (status == USP_OK) status = set_probe(self, stream);
+    usp_status status = move_all(self, sends, send_count, recvs, recv_count, &e);
+    if (status == USP_OK) status = set_probe(self, lane, stream);
     return status == USP_OK ? USP_OK : give_up(self, status);
 }
 
@@ -171,9 +179,9 @@ static void *peer_reach(usp_transport *transport, int peer, const void *memory) 
 
 static usp_status peer_watch(usp_transport *transport) {
     usp_peer *self = usp_peer_of(transport);
-    int late = 0;
+    int busy = 0, late = 0;
     if (pthread_mutex_trylock(&self->lock) != 0) return USP_OK; /* an exchange is being enqueued */
-    usp_status status = usp_probes_query(transport->device, &self->probes, transport->timeout_ms, &late);
+    usp_status status = usp_probes_query(transport->device, &self->probes, transport->timeout_ms, &busy, &late);
     pthread_mutex_unlock(&self->lock);
     if (status != USP_OK) return give_up(self, status);
     return late ? usp_channel_overdue(transport->control, -1) : USP_OK;
@@ -181,12 +189,11 @@ static usp_status peer_watch(usp_transport *transport) {
 
 /* Looks whether what exchanges have begun is done, but for graphs. A GPU that has failed does nothing more. */
 static int is_idle(usp_peer *self) {
-    int late = 0;
+    int busy = 0, late = 0;
     pthread_mutex_lock(&self->lock);
-    usp_status status = usp_probes_query(self->base.device, &self->probes, -1, &late);
-    int idle = status != USP_OK || self->probes.passed == self->probes.set;
+    usp_status status = usp_probes_query(self->base.device, &self->probes, -1, &busy, &late);
     pthread_mutex_unlock(&self->lock);
-    return idle;
+    return status != USP_OK || !busy;
 }
 
 static void await_idle(usp_peer *self, int milliseconds) {
@@ -202,7 +209,8 @@ static void peer_stop(usp_transport *transport, int milliseconds) {
 
 /* ---- the end ----------------------------------------------------------------------------------------------------- */
 
-/* What is not done by then fails all ranks: it must not pass for what it is not. A rank whose line ends has let go. */
+/* What is not done by then fails all ranks: it must not pass for what it is not. A rank whose line ends has let go. The
+ * control of a guest stays: others use it. */
 static void finish(usp_peer *self) {
     usp_control *control = self->base.control;
     if (usp_channel_poll(control) == USP_OK) await_idle(self, USP_PEER_LIMIT_MS);
@@ -211,7 +219,7 @@ static void finish(usp_peer *self) {
     if (usp_channel_poll(control) != USP_OK) peer_stop(&self->base, USP_PEER_LIMIT_MS);
     if (is_idle(self)) usp_peer_let_go(self);
     for (int peer = 0; peer < self->base.size; peer++) self->other[peer].lost = usp_channel_has_lost(control, peer);
-    usp_channel_leave(control);
+    if (!self->guest) usp_channel_leave(control);
 }
 
 static void free_parts(usp_peer *self) {
@@ -219,6 +227,7 @@ static void free_parts(usp_peer *self) {
     usp_probes_destroy(self->base.device, &self->probes);
     usp_peer_close_board(self);
     pthread_mutex_destroy(&self->lock);
+    usp_host_free(self->base.host, self->words);
     usp_host_free(self->base.host, self);
 }
 

@@ -14,15 +14,18 @@
 
 /* ---- the board --------------------------------------------------------------------------------------------------- */
 
-static size_t board_bytes(int size) {
-    size_t ranks = (size_t)size;
-    return ranks * ranks * sizeof(usp_peer_flags) + ranks * sizeof(uint32_t);
+static size_t flag_count(const usp_peer *self) {
+    return (size_t)USP_LANES * (size_t)self->seats * (size_t)self->seats;
+}
+
+static size_t board_bytes(const usp_peer *self) {
+    return flag_count(self) * sizeof(usp_peer_flags) + (size_t)self->seats * sizeof(uint32_t);
 }
 
 /* Maps the file of this descriptor, for the GPU too, and closes it. */
 static usp_status map_board(usp_peer *self, int file) {
     usp_peer_board *board = &self->board;
-    size_t bytes = board_bytes(self->base.size);
+    size_t bytes = board_bytes(self);
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     close(file);
     if (memory == MAP_FAILED) return usp_fail(USP_UNSUPPORTED, "cannot map %zu bytes: %s", bytes, strerror(errno));
@@ -37,7 +40,7 @@ static usp_status map_board(usp_peer *self, int file) {
     }
     board->flags = memory;
     board->there = there;
-    board->left = (uint32_t *)(board->flags + (size_t)self->base.size * (size_t)self->base.size);
+    board->left = (uint32_t *)(board->flags + flag_count(self));
     board->bytes = bytes;
     return USP_OK;
 }
@@ -50,7 +53,7 @@ usp_status usp_peer_create_board(usp_peer *self) {
         return usp_fail(USP_UNSUPPORTED, "no random numbers: %s", strerror(errno));
     snprintf(name, USP_PEER_NAME, "/usp-%016llx", (unsigned long long)number);
     int file = shm_open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, S_IRUSR | S_IWUSR);
-    int error = file < 0 ? errno : posix_fallocate(file, 0, (off_t)board_bytes(self->base.size));
+    int error = file < 0 ? errno : posix_fallocate(file, 0, (off_t)board_bytes(self));
     if (error == 0) return map_board(self, file);
     if (file >= 0) close(file);
     if (file < 0) name[0] = '\0';
@@ -61,8 +64,7 @@ usp_status usp_peer_open_board(usp_peer *self, const char *name) {
     if (self->board.flags) return USP_OK;
     int file = shm_open(name, O_RDWR | O_CLOEXEC, 0);
     if (file >= 0) return map_board(self, file);
-    return usp_fail(USP_UNSUPPORTED, "rank %d cannot open rank 0's shared memory: %s", self->base.rank,
-                    strerror(errno));
+    return usp_fail(USP_UNSUPPORTED, "cannot open the shared memory of the host's first rank: %s", strerror(errno));
 }
 
 void usp_peer_unlink_board(usp_peer *self) {
@@ -119,7 +121,7 @@ usp_status usp_peer_await(usp_peer *self, usp_peer_batch *batch, usp_peer_flag *
 }
 
 static usp_status pass_flag(usp_peer *self, usp_stream stream) {
-    usp_peer_flag *flag = &usp_peer_flags_of(self, self->base.rank, self->base.rank)->full;
+    usp_peer_flag *flag = &usp_peer_flags_of(self, 0, self->base.rank, self->base.rank)->full;
     usp_peer_batch batch = {.count = 0};
     USP_TRY(usp_peer_set(self, &batch, flag, stream));
     USP_TRY(usp_peer_await(self, &batch, flag, stream));
@@ -139,8 +141,10 @@ usp_status usp_peer_try_flags(usp_peer *self) {
 }
 
 void usp_peer_release(usp_peer *self) {
-    for (int other = 0; self->board.flags && other < self->base.size; other++) {
-        usp_peer_flags *flags = usp_peer_flags_of(self, self->base.rank, other);
+    int seat = self->other[self->base.rank].seat;
+    for (int i = 0; self->board.flags && i < USP_LANES * self->seats; i++) {
+        int lane = i / self->seats, other = i % self->seats, row = lane * self->seats + seat;
+        usp_peer_flags *flags = &self->board.flags[(size_t)row * (size_t)self->seats + (size_t)other];
         __atomic_store_n(&flags->ready.stop, 1, __ATOMIC_RELEASE);
         __atomic_store_n(&flags->full.stop, 1, __ATOMIC_RELEASE);
     }

@@ -1,5 +1,7 @@
-/* peer_join.c - how ranks make a peer transport: what is each one's own, then what they map of each other's. */
+/* peer_join.c - how ranks make a peer transport: what is each one's own, then what they map of each other's. By itself,
+ * for GPUs of one host, or beside another transport, for those of each host. */
 #define _GNU_SOURCE
+#include <stdio.h>
 #include <string.h>
 
 #include "error.h"
@@ -9,10 +11,10 @@ enum { MOST_SLOT = 64 << 20, LEAST_SLOT = 1 << 20, SLOTS = 128 << 20 /* bytes of
 
 /* ---- this rank's own --------------------------------------------------------------------------------------------- */
 
-/* The same on all ranks. */
-static size_t slot_bytes(int size) {
+/* The same on all ranks of a host. */
+static size_t slot_bytes(int slots) {
     size_t bytes = MOST_SLOT;
-    while (bytes > LEAST_SLOT && bytes * (size_t)(size - 1) > SLOTS) bytes /= 2;
+    while (bytes > LEAST_SLOT && bytes * (size_t)slots > SLOTS) bytes /= 2;
     return bytes;
 }
 
@@ -33,33 +35,90 @@ static usp_status find_batch(usp_peer *self) {
 /* What needs no other rank. */
 static usp_status create_parts(usp_peer *self) {
     usp_device *device = self->base.device;
-    size_t bytes = self->slot_bytes * (size_t)(self->base.size - 1);
-    void *slots = NULL;
+    int slots = USP_LANES * (self->seats - 1);
+    void *memory = NULL;
     cudaError_t error = cudaGetDevice(&self->gpu);
     if (error != cudaSuccess) return usp_fail(USP_DEVICE, "cudaGetDevice failed: %s", cudaGetErrorString(error));
     USP_TRY(find_batch(self));
     USP_TRY(usp_probes_create(device, &self->probes));
-    USP_TRY(usp_peer_alloc_shared(&self->base, bytes ? bytes : 1, &slots));
-    self->slots = slots;
+    self->slot_bytes = slot_bytes(slots);
+    USP_TRY(usp_peer_alloc_shared(&self->base, slots ? self->slot_bytes * (size_t)slots : 1, &memory));
+    self->slots = memory;
     return USP_OK;
 }
 
-static usp_status begin(const usp_transport_config *config, const usp_bootstrap *bootstrap, usp_peer **out) {
-    void *memory = NULL;
+static usp_status begin(const usp_transport_config *config, int rank, int size, usp_peer **out) {
+    void *memory = NULL, *words = NULL;
     if (config->device->ops->kind != USP_DEVICE_CUDA)
         return usp_fail(USP_UNSUPPORTED, "the peer transport joins GPUs; the device is %s", config->device->ops->name);
-    size_t bytes = sizeof(usp_peer) + (size_t)bootstrap->size * sizeof(usp_peer_other);
-    USP_TRY(usp_host_alloc(config->host, bytes, "the peer transport", &memory));
+    size_t bytes = sizeof(usp_peer) + (size_t)size * sizeof(usp_peer_other);
+    USP_TRY(usp_host_alloc(config->host, (size_t)size * sizeof(usp_peer_word), "the peer transport", &words));
+    usp_status status = usp_host_alloc(config->host, bytes, "the peer transport", &memory);
+    if (status != USP_OK) {
+        usp_host_free(config->host, words);
+        return status;
+    }
     usp_peer *self = memory;
-    self->base = (usp_transport){
-        &usp_peer_ops, bootstrap->rank, bootstrap->size, config->timeout_ms, config->device, config->host, NULL};
-    self->slot_bytes = slot_bytes(bootstrap->size);
+    self->base =
+        (usp_transport){&usp_peer_ops, rank, size, config->timeout_ms, config->device, config->host, NULL, NULL};
+    self->words = words;
     pthread_mutex_init(&self->lock, NULL);
     *out = self;
-    return create_parts(self);
+    return USP_OK;
+}
+
+/* `node`: of each rank, its host; NULL: all are on this one. */
+static void take_seats(usp_peer *self, const int *node) {
+    int rank = self->base.rank;
+    for (int peer = 0; peer < self->base.size; peer++) {
+        int here = !node || node[peer] == node[rank];
+        self->other[peer].near = here && peer != rank;
+        self->other[peer].seat = self->seats;
+        self->seats += here;
+    }
 }
 
 /* ---- the others' ------------------------------------------------------------------------------------------------- */
+
+/* The same on all ranks: OK, or the first rank to which a step was not. */
+static usp_status agree(usp_peer *self, usp_status mine) {
+    usp_peer_word word = {.status = (int32_t)mine};
+    if (mine != USP_OK) snprintf(word.sentence, sizeof word.sentence, "%s", usp_last_error());
+    USP_TRY(usp_transport_allgather(&self->base, &word, self->words, sizeof word));
+    for (int rank = 0; rank < self->base.size; rank++)
+        if (self->words[rank].status != USP_OK)
+            return usp_fail((usp_status)self->words[rank].status, "rank %d: %.*s", rank, (int)sizeof word.sentence - 1,
+                            self->words[rank].sentence);
+    return USP_OK;
+}
+
+/* The first of this host's ranks. */
+static int first_of_host(const usp_peer *self) {
+    int rank = 0;
+    while (rank != self->base.rank && !self->other[rank].near) rank++;
+    return rank;
+}
+
+/* Its board has a name, which all ranks come to know. */
+static usp_status share_board(usp_peer *self) {
+    usp_peer_word name = {.status = USP_OK};
+    int first = first_of_host(self);
+    usp_status mine = first == self->base.rank ? usp_peer_create_board(self) : USP_OK;
+    memcpy(name.sentence, self->board.name, USP_PEER_NAME);
+    USP_TRY(usp_transport_allgather(&self->base, &name, self->words, sizeof name));
+    if (mine == USP_OK) mine = usp_peer_open_board(self, self->words[first].sentence);
+    return mine == USP_OK ? usp_peer_try_flags(self) : mine;
+}
+
+/* Nobody shows its memory before all have the board, on which it is said who has let go of it. */
+static usp_status join(usp_peer *self) {
+    USP_TRY(agree(self, create_parts(self)));
+    usp_status status = agree(self, share_board(self));
+    usp_peer_unlink_board(self);
+    return status == USP_OK ? agree(self, usp_peer_show_piece(self, self->pieces.first)) : status;
+}
+
+/* ---- by itself --------------------------------------------------------------------------------------------------- */
 
 static usp_status check_hosts(const usp_meeting *meeting) {
     for (int rank = 1; rank < meeting->bootstrap.size; rank++)
@@ -68,39 +127,19 @@ static usp_status check_hosts(const usp_meeting *meeting) {
     return USP_OK;
 }
 
-/* The name of rank 0's board, as all ranks come to know it. */
-static usp_status find_board(usp_peer *self, char name[USP_PEER_NAME]) {
-    void *memory = NULL;
-    USP_TRY(usp_host_alloc(self->base.host, (size_t)self->base.size * USP_PEER_NAME, "flags", &memory));
-    usp_status status = usp_transport_allgather(&self->base, self->board.name, memory, USP_PEER_NAME);
-    memcpy(name, memory, USP_PEER_NAME);
-    usp_host_free(self->base.host, memory);
-    return status;
-}
-
-static usp_status share_board(usp_peer *self) {
-    char name[USP_PEER_NAME];
-    if (self->base.rank == 0) USP_TRY(usp_peer_create_board(self));
-    USP_TRY(find_board(self, name));
-    USP_TRY(usp_peer_open_board(self, name));
-    return usp_peer_try_flags(self);
-}
-
-/* Nobody shows its memory before all have the board, on which it is said who has let go of it. */
 static usp_status connect_ranks(usp_peer *self, const usp_meeting *meeting) {
     USP_TRY(usp_channel_connect(self->base.control, meeting, NULL));
-    usp_status status = share_board(self);
-    if (status != USP_OK) return usp_transport_fail(&self->base, status);
-    USP_TRY(usp_transport_allgather(&self->base, self, self, 0));
-    usp_peer_unlink_board(self);
-    return usp_peer_show_piece(self, self->pieces.first);
+    take_seats(self, NULL);
+    usp_status status = join(self);
+    return status == USP_OK ? USP_OK : usp_transport_fail(&self->base, status);
 }
 
 usp_status usp_transport_create_peer(const usp_transport_config *config, usp_meeting *meeting,
                                      usp_transport **transport) {
     usp_peer *self = NULL;
     const usp_bootstrap *bootstrap = &meeting->bootstrap;
-    if (meeting->mine.status == USP_OK) usp_meeting_note(meeting, begin(config, bootstrap, &self));
+    if (meeting->mine.status == USP_OK)
+        usp_meeting_note(meeting, begin(config, bootstrap->rank, bootstrap->size, &self));
     if (meeting->mine.status == USP_OK)
         usp_meeting_note(meeting, usp_channel_create(config, bootstrap, &meeting->mine.address, &self->base.control));
     usp_status status = usp_meet(meeting);
@@ -113,4 +152,23 @@ usp_status usp_transport_create_peer(const usp_transport_config *config, usp_mee
     status = usp_meeting_note(meeting, status); /* before anything else is said */
     if (self) usp_transport_end(&self->base);
     return usp_meeting_note(meeting, status);
+}
+
+/* ---- beside another ---------------------------------------------------------------------------------------------- */
+
+usp_status usp_transport_create_near(const usp_transport_config *config, const int *node, usp_transport *transport) {
+    usp_peer *self = NULL;
+    usp_status status = begin(config, transport->rank, transport->size, &self);
+    if (status != USP_OK) return usp_transport_fail(transport, status);
+    self->guest = 1;
+    self->base.control = transport->control;
+    take_seats(self, node);
+    status = join(self);
+    if (status == USP_OK) {
+        transport->near = &self->base;
+        return USP_OK;
+    }
+    usp_host_log(config->host, 2, "no transfers between GPUs' memories: %s", usp_last_error());
+    usp_peer_ops.destroy(&self->base);
+    return usp_transport_poll(transport);
 }

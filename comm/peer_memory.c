@@ -47,6 +47,7 @@ static usp_status map_piece(usp_peer *self, int peer, const usp_peer_card *card,
 }
 
 static usp_status gather_cards(usp_peer *self, usp_shared_piece *piece, usp_peer_card *all) {
+    _Static_assert(sizeof(usp_peer_card) <= sizeof(usp_peer_word), "cards come where words do");
     usp_peer_card mine = {process_identity(), piece->memory, self->gpu, 0, {{0}}};
     mine.failed = cudaIpcGetMemHandle(&mine.handle, piece->memory) != cudaSuccess;
     if (mine.failed) cudaGetLastError();
@@ -54,23 +55,18 @@ static usp_status gather_cards(usp_peer *self, usp_shared_piece *piece, usp_peer
     return usp_transport_allgather(&self->base, &mine, all, sizeof mine);
 }
 
-/* A rank that cannot map another one's has failed, and with it all. */
 usp_status usp_peer_show_piece(usp_peer *self, usp_shared_piece *piece) {
-    void *memory = NULL;
+    usp_peer_card *all = (usp_peer_card *)(void *)self->words;
     if (self->base.size == 1) return USP_OK;
-    usp_status status =
-        usp_host_alloc(self->base.host, (size_t)self->base.size * sizeof(usp_peer_card), "shared memory", &memory);
-    usp_peer_card *all = memory;
-    if (status == USP_OK) status = gather_cards(self, piece, all);
-    for (int peer = 0; peer < self->base.size && status == USP_OK; peer++)
-        if (peer != self->base.rank) status = map_piece(self, peer, &all[peer], piece);
-    usp_host_free(self->base.host, memory);
-    return status == USP_OK ? USP_OK : usp_transport_fail(&self->base, status);
+    USP_TRY(gather_cards(self, piece, all));
+    for (int peer = 0; peer < self->base.size; peer++)
+        if (self->other[peer].near) USP_TRY(map_piece(self, peer, &all[peer], piece));
+    return USP_OK;
 }
 
 static void unmap_piece(usp_peer *self, usp_shared_piece *piece) {
     for (int peer = 0; peer < self->base.size; peer++) {
-        if (peer == self->base.rank) continue;
+        if (!self->other[peer].near) continue;
         if (piece->at[peer] && self->other[peer].maps) cudaIpcCloseMemHandle(piece->at[peer]);
         piece->at[peer] = NULL;
     }
@@ -90,9 +86,11 @@ usp_status usp_peer_alloc_shared(usp_transport *transport, size_t bytes, void **
     return status;
 }
 
+/* A rank that cannot map another one's has failed, and with it all. */
 usp_status usp_peer_register_shared(usp_transport *transport, void *memory) {
     usp_peer *self = usp_peer_of(transport);
-    return usp_peer_show_piece(self, usp_pieces_find(&self->pieces, memory));
+    usp_status status = usp_peer_show_piece(self, usp_pieces_find(&self->pieces, memory));
+    return status == USP_OK ? USP_OK : usp_transport_fail(transport, status);
 }
 
 /* All have come, and their work is done: nobody writes to what is let go. One that was not shown goes back as it came;
@@ -113,13 +111,13 @@ usp_status usp_peer_free_shared(usp_transport *transport, void *memory) {
 
 void usp_peer_let_go(usp_peer *self) {
     for (usp_shared_piece *piece = self->pieces.first; piece; piece = piece->next) unmap_piece(self, piece);
-    if (self->board.flags) __atomic_store_n(&self->board.left[self->base.rank], 1, __ATOMIC_RELEASE);
+    if (self->board.flags) __atomic_store_n(&self->board.left[self->other[self->base.rank].seat], 1, __ATOMIC_RELEASE);
 }
 
 static int others_have_left(const usp_peer *self) {
     for (int peer = 0; self->shown && peer < self->base.size; peer++)
-        if (peer != self->base.rank && !self->other[peer].lost &&
-            !__atomic_load_n(&self->board.left[peer], __ATOMIC_ACQUIRE))
+        if (self->other[peer].near && !self->other[peer].lost &&
+            !__atomic_load_n(&self->board.left[self->other[peer].seat], __ATOMIC_ACQUIRE))
             return 0;
     return 1;
 }

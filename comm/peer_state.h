@@ -3,7 +3,9 @@
  * What rank a sends to rank b is written by a's copy engine into b's memory: to where the message says that it may
  * arrive or, where it says nothing, into a slot that b has for a, from which b copies. Two flags for each ordered pair
  * say when: b is ready for a's bytes, and they are there in full. Flags lie in host memory that all ranks have mapped;
- * streams set them, wait for them and put them back, and the host of the rank that waits can release it. */
+ * streams set them, wait for them and put them back, and the host of the rank that waits can release it. Flags and
+ * slots are a lane's own, so that nothing of one lane waits for another one. Ranks of other hosts are known, but
+ * nothing goes to them: each host has a board of its own. */
 #ifndef USP_PEER_STATE_H
 #define USP_PEER_STATE_H
 #include <cuda.h>
@@ -32,12 +34,12 @@ typedef struct usp_peer_flags {
     char apart[112];
 } usp_peer_flags;
 
-/* The flags of all ranks, in a file of memory that rank 0 makes. */
+/* The flags of a host's ranks, in a file of memory that the first of them makes. */
 typedef struct usp_peer_board {
     char name[USP_PEER_NAME]; /* of the file while others have yet to open it, or empty */
-    usp_peer_flags *flags;    /* [rank that waits][other] */
+    usp_peer_flags *flags;    /* [lane][seat that waits][other] */
     char *there;              /* where the GPU has them */
-    uint32_t *left;           /* [rank] it has let go of all other ranks' memory */
+    uint32_t *left;           /* [seat] it has let go of all other ranks' memory */
     size_t bytes;
 } usp_peer_board;
 
@@ -59,22 +61,32 @@ typedef struct usp_peer_flow {
 
 /* Another rank. */
 typedef struct usp_peer_other {
+    int seat; /* its place among its host's ranks */
+    int near; /* it is on this host, and not this rank itself */
     int maps; /* it is of another process: its memory is mapped, and to be let go */
     int lost; /* it is gone, and what it had mapped */
     usp_peer_flow out, in;
 } usp_peer_other;
 
+/* What a rank says while the transport is made: how a step went. */
+typedef struct usp_peer_word {
+    int32_t status;
+    char sentence[252];
+} usp_peer_word;
+
 typedef struct usp_peer {
     usp_transport base;
+    int guest; /* beside another transport, whose control this one uses and which outlives it */
     int gpu;
+    int seats;   /* ranks of this host */
     int flushes; /* the GPU can see to it that what was written before a flag is there with it */
     int shown;   /* others may have mapped what is this rank's */
-    uint64_t exchanges;
     usp_stream_batch batch;
     usp_peer_board board;
     usp_pieces pieces;
-    char *slots; /* the first piece: [size - 1][slot_bytes] */
+    char *slots; /* the first piece: [lane][seats - 1][slot_bytes] */
     size_t slot_bytes;
+    usp_peer_word *words; /* [size], for what all ranks say */
     pthread_mutex_t lock; /* of the probes */
     usp_probes probes;
     usp_peer_other other[]; /* [size] */
@@ -85,19 +97,21 @@ static inline usp_peer *usp_peer_of(usp_transport *transport) {
 }
 
 /* A slot of `owner` for what `from` sends, as an address of this rank's own slots. */
-static inline char *usp_peer_slot(const usp_peer *self, int owner, int from) {
-    return self->slots + (size_t)(from - (from > owner)) * self->slot_bytes;
+static inline char *usp_peer_slot(const usp_peer *self, int lane, int owner, int from) {
+    int seat = self->other[from].seat, before = seat - (seat > self->other[owner].seat);
+    return self->slots + (size_t)(lane * (self->seats - 1) + before) * self->slot_bytes;
 }
 
 extern const usp_transport_ops usp_peer_ops;
 
 /* ---- flags (peer_flags.c) ---------------------------------------------------------------------------------------- */
 
-static inline usp_peer_flags *usp_peer_flags_of(const usp_peer *self, int waits, int other) {
-    return &self->board.flags[(size_t)waits * (size_t)self->base.size + (size_t)other];
+static inline usp_peer_flags *usp_peer_flags_of(const usp_peer *self, int lane, int waits, int other) {
+    int row = lane * self->seats + self->other[waits].seat;
+    return &self->board.flags[(size_t)row * (size_t)self->seats + (size_t)self->other[other].seat];
 }
 
-usp_status usp_peer_create_board(usp_peer *self); /* rank 0 */
+usp_status usp_peer_create_board(usp_peer *self); /* the first of its host */
 usp_status usp_peer_open_board(usp_peer *self, const char *name);
 void usp_peer_unlink_board(usp_peer *self); /* once all have opened it */
 void usp_peer_close_board(usp_peer *self);
@@ -113,7 +127,7 @@ void usp_peer_release(usp_peer *self);
 
 /* ---- memory (peer_memory.c) -------------------------------------------------------------------------------------- */
 
-/* Collective, as the entries of the table: maps all ranks' pieces. */
+/* Collective, as the entries of the table: maps the pieces of all ranks of the host. What fails here is this rank's. */
 usp_status usp_peer_show_piece(usp_peer *self, usp_shared_piece *piece);
 usp_status usp_peer_alloc_shared(usp_transport *transport, size_t bytes, void **memory);
 usp_status usp_peer_register_shared(usp_transport *transport, void *memory);

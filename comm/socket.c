@@ -29,7 +29,6 @@ typedef struct usp_wire {
 
 typedef struct usp_socket {
     usp_transport base;
-    uint64_t exchanges;
     usp_wire *wires;      /* [size] */
     struct pollfd *polls; /* [size + 1] */
     int *connections;     /* [size], for creation */
@@ -171,23 +170,23 @@ static usp_status run_errand(usp_socket *self, const usp_errand *errand) {
             deadline = usp_tcp_deadline(self->base.timeout_ms);
             continue;
         }
-        usp_channel_progress(self->base.control, self->exchanges, first_busy(self));
+        usp_channel_await(self->base.control, first_busy(self));
         USP_TRY(sleep_until(self, deadline));
     }
     return USP_OK;
 }
 
-static usp_status socket_exchange(usp_transport *transport, const usp_message *sends, int send_count,
+static usp_status socket_exchange(usp_transport *transport, int lane, const usp_message *sends, int send_count,
                                   const usp_message *recvs, int recv_count, usp_stream stream) {
     usp_socket *self = (usp_socket *)transport;
     usp_errand errand = {sends, recvs, send_count, recv_count};
-    (void)stream;
+    (void)lane, (void)stream;
     USP_TRY(usp_list_check(transport, sends, send_count, recvs, recv_count));
     USP_TRY(usp_channel_poll(self->base.control));
-    self->exchanges++;
+    usp_channel_enter(self->base.control);
     begin(self, &errand);
     usp_status status = run_errand(self, &errand);
-    usp_channel_progress(self->base.control, self->exchanges, -1);
+    usp_channel_await(self->base.control, -1);
     return status;
 }
 
@@ -225,7 +224,7 @@ static usp_status socket_alloc(const usp_transport_config *config, const usp_boo
     USP_TRY(usp_host_alloc(config->host, bytes, "the socket transport", &memory));
     usp_socket *self = memory;
     self->base = (usp_transport){
-        &socket_ops, bootstrap->rank, bootstrap->size, config->timeout_ms, config->device, config->host, NULL};
+        &socket_ops, bootstrap->rank, bootstrap->size, config->timeout_ms, config->device, config->host, NULL, NULL};
     self->wires = (usp_wire *)(self + 1);
     self->polls = (struct pollfd *)(self->wires + size);
     self->connections = (int *)(self->polls + size + 1);

@@ -161,11 +161,12 @@ static usp_status run_errand(usp_threads *self, const usp_errand *errand) {
     }
 }
 
-static usp_status threads_exchange(usp_transport *transport, const usp_message *sends, int send_count,
+static usp_status threads_exchange(usp_transport *transport, int lane, const usp_message *sends, int send_count,
                                    const usp_message *recvs, int recv_count, usp_stream stream) {
     usp_threads *self = usp_threads_of(transport);
     usp_rendezvous *meeting = self->meeting;
     usp_errand errand = {sends, recvs, send_count, recv_count, stream};
+    (void)lane;
     USP_TRY(check_errand(transport, &errand));
     USP_TRY(transport->device->ops->event_record(transport->device, meeting->seats[transport->rank].posted, stream));
     pthread_mutex_lock(&meeting->mutex);
@@ -330,7 +331,7 @@ usp_status usp_transport_create_threads(const usp_transport_config *config, usp_
     USP_TRY(take_seat(meeting, rank, config->timeout_ms));
     usp_threads self = {
         .control = {&usp_threads_control, rank, meeting->size, config->timeout_ms},
-        .transport = {&threads_ops, rank, meeting->size, config->timeout_ms, config->device, config->host, NULL},
+        .transport = {&threads_ops, rank, meeting->size, config->timeout_ms, config->device, config->host, NULL, NULL},
         .meeting = meeting};
     void *memory = NULL;
     met->bootstrap = (usp_bootstrap){.gather = gather_cards, .user = &self, .rank = rank, .size = meeting->size};

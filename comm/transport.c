@@ -1,4 +1,4 @@
-/* transport.c - a control and a transport of the same ranks, used together; and the entries of a transport that has
+/* transport.c - a control and the transports of the same ranks, used together; and the entries of a transport that has
  * nothing to do for them. */
 #include "transport.h"
 #include "error.h"
@@ -7,10 +7,17 @@ enum { STOP_MS = 5000 }; /* longest wait for a transport that is aborted */
 
 /* ---- together ---------------------------------------------------------------------------------------------------- */
 
+/* Both, before any is waited for. */
+static void stop(usp_transport *transport, int milliseconds) {
+    if (transport->near) transport->near->ops->stop(transport->near, 0);
+    transport->ops->stop(transport, milliseconds);
+    if (transport->near && milliseconds > 0) transport->near->ops->stop(transport->near, milliseconds);
+}
+
 /* What has failed is to let go of the device. The failure is said last, whatever was said meanwhile. */
 static usp_status judge(usp_transport *transport, usp_status status, int milliseconds) {
     if (status == USP_OK) return USP_OK;
-    transport->ops->stop(transport, milliseconds);
+    stop(transport, milliseconds);
     usp_status said = transport->control->ops->poll(transport->control);
     return said != USP_OK ? said : status;
 }
@@ -18,6 +25,7 @@ static usp_status judge(usp_transport *transport, usp_status status, int millise
 usp_status usp_transport_poll(usp_transport *transport) {
     usp_status status = transport->control->ops->poll(transport->control);
     if (status == USP_OK) status = transport->ops->watch(transport);
+    if (status == USP_OK && transport->near) status = transport->near->ops->watch(transport->near);
     return judge(transport, status, 0);
 }
 
@@ -36,12 +44,13 @@ usp_status usp_transport_overdue(usp_transport *transport) {
 
 void usp_transport_abort(usp_transport *transport) {
     transport->control->ops->abort(transport->control);
-    transport->ops->stop(transport, STOP_MS);
+    stop(transport, STOP_MS);
 }
 
 void usp_transport_end(usp_transport *transport) {
     if (!transport) return;
     usp_control *control = transport->control;
+    if (transport->near) transport->near->ops->destroy(transport->near);
     transport->ops->destroy(transport);
     if (control) control->ops->destroy(control);
 }

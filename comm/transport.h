@@ -3,12 +3,16 @@
  * One data entry, exchange: lists of sends and receives of any sizes, zero allowed (a zero-byte message is skipped on
  * both sides). All-to-all, ring step, chain and gather are lists. Between two ranks the k-th send of an exchange
  * matches the k-th receive of the other's same exchange: their bytes are as many, their rows need not be. No message
- * goes to the rank itself. One thread uses a transport at a time, except watch and stop, which any thread may call. */
+ * goes to the rank itself. Exchanges are of a lane, and those of one lane on one stream: between two ranks they follow
+ * each other in the order of the calls, while those of other lanes may pass them where the transport can. One thread
+ * uses a transport at a time, except watch and stop, which any thread may call. */
 #ifndef USP_TRANSPORT_H
 #define USP_TRANSPORT_H
 #include "control.h"
 #include "device.h"
 #include "meeting.h"
+
+enum { USP_LANES = 2 }; /* one for each axis of a mesh */
 
 typedef struct usp_transport usp_transport;
 
@@ -53,8 +57,8 @@ typedef struct usp_transport_ops {
     usp_status (*prepare)(usp_transport *, int64_t messages, size_t bytes);
     /* Enqueues on `stream`, one of the device's making, where memory is the device's, else returns when done. Waits for
      * other ranks on the host only where ranks are threads or memory is the host's, and then at most timeout_ms. */
-    usp_status (*exchange)(usp_transport *, const usp_message *sends, int send_count, const usp_message *recvs,
-                           int recv_count, usp_stream stream);
+    usp_status (*exchange)(usp_transport *, int lane, const usp_message *sends, int send_count,
+                           const usp_message *recvs, int recv_count, usp_stream stream);
     /* Device memory that peers may touch directly. Local: gets it, the same size on every rank. Collective, once all
      * have it: registers it. Collective once it is registered: gives it back; every rank gives the same piece, and
      * lib/world.c sees to it that all have come. Where ranks have failed nobody is waited for, and what a transport
@@ -81,19 +85,20 @@ struct usp_transport {
     usp_device *device;
     const usp_host *host;
     usp_control *control; /* of the same ranks, made with it */
+    usp_transport *near;  /* beside it, of the same ranks and control, between those of one host; NULL: none */
 };
 
-/* ---- control and transport together ------------------------------------------------------------------------------ */
+/* ---- control and transports together ----------------------------------------------------------------------------- */
 
-/* The failure that has hit the ranks or their transport, or OK. Sticky. Never waits. Any thread. */
+/* The failure that has hit the ranks or a transport, or OK. Sticky. Never waits. Any thread. */
 usp_status usp_transport_poll(usp_transport *);
-/* usp_control_ops.allgather, fail, overdue and abort, behind which a failed transport is stopped: abort and overdue
+/* usp_control_ops.allgather, fail, overdue and abort, behind which failed transports are stopped: abort and overdue
  * wait some seconds for that, the others do not. abort by any thread. */
 usp_status usp_transport_allgather(usp_transport *, const void *mine, void *all, size_t bytes_per_rank);
 usp_status usp_transport_fail(usp_transport *, usp_status status);
 usp_status usp_transport_overdue(usp_transport *);
 void usp_transport_abort(usp_transport *);
-/* The end of both, half-built ones too; NULL is fine. */
+/* The end of all, half-built ones too; NULL is fine. */
 void usp_transport_end(usp_transport *);
 
 /* Entries for transports that need no room, watch nothing, hold nothing, and whose ranks read no memory but their own.
@@ -128,5 +133,8 @@ usp_status usp_transport_create_nccl_id(const usp_transport_config *, usp_meetin
                                         int rank, usp_transport **);
 usp_status usp_transport_create_nccl_borrowed(const usp_transport_config *, usp_meeting *, struct ncclComm *,
                                               usp_transport **);
+/* Collective over a transport that stands: puts a peer transport beside it, between GPUs of one host. `node`: of each
+ * rank, a number of its host. Where a rank cannot have it no rank does, which is logged and OK. */
+usp_status usp_transport_create_near(const usp_transport_config *, const int *node, usp_transport *);
 
 #endif

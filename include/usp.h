@@ -115,13 +115,15 @@ USP_API usp_status usp_device_select(usp_device_kind kind, int index);
 
 typedef struct usp_world usp_world;
 
-/* What moves tensors, where the way to make a world leaves a choice: between GPUs of ranks that meet over the
- * environment or a call-back. AUTO: NCCL. PEER: copy engines, which write into the other GPUs' memory, on one host; it
- * takes no processor of a GPU, and at most 128 MiB of its memory, or 1 MiB for each other rank if that is more; it is
- * fastest where layers are promised shared memory. Graphs that hold its exchanges, and calls beside them, must run one
- * after the other, and have ended before destroy. Elsewhere AUTO, or what the constructor's name says; all else is
- * INVALID. UNSUPPORTED: no GPU, no NCCL; of PEER several hosts, a GPU whose memory another cannot use, ranks that share
- * no /dev/shm. Alike on all ranks, else MISMATCH. */
+/* What moves tensors between GPUs, where ranks are processes, or a thread a GPU. PEER: copy engines, which write into
+ * the memory of other GPUs of one host; it takes no processor of a GPU, and at most 128 MiB of its memory, or 2 MiB
+ * for each other rank if that is more; it is fastest where layers are promised shared memory. Graphs that hold its
+ * exchanges, and calls beside them, must run one after the other, and have ended before destroy. AUTO: NCCL, and PEER
+ * beside it where ranks share a host and their GPUs can: each axis of a mesh takes PEER if all its rows lie on one
+ * host each, else NCCL (usp_layer_describe says which). NCCL, PEER: that one alone. Over the environment or a
+ * call-back all three; over an id or the caller's communicator AUTO or NCCL; elsewhere AUTO alone, which has no such
+ * choice; all else is INVALID. UNSUPPORTED: no GPU, no NCCL; of PEER several hosts, a GPU whose memory another cannot
+ * use, ranks that share no /dev/shm. Alike on all ranks, else MISMATCH. */
 typedef enum usp_transport_kind {
     USP_TRANSPORT_AUTO = 0,
     USP_TRANSPORT_NCCL = 1,
@@ -152,7 +154,7 @@ typedef struct usp_world_info {
     int rank, size;
     usp_device_kind device;     /* what auto became */
     int timeout_ms;             /* what 0 became */
-    char transport[16];         /* "threads", "socket", "nccl", "peer" or "mpi" */
+    char transport[16];         /* "threads", "socket", "nccl", "nccl+peer", "peer" or "mpi" */
     int nodes;                  /* hosts, by usp_world_config.node */
     int local_rank, local_size; /* this rank among those of its host */
     int watchdog;
@@ -229,12 +231,12 @@ USP_API void usp_world_free(usp_world *world, void *memory);
 /* Between any two of host and device memory, in stream order; host memory may be read until the stream is synchronized.
  */
 USP_API usp_status usp_world_copy(usp_world *world, void *to, const void *from, size_t bytes, usp_stream stream);
-/* Collective. Device memory that the transport has registered with every rank: workspace and saved in it make exchanges
- * faster (up to 1.7 x measured between GPUs of one node); both or neither, and on all ranks alike, since NCCL may wait
- * for ever between memory of two kinds. Every rank gets as much as the one that asks for most. free is collective too,
- * when all work that uses the memory is done, and every rank gives the same piece: else INVALID (NULL or no piece of
- * this world) or MISMATCH, and nothing is freed. Over NCCL, once a call has been captured in a CUDA graph, what is
- * freed stays with the world and serves who asks next. */
+/* Collective. Device memory that the transport has registered with every rank (peer, where it is beside NCCL):
+ * workspace and saved in it make exchanges faster (up to 1.7 x measured between GPUs of one node); both or neither,
+ * and on all ranks alike, since NCCL may wait for ever between memory of two kinds. Every rank gets as much as the one
+ * that asks for most. free is collective too, when all work that uses the memory is done, and every rank gives the
+ * same piece: else INVALID (NULL or no piece of this world) or MISMATCH, and nothing is freed. Over NCCL alone, once a
+ * call has been captured in a CUDA graph, what is freed stays with the world and serves who asks next. */
 USP_API usp_status usp_world_alloc_shared(usp_world *world, size_t bytes, void **memory);
 USP_API usp_status usp_world_free_shared(usp_world *world, void *memory);
 

@@ -23,6 +23,11 @@ usp_status usp_transport_create_peer(const usp_transport_config *config, usp_mee
     usp_meeting_note(meeting, usp_fail(USP_UNSUPPORTED, "this libusp was built without CUDA"));
     return usp_meet(meeting);
 }
+
+usp_status usp_transport_create_near(const usp_transport_config *config, const int *node, usp_transport *transport) {
+    (void)config, (void)node, (void)transport;
+    return usp_fail(USP_UNSUPPORTED, "this libusp was built without CUDA");
+}
 #endif
 
 #ifndef USP_HAVE_NCCL

@@ -121,7 +121,7 @@ static usp_status find_states(usp_layer *layer, const usp_inner *inner, const us
 /* Finds each own chunk's total; the travel of states may begin. */
 static usp_status begin_flow(usp_layer *layer, const usp_inner *inner, const usp_flow *f) {
     USP_TRY(find_states(layer, inner, f, NULL, f->totals));
-    return usp_world_fork(layer->world, inner->stream, layer->world->transfer);
+    return usp_world_fork(layer->world, inner->stream, usp_layer_transfer(layer, USP_AXIS_RING));
 }
 
 /* ---- outputs ----------------------------------------------------------------------------------------------------- */

@@ -236,14 +236,14 @@ static usp_status forward(usp_layer *layer, usp_inner *inner) {
     usp_softmax stage = arguments_of(layer, inner, &b);
     USP_TRY(pack_own(layer, inner, &b));
     for (int t = 0; t < layer->plan->route.stages; t++) {
-        usp_messages *messages = usp_messages_begin(layer);
+        usp_messages *messages = usp_messages_begin(layer, USP_AXIS_RING);
         USP_TRY(send_keys(layer, inner, &b, t + 1, messages));
         int moving = !usp_messages_are_none(messages);
         if (moving) USP_TRY(usp_messages_run(layer, inner->stream));
         set_stage(layer, inner, &stage, t, b.stage[(t + 1) % 2]);
         usp_softmax part = usp_slice_of(&stage, inner->slice);
         if (t == 0 || stage.keys) USP_TRY(device->ops->softmax_forward(device, &part, inner->stream));
-        if (moving) USP_TRY(usp_messages_join(layer, inner->stream));
+        if (moving) USP_TRY(usp_messages_join(layer, USP_AXIS_RING, inner->stream));
     }
     return layer->config.max_logit && is_last(inner) ? find_peaks(layer, inner, &stage, &b) : USP_OK;
 }
@@ -316,7 +316,7 @@ static usp_status run_slices(usp_layer *layer, const usp_inner *inner, const usp
     for (int i = 0; i <= count; i++) {
         usp_slice slice = {i, count}, before = {i - 1, count};
         if (i < count && stage->keys) USP_TRY(run_slice(layer, inner, stage, b->leaving[(t + 1) % 2], slice));
-        if (i > 0 || moving) USP_TRY(usp_messages_join(layer, inner->stream));
+        if (i > 0 || moving) USP_TRY(usp_messages_join(layer, USP_AXIS_RING, inner->stream));
         if (i == 0 && t > 1) USP_TRY(usp_parcels_add(layer, t - 1, b->arriving, home, inner->stream));
         if (i < count) usp_parcels_post_slice(layer, t, b->leaving[(t + 1) % 2], b->arriving, slice);
         if (i < count) USP_TRY(usp_messages_run(layer, inner->stream));
@@ -331,7 +331,7 @@ static usp_status run_slices(usp_layer *layer, const usp_inner *inner, const usp
 static usp_status backward_step(usp_layer *layer, const usp_inner *inner, usp_softmax *stage, int t, const buffers *b,
                                 const usp_tensor home[2]) {
     usp_device *device = layer->world->device;
-    usp_messages *messages = usp_messages_begin(layer);
+    usp_messages *messages = usp_messages_begin(layer, USP_AXIS_RING);
     int stages = layer->plan->route.stages;
     USP_TRY(send_keys(layer, inner, b, t + 1, messages));
     if (t > 1) usp_parcels_post_gradients(layer, t - 1, b->leaving[t % 2], b->arriving, messages);
@@ -345,7 +345,7 @@ static usp_status backward_step(usp_layer *layer, const usp_inner *inner, usp_so
         usp_softmax part = usp_slice_of(stage, inner->slice);
         if (t == 0 || stage->keys) USP_TRY(device->ops->softmax_backward(device, &part, inner->stream));
     }
-    if (moving) USP_TRY(usp_messages_join(layer, inner->stream));
+    if (moving) USP_TRY(usp_messages_join(layer, USP_AXIS_RING, inner->stream));
     return t > 1 ? usp_parcels_add(layer, t - 1, b->arriving, home, inner->stream) : USP_OK;
 }
 

@@ -58,6 +58,8 @@ static void say_place(text *t, const usp_layer *layer) {
     usp_head_range own = usp_layer_heads(layer, USP_OUT, layer->mesh.u);
     say(t, "\n  mesh      ulysses %d (rank %d) x ring %d (rank %d), copy %d of %d\n", layer->mesh.ulysses,
         layer->mesh.u, layer->mesh.ring, layer->mesh.r, layer->mesh.copy, layer->mesh.copies);
+    say(t, "  lanes     ulysses by %s, ring by %s\n", layer->mesh.lane[USP_AXIS_ULYSSES].transport->ops->name,
+        layer->mesh.lane[USP_AXIS_RING].transport->ops->name);
     say(t, "  layout    %s, %lld own tokens\n", layouts[layer->sequence->layout],
         (long long)layer->sequence->query.local[layer->mesh.p]);
     say(t, "  inner     %lld tokens, heads %d .. %d", (long long)usp_plan_queries(layer->plan), own.first,

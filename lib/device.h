@@ -277,7 +277,8 @@ struct usp_device {
     const usp_host *host; /* outlives the device */
 };
 
-/* Constructors; only lib/world.c calls them. */
+/* Of the kind, or of the best one there is; then the constructors that lib/devices.c chooses from. */
+usp_status usp_device_create(const usp_host *host, usp_device_kind kind, usp_device **device);
 usp_status usp_device_create_cpu(const usp_host *host, usp_device **device);
 usp_status usp_device_create_cuda(const usp_host *host, usp_device **device); /* the thread's current GPU */
 int usp_device_count_cuda(void);

@@ -199,7 +199,7 @@ static bundle_end tokens_end(const usp_layer *layer, const usp_bundle *bundle, i
     int64_t skip = piece.begin * tensor.stride_token + piece.head * tensor.stride_head;
     tensor.data = advance(tensor.data, skip, p->tokens_dtype);
     bundle_end end = end_of(bundle, piece, tensor, p->tokens_dtype, tokens_side_of(layer, bundle, owner, header));
-    end.lies = end.lies && !bundle->sums && !(arrives && layer->alike);
+    end.lies = end.lies && !bundle->sums && !(arrives && usp_layer_reaches(layer, USP_AXIS_ULYSSES));
     return end;
 }
 

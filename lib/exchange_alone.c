@@ -31,11 +31,11 @@ size_t usp_exchange_alone_bytes(const usp_layer *layer, usp_arena *shape) {
 static usp_status move_bundle(usp_layer *layer, const usp_bundle *bundle, int to_heads, usp_stream stream) {
     (to_heads ? usp_bundle_pack : usp_bundle_lift)(layer, bundle);
     USP_TRY(usp_copies_run(layer, stream));
-    usp_bundle_post(layer, bundle, usp_messages_begin(layer), to_heads);
+    usp_bundle_post(layer, bundle, usp_messages_begin(layer, USP_AXIS_ULYSSES), to_heads);
     USP_TRY(usp_messages_run(layer, stream));
     usp_bundle_keep(layer, bundle, to_heads);
     USP_TRY(usp_copies_run(layer, stream));
-    USP_TRY(usp_messages_join(layer, stream));
+    USP_TRY(usp_messages_join(layer, USP_AXIS_ULYSSES, stream));
     if (to_heads)
         usp_bundle_land(layer, bundle);
     else

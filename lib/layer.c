@@ -116,6 +116,7 @@ static usp_status prepare_transport(usp_layer *layer, int64_t messages) {
                                {"bytes", 2 * sizeof(float)}};
     USP_TRY(usp_size_add(&most, states, 5));
     USP_TRY(usp_size_add(&most, keys, 5));
+    if (transport->near) USP_TRY(transport->near->ops->prepare(transport->near, 2 * messages, (size_t)most));
     return transport->ops->prepare(transport, 2 * messages, (size_t)most);
 }
 
@@ -143,13 +144,17 @@ static usp_shape shape_of(const usp_layer *layer) {
                        c->route};
 }
 
+static int some_lane_reaches(const usp_mesh *mesh) {
+    return mesh->lane[USP_AXIS_ULYSSES].transport->ops->reaches || mesh->lane[USP_AXIS_RING].transport->ops->reaches;
+}
+
 /* Collective: whether what is sent may arrive in what calls get: all ranks of the mesh must carve it to one shape. */
 static usp_status compare_shapes(usp_layer *layer, uint64_t mine) {
     void *memory = NULL;
     int first = layer->mesh.copy * layer->mesh.ranks;
     usp_status status = usp_world_gather(layer->world, "layer's shape", &mine, sizeof mine, sizeof mine, &memory);
     const uint64_t *all = memory;
-    layer->alike = layer->config.shared_memory && layer->world->transport->ops->reaches && status == USP_OK;
+    layer->alike = layer->config.shared_memory && status == USP_OK && some_lane_reaches(&layer->mesh);
     for (int p = 0; p < layer->mesh.ranks && layer->alike; p++) layer->alike = all[first + p] == mine;
     usp_host_free(&layer->world->host, memory);
     return status;

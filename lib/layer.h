@@ -11,7 +11,8 @@ enum { USP_OPERANDS = 4 };
 struct usp_messages {
     usp_message *send, *recv;
     int sends, recvs;
-    int alike; /* the layer's */
+    usp_axis axis; /* whose lane it takes */
+    int reaches;   /* messages may arrive in shared memory */
     int64_t bytes_sent, bytes_received;
 };
 
@@ -45,7 +46,7 @@ struct usp_layer {
     usp_kernel_needs needs;
     float *decay, *slopes; /* device, own heads; NULL: none */
     int groups;            /* of heads that are exchanged and worked on one after the other */
-    int alike;             /* calls get shared memory, which all ranks carve alike and the transport reaches */
+    int alike;             /* calls get shared memory, which all ranks carve alike and some lane reaches */
     usp_messages messages;
     usp_copies copies;
     void *list_memory;
@@ -73,9 +74,19 @@ static inline int usp_layer_ring_rank(const usp_layer *layer, int r) {
     return usp_mesh_rank(&layer->mesh, layer->mesh.u, r);
 }
 
-/* Message lists. begin empties the layer's list; exchange puts it on the transfer stream, run does so behind what
- * `stream` has now; join makes `stream` wait for it. */
-usp_messages *usp_messages_begin(usp_layer *layer);
+/* What is sent along the axis may arrive in what calls get. */
+static inline int usp_layer_reaches(const usp_layer *layer, usp_axis axis) {
+    return layer->alike && layer->mesh.lane[axis].transport->ops->reaches;
+}
+
+/* The stream of the axis' exchanges. */
+static inline usp_stream usp_layer_transfer(const usp_layer *layer, usp_axis axis) {
+    return layer->world->transfer[layer->mesh.lane[axis].number];
+}
+
+/* Message lists. begin empties the layer's list, for exchanges along an axis; exchange puts it on the axis' transfer
+ * stream, run does so behind what `stream` has now; join makes `stream` wait for what the axis' stream has. */
+usp_messages *usp_messages_begin(usp_layer *layer, usp_axis axis);
 int usp_messages_are_none(const usp_messages *messages);
 /* `there`: where it arrives in what is carved, as all ranks carve it; NULL: anywhere. Counts where `data` is NULL. */
 void usp_messages_send(usp_messages *messages, int peer, const void *data, int64_t bytes, void *there);
@@ -84,7 +95,7 @@ void usp_messages_send_rows(usp_messages *messages, usp_message rows);
 void usp_messages_recv_rows(usp_messages *messages, usp_message rows);
 usp_status usp_messages_exchange(usp_layer *layer);
 usp_status usp_messages_run(usp_layer *layer, usp_stream stream);
-usp_status usp_messages_join(usp_layer *layer, usp_stream stream);
+usp_status usp_messages_join(usp_layer *layer, usp_axis axis, usp_stream stream);
 
 /* Copy lists. add leaves out what has no elements; run launches and empties the list. */
 void usp_copies_add(usp_layer *layer, usp_copy copy);

@@ -38,8 +38,13 @@ usp_place usp_world_find_place(const usp_world *world, const void *memory, size_
     return (usp_place){0, 0};
 }
 
+/* The transport that gives shared memory: where ranks reach each other's, that one. */
+static usp_transport *sharer_of(const usp_world *world) {
+    return world->transport->near ? world->transport->near : world->transport;
+}
+
 static usp_status alloc_shared(usp_world *world, size_t bytes, void **memory) {
-    usp_transport *transport = world->transport;
+    usp_transport *transport = sharer_of(world);
     void *entry = NULL, *taken = NULL;
     int64_t most;
     USP_TRY(usp_world_largest(world, "shared memory", bytes < INT64_MAX ? (int64_t)bytes : INT64_MAX, &most));
@@ -75,7 +80,7 @@ static usp_status agree_to_free(usp_world *world, const usp_piece *piece) {
 
 /* In a world that has failed each rank gives its own back. */
 static usp_status free_shared(usp_world *world, void *memory) {
-    usp_transport *transport = world->transport;
+    usp_transport *transport = sharer_of(world);
     usp_piece **link = &world->pieces;
     while (*link && (*link)->memory != memory) link = &(*link)->next;
     usp_piece *piece = *link;

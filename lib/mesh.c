@@ -1,4 +1,5 @@
-/* mesh.c - makes meshes and answers where a rank stands on each axis. Holds no communicator but those asked for. */
+/* mesh.c - makes meshes, chooses the lane of each axis and answers where a rank stands on it. Holds no communicator but
+ * those asked for. */
 #include "mesh.h"
 #include "error.h"
 #include "split.h"
@@ -22,6 +23,22 @@ static void set_coordinates(usp_mesh *mesh, int rank) {
     mesh->r = mesh->p / mesh->ulysses;
 }
 
+/* Whether each row of the axis, of all ranks, is on one host. */
+static int is_near(const usp_mesh *mesh, usp_axis axis) {
+    const int *node = mesh->world->meeting.node;
+    for (int rank = 0; rank < mesh->world->transport->size; rank++) {
+        int u = rank % mesh->ulysses, copy = rank - rank % mesh->ranks;
+        if (node[rank] != node[axis == USP_AXIS_ULYSSES ? rank - u : copy + u]) return 0;
+    }
+    return 1;
+}
+
+/* The same on all ranks. */
+static usp_lane choose_lane(const usp_mesh *mesh, usp_axis axis) {
+    usp_transport *transport = mesh->world->transport;
+    return (usp_lane){transport->near && is_near(mesh, axis) ? transport->near : transport, (int)axis};
+}
+
 static void free_mesh(usp_object *object) {
     usp_mesh *mesh = (usp_mesh *)object;
     for (int axis = 0; axis < 4; axis++)
@@ -43,6 +60,7 @@ static usp_status create(usp_world *world, int ulysses, int ring, usp_mesh **out
     usp_mesh *mesh = memory;
     *mesh = (usp_mesh){.world = world, .ulysses = ulysses, .ring = ring};
     set_coordinates(mesh, world->transport->rank);
+    for (int axis = 0; axis < USP_LANES; axis++) mesh->lane[axis] = choose_lane(mesh, (usp_axis)axis);
     usp_object_begin(&mesh->object, world, &world->object, free_mesh);
     *out = mesh;
     return USP_OK;

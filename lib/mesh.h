@@ -8,6 +8,7 @@ struct usp_mesh {
     usp_world *world;
     int ulysses, ring, ranks, copies; /* degrees U, R; N = U * R; data copies */
     int u, r, p, copy;                /* this rank: p = r * U + u */
+    usp_lane lane[USP_LANES];         /* of the ulysses and of the ring axis, by usp_axis */
     struct ncclComm *axis_comm[4];    /* by usp_axis, made on request */
 };
 

@@ -1,11 +1,12 @@
-/* messages.c - puts lists together: sends and receives, run as one exchange on the world's transfer stream, and copies,
- * run as one launch. */
+/* messages.c - puts lists together: sends and receives, run as one exchange on the transfer stream of an axis, and
+ * copies, run as one launch. */
 #include "error.h"
 #include "layer.h"
 
-usp_messages *usp_messages_begin(usp_layer *layer) {
+usp_messages *usp_messages_begin(usp_layer *layer, usp_axis axis) {
     layer->messages.sends = layer->messages.recvs = 0;
-    layer->messages.alike = layer->alike;
+    layer->messages.axis = axis;
+    layer->messages.reaches = usp_layer_reaches(layer, axis);
     return &layer->messages;
 }
 
@@ -15,14 +16,14 @@ int usp_messages_are_none(const usp_messages *messages) {
 
 void usp_messages_send_rows(usp_messages *messages, usp_message rows) {
     if (!usp_message_bytes(&rows)) return;
-    if (!messages->alike) rows.there = NULL;
+    if (!messages->reaches) rows.there = NULL;
     messages->bytes_sent += (int64_t)usp_message_bytes(&rows);
     if (messages->send) messages->send[messages->sends++] = rows;
 }
 
 void usp_messages_recv_rows(usp_messages *messages, usp_message rows) {
     if (!usp_message_bytes(&rows)) return;
-    if (!messages->alike) rows.there = NULL;
+    if (!messages->reaches) rows.there = NULL;
     messages->bytes_received += (int64_t)usp_message_bytes(&rows);
     if (messages->recv) messages->recv[messages->recvs++] = rows;
 }
@@ -45,16 +46,17 @@ void usp_messages_recv(usp_messages *messages, int peer, void *data, int64_t byt
 usp_status usp_messages_exchange(usp_layer *layer) {
     const usp_messages *messages = &layer->messages;
     if (usp_messages_are_none(messages)) return USP_OK;
-    return usp_world_exchange(layer->world, messages->send, messages->sends, messages->recv, messages->recvs);
+    return usp_world_exchange(layer->world, &layer->mesh.lane[messages->axis], messages->send, messages->sends,
+                              messages->recv, messages->recvs);
 }
 
 usp_status usp_messages_run(usp_layer *layer, usp_stream stream) {
-    USP_TRY(usp_world_fork(layer->world, stream, layer->world->transfer));
+    USP_TRY(usp_world_fork(layer->world, stream, usp_layer_transfer(layer, layer->messages.axis)));
     return usp_messages_exchange(layer);
 }
 
-usp_status usp_messages_join(usp_layer *layer, usp_stream stream) {
-    return usp_world_fork(layer->world, layer->world->transfer, stream);
+usp_status usp_messages_join(usp_layer *layer, usp_axis axis, usp_stream stream) {
+    return usp_world_fork(layer->world, usp_layer_transfer(layer, axis), stream);
 }
 
 void usp_copies_add(usp_layer *layer, usp_copy copy) {

@@ -15,13 +15,13 @@ uint64_t usp_node_identity(int given) {
     return given ? (uint64_t)given : host_identity();
 }
 
-void usp_node_count(usp_world *world, const usp_card *all) {
-    uint64_t mine = all[world->transport->rank].node;
+void usp_node_count(usp_world *world) {
+    const int *node = world->meeting.node;
+    int mine = world->transport->rank;
     for (int rank = 0; rank < world->transport->size; rank++) {
-        int first = 1;
-        for (int before = 0; before < rank; before++) first &= all[before].node != all[rank].node;
-        world->nodes += first;
-        world->local_size += all[rank].node == mine;
-        world->local_rank += all[rank].node == mine && rank < world->transport->rank;
+        int here = node[rank] == node[mine];
+        world->nodes += node[rank] == rank;
+        world->local_size += here;
+        world->local_rank += here && rank < mine;
     }
 }

@@ -222,7 +222,7 @@ void usp_parcels_post_slice(usp_layer *layer, int t, char *leaving, char *arrivi
     const usp_parcel *source = source_of(layer, t, 0), *reader = reader_of(layer, t, 0);
     int64_t leave = gradient_bytes(layer, source->rows) / slice.count;
     int64_t arrive = gradient_bytes(layer, reader->rows) / slice.count;
-    usp_messages *messages = usp_messages_begin(layer);
+    usp_messages *messages = usp_messages_begin(layer, USP_AXIS_RING);
     usp_messages_send(messages, usp_layer_ring_rank(layer, source->r), at(leaving, slice.number * leave), leave,
                       at(arriving, slice.number * leave));
     usp_messages_recv(messages, usp_layer_ring_rank(layer, reader->r), at(arriving, slice.number * arrive), arrive,

@@ -22,7 +22,8 @@ typedef struct usp_key_memory {
 static inline int usp_parcels_go_in_parts(const usp_layer *layer) {
     const usp_route_plan *route = &layer->plan->route;
     int few = 2 * layer->config.batch <= USP_MOST_PIECES;
-    return layer->alike && layer->mesh.ulysses == 1 && usp_route_is_single(route) && route->pack_limit == 0 && few;
+    return usp_layer_reaches(layer, USP_AXIS_RING) && layer->mesh.ulysses == 1 && usp_route_is_single(route) &&
+           route->pack_limit == 0 && few;
 }
 
 /* Adds copies of what must be packed for the readers of stage t. */

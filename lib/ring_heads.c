@@ -19,10 +19,10 @@ void usp_ring_heads_post(const usp_layer *layer, const float *mine, float *all, 
 usp_status usp_ring_heads_gather(usp_layer *layer, const float *mine, float *all, usp_stream stream) {
     usp_device *device = layer->world->device;
     size_t bytes = (size_t)usp_layer_own_heads(layer) * sizeof(float);
-    usp_messages *messages = usp_messages_begin(layer);
+    usp_messages *messages = usp_messages_begin(layer, USP_AXIS_RING);
     usp_ring_heads_post(layer, mine, all, messages);
     USP_TRY(device->ops->copy(device, numbers_of(layer, all, layer->mesh.r), mine, bytes, stream));
     if (!messages->sends && !messages->recvs) return USP_OK;
     USP_TRY(usp_messages_run(layer, stream));
-    return usp_messages_join(layer, stream);
+    return usp_messages_join(layer, USP_AXIS_RING, stream);
 }

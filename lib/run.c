@@ -78,13 +78,13 @@ static usp_status run_stage(usp_layer *layer, usp_pass pass, const usp_frame *fr
 static usp_status run_step(usp_layer *layer, usp_pass pass, const usp_frame *frame, int g, usp_stream stream) {
     crossing c = crossing_of(layer, frame, g);
     USP_TRY(pack(layer, frame, &c, stream));
-    usp_messages *messages = usp_messages_begin(layer);
+    usp_messages *messages = usp_messages_begin(layer, USP_AXIS_ULYSSES);
     post(layer, frame, &c, messages);
     int moving = !usp_messages_are_none(messages);
     if (moving) USP_TRY(usp_messages_run(layer, stream));
     USP_TRY(keep(layer, frame, &c, stream));
     if (g >= 0 && g < layer->groups) USP_TRY(run_stage(layer, pass, frame, (usp_slice){g, layer->groups}, stream));
-    if (moving) USP_TRY(usp_messages_join(layer, stream));
+    if (moving) USP_TRY(usp_messages_join(layer, USP_AXIS_ULYSSES, stream));
     return unpack(layer, frame, &c, stream);
 }
 

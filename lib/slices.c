@@ -9,7 +9,7 @@ int usp_slice_count(const usp_layer *layer) {
     int heads = usp_layer_own_heads(layer), keys = usp_layer_heads(layer, USP_KEY, layer->mesh.u).count;
     int64_t items = heads * ((layer->plan->key_limit + USP_WORK_ROWS - 1) / USP_WORK_ROWS);
     int count = MOST_SLICES;
-    if (layer->plan->route.stages == 1 || !layer->alike || layer->config.batch > 1 ||
+    if (layer->plan->route.stages == 1 || !usp_layer_reaches(layer, USP_AXIS_RING) || layer->config.batch > 1 ||
         !usp_route_is_single(&layer->plan->route))
         return 1;
     if (map.offset || keys * map.group != heads) return 1;

@@ -134,18 +134,18 @@ static usp_status fold_link(usp_layer *layer, const usp_flow *f, int64_t c, usp_
 /* The whole chain on the transfer stream, so that the caller's stream goes on with intra-chunk work. */
 static usp_status run_chain(usp_layer *layer, const usp_flow *f) {
     const usp_chunk_list *chunks = &layer->plan->chunks;
-    usp_stream stream = layer->world->transfer;
+    usp_stream stream = usp_layer_transfer(layer, USP_AXIS_RING);
     USP_TRY(usp_state_copy(layer, f->carry, f->initial, stream));
     for (int64_t i = 0; i < chunks->chunks; i++) {
         int64_t c = chain_chunk(layer, f, i);
         if (chunks->chunk[c].owner != layer->mesh.r) continue;
-        post_hop(layer, f, i - 1, 1, usp_messages_begin(layer));
+        post_hop(layer, f, i - 1, 1, usp_messages_begin(layer, USP_AXIS_RING));
         USP_TRY(usp_messages_exchange(layer));
         USP_TRY(fold_link(layer, f, c, stream));
-        post_hop(layer, f, i, 0, usp_messages_begin(layer));
+        post_hop(layer, f, i, 0, usp_messages_begin(layer, USP_AXIS_RING));
         USP_TRY(usp_messages_exchange(layer));
     }
-    post_spread(layer, f, usp_messages_begin(layer));
+    post_spread(layer, f, usp_messages_begin(layer, USP_AXIS_RING));
     USP_TRY(usp_messages_exchange(layer));
     return f->final ? usp_state_copy(layer, f->final, f->carry, stream) : USP_OK;
 }
@@ -155,7 +155,7 @@ static usp_status run_chain(usp_layer *layer, const usp_flow *f) {
 /* Enqueued behind the intra-chunk work, but on the other stream and waiting only for begin_flow. */
 usp_status usp_flow_travel(usp_layer *layer, const usp_flow *f) {
     if (uses_chain(layer)) return run_chain(layer, f);
-    post_gather(layer, f, usp_messages_begin(layer));
+    post_gather(layer, f, usp_messages_begin(layer, USP_AXIS_RING));
     return usp_messages_exchange(layer);
 }
 
@@ -171,7 +171,7 @@ usp_status usp_flow_end(usp_layer *layer, const usp_flow *f, usp_stream stream) 
     const usp_chunk_list *chunks = &layer->plan->chunks;
     usp_device *device = layer->world->device;
     int chain = uses_chain(layer);
-    USP_TRY(usp_messages_join(layer, stream));
+    USP_TRY(usp_messages_join(layer, USP_AXIS_RING, stream));
     if (!chain) USP_TRY(scan_chunks(layer, f, 0, chunks->chunks, f->slots, f->initial, f->final, stream));
     if (!usp_flow_causal(layer)) return give_all(layer, f, chain ? f->carry : f->final, stream);
     if (chain || f->incoming == f->totals) return USP_OK;

@@ -1,5 +1,4 @@
-/* world.c - making, watching and ending a world. The only file that knows the constructors of all devices and
- * transports. */
+/* world.c - making, watching and ending a world. The only file that knows the constructors of all transports. */
 #define _POSIX_C_SOURCE 200809L
 #include "world.h"
 #include "abi.h"
@@ -42,15 +41,6 @@ static usp_status read_config(const usp_world_config *given, usp_world_config *c
     return check_config(config);
 }
 
-static usp_status create_device(const usp_host *host, usp_device_kind kind, usp_device **device) {
-    if (kind == USP_DEVICE_CPU) return usp_device_create_cpu(host, device);
-    if (kind == USP_DEVICE_CUDA) return usp_device_create_cuda(host, device);
-    usp_status status = usp_device_count_cuda() > 0 ? usp_device_create_cuda(host, device) : USP_UNSUPPORTED;
-    if (status != USP_UNSUPPORTED) return status; /* else there is no GPU, or one that is too old */
-    usp_host_log(host, 2, "no usable GPU: the world runs on the CPU");
-    return usp_device_create_cpu(host, device);
-}
-
 /* A config that is refused is replaced, but for a time limit that is one: half an allocator must not be used to tell
  * the others, yet this rank shall not wait for them longer than it said. */
 static usp_status check_call(const usp_world_config *given, usp_world_config *config, usp_world **out) {
@@ -83,7 +73,7 @@ static void free_world(usp_object *object) {
     usp_transport_end(world->transport);
     if (world->device) {
         world->device->ops->event_destroy(world->device, world->event);
-        world->device->ops->stream_destroy(world->device, world->transfer);
+        for (int i = 0; i < USP_LANES; i++) world->device->ops->stream_destroy(world->device, world->transfer[i]);
         world->device->ops->destroy(world->device);
     }
     usp_host host = world->host;
@@ -107,8 +97,9 @@ static usp_status begin_world(const usp_world_config *config, usp_world **out) {
     world->host = host;
     world->timeout_ms = limit_of(config);
     world->silence_ms = silence_of(config);
-    usp_status status = create_device(&world->host, config->device, &world->device);
-    if (status == USP_OK) status = world->device->ops->stream_create(world->device, &world->transfer);
+    usp_status status = usp_device_create(&world->host, config->device, &world->device);
+    for (int i = 0; i < USP_LANES && status == USP_OK; i++)
+        status = world->device->ops->stream_create(world->device, &world->transfer[i]);
     if (status == USP_OK) status = world->device->ops->event_create(world->device, &world->event);
     if (status != USP_OK) {
         usp_world_destroy(world);
@@ -147,6 +138,7 @@ typedef struct making {
     usp_meeting meeting;
     usp_transport_config settings;
     usp_transport *transport;
+    int seeks_near; /* GPUs of one host may reach each other's memory: a transport for them is wanted too */
 } making;
 
 static void read_call(making *m, const usp_world_config *given, usp_world **out) {
@@ -185,13 +177,20 @@ static void begin(making *m, const usp_world_config *given, usp_transport_kind o
     prepare(m);
 }
 
+static usp_status join_near(const making *m) {
+    usp_world *world = m->world;
+    if (!m->seeks_near || world->nodes == world->transport->size) return USP_OK;
+    return usp_transport_create_near(&m->settings, world->meeting.node, world->transport);
+}
+
 /* The transport stands. Whether each rank can go on they tell each other as they will from now on. */
 static usp_status start_world(making *m) {
     usp_world *world = m->world;
     world->transport = m->transport;
     world->meeting = m->meeting;
-    usp_node_count(world, m->meeting.all);
-    usp_status mine = m->config.watchdog ? start_watchdog(world) : USP_OK;
+    usp_node_count(world);
+    usp_status mine = join_near(m);
+    if (mine == USP_OK && m->config.watchdog) mine = start_watchdog(world);
     return usp_world_agree(world, mine, &(usp_agreement){.what = "world"});
 }
 
@@ -206,8 +205,9 @@ static usp_status finish(making *m, usp_status status, usp_world **out) {
         usp_world_destroy(world);
         return status;
     }
-    usp_host_log(&world->host, 2, "world: rank %d of %d, %s over %s", world->transport->rank, world->transport->size,
-                 world->device->ops->name, world->transport->ops->name);
+    usp_host_log(&world->host, 2, "world: rank %d of %d, %s over %s%s", world->transport->rank, world->transport->size,
+                 world->device->ops->name, world->transport->ops->name,
+                 world->transport->near ? ", peer beside it" : "");
     *out = world;
     return USP_OK;
 }
@@ -232,6 +232,7 @@ usp_status usp_world_create_nccl_id(const usp_world_config *given, const usp_uni
     USP_REQUIRE(id, "id is NULL");
     USP_TRY(check_rank(rank, size));
     begin(&m, given, USP_TRANSPORT_NCCL, out);
+    m.seeks_near = m.config.transport == USP_TRANSPORT_AUTO;
     return finish(&m, usp_transport_create_nccl_id(&m.settings, &m.meeting, id, size, rank, &m.transport), out);
 }
 
@@ -239,6 +240,7 @@ usp_status usp_world_create_nccl(const usp_world_config *given, struct ncclComm 
     making m;
     USP_REQUIRE(comm, "comm is NULL");
     begin(&m, given, USP_TRANSPORT_NCCL, out);
+    m.seeks_near = m.config.transport == USP_TRANSPORT_AUTO;
     return finish(&m, usp_transport_create_nccl_borrowed(&m.settings, &m.meeting, comm, &m.transport), out);
 }
 
@@ -251,12 +253,14 @@ usp_status usp_world_create_mpi(const usp_world_config *given, int fortran_comm,
     return finish(&m, usp_transport_create_mpi(&m.settings, &m.meeting, fortran_comm, &m.transport), out);
 }
 
-/* NCCL on GPUs unless told otherwise, sockets elsewhere; a rank that has failed before can say so over any. */
+/* NCCL on GPUs unless told otherwise, with peer beside it unless told so, sockets elsewhere; a rank that has failed
+ * before can say so over any. */
 static usp_status create_over(making *m, const usp_bootstrap *bootstrap, usp_world **out) {
     int gpus = m->world && m->world->device->ops->kind == USP_DEVICE_CUDA;
     usp_status (*create)(const usp_transport_config *, usp_meeting *, usp_transport **) = usp_transport_create_socket;
     if (gpus || m->config.transport) create = usp_transport_create_nccl;
     if (m->config.transport == USP_TRANSPORT_PEER) create = usp_transport_create_peer;
+    m->seeks_near = gpus && m->config.transport == USP_TRANSPORT_AUTO;
     m->meeting.bootstrap = *bootstrap;
     return finish(m, create(&m->settings, &m->meeting, &m->transport), out);
 }
@@ -320,7 +324,8 @@ usp_status usp_world_get_info(const usp_world *world, usp_world_info *info) {
                             .local_size = world->local_size,
                             .watchdog = world->watching,
                             .silence_ms = world->silence_ms};
-    strncpy(known.transport, world->transport->ops->name, sizeof known.transport - 1);
+    snprintf(known.transport, sizeof known.transport, "%s%s", world->transport->ops->name,
+             world->transport->near ? "+peer" : "");
     return usp_abi_write(&known, sizeof known, info, "usp_world_info");
 }
 
@@ -330,9 +335,10 @@ usp_status usp_world_fork(usp_world *world, usp_stream from, usp_stream to) {
     return world->device->ops->event_wait(world->device, world->event, to);
 }
 
-usp_status usp_world_exchange(usp_world *world, const usp_message *sends, int send_count, const usp_message *recvs,
-                              int recv_count) {
-    return world->transport->ops->exchange(world->transport, sends, send_count, recvs, recv_count, world->transfer);
+usp_status usp_world_exchange(usp_world *world, const usp_lane *lane, const usp_message *sends, int send_count,
+                              const usp_message *recvs, int recv_count) {
+    return lane->transport->ops->exchange(lane->transport, lane->number, sends, send_count, recvs, recv_count,
+                                          world->transfer[lane->number]);
 }
 
 usp_status usp_world_conclude(usp_world *world, usp_status status) {
@@ -375,19 +381,7 @@ void usp_world_destroy(usp_world *world) {
     if (world) usp_object_drop(&world->object);
 }
 
-/* ---- devices ----------------------------------------------------------------------------------------------------- */
-
-int usp_device_count(usp_device_kind kind) {
-    if (kind == USP_DEVICE_CPU) return 1;
-    return kind == USP_DEVICE_CUDA ? usp_device_count_cuda() : 0;
-}
-
-usp_status usp_device_select(usp_device_kind kind, int index) {
-    USP_REQUIRE(kind == USP_DEVICE_CPU || kind == USP_DEVICE_CUDA, "kind is %d: CPU or CUDA", (int)kind);
-    USP_REQUIRE(index >= 0 && index < usp_device_count(kind), "index is %d: there are %d such devices", index,
-                usp_device_count(kind));
-    return kind == USP_DEVICE_CPU ? USP_OK : usp_device_select_cuda(index);
-}
+/* ---- NCCL -------------------------------------------------------------------------------------------------------- */
 
 usp_status usp_unique_id_create(usp_unique_id *id) {
     USP_REQUIRE(id, "id is NULL");

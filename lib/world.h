@@ -1,5 +1,5 @@
-/* world.h - the world inside the library: one transport with its control, one device, one transfer stream, and
- * collective agreement. */
+/* world.h - the world inside the library: one transport with its control, another one beside it for the ranks of a
+ * host, one device, a transfer stream for each lane, and collective agreement. */
 #ifndef USP_WORLD_H
 #define USP_WORLD_H
 #include "transport.h"
@@ -20,15 +20,21 @@ typedef struct usp_place {
     uint64_t piece, offset;
 } usp_place;
 
+/* Where the exchanges of one axis go, in the order of the calls and beside those of the other. */
+typedef struct usp_lane {
+    usp_transport *transport;
+    int number;
+} usp_lane;
+
 struct usp_world {
     usp_object object;
     usp_turn turn;
     usp_host host;
     usp_device *device;
-    usp_transport *transport; /* and its control */
-    usp_stream transfer;      /* every transfer of every mesh and layer, in the order of the calls: one ordered queue */
-    usp_event *event;         /* the moving end of fork */
-    usp_meeting meeting;      /* the memory of its cards serves usp_world_agree from now on */
+    usp_transport *transport;       /* and its control */
+    usp_stream transfer[USP_LANES]; /* every transfer of every mesh and layer of a lane, in the order of the calls */
+    usp_event *event;               /* the moving end of fork */
+    usp_meeting meeting;            /* the memory of its cards serves usp_world_agree from now on */
     usp_piece *pieces;
     uint64_t piece_count, sequence_count; /* made so far */
     int timeout_ms, silence_ms;           /* -1: no limit */
@@ -52,10 +58,10 @@ usp_status usp_world_conclude(usp_world *world, usp_status status);
 /* Where so many bytes of shared memory are; piece 0 if they are not all of one piece. */
 usp_place usp_world_find_place(const usp_world *world, const void *memory, size_t bytes);
 
-/* The transport's exchange on the transfer stream. The caller forks to it before and from it where the data is needed.
- */
-usp_status usp_world_exchange(usp_world *world, const usp_message *sends, int send_count, const usp_message *recvs,
-                              int recv_count);
+/* The transport's exchange on the lane's transfer stream. The caller forks to it before and from it where the data is
+ * needed. */
+usp_status usp_world_exchange(usp_world *world, const usp_lane *lane, const usp_message *sends, int send_count,
+                              const usp_message *recvs, int recv_count);
 
 /* One named field of the record that ranks compare. */
 typedef struct usp_field {

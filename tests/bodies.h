@@ -59,6 +59,9 @@ int usp_body_continue(usp_rank *rank, void *argument);
 int usp_body_shared_memory(usp_rank *rank, void *argument);
 /* Heads in groups give the bits that they give at once (groups.c). argument: none */
 int usp_body_groups(usp_rank *rank, void *argument);
+/* Axes over two transports give the bits that they give over one, and each takes the right one (lanes.c). Puts a trace
+ * into the world: comes last. argument: none */
+int usp_body_lanes(usp_rank *rank, void *argument);
 /* Two data copies with sequences and layers of their own. argument: usp_references */
 int usp_body_unlike_copies(usp_rank *rank, void *argument);
 

@@ -55,6 +55,7 @@ static const struct part {
     {"replanned", NULL, usp_body_replanned},
     {"refused_replans", NULL, usp_body_refused_replans},
     {"groups", NULL, usp_body_groups},
+    {"lanes", NULL, usp_body_lanes},
 };
 enum { PARTS = sizeof parts / sizeof parts[0] };
 
@@ -122,6 +123,7 @@ int main(int argc, char **argv) {
     int size = argc > 1 ? atoi(argv[1]) : DEFAULT_RANKS, launched = getenv("RANK") != NULL;
     return run_as(&(usp_ranks){.kind = launched ? USP_RANKS_PROCESS : USP_RANKS_THREADS,
                                .size = size,
+                               .host = 2,
                                .stack = argc > 3 ? atoi(argv[3]) : 0,
                                .seconds = SECONDS},
                   argc > 2 && strcmp(argv[2], "all") != 0 ? argv[2] : NULL);

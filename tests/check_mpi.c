@@ -59,8 +59,8 @@ static int mismatch(usp_transport *transport, size_t sent, size_t expected, cons
     memset(data, GUARD, sizeof data);
     memset(untouched, GUARD, sizeof untouched);
     if (transport->rank == 0) memset(data, 1, sizeof data);
-    if (transport->rank == 0) status = transport->ops->exchange(transport, &send, 1, NULL, 0, NULL);
-    if (transport->rank == 1) status = transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL);
+    if (transport->rank == 0) status = transport->ops->exchange(transport, 0, &send, 1, NULL, 0, NULL);
+    if (transport->rank == 1) status = transport->ops->exchange(transport, 0, NULL, 0, &recv, 1, NULL);
     if (status == USP_OK) status = usp_transport_allgather(transport, data, data, 0);
     int wrong = usp_check_failure(transport, status, USP_COMM, words);
     if (transport->rank == 1)
@@ -83,7 +83,7 @@ static int stay_away(usp_transport *transport) {
     usp_message recv = usp_message_whole(0, &byte, 1);
     double begin = now_ms();
     if (transport->rank == 0) rest(LIMIT_MS + MARGIN_MS);
-    usp_status status = transport->ops->exchange(transport, NULL, 0, &recv, transport->rank != 0, NULL);
+    usp_status status = transport->ops->exchange(transport, 0, NULL, 0, &recv, transport->rank != 0, NULL);
     double took = now_ms() - begin;
     int wrong = usp_check_failure(transport, status, USP_TIMEOUT, "rank 0");
     if (transport->rank == 0) return wrong;
@@ -96,7 +96,7 @@ static int give_up(usp_transport *transport) {
     char byte = 0;
     usp_message recv = usp_message_whole(0, &byte, 1);
     if (transport->rank == 0) usp_transport_abort(transport);
-    usp_status status = transport->ops->exchange(transport, NULL, 0, &recv, transport->rank != 0, NULL);
+    usp_status status = transport->ops->exchange(transport, 0, NULL, 0, &recv, transport->rank != 0, NULL);
     return usp_check_failure(transport, status, USP_COMM, "rank 0");
 }
 
@@ -105,7 +105,7 @@ static int leave(usp_transport *transport) {
     char byte = 0;
     usp_message recv = usp_message_whole(0, &byte, 1);
     if (transport->rank == 0) return 0;
-    return usp_check_failure(transport, transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL), USP_PEER_LOST,
+    return usp_check_failure(transport, transport->ops->exchange(transport, 0, NULL, 0, &recv, 1, NULL), USP_PEER_LOST,
                              "rank 0");
 }
 

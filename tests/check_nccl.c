@@ -169,7 +169,7 @@ static int verify(usp_player *player, usp_traffic *traffic, int round) {
 }
 
 static usp_status send_all(usp_player *player, usp_traffic *traffic) {
-    return traffic->transport->ops->exchange(traffic->transport, traffic->sends, traffic->count, traffic->recvs,
+    return traffic->transport->ops->exchange(traffic->transport, 0, traffic->sends, traffic->count, traffic->recvs,
                                              traffic->count, player->stream);
 }
 

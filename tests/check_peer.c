@@ -2,7 +2,7 @@
  * that starts its ranks as processes, on the GPUs there are in turn: two ranks may share one.
  *
  *   check_peer [N]          N processes (default: a GPU each, two at least), then with a last one that dies or stops,
- * then N threads
+ *                           then N threads, where each has a GPU
  *   check_peer --threads    the threads alone
  * RANK=... check_peer [--kill|--stop|--kill-graph|--stop-graph] one of them */
 #define _GNU_SOURCE
@@ -54,7 +54,7 @@ static usp_status shift(const step *s) {
     usp_message send = usp_message_whole((rank + 1) % size, s->out, s->bytes);
     usp_message recv = usp_message_whole((rank + size - 1) % size, s->in, s->bytes);
     if (s->shared) send.there = recv.there = s->in;
-    return transport->ops->exchange(transport, &send, 1, &recv, 1, s->stream);
+    return transport->ops->exchange(transport, 0, &send, 1, &recv, 1, s->stream);
 }
 
 static int open_step(step *s, usp_world *world, size_t bytes, int shared) {
@@ -218,7 +218,9 @@ static void play_hand(usp_hand *hand) {
     usp_world_destroy(world);
 }
 
+/* What frees memory of a GPU waits for all that the process has begun there: two threads' ranks need two. */
 static int play_threads(int size) {
+    if (usp_device_count(USP_DEVICE_CUDA) < size) return 0;
     alarm(PHASE_SECONDS);
     int failed = usp_crew_threads(size, play_hand);
     printf("---- %d threads: %s\n", size, failed ? "failed" : "ok");
@@ -239,13 +241,14 @@ static int phase(int size, const char *fault) {
         if (!faulty && (!WIFEXITED(state) || WEXITSTATUS(state) != 0)) failed = 1;
     }
     printf("---- %s\n", failed ? "failed" : "ok");
+    fflush(stdout);
     return failed;
 }
 
 int main(int count, char **arguments) {
     static const char *const faults[] = {"--kill", "--stop", "--kill-graph", "--stop-graph"};
     int gpus = usp_device_count(USP_DEVICE_CUDA), size = count > 1 ? atoi(arguments[1]) : gpus < 2 ? 2 : gpus;
-    if (gpus > 0 && count > 1 && strcmp(arguments[1], "--threads") == 0) return play_threads(gpus < 2 ? 2 : gpus);
+    if (gpus > 0 && count > 1 && strcmp(arguments[1], "--threads") == 0) return play_threads(gpus);
     if (gpus > 0 && getenv("RANK")) return play(count > 1 ? arguments[1] : NULL);
     if (gpus == 0 || size < 2 || size > MOST_RANKS) {
         printf("skipped: needs a GPU and 2 to %d ranks\n", MOST_RANKS);

@@ -135,7 +135,7 @@ static usp_status usp_ring_step(usp_transport *transport, size_t bytes) {
     static char in[1 << 18], out[1 << 18];
     usp_message send = usp_message_whole((transport->rank + 1) % transport->size, out, bytes);
     usp_message recv = usp_message_whole((transport->rank + transport->size - 1) % transport->size, in, bytes);
-    return transport->ops->exchange(transport, &send, 1, &recv, 1, NULL);
+    return transport->ops->exchange(transport, 0, &send, 1, &recv, 1, NULL);
 }
 
 /* Exchanges of changing sizes until something fails, which it must. */
@@ -216,8 +216,8 @@ static int usp_scene_chain(const usp_cast *cast, usp_host *host, usp_device *dev
     usp_words(last, transport->size - 1);
     int is_last = transport->rank == transport->size - 1;
     usp_rest(is_last ? 2 * cast->timeout_ms : 40 * transport->rank);
-    usp_status status = transport->ops->exchange(transport, NULL, 0, &recv, !is_last, NULL);
-    if (status == USP_OK) status = transport->ops->exchange(transport, &send, 1, NULL, 0, NULL);
+    usp_status status = transport->ops->exchange(transport, 0, NULL, 0, &recv, !is_last, NULL);
+    if (status == USP_OK) status = transport->ops->exchange(transport, 0, &send, 1, NULL, 0, NULL);
     int wrong = usp_check_failure(transport, status, USP_TIMEOUT, last);
     usp_transport_end(transport);
     return wrong;
@@ -235,8 +235,8 @@ static int usp_scene_stopped_waiting(const usp_cast *cast, usp_host *host, usp_d
     if (cast->rank == 1 && pthread_create(&thread, NULL, usp_strike_soon, &own) != 0) return 1;
     usp_message recv = usp_message_whole(cast->rank == 1 ? 2 : 1, &byte, 1);
     if (cast->rank == 2) usp_rest(cast->timeout_ms * 3 / 4);
-    int wrong = usp_check_failure(transport, transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL), USP_TIMEOUT,
-                                  "rank 1 ");
+    int wrong = usp_check_failure(transport, transport->ops->exchange(transport, 0, NULL, 0, &recv, 1, NULL),
+                                  USP_TIMEOUT, "rank 1 ");
     usp_transport_end(transport);
     return wrong;
 }

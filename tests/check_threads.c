@@ -103,7 +103,7 @@ static usp_status usp_ring_step(usp_transport *transport) {
     char in[16], out[16] = {0};
     usp_message send = usp_message_whole((transport->rank + 1) % transport->size, out, sizeof out);
     usp_message recv = usp_message_whole((transport->rank + transport->size - 1) % transport->size, in, sizeof in);
-    return transport->ops->exchange(transport, &send, 1, &recv, 1, NULL);
+    return transport->ops->exchange(transport, 0, &send, 1, &recv, 1, NULL);
 }
 
 static usp_status usp_all_step(usp_transport *transport) {
@@ -116,7 +116,7 @@ static usp_status usp_all_step(usp_transport *transport) {
         sends[count] = usp_message_whole(peer, out, sizeof out);
         recvs[count++] = usp_message_whole(peer, in[peer], sizeof in[peer]);
     }
-    return transport->ops->exchange(transport, sends, count, recvs, count, NULL);
+    return transport->ops->exchange(transport, 0, sends, count, recvs, count, NULL);
 }
 
 /* Exchanges until something fails, which it must. */
@@ -150,8 +150,8 @@ static int usp_scene_chain(const usp_crew *crew, usp_transport *transport) {
     usp_words(last, transport->size - 1);
     int is_last = transport->rank == transport->size - 1;
     usp_rest(is_last ? 3 * crew->timeout_ms : 20 * transport->rank);
-    usp_status status = transport->ops->exchange(transport, NULL, 0, &recv, !is_last, NULL);
-    if (status == USP_OK) status = transport->ops->exchange(transport, &send, 1, NULL, 0, NULL);
+    usp_status status = transport->ops->exchange(transport, 0, NULL, 0, &recv, !is_last, NULL);
+    if (status == USP_OK) status = transport->ops->exchange(transport, 0, &send, 1, NULL, 0, NULL);
     return usp_check_failure(transport, status, USP_TIMEOUT, last);
 }
 
@@ -185,8 +185,8 @@ static int usp_scene_left_early(const usp_crew *crew, usp_transport *transport) 
     for (int i = 0; i < 100 && transport->rank != crew->odd && transport->rank < 2; i++) {
         usp_message send = usp_message_whole(1 - transport->rank, &byte, 1);
         usp_message recv = usp_message_whole(1 - transport->rank, &byte, 1);
-        usp_status status = transport->rank == 0 ? transport->ops->exchange(transport, &send, 1, NULL, 0, NULL)
-                                                 : transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL);
+        usp_status status = transport->rank == 0 ? transport->ops->exchange(transport, 0, &send, 1, NULL, 0, NULL)
+                                                 : transport->ops->exchange(transport, 0, NULL, 0, &recv, 1, NULL);
         wrong += usp_check(transport, status == USP_OK, "step %d: %s", i, usp_last_error());
     }
     return wrong;
@@ -345,7 +345,7 @@ static usp_status usp_exchange_stuck(usp_transport *transport) {
     usp_message send = usp_message_whole(transport->rank == 0 ? 1 : 0, out, sizeof out);
     usp_message recv = usp_message_whole(transport->rank == 0 ? 2 : 0, in, sizeof in);
     usp_rest(transport->rank == 0 ? 50 : transport->rank == 1 ? 200 : 0);
-    return transport->ops->exchange(transport, &send, transport->rank != 1, &recv, transport->rank != 2, NULL);
+    return transport->ops->exchange(transport, 0, &send, transport->rank != 1, &recv, transport->rank != 2, NULL);
 }
 
 /* Rank 1 has its message and leaves: not at once, since rank 0 still needs its event, and not when rank 0 is done. */

@@ -29,9 +29,9 @@ none "memory counts as constant, which a kernel that begins early must not have"
 none "a kernel does not call begin_kernel" "$(for file in $(grep -l __global__ cuda/*.cu cuda/*.cuh); do
     [ "$(grep -c __global__ "$file")" = "$(grep -c ' begin_kernel();' "$file")" ] || echo "$file"
 done)"
-none "a constructor of a backend is called outside lib/world.c" "$(
+none "a constructor of a backend is called outside lib/world.c or lib/devices.c" "$(
     grep -rnE 'usp_(transport_create|device_create)_[a-z_]+\(' lib comm cuda --include='*.c' |
-    grep -vE '^lib/world\.c|^[^:]*:[0-9]+:(usp_status|void)|^lib/absent\.c' || true)"
+    grep -vE '^lib/world\.c|^lib/devices\.c|^[^:]*:[0-9]+:(usp_status|void)|^lib/absent\.c' || true)"
 none "the library prints, exits or aborts" "$(
     grep -nE '\b(printf|puts|exit|abort|assert)\(' lib/*.c lib/cpu/*.c comm/*.c cuda/*.c | grep -vE 'snprintf|->abort\(|\.abort|_abort\(|ops->' || true)"
 none "dead code or notes to self" "$(grep -rnE '#if 0|\<(TODO|FIXME|XXX)\>([^.]|$)' include lib cuda comm tests bench docs meson.build |

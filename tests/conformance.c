@@ -246,7 +246,8 @@ static usp_status usp_exchange_sides(usp_transport *transport, const usp_round *
     usp_message *recvs = calloc((size_t)in->count + 1, sizeof *recvs);
     for (int i = 0; i < out->count; i++) sends[i] = usp_message_of(transport, round, out, 0, i);
     for (int i = 0; i < in->count; i++) recvs[i] = usp_message_of(transport, round, in, 1, i);
-    usp_status status = transport->ops->exchange(transport, sends, out->count, recvs, in->count, stream);
+    int lane = round->round % USP_LANES;
+    usp_status status = transport->ops->exchange(transport, lane, sends, out->count, recvs, in->count, stream);
     free(sends), free(recvs);
     return status;
 }
@@ -316,11 +317,11 @@ static int usp_check_refusals(usp_transport *transport) {
     usp_message self = usp_message_whole(transport->rank, &byte, 1);
     usp_message beyond = usp_message_whole(transport->size, &byte, 1);
     usp_message before = usp_message_whole(-1, &byte, 1);
-    usp_status status = transport->ops->exchange(transport, &self, 1, NULL, 0, NULL);
+    usp_status status = transport->ops->exchange(transport, 0, &self, 1, NULL, 0, NULL);
     int wrong = usp_check_failure(transport, status, USP_INVALID, "itself");
-    status = transport->ops->exchange(transport, &beyond, 1, NULL, 0, NULL);
+    status = transport->ops->exchange(transport, 0, &beyond, 1, NULL, 0, NULL);
     wrong += usp_check_failure(transport, status, USP_INVALID, "peer");
-    status = transport->ops->exchange(transport, NULL, 0, &before, 1, NULL);
+    status = transport->ops->exchange(transport, 0, NULL, 0, &before, 1, NULL);
     return wrong + usp_check_failure(transport, status, USP_INVALID, "peer");
 }
 
@@ -352,8 +353,8 @@ int usp_check_transport_mismatch(usp_transport *transport) {
     usp_message send = usp_message_whole(1, out, sizeof out);
     usp_message recv = usp_message_whole(0, in, 32), never = usp_message_whole(1, in, 96);
     usp_status status = USP_OK;
-    if (transport->rank == 0) status = transport->ops->exchange(transport, &send, 1, &never, 1, NULL);
-    if (transport->rank == 1) status = transport->ops->exchange(transport, NULL, 0, &recv, 1, NULL);
+    if (transport->rank == 0) status = transport->ops->exchange(transport, 0, &send, 1, &never, 1, NULL);
+    if (transport->rank == 1) status = transport->ops->exchange(transport, 0, NULL, 0, &recv, 1, NULL);
     if (transport->rank > 1) status = usp_transport_allgather(transport, out, out, 0);
     int wrong = usp_check_failure(transport, status, USP_COMM, "rank 0 sends 64 bytes to rank 1, which expects 32");
     wrong += usp_check(transport, memcmp(in, untouched, sizeof in) == 0, "bytes of the wrong size were written");

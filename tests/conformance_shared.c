@@ -34,7 +34,7 @@ static usp_status usp_shift_shared(usp_transport *transport, char *shared, usp_m
     memset(seen, rank * 8 + (int)manner + 1, BYTES);
     usp_status status = ops->copy(transport->device, shared + SENT, seen, BYTES, stream);
     memset(seen, 0, BYTES);
-    if (status == USP_OK && size > 1) status = transport->ops->exchange(transport, &send, 1, &recv, 1, stream);
+    if (status == USP_OK && size > 1) status = transport->ops->exchange(transport, 0, &send, 1, &recv, 1, stream);
     if (status == USP_OK && size == 1)
         status = ops->copy(transport->device, shared + WANTED, shared + SENT, BYTES, stream);
     if (status == USP_OK) status = ops->copy(transport->device, seen, shared + WANTED, BYTES, stream);

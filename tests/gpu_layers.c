@@ -4,9 +4,11 @@
  *   gpu_layers                   thread-ranks that share GPU 0, then a thread a GPU over NCCL
  *   gpu_layers --threads [N]     thread-ranks that share GPU 0: worlds of 1 .. N (default 4)
  *   gpu_layers --nccl [N]        a thread a GPU, N GPUs (default: all)
- *   gpu_layers --processes L [--peer] a process a GPU, two at least, started by the launcher L (usp_launch), over NCCL
- *                                or the peer transport
- *   RANK=... gpu_layers [--peer] one of those processes, or of torchrun's */
+ *   gpu_layers --processes L [TRANSPORT]  a process a GPU, two at least for --peer, started by the launcher L
+ * (usp_launch) RANK=... gpu_layers [TRANSPORT]       one of those processes, or of torchrun's RANK=... gpu_layers
+ * --two-hosts       one of those processes, of which each half passes for those of one host: what is of lanes alone
+ *
+ * TRANSPORT: --peer or --nccl for one alone; else a lane takes the one that serves it best. */
 #define _POSIX_C_SOURCE 200809L
 #include "bodies.h"
 #include "costs.h"
@@ -19,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { SKIPPED = 77, SECONDS = 500, SHARED_RANKS = 4 };
@@ -42,9 +45,10 @@ static int check_axis(usp_rank *rank, usp_mesh *mesh, usp_axis axis) {
     return 0;
 }
 
-static int axes(usp_rank *rank) {
+static int axes(usp_rank *rank, void *argument) {
     usp_mesh *mesh = NULL;
     int ulysses = rank->size % 2 == 0 ? 2 : 1, failed = 0;
+    (void)argument;
     if (usp_mesh_create(rank->world, ulysses, 1, &mesh) != USP_OK) return usp_say(rank, "%s", usp_last_error());
     for (int axis = USP_AXIS_ULYSSES; axis <= USP_AXIS_DATA && !failed; axis++)
         failed = check_axis(rank, mesh, (usp_axis)axis);
@@ -52,7 +56,8 @@ static int axes(usp_rank *rank) {
     return failed;
 }
 #else
-static int axes(usp_rank *rank) {
+static int axes(usp_rank *rank, void *argument) {
+    (void)argument;
     usp_refuse(rank, "axis communicators: this program was built without NCCL");
     return 0;
 }
@@ -61,7 +66,8 @@ static int axes(usp_rank *rank) {
 /* ---- limits ------------------------------------------------------------------------------------------------------ */
 
 /* More heads than a launch holds: every rank is refused at create, by a sentence that says so. */
-static int limits(usp_rank *rank) {
+static int limits(usp_rank *rank, void *argument) {
+    (void)argument;
     usp_sequence_config tokens = {.struct_size = sizeof tokens, .tokens = 8 * rank->size};
     usp_layer_config config = {.struct_size = sizeof config,
                                .attention = USP_SOFTMAX,
@@ -87,18 +93,25 @@ static int limits(usp_rank *rank) {
 
 /* ---- what runs in one world -------------------------------------------------------------------------------------- */
 
+/* What a world is good for. */
+enum {
+    WHOLE = 1,  /* there is time for everything */
+    GRAPHS = 2, /* ranks need not meet on the host */
+    AXES = 4    /* ranks are joined by NCCL */
+};
+
 typedef struct everything {
     usp_references *references;
-    int graphs; /* where ranks need not meet on the host */
-    int axes;   /* where ranks are joined by NCCL */
-    int calls;  /* of a mix */
+    int can;   /* of the above */
+    int calls; /* of a mix */
 } everything;
 
-static int run_tables(usp_rank *rank, usp_references *references) {
-    const usp_table *const tables[] = {&usp_wide_table,    &usp_half_table,   &usp_mask_table,
-                                       &usp_softmax_table, &usp_linear_table, &usp_large_table};
+static int tables(usp_rank *rank, void *argument) {
+    const usp_table *const all[] = {&usp_wide_table,    &usp_half_table,   &usp_mask_table,
+                                    &usp_softmax_table, &usp_linear_table, &usp_large_table};
+    usp_references *references = ((const everything *)argument)->references;
     for (int i = 0; i < 6; i++) {
-        usp_table_run run = {.table = tables[i], .references = references};
+        usp_table_run run = {.table = all[i], .references = references};
         if (usp_body_table(rank, &run)) return 1;
     }
     usp_table_run copies = {.table = &usp_wide_table, .copies = 2, .references = references};
@@ -106,63 +119,82 @@ static int run_tables(usp_rank *rank, usp_references *references) {
     return rank->size % 2 == 0 && usp_body_table(rank, &copies);
 }
 
+static int interleavings(usp_rank *rank, void *argument) {
+    return usp_body_interleavings(rank, (void *)(uintptr_t) & ((const everything *)argument)->calls);
+}
+
+static int costs(usp_rank *rank, void *argument) {
+    (void)argument;
+    return usp_body_costs(rank, (void *)(uintptr_t)&usp_half_table);
+}
+
+static const struct part {
+    const char *name;
+    usp_body body; /* argument: everything, or none */
+    int needs;
+} parts[] = {{"tables", tables, WHOLE},
+             {"arrangements", usp_body_arrangements, WHOLE},
+             {"repeats", usp_body_repeats, WHOLE},
+             {"round trip", usp_body_round_trip, WHOLE},
+             {"parts", usp_body_parts, WHOLE},
+             {"linearity", usp_body_linearity, WHOLE},
+             {"switch", usp_body_switch, WHOLE},
+             {"states", usp_body_states, WHOLE},
+             {"continue", usp_body_continue, WHOLE},
+             {"independent", usp_body_independent, WHOLE},
+             {"masks", usp_body_masks, WHOLE},
+             {"packed", usp_body_packed, WHOLE},
+             {"twins", usp_body_twins, WHOLE},
+             {"whole window", usp_body_whole_window, WHOLE},
+             {"chain", usp_body_chain, WHOLE},
+             {"no sinks", usp_body_no_sinks, WHOLE},
+             {"little dropout", usp_body_little_dropout, WHOLE},
+             {"dropped", usp_body_dropped, WHOLE},
+             {"replanned", usp_body_replanned, WHOLE},
+             {"refused replans", usp_body_refused_replans, WHOLE},
+             {"shared memory", usp_body_shared_memory, WHOLE},
+             {"groups", usp_body_groups, WHOLE},
+             {"not a number", usp_body_not_a_number, WHOLE},
+             {"spread", usp_body_spread, WHOLE},
+             {"limits", limits, WHOLE},
+             {"graphs", usp_body_graphs, GRAPHS},
+             {"streams", usp_body_streams, 0},
+             {"interleavings", interleavings, 0},
+             {"axes", axes, AXES},
+             {"costs", costs, 0},
+             {"lanes", usp_body_lanes, 0}};
+
 /* A body that cannot go on says so; one that finds wrong results does too, and the next one runs. */
 static int run_everything(usp_rank *rank, void *argument) {
-    static const struct {
-        const char *name;
-        usp_body body;
-    } properties[] = {{"arrangements", usp_body_arrangements},
-                      {"repeats", usp_body_repeats},
-                      {"round trip", usp_body_round_trip},
-                      {"parts", usp_body_parts},
-                      {"linearity", usp_body_linearity},
-                      {"switch", usp_body_switch},
-                      {"states", usp_body_states},
-                      {"continue", usp_body_continue},
-                      {"independent", usp_body_independent},
-                      {"masks", usp_body_masks},
-                      {"packed", usp_body_packed},
-                      {"twins", usp_body_twins},
-                      {"whole window", usp_body_whole_window},
-                      {"chain", usp_body_chain},
-                      {"no sinks", usp_body_no_sinks},
-                      {"little dropout", usp_body_little_dropout},
-                      {"dropped", usp_body_dropped},
-                      {"replanned", usp_body_replanned},
-                      {"refused replans", usp_body_refused_replans},
-                      {"shared memory", usp_body_shared_memory},
-                      {"groups", usp_body_groups},
-                      {"not a number", usp_body_not_a_number},
-                      {"spread", usp_body_spread}};
     const everything *all = argument;
     if (rank->device != USP_DEVICE_CUDA) return usp_say(rank, "the world is not on a GPU");
-    if (run_tables(rank, all->references)) return usp_say(rank, "... in the tables");
-    for (size_t i = 0; i < sizeof properties / sizeof properties[0]; i++)
-        if (properties[i].body(rank, NULL)) return usp_say(rank, "... in %s", properties[i].name);
-    if (all->graphs && usp_body_graphs(rank, NULL)) return usp_say(rank, "... in graphs");
-    if (usp_body_streams(rank, NULL)) return usp_say(rank, "... in streams");
-    if (usp_body_interleavings(rank, (void *)(uintptr_t)&all->calls)) return usp_say(rank, "... in interleavings");
-    if (all->axes && axes(rank)) return usp_say(rank, "... in axes");
-    if (limits(rank)) return usp_say(rank, "... in limits");
-    if (usp_body_costs(rank, (void *)(uintptr_t)&usp_half_table)) return usp_say(rank, "... in costs");
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+        time_t begun = time(NULL);
+        if (parts[i].needs & ~all->can) continue;
+        if (parts[i].body(rank, argument)) return usp_say(rank, "... in %s", parts[i].name);
+        if (rank->rank == 0) printf("%5d s %s\n", (int)(time(NULL) - begun), parts[i].name);
+        fflush(stdout);
+    }
     return 0;
 }
 
 /* ---- worlds ------------------------------------------------------------------------------------------------------ */
 
-static int run_world(usp_ranks_kind kind, int size, const char *name, usp_transport_kind transport,
+/* `host`: how many ranks pass for those of one host, and there is time for little then; 0: those that are. */
+static int run_world(usp_ranks_kind kind, int size, const char *name, usp_transport_kind transport, int host,
                      usp_references *references) {
     const usp_ranks ranks = {.kind = kind,
                              .transport = transport,
+                             .host = host,
                              .device = USP_DEVICE_CUDA,
                              .size = size,
                              .seconds = SECONDS,
                              .stream_create = usp_gpu_stream_create,
                              .stream_destroy = usp_gpu_stream_destroy};
-    everything all = {.references = references,
-                      .graphs = kind != USP_RANKS_THREADS || size == 1,
-                      .axes = kind != USP_RANKS_THREADS && transport != USP_TRANSPORT_PEER,
-                      .calls = kind != USP_RANKS_THREADS ? 10000 : 1000};
+    everything all = {.references = references, .calls = kind != USP_RANKS_THREADS && !host ? 10000 : 1000};
+    if (!host) all.can |= WHOLE;
+    if (kind != USP_RANKS_THREADS || size == 1) all.can |= GRAPHS;
+    if (kind != USP_RANKS_THREADS && transport != USP_TRANSPORT_PEER) all.can |= AXES;
     usp_report report;
     int failed = usp_ranks_run(&ranks, run_everything, &all, &report) || report.done == 0;
     printf("%s (%d here): %d done, %d refused, %d failures\n%s", name, size, report.done, report.refused,
@@ -194,7 +226,7 @@ static int run_across(int most) {
 static int run_threads(int most, usp_references *references) {
     int failed = 0;
     for (int size = 1; size <= most; size = size < 2 ? 2 : size + 2)
-        failed += run_world(USP_RANKS_THREADS, size, "threads on one GPU", USP_TRANSPORT_AUTO, references);
+        failed += run_world(USP_RANKS_THREADS, size, "threads on one GPU", USP_TRANSPORT_AUTO, 0, references);
     return failed + run_across(most);
 }
 
@@ -204,7 +236,7 @@ static int run_nccl(int gpus, usp_references *references) {
         printf("no NCCL: %s\n", usp_last_error());
         return 0;
     }
-    return run_world(USP_RANKS_NCCL, gpus, "NCCL", USP_TRANSPORT_AUTO, references);
+    return run_world(USP_RANKS_NCCL, gpus, "NCCL", USP_TRANSPORT_NCCL, 0, references);
 }
 
 /* Becomes the launcher of one process a GPU. */
@@ -217,21 +249,32 @@ static int run_processes(int gpus, const char *launcher, const char *program, co
     return 1;
 }
 
+/* Of the command's last word. */
+static usp_transport_kind transport_of(const char *option) {
+    if (strcmp(option, "--peer") == 0) return USP_TRANSPORT_PEER;
+    return strcmp(option, "--nccl") == 0 ? USP_TRANSPORT_NCCL : USP_TRANSPORT_AUTO;
+}
+
+static int run_launched(const char *option, usp_references *references) {
+    const char *size = getenv("WORLD_SIZE");
+    int host = strcmp(option, "--two-hosts") == 0 && size ? atoi(size) / 2 : 0;
+    return run_world(USP_RANKS_PROCESS, 1, "process", transport_of(option), host, references);
+}
+
 int main(int argc, char **argv) {
     usp_references references = {0};
     int gpus = usp_device_count(USP_DEVICE_CUDA), failed = 0, number = argc > 2 ? atoi(argv[2]) : 0;
     int launched = getenv("RANK") != NULL;
-    const char *mode = launched ? "--env" : argc > 1 ? argv[1] : "--all";
+    const char *mode = launched ? "" : argc > 1 ? argv[1] : "--all", *option = argv[argc - 1];
     if (gpus == 0) {
         printf("SKIP: no usable GPU, or the library was built without CUDA\n");
         return SKIPPED;
     }
-    int peer = strcmp(argv[argc - 1], "--peer") == 0;
-    if (strcmp(mode, "--processes") == 0 && argc > 2)
-        return run_processes(peer && gpus < 2 ? 2 : gpus, argv[2], argv[0], peer ? argv[argc - 1] : NULL);
-    if (launched)
-        failed +=
-            run_world(USP_RANKS_PROCESS, 1, "process", peer ? USP_TRANSPORT_PEER : USP_TRANSPORT_AUTO, &references);
+    if (strcmp(mode, "--processes") == 0 && argc > 2) {
+        int least = transport_of(option) == USP_TRANSPORT_PEER ? 2 : 1;
+        return run_processes(gpus < least ? least : gpus, argv[2], argv[0], argc > 3 ? option : NULL);
+    }
+    if (launched) failed += run_launched(option, &references);
     if (strcmp(mode, "--threads") == 0 || strcmp(mode, "--all") == 0)
         failed += run_threads(number > 0 ? number : SHARED_RANKS, &references);
     if (strcmp(mode, "--nccl") == 0 || strcmp(mode, "--all") == 0)

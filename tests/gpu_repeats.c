@@ -108,9 +108,9 @@ static void check_repeats(usp_gpu_test *t, const usp_gpu_softmax_case *c, char *
     snprintf(t->name, sizeof t->name, "softmax launched again, %s, d %d", c->name, c->dim);
     usp_gpu_begin_case(t, c->dtype);
     usp_gpu_softmax s = usp_gpu_make_softmax(t, c);
-    const repeat forward = {"forward", usp_gpu_softmax_forward, 0, 4, 4, {&s.out, &s.lse, &s.top, &s.sum}};
-    const repeat keys = {"backward", usp_gpu_softmax_backward, 0, 2, 4, {&s.dk[0], &s.dv[0], &s.dq, &s.dq_sum}};
-    const repeat all = {"deterministic", usp_gpu_softmax_backward, 1, 3, 4, {&s.dk[0], &s.dv[0], &s.dq, &s.dq_sum}};
+    const repeat forward = {"forward", usp_gpu_softmax_forward, 0, 4, 4, {&s.out, &s.lse, &s.top, &s.sum}, 0};
+    const repeat keys = {"backward", usp_gpu_softmax_backward, 0, 2, 4, {&s.dk[0], &s.dv[0], &s.dq, &s.dq_sum}, 0};
+    const repeat all = {"deterministic", usp_gpu_softmax_backward, 1, 3, 4, {&s.dk[0], &s.dv[0], &s.dq, &s.dq_sum}, 0};
     repeat sliced = all;
     sliced.what = "deterministic, in slices", sliced.slices = 2;
     memcpy(t->before, t->plain.base, t->used);

@@ -76,11 +76,19 @@ void usp_refuse(usp_rank *rank, const char *format, ...) {
 
 /* ---- one rank ---------------------------------------------------------------------------------------------------- */
 
+/* A process knows its rank from its launcher, if at all. */
+static int node_of(const usp_run *run, int rank) {
+    const char *launched = getenv("RANK");
+    if (run->how.host == 0 || (run->how.kind == USP_RANKS_PROCESS && !launched)) return 0;
+    return 1 + (run->how.kind == USP_RANKS_PROCESS ? atoi(launched) : rank) / run->how.host;
+}
+
 static usp_status create_world(usp_run *run, int rank, usp_world **world) {
     int gpu = run->how.kind == USP_RANKS_NCCL ? rank : 0, seconds = run->how.seconds;
     usp_world_config config = {.struct_size = sizeof config, .device = run->how.device, .timeout_ms = seconds * 500};
     config.watchdog = run->how.watchdog;
     config.transport = run->how.transport;
+    config.node = node_of(run, rank);
     if (run->how.timeout_ms) config.timeout_ms = run->how.timeout_ms;
     usp_heap_configure(run->rank[rank].heap, &config);
     if (run->how.kind == USP_RANKS_PROCESS)

@@ -33,6 +33,7 @@ typedef struct usp_ranks {
     int seconds;            /* time limit; 0: 60; four times as many under a thread sanitizer */
     int watchdog;           /* as in usp_world_config */
     usp_transport_kind transport;
+    int host;       /* ranks that pass for those of one host, by usp_world_config.node; 0: all as they are */
     int timeout_ms; /* as in usp_world_config; 0: half of the time limit */
     usp_status (*create)(const usp_world_config *, usp_world **); /* processes; NULL: from the environment */
     usp_status (*stream_create)(usp_stream *);                    /* NULL: the NULL stream */

@@ -43,11 +43,11 @@ static usp_status count_totals(usp_device *device, const usp_linear *args, usp_s
     return launch(device)->linear_totals(device, args, stream);
 }
 
-static usp_status count_exchange(usp_transport *transport, const usp_message *sends, int send_count,
+static usp_status count_exchange(usp_transport *transport, int lane, const usp_message *sends, int send_count,
                                  const usp_message *recvs, int recv_count, usp_stream stream) {
     line_counter *c = (line_counter *)(uintptr_t)transport->ops;
     c->messages += send_count + recv_count;
-    return c->true_comm->exchange(transport, sends, send_count, recvs, recv_count, stream);
+    return c->true_comm->exchange(transport, lane, sends, send_count, recvs, recv_count, stream);
 }
 
 typedef struct counts {

@@ -57,6 +57,16 @@ Test(properties, same_bits_in_registered_memory) {
     on_sizes(sizes, 3, usp_body_shared_memory);
 }
 
+/* Hosts of two ranks. */
+Test(properties, same_bits_over_two_transports) {
+    for (int i = 1; i < 5; i++) {
+        const usp_ranks ranks = {.size = sizes[i], .host = 2, .seconds = SECONDS};
+        usp_report report;
+        usp_ranks_run(&ranks, usp_body_lanes, NULL, &report);
+        cr_expect(report.failures == 0 && report.done > 0, "%d ranks\n%s", sizes[i], report.text);
+    }
+}
+
 Test(properties, same_bits_in_groups_of_heads) {
     on_sizes(sizes, 4, usp_body_groups);
 }
