@@ -131,7 +131,7 @@ static usp_status connect_ranks(usp_peer *self, const usp_meeting *meeting) {
     USP_TRY(usp_channel_connect(self->base.control, meeting, NULL));
     take_seats(self, NULL);
     usp_status status = join(self);
-    return status == USP_OK ? USP_OK : usp_transport_fail(&self->base, status);
+    return status == USP_OK ? USP_OK : usp_channel_fail(self->base.control, status, "%s", usp_last_error());
 }
 
 usp_status usp_transport_create_peer(const usp_transport_config *config, usp_meeting *meeting,
@@ -168,7 +168,7 @@ usp_status usp_transport_create_near(const usp_transport_config *config, const i
         transport->near = &self->base;
         return USP_OK;
     }
-    usp_host_log(config->host, 2, "no transfers between GPUs' memories: %s", usp_last_error());
+    usp_host_log(config->host, 1, "GPUs of one host do without the peer transport: %s", usp_last_error());
     usp_peer_ops.destroy(&self->base);
     return usp_transport_poll(transport);
 }

@@ -51,6 +51,7 @@ void usp_transport_end(usp_transport *transport) {
     if (!transport) return;
     usp_control *control = transport->control;
     if (transport->near) transport->near->ops->destroy(transport->near);
+    transport->near = NULL;
     transport->ops->destroy(transport);
     if (control) control->ops->destroy(control);
 }
