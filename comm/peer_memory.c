@@ -42,8 +42,7 @@ static usp_status map_piece(usp_peer *self, int peer, const usp_peer_card *card,
     if (card->failed) return usp_fail(USP_UNSUPPORTED, "memory of rank %d cannot be shared", peer);
     cudaError_t error = open_piece(self, card, peer, &piece->at[peer]);
     if (error == cudaSuccess) return USP_OK;
-    return usp_fail(USP_UNSUPPORTED, "rank %d cannot use the memory of rank %d's GPU: %s", self->base.rank, peer,
-                    cudaGetErrorString(error));
+    return usp_fail(USP_UNSUPPORTED, "the memory of rank %d's GPU cannot be used: %s", peer, cudaGetErrorString(error));
 }
 
 static usp_status gather_cards(usp_peer *self, usp_shared_piece *piece, usp_peer_card *all) {
