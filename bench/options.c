@@ -37,7 +37,7 @@ enum {
 static const struct argp_option option_table[] = {
     {NULL, 0, NULL, 0, "Ranks (none of -t, -g: the job of torchrun, usp_launch, mpirun or srun; else one rank):", 1},
     {"threads", 't', "N", 0, "N thread-ranks, in practice some hundreds at most, on the CPU or all on one GPU", 0},
-    {"gpus", 'g', "N", 0, "N GPUs, one thread-rank each, over NCCL", 0},
+    {"gpus", 'g', "N", 0, "N GPUs, one thread-rank each, which meet over NCCL", 0},
     {"transport", KEY_TRANSPORT, "auto|nccl|peer", 0,
      "What moves tensors between the GPUs of a launcher's job (auto: for each axis what serves its ranks, by NCCL or "
      "peer)",

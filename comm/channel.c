@@ -78,9 +78,9 @@ static usp_status channel_allgather(usp_control *control, const void *mine, void
     return status;
 }
 
-uint64_t usp_channel_enter(usp_control *control) {
+void usp_channel_enter(usp_control *control) {
     usp_channel_await(control, USP_NOBODY);
-    return atomic_fetch_add(&usp_channel_of(control)->exchanges, 1) + 1;
+    atomic_fetch_add(&usp_channel_of(control)->exchanges, 1);
 }
 
 void usp_channel_await(usp_control *control, int peer) {

@@ -15,9 +15,9 @@ usp_status usp_channel_create(const usp_transport_config *config, const usp_boot
  * each (-1: none), which is the caller's to close, after a failure too. A rank that fails or dies meanwhile is named on
  * all that have a line. */
 usp_status usp_channel_connect(usp_control *, const usp_meeting *, int *data);
-/* What this rank does now: it enters one more exchange, of whichever transport, and gets its number; in it, it waits
- * for `peer` (-1: for none that is known). Lock-free. */
-uint64_t usp_channel_enter(usp_control *);
+/* What this rank does now: it enters one more exchange, of whichever transport; in it, it waits for `peer` (-1: for
+ * none that is known). Lock-free. */
+void usp_channel_enter(usp_control *);
 void usp_channel_await(usp_control *, int peer);
 /* The wait on `peer` cannot end: the data connection to it has. PEER_LOST at once if the peer is known to have gone,
  * else as soon as it is, or COMM a second later; OK means: wait on. */

@@ -141,10 +141,11 @@ usp_status usp_peer_try_flags(usp_peer *self) {
 }
 
 void usp_peer_release(usp_peer *self) {
-    int seat = self->other[self->base.rank].seat;
-    for (int i = 0; self->board.flags && i < USP_LANES * self->seats; i++) {
-        int lane = i / self->seats, other = i % self->seats, row = lane * self->seats + seat;
-        usp_peer_flags *flags = &self->board.flags[(size_t)row * (size_t)self->seats + (size_t)other];
+    int rank = self->base.rank;
+    for (int i = 0; self->board.flags && i < USP_LANES * self->base.size; i++) {
+        int lane = i / self->base.size, other = i % self->base.size;
+        if (!self->other[other].near && other != rank) continue;
+        usp_peer_flags *flags = usp_peer_flags_of(self, lane, rank, other);
         __atomic_store_n(&flags->ready.stop, 1, __ATOMIC_RELEASE);
         __atomic_store_n(&flags->full.stop, 1, __ATOMIC_RELEASE);
     }

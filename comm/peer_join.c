@@ -67,11 +67,11 @@ static usp_status begin(const usp_transport_config *config, int rank, int size, 
     return USP_OK;
 }
 
-/* `node`: of each rank, its host; NULL: all are on this one. */
+/* `node`: of each rank, a number of its host. */
 static void take_seats(usp_peer *self, const int *node) {
     int rank = self->base.rank;
     for (int peer = 0; peer < self->base.size; peer++) {
-        int here = !node || node[peer] == node[rank];
+        int here = node[peer] == node[rank];
         self->other[peer].near = here && peer != rank;
         self->other[peer].seat = self->seats;
         self->seats += here;
@@ -122,14 +122,14 @@ static usp_status join(usp_peer *self) {
 
 static usp_status check_hosts(const usp_meeting *meeting) {
     for (int rank = 1; rank < meeting->bootstrap.size; rank++)
-        if (meeting->all[rank].node != meeting->all[0].node)
+        if (meeting->node[rank] != meeting->node[0])
             return usp_fail(USP_UNSUPPORTED, "the peer transport joins GPUs of one host; rank %d is on another", rank);
     return USP_OK;
 }
 
 static usp_status connect_ranks(usp_peer *self, const usp_meeting *meeting) {
     USP_TRY(usp_channel_connect(self->base.control, meeting, NULL));
-    take_seats(self, NULL);
+    take_seats(self, meeting->node);
     usp_status status = join(self);
     return status == USP_OK ? USP_OK : usp_channel_fail(self->base.control, status, "%s", usp_last_error());
 }

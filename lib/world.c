@@ -138,7 +138,6 @@ typedef struct making {
     usp_meeting meeting;
     usp_transport_config settings;
     usp_transport *transport;
-    int seeks_near; /* GPUs of one host may reach each other's memory: a transport for them is wanted too */
 } making;
 
 static void read_call(making *m, const usp_world_config *given, usp_world **out) {
@@ -177,9 +176,12 @@ static void begin(making *m, const usp_world_config *given, usp_transport_kind o
     prepare(m);
 }
 
+/* Beside a transport between GPUs that does not reach their memory, unless it was asked for by name, and where any two
+ * ranks share a host. */
 static usp_status join_near(const making *m) {
     usp_world *world = m->world;
-    if (!m->seeks_near || world->nodes == world->transport->size) return USP_OK;
+    int gpus = world->device->ops->kind == USP_DEVICE_CUDA, alone = world->nodes == world->transport->size;
+    if (!gpus || world->transport->ops->reaches || m->config.transport || alone) return USP_OK;
     return usp_transport_create_near(&m->settings, world->meeting.node, world->transport);
 }
 
@@ -232,7 +234,6 @@ usp_status usp_world_create_nccl_id(const usp_world_config *given, const usp_uni
     USP_REQUIRE(id, "id is NULL");
     USP_TRY(check_rank(rank, size));
     begin(&m, given, USP_TRANSPORT_NCCL, out);
-    m.seeks_near = m.config.transport == USP_TRANSPORT_AUTO;
     return finish(&m, usp_transport_create_nccl_id(&m.settings, &m.meeting, id, size, rank, &m.transport), out);
 }
 
@@ -240,7 +241,6 @@ usp_status usp_world_create_nccl(const usp_world_config *given, struct ncclComm 
     making m;
     USP_REQUIRE(comm, "comm is NULL");
     begin(&m, given, USP_TRANSPORT_NCCL, out);
-    m.seeks_near = m.config.transport == USP_TRANSPORT_AUTO;
     return finish(&m, usp_transport_create_nccl_borrowed(&m.settings, &m.meeting, comm, &m.transport), out);
 }
 
@@ -260,7 +260,6 @@ static usp_status create_over(making *m, const usp_bootstrap *bootstrap, usp_wor
     usp_status (*create)(const usp_transport_config *, usp_meeting *, usp_transport **) = usp_transport_create_socket;
     if (gpus || m->config.transport) create = usp_transport_create_nccl;
     if (m->config.transport == USP_TRANSPORT_PEER) create = usp_transport_create_peer;
-    m->seeks_near = gpus && m->config.transport == USP_TRANSPORT_AUTO;
     m->meeting.bootstrap = *bootstrap;
     return finish(m, create(&m->settings, &m->meeting, &m->transport), out);
 }

@@ -1,14 +1,18 @@
 /* gpu_layers.c - the tests of running layers on GPUs: the bodies of the CPU suite, compared with the same oracle, and
  * those of CUDA graphs and streams. A plain program; exits 77 with the reason where there is no GPU.
  *
- *   gpu_layers                   thread-ranks that share GPU 0, then a thread a GPU over NCCL
- *   gpu_layers --threads [N]     thread-ranks that share GPU 0: worlds of 1 .. N (default 4)
- *   gpu_layers --nccl [N]        a thread a GPU, N GPUs (default: all)
- *   gpu_layers --processes L [TRANSPORT]  a process a GPU, two at least for --peer, started by the launcher L
- * (usp_launch) RANK=... gpu_layers [TRANSPORT]       one of those processes, or of torchrun's RANK=... gpu_layers
- * --two-hosts       one of those processes, of which each half passes for those of one host: what is of lanes alone
+ *   gpu_layers                 thread-ranks that share GPU 0, then a thread a GPU over NCCL
+ *   gpu_layers --threads [N]   thread-ranks that share GPU 0: worlds of 1 .. N (default 4)
+ *   gpu_layers --nccl [N]      a thread a GPU, N GPUs (default: all), over NCCL alone
+ *   gpu_layers --gpus [N]      the same by lanes, each of which takes the transport that serves it best
+ *   gpu_layers --processes L [TRANSPORT]
+ *                              a process a GPU, two at least for --peer, started by the launcher L (usp_launch)
+ *   RANK=... gpu_layers [TRANSPORT]
+ *                              one of those processes, or of torchrun's
+ *   RANK=... gpu_layers --two-hosts
+ *                              one of those, of which each half passes for those of one host: what is of lanes alone
  *
- * TRANSPORT: --peer or --nccl for one alone; else a lane takes the one that serves it best. */
+ * TRANSPORT: --peer or --nccl for one alone; else lanes. */
 #define _POSIX_C_SOURCE 200809L
 #include "bodies.h"
 #include "costs.h"
@@ -120,7 +124,8 @@ static int tables(usp_rank *rank, void *argument) {
 }
 
 static int interleavings(usp_rank *rank, void *argument) {
-    return usp_body_interleavings(rank, (void *)(uintptr_t) & ((const everything *)argument)->calls);
+    int calls = ((const everything *)argument)->calls;
+    return usp_body_interleavings(rank, &calls);
 }
 
 static int costs(usp_rank *rank, void *argument) {
@@ -230,13 +235,14 @@ static int run_threads(int most, usp_references *references) {
     return failed + run_across(most);
 }
 
-static int run_nccl(int gpus, usp_references *references) {
+static int run_nccl(int gpus, usp_transport_kind transport, usp_references *references) {
     usp_unique_id id;
     if (usp_unique_id_create(&id) == USP_UNSUPPORTED) {
         printf("no NCCL: %s\n", usp_last_error());
         return 0;
     }
-    return run_world(USP_RANKS_NCCL, gpus, "NCCL", USP_TRANSPORT_NCCL, 0, references);
+    return run_world(USP_RANKS_NCCL, gpus, transport == USP_TRANSPORT_NCCL ? "NCCL" : "lanes", transport, 0,
+                     references);
 }
 
 /* Becomes the launcher of one process a GPU. */
@@ -277,8 +283,10 @@ int main(int argc, char **argv) {
     if (launched) failed += run_launched(option, &references);
     if (strcmp(mode, "--threads") == 0 || strcmp(mode, "--all") == 0)
         failed += run_threads(number > 0 ? number : SHARED_RANKS, &references);
+    int some = number > 0 && number < gpus ? number : gpus;
     if (strcmp(mode, "--nccl") == 0 || strcmp(mode, "--all") == 0)
-        failed += run_nccl(number > 0 && number < gpus ? number : gpus, &references);
+        failed += run_nccl(some, USP_TRANSPORT_NCCL, &references);
+    if (strcmp(mode, "--gpus") == 0) failed += run_nccl(some, USP_TRANSPORT_AUTO, &references);
     usp_references_free(&references);
     printf("gpu_layers: %s\n", failed ? "FAILED" : "ok");
     return failed != 0;

@@ -11,7 +11,10 @@ static void check_lanes(usp_rank *rank, const usp_case *c, usp_trace *trace) {
     usp_traffic traffic = usp_trace_take(trace);
     usp_stage stage;
     char text[2048], wanted[64];
-    if (usp_world_get_info(rank->world, &info) != USP_OK || usp_stage_open(rank, c, &stage) != USP_OK) return;
+    if (usp_world_get_info(rank->world, &info) != USP_OK || usp_stage_open(rank, c, &stage) != USP_OK) {
+        usp_say(rank, "%s", usp_last_error());
+        return;
+    }
     int ulysses = info.local_size % c->ulysses == 0, ring = info.local_size % (c->ulysses * c->ring) == 0;
     if (c->ring == 1) ring = 1;
     snprintf(wanted, sizeof wanted, "ulysses by %s, ring by %s", ulysses ? "near" : "far", ring ? "near" : "far");

@@ -16,7 +16,7 @@ typedef struct watch {
 typedef struct wire {
     usp_transport transport; /* first: a wire is a transport */
     usp_transport_ops ops;
-    usp_transport *inside; /* NULL: there is none */
+    usp_transport *inside;
     usp_trace *trace;
 } wire;
 
@@ -135,20 +135,21 @@ static void destroy(usp_transport *transport) {
     free(trace);
 }
 
-static wire wire_around(usp_trace *trace, usp_transport *inside, const char *name) {
-    wire w = {.transport = *inside, .inside = inside, .trace = trace};
-    w.ops = (usp_transport_ops){.name = name,
-                                .reaches = inside->ops->reaches,
-                                .prepare = prepare,
-                                .exchange = exchange,
-                                .alloc_shared = alloc_shared,
-                                .register_shared = register_shared,
-                                .free_shared = free_shared,
-                                .reach = reach,
-                                .watch = watch_inside,
-                                .stop = stop,
-                                .destroy = destroy};
-    return w;
+static void wrap(wire *w, usp_trace *trace, usp_transport *inside, const char *name) {
+    *w = (wire){.transport = *inside, .inside = inside, .trace = trace};
+    w->ops = (usp_transport_ops){.name = name,
+                                 .reaches = inside->ops->reaches,
+                                 .prepare = prepare,
+                                 .exchange = exchange,
+                                 .alloc_shared = alloc_shared,
+                                 .register_shared = register_shared,
+                                 .free_shared = free_shared,
+                                 .reach = reach,
+                                 .watch = watch_inside,
+                                 .stop = stop,
+                                 .destroy = destroy};
+    w->transport.ops = &w->ops;
+    w->transport.near = NULL;
 }
 
 usp_trace *usp_trace_insert(usp_world *world) {
@@ -156,11 +157,8 @@ usp_trace *usp_trace_insert(usp_world *world) {
     usp_trace *trace = calloc(1, sizeof *trace);
     if (!trace) return NULL;
     trace->world = world;
-    trace->far = wire_around(trace, far, "far");
-    trace->near = wire_around(trace, near ? near : far, "near");
-    trace->far.transport.ops = &trace->far.ops;
-    trace->near.transport.ops = &trace->near.ops;
-    trace->near.transport.near = NULL;
+    wrap(&trace->far, trace, far, "far");
+    wrap(&trace->near, trace, near ? near : far, "near");
     world->transport = &trace->far.transport;
     usp_trace_near(trace, near != NULL);
     return trace;
