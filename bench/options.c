@@ -37,11 +37,9 @@ enum {
 static const struct argp_option option_table[] = {
     {NULL, 0, NULL, 0, "Ranks (none of -t, -g: the job of torchrun, usp_launch, mpirun or srun; else one rank):", 1},
     {"threads", 't', "N", 0, "N thread-ranks, in practice some hundreds at most, on the CPU or all on one GPU", 0},
-    {"gpus", 'g', "N", 0, "N GPUs, one thread-rank each, which meet over NCCL", 0},
+    {"gpus", 'g', "N", 0, "N GPUs, a thread-rank each, joined by NCCL", 0},
     {"transport", KEY_TRANSPORT, "auto|nccl|peer", 0,
-     "What moves tensors between GPUs (auto: for each axis of nccl and peer what serves its ranks; peer alone: in a "
-     "launcher's job)",
-     0},
+     "What moves tensors between GPUs (auto: for each axis what serves its ranks; peer: in a launcher's job)", 0},
     {"device", KEY_DEVICE, "auto|cpu|cuda", 0, "Where to run (auto: a GPU if one is usable)", 0},
     {"timeout", 'T', "SECONDS", 0, "Longest wait for another rank (600)", 0},
     {"shared-memory", KEY_SHARED_MEMORY, NULL, 0, "Workspace and saved in memory registered with all ranks", 0},

@@ -57,7 +57,7 @@ static const struct argp_option option_table[] = {
      "--ring make):",
      3},
     {"ranks", 'n', "N", 0, "N thread-ranks, in practice some hundreds at most, on the CPU or all on one GPU", 0},
-    {"gpus", 'g', "N", 0, "N GPUs, one thread-rank each, which meet over NCCL", 0},
+    {"gpus", 'g', "N", 0, "N GPUs, a thread-rank each, joined by NCCL", 0},
     {"ulysses", 'u', "N", 0, "Ulysses degree (what --ring leaves of the ranks; 1 if that is missing too)", 0},
     {"ring", 'r', "N", 0, "Ring degree (what --ulysses leaves of the ranks)", 0},
     {"device", KEY_DEVICE, "auto|cpu|cuda", 0, "Where to run (auto: a GPU if one is usable)", 0},
